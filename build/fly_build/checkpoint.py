@@ -1,0 +1,194 @@
+"""A Hugging Face checkpoint: its configuration, whether it can be exported, its tokenizer, and at last its weights.
+
+Everything but `load_weights` works from the configuration alone, so what cannot be built is refused before a weight
+is read. Local folders and hub ids are the same to transformers, and so they are here.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers.initialization import no_init_weights
+from transformers.utils import logging as transformers_logging
+
+from fly_build.operators import ATTENTION_NAME
+from fly_trt.errors import CheckpointError
+
+transformers_logging.disable_progress_bar()  # fly-build shows its own
+
+# Each of these is exported and compared with transformers in tests/build/test_architectures.py.
+SUPPORTED_MODEL_TYPES = (
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+)
+ALIBI_MODEL_TYPES = ("bloom", "mpt")
+STATE_SPACE_WORDS = ("mamba", "rwkv", "ssm", "recurrent", "linear_attention", "conv", "jamba", "zamba")
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`name` is a folder or a hub id; `config` is the transformers configuration."""
+
+    name: str
+    revision: str | None
+    config: Any
+
+    @property
+    def architecture(self) -> str:
+        return (self.config.architectures or [type(self.config).__name__])[0]
+
+    @property
+    def head_dim(self) -> int:
+        config = self.config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+
+    @property
+    def is_mixture_of_experts(self) -> bool:
+        return any(hasattr(self.config, name) for name in ("num_local_experts", "num_experts"))
+
+    @property
+    def max_seq_len(self) -> int:
+        """The longest sequence whose positions the graph computes as transformers does."""
+        rope = _rope_parameters(self.config)
+        if any(parameters.get("rope_type") in LENGTH_DEPENDENT_ROPE for parameters in rope):
+            originals = [parameters.get("original_max_position_embeddings") for parameters in rope]
+            original = getattr(self.config, "original_max_position_embeddings", None) or next(filter(None, originals), None)
+            if original:
+                return int(original)
+        return int(self.config.max_position_embeddings)
+
+    @cached_property
+    def empty_model(self) -> Any:
+        """The model with its structure but no values: parameters are allocated and never touched, so they cost
+        address space and no memory. Buffers such as rotary frequencies are real."""
+        # Of transformers' ways to run a mixture of experts, the one that has an ONNX form.
+        experts = {"experts_implementation": "batched_mm"} if self.is_mixture_of_experts else {}
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(
+                self.config, dtype=torch.float32, attn_implementation=ATTENTION_NAME, **experts
+            )
+        model.tie_weights()
+        return model.eval().requires_grad_(False)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.empty_model.parameters())
+
+    def load_weights(self) -> dict[str, torch.Tensor]:
+        """All parameters in the checkpoint's own dtype, by the names of the transformers model."""
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.name, revision=self.revision, dtype="auto", use_safetensors=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{self.name}: the weights do not load: {_first_line(error)}") from None
+        return dict(model.state_dict())
+
+    def load_tokenizer(self) -> PreTrainedTokenizerFast:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.name}: no tokenizer: {_first_line(error)}") from None
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise CheckpointError(f"{self.name}: no tokenizer.json: convert the slow tokenizer to a fast one first")
+        return tokenizer
+
+    def load_generation_config(self) -> GenerationConfig:
+        try:
+            return GenerationConfig.from_pretrained(self.name, revision=self.revision)
+        except OSError:
+            return GenerationConfig.from_model_config(self.config)
+
+
+def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
+    """Reads the configuration and refuses, with the reason, what cannot be exported. Raises CheckpointError."""
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_local and not Path(name).expanduser().is_dir():
+        raise CheckpointError(f"{name}: no such folder: give a checkpoint folder or a hub id such as org/model")
+    try:
+        config = AutoConfig.from_pretrained(str(Path(name).expanduser()) if looks_local else name, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{name}: no usable config.json: {_first_line(error)}") from None
+    reason = refusal(config)
+    if reason:
+        raise CheckpointError(f"{name}: {reason}")
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{name}: no *.safetensors file: save the checkpoint with safe_serialization=True")
+    return Checkpoint(str(folder) if folder.is_dir() else name, revision, config)
+
+
+def refusal(config: Any) -> str | None:
+    """Why a model of this configuration cannot be exported, or None."""
+    model_type = config.model_type
+    words = " ".join([model_type, *(getattr(config, "layer_types", None) or [])]).lower()
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{model_type} is an encoder-decoder model, only decoders can be built"
+    if config.get_text_config() is not config or getattr(config, "vision_config", None) is not None:
+        return f"{model_type} is a multimodal model: build its text decoder, saved as a checkpoint of its own"
+    if any(word in words for word in STATE_SPACE_WORDS) or hasattr(config, "state_size"):
+        return f"{model_type} keeps a recurrent (state-space) state that cannot be rewound after a rejected draft"
+    if model_type in ALIBI_MODEL_TYPES or getattr(config, "alibi", False):
+        return f"{model_type} biases attention by distance (ALiBi), which ONNX Attention has no input for"
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        return f"the checkpoint is already quantised ({method}): give the original and use --quantization"
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        return f"model type {model_type!r} is not supported: expected one of {', '.join(SUPPORTED_MODEL_TYPES)}"
+    return None
+
+
+def check_same_tokenizer(target: Checkpoint, draft: Checkpoint) -> None:
+    """Raises CheckpointError unless both tokenizers give every token the same id. Embedding tables may be padded to
+    different sizes; a few added tokens that only one side knows are fine."""
+    ours, theirs = target.load_tokenizer(), draft.load_tokenizer()
+    ids, draft_ids = ours.get_vocab(), theirs.get_vocab()
+    shared = ids.keys() & draft_ids.keys()
+    moved = [token for token in shared if ids[token] != draft_ids[token]]
+    missing = len(ids.keys() ^ draft_ids.keys())
+    fix = "choose a draft of the target's model family"
+    if moved or missing > len(ids) // 100:
+        detail = f"{moved[0]!r} is {ids[moved[0]]} and {draft_ids[moved[0]]}" if moved else f"{missing} tokens are not shared"
+        raise CheckpointError(f"{target.name} and {draft.name} have different tokenizers ({detail}): {fix}")
+    text = "A tokenizer check: 3.14159, naïve café\n\n\tdef f(x): return x**2  # déjà-vu 你好 🙂"
+    if ours(text)["input_ids"] != theirs(text)["input_ids"]:
+        raise CheckpointError(f"{target.name} and {draft.name} split the same text into different tokens: {fix}")
+
+
+def stop_token_ids(checkpoint: Checkpoint) -> list[int]:
+    """Every token that ends a sequence: from the generation config, the model config and the tokenizer."""
+    found: set[int] = set()
+    sources = (checkpoint.load_generation_config(), checkpoint.config, checkpoint.load_tokenizer())
+    for value in (source.eos_token_id for source in sources):
+        found.update([value] if isinstance(value, int) else value or [])
+    return sorted(found)
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """transformers 5 keeps one dict, or one per layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

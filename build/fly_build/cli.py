@@ -1,0 +1,168 @@
+"""`fly-build`: parses flags, shows progress, prints the summary. What is built and how is in recipe.py and pipeline.py."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fly_trt.errors import FlyError
+from fly_trt.manifest import Manifest
+
+EXAMPLES = """
+\b
+Examples:
+  fly-build --target org/target --draft org/draft -o engines/pair
+  fly-build llama-3.1-70b --dtype bfloat16 -o engines/llama-70b
+  fly-build demo --quantization int8 -o engines/pair-int8
+  fly-build --target ./checkpoint -o engines/single        # n-gram or plain decoding
+  fly-build demo --dry-run
+"""
+
+
+@click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("recipe", required=False)
+@click.option("--target", metavar="CKPT", help="Target checkpoint: a folder or a hub id.")
+@click.option("--target-revision", metavar="REV", help="Hub revision of the target.")
+@click.option("--draft", metavar="CKPT", help="Draft checkpoint. Without one: n-gram or plain decoding.")
+@click.option("--draft-revision", metavar="REV", help="Hub revision of the draft.")
+@click.option("--backend", type=click.Choice(["onnxruntime", "tensorrt", "tensorrt-llm"]), help="[onnxruntime]")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Type of stored weights. [float32]")
+@click.option("--quantization", type=click.Choice(["none", "int8", "int4"]), help="Of the linear layers. [none]")
+@click.option("--max-batch-size", type=int, metavar="N", help="Requests in flight. [8]")
+@click.option("--max-seq-len", type=int, metavar="N", help="Prompt and output tokens. [what both support, at most 8192]")
+@click.option("--max-draft-len", type=int, metavar="N", help="Draft tokens per step. [32]")
+@click.option("--max-num-tokens", type=int, metavar="N", help="Tokens per step, so the prefill chunk. [512]")
+@click.option("--entropy-top-k", type=int, metavar="K", help="Probabilities that the entropy gate looks at. [3]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Engine directory. [engines/NAME]")
+@click.option("--overwrite", is_flag=True, help="Replace an engine directory that exists.")
+@click.option("--dry-run", is_flag=True, help="Print the plan with sizes and build nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest (or plan) as JSON on stdout.")
+def main(recipe: str | None, output: Path | None, overwrite: bool, dry_run: bool, as_json: bool, **flags: Any) -> None:
+    """Compiles a target and a draft checkpoint into an engine directory.
+
+    RECIPE is a YAML file or the name of one in engines/recipes; flags override its fields.
+    """
+    try:
+        _run(recipe, output, overwrite, dry_run, as_json, flags)
+    except FlyError as error:
+        click.echo(f"fly-build: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        click.echo("fly-build: interrupted, nothing was written", err=True)
+        sys.exit(130)
+
+
+def _run(
+    recipe_name: str | None, output: Path | None, overwrite: bool, dry_run: bool, as_json: bool, flags: dict[str, Any]
+) -> None:
+    from fly_build.recipe import load_recipe
+
+    recipe = load_recipe(recipe_name, flags)
+    name = recipe.name or Path(recipe.target.checkpoint).name
+    try:
+        from fly_build import pipeline
+    except ImportError as error:
+        raise FlyError(f"{error.name} is not installed: pip install 'fly-trt[build]'") from None
+
+    console = Console(stderr=True)
+    with console.status("Reading configurations") if console.is_terminal else _Nothing():
+        plan = pipeline.make_plan(recipe, output or Path("engines") / name, overwrite=overwrite or dry_run)
+    if dry_run:
+        _print_plan(plan, as_json)
+        return
+    started = time.perf_counter()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        tasks: dict[str, Any] = {}
+
+        def report(step: str, fraction: float) -> None:
+            if step not in tasks:
+                tasks[step] = progress.add_task(step, total=1.0)
+            progress.update(tasks[step], completed=fraction)
+
+        manifest = pipeline.build(plan, report)
+    if as_json:
+        click.echo(manifest.model_dump_json(indent=2))
+        return
+    Console().print(_summary(manifest))
+    click.echo(f"{plan.output} is ready after {time.perf_counter() - started:.1f} s")
+
+
+def _print_plan(plan: Any, as_json: bool) -> None:
+    if as_json:
+        models = [
+            {
+                **model.engine.model_dump(),
+                "weight_bytes": model.weight_bytes(),
+                "kv_bytes_per_slot": model.engine.kv_bytes_per_token() * plan.limits.max_seq_len,
+            }
+            for model in plan.models
+        ]
+        import json
+
+        click.echo(json.dumps({"output": str(plan.output), **plan.limits.model_dump(), "models": models}, indent=2))
+        return
+    limits = plan.limits
+    table = Table(title=f"{plan.output}: plan (nothing is built)")
+    for column in ("", "checkpoint", "parameters", "weights", "KV cache per token", "per slot", "all slots"):
+        table.add_column(column, justify="left" if column in ("", "checkpoint") else "right")
+    for model in plan.models:
+        per_token = model.engine.kv_bytes_per_token()
+        table.add_row(
+            model.folder,
+            model.checkpoint.name,
+            _count(model.engine.source.num_parameters),
+            _bytes(model.weight_bytes()),
+            _bytes(per_token),
+            _bytes(per_token * limits.max_seq_len),
+            _bytes(per_token * limits.max_seq_len * limits.max_batch_size),
+        )
+    Console().print(table)
+    click.echo(
+        f"backend {plan.recipe.backend}, {plan.recipe.dtype}, quantization {plan.recipe.quantization}, "
+        f"max_batch_size {limits.max_batch_size} (slots), max_seq_len {limits.max_seq_len}, "
+        f"max_draft_len {limits.max_draft_len}, stop tokens {plan.head.stop_token_ids}"
+    )
+
+
+def _summary(manifest: Manifest) -> Table:
+    table = Table(title=f"{manifest.name} ({manifest.backend})")
+    for column in ("", "architecture", "parameters", "dtype", "quantization", "on disk"):
+        table.add_column(column, justify="right" if column in ("parameters", "on disk") else "left")
+    for role, engine in (("target", manifest.target), ("draft", manifest.draft)):
+        if engine is not None:
+            size = sum(file.size for name, file in manifest.files.items() if name.startswith(f"{role}/"))
+            source = engine.source
+            table.add_row(
+                role, source.architecture, _count(source.num_parameters), engine.dtype, engine.quantization, _bytes(size)
+            )
+    return table
+
+
+def _count(number: int) -> str:
+    for limit, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= limit:
+            return f"{number / limit:.1f} {unit}"
+    return str(number)
+
+
+def _bytes(number: int) -> str:
+    for limit, unit in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if number >= limit:
+            return f"{number / limit:.1f} {unit}"
+    return f"{number} B"
+
+
+class _Nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+if __name__ == "__main__":
+    main()

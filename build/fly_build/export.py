@@ -1,0 +1,154 @@
+"""From a transformers model without weights to one ONNX opset-24 decoder graph with the contract's names.
+
+Parameters are graph inputs while torch traces, so that no exporter pass reads, folds or copies a value; weights.py
+turns them into initializers afterwards. The graph computes in float32 or in the dtype asked for.
+"""
+
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from fly_build.checkpoint import LENGTH_DEPENDENT_ROPE, Checkpoint
+from fly_build.operators import OPSET_VERSION, onnx_operators, trace_step
+from fly_trt.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class DecoderGraph:
+    """`model` has the step's inputs and outputs of DESIGN's contract without the head; `parameters` are the graph
+    inputs that still wait for their values, by parameter name."""
+
+    model: ir.Model
+    parameters: dict[str, ir.Value]
+
+
+class _Step(torch.nn.Module):
+    """Calls the decoder with parameters that came in as inputs."""
+
+    def __init__(self, model: torch.nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.__dict__["decoder"] = _Decoder(model)  # not a submodule: its parameters must not be exported
+        self.names = [f"model.{name}" for name in names]
+
+    def forward(
+        self, input_ids: torch.Tensor, write_indices: torch.Tensor, past: list[torch.Tensor], values: list[torch.Tensor]
+    ) -> Any:
+        parameters = dict(zip(self.names, values, strict=True))
+        return torch.func.functional_call(self.decoder, parameters, (input_ids, write_indices, past))
+
+
+class _Decoder(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: torch.Tensor, write_indices: torch.Tensor, past: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        return trace_step(self.model, input_ids, write_indices, past)
+
+
+def export_decoder(checkpoint: Checkpoint, max_seq_len: int) -> DecoderGraph:
+    """Traces the decoder. Inputs input_ids, write_indices, past_key.i, past_value.i; outputs logits and present_*.
+
+    `max_seq_len` decides whether a sliding window can ever be outgrown. Raises CheckpointError when torch cannot
+    export the model.
+    """
+    if max_seq_len > checkpoint.max_seq_len:
+        raise CheckpointError(
+            f"{checkpoint.name}: positions beyond {checkpoint.max_seq_len} are not supported, "
+            f"asked for max_seq_len {max_seq_len}: use --max-seq-len {checkpoint.max_seq_len} or less"
+        )
+    model = checkpoint.empty_model
+    parameters = {name: value for name, value in model.state_dict(keep_vars=True).items()}
+    unique = {id(value): name for name, value in reversed(parameters.items())}
+    names = [name for name in parameters if unique[id(parameters[name])] == name]
+    num_layers = checkpoint.config.num_hidden_layers
+    cache_shape = (2, checkpoint.num_kv_heads, 64, checkpoint.head_dim)
+    past = [torch.zeros(cache_shape) for _ in range(2 * num_layers)]
+    batch, length, slot = (torch.export.Dim(name) for name in ("B", "T", "S"))
+    arguments = (torch.ones(2, 5, dtype=torch.int64), torch.tensor([3, 7]), past, [parameters[name] for name in names])
+    shapes = ({0: batch, 1: length}, {0: batch}, [{0: batch, 2: slot} for _ in past], [None] * len(names))
+    with onnx_operators(model, checkpoint.head_dim, max_seq_len), _fixed_rotary(model), _quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                _Step(model, names).eval(),
+                arguments,
+                dynamo=True,
+                opset_version=OPSET_VERSION,
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise CheckpointError(f"{checkpoint.name}: torch cannot export {checkpoint.architecture}: {reason}") from error
+    assert program is not None
+    return _name_contract(program.model, names, num_layers)
+
+
+def _name_contract(model: ir.Model, names: list[str], num_layers: int) -> DecoderGraph:
+    graph = model.graph
+    cache = [f"{kind}.{layer}" for layer in range(num_layers) for kind in ("key", "value")]
+    inputs = ["input_ids", "write_indices", *(f"past_{name}" for name in cache), *names]
+    for value, name in zip(graph.inputs, inputs, strict=True):
+        value.name = name
+    outputs = ["logits", *(f"present_{name}" for name in cache)]
+    for value, name in zip(graph.outputs, outputs, strict=True):
+        value.name = name
+    batch, length = ir.SymbolicDim("B"), ir.SymbolicDim("T")
+    by_name = {value.name: value for value in graph.inputs}
+    by_name["input_ids"].shape = ir.Shape([batch, length])
+    by_name["write_indices"].shape = ir.Shape([batch])
+    for value in (*graph.inputs, *graph.outputs):
+        if value.name and value.name.startswith(("past_", "present_")) and value.shape is not None:
+            _, heads, _, channels = value.shape
+            value.shape = ir.Shape([batch, heads, ir.SymbolicDim("S"), channels])
+    logits = graph.outputs[0]
+    assert logits.shape is not None
+    logits.shape = ir.Shape([batch, length, logits.shape[2]])
+    parameters = {name: by_name[name] for name in names}
+    for value in parameters.values():
+        graph.inputs.remove(value)
+    model.metadata_props.clear()
+    for node in graph:
+        node.metadata_props.clear()
+        node.name = None
+    return DecoderGraph(model, parameters)
+
+
+@contextlib.contextmanager
+def _fixed_rotary(model: torch.nn.Module) -> Iterator[None]:
+    """Rotary frequencies that transformers would switch on the sequence's length stay those of the built length."""
+    switched = []
+    for module in model.modules():
+        types = getattr(module, "rope_type", None)
+        kinds = types.values() if isinstance(types, dict) else [types]
+        if any(kind in LENGTH_DEPENDENT_ROPE for kind in kinds):
+            module.forward = inspect.unwrap(type(module).forward).__get__(module)
+            switched.append(module)
+    try:
+        yield
+    finally:
+        for module in switched:
+            del module.forward
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter warns about its own internals and about torchvision; neither concerns the user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,155 @@
+"""The verification head: EntropyGate and LooseWindowAccept as ONNX local functions of standard opset-24 ops.
+
+These functions are the portable definition of the rule: ONNX Runtime inlines and runs them, TensorRT compiles them,
+and a TensorRT build with the plugin library replaces the two nodes by kernels of the same name. They know nothing of
+models: the exporter appends them to any decoder that has `logits`. The rule itself is written out for humans in
+fly_trt/verification/rule.py, which is also what they are tested against.
+"""
+
+import onnx_ir as ir
+from onnxscript import script
+from onnxscript.values import Opset
+
+OPSET_VERSION = 24
+DOMAIN = "fly"
+HEAD_INPUTS = {
+    "num_context": ir.DataType.INT64,
+    "num_draft": ir.DataType.INT64,
+    "entropy_threshold": ir.DataType.FLOAT,
+    "use_full_entropy": ir.DataType.BOOL,
+    "window": ir.DataType.INT64,
+    "lookahead": ir.DataType.INT64,
+}
+GATE_OUTPUTS = ("argmax", "entropy", "entropy_topk", "argmax_logprob", "token_logprob")
+
+op = Opset("", OPSET_VERSION)
+fly = Opset(DOMAIN, 1)
+
+
+@script(fly, default_opset=op)
+def EntropyGate(logits, next_tokens, top_k):
+    """logits [B, T, V], next_tokens int64 [B, T], top_k int64 [1] -> five [B, T] tensors, entropies in nats."""
+    last = op.Constant(value_ints=[-1])
+    scores = op.Cast(logits, to=1)
+    log_sum = op.ReduceLogSumExp(scores, last, keepdims=1)
+    log_probs = scores - log_sum
+    probs = op.Exp(log_probs)
+    entropy = op.Neg(op.ReduceSum(probs * log_probs, last, keepdims=0))
+    top_scores, top_tokens = op.TopK(scores, top_k, axis=-1, largest=1, sorted=1)
+    top_log_probs = top_scores - log_sum
+    entropy_topk = op.Neg(op.ReduceSum(op.Exp(top_log_probs) * top_log_probs, last, keepdims=0))
+    first = op.Constant(value_int=0)
+    argmax = op.Gather(top_tokens, first, axis=-1)
+    argmax_logprob = op.Gather(top_log_probs, first, axis=-1)
+    token_logprob = op.Squeeze(op.GatherElements(log_probs, op.Unsqueeze(next_tokens, last), axis=-1), last)
+    return argmax, entropy, entropy_topk, argmax_logprob, token_logprob
+
+
+@script(fly, default_opset=op)
+def LooseWindowAccept(
+    next_tokens,
+    argmax,
+    entropy,
+    entropy_topk,
+    num_context,
+    num_draft,
+    entropy_threshold,
+    use_full_entropy,
+    window,
+    lookahead,
+    stop_token_ids,
+):
+    """Per-position tensors [B, T], per-row tensors [B], stop_token_ids int64 [N] -> num_accepted, next_token int64 [B].
+
+    Position t predicts token t + 1; the drafts of a row are predicted at positions num_context - 1 onwards.
+    """
+    zero = op.Constant(value_int=0)
+    one = op.Constant(value_int=1)
+    axis0 = op.Constant(value_ints=[0])
+    axis1 = op.Constant(value_ints=[1])
+    length = op.Squeeze(op.Shape(argmax, start=1, end=2), axis0)
+    position = op.Unsqueeze(op.Range(zero, length, one), axis0)
+    begin = op.Unsqueeze(num_context, axis1) - one
+    end = begin + op.Unsqueeze(num_draft, axis1)
+    is_draft = op.And(position >= begin, position < end)
+    mismatch = op.And(is_draft, op.Not(op.Equal(next_tokens, argmax)))
+
+    full = op.Unsqueeze(use_full_entropy, axis1)
+    gate = op.Where(full, entropy, entropy_topk)
+    uncertain = gate >= op.Unsqueeze(entropy_threshold, axis1)
+    ahead = op.Unsqueeze(lookahead, axis1)
+    num_mismatches = op.CumSum(op.Cast(mismatch, to=7), one)
+    last_ahead = op.Min(position + ahead, length - one)
+    agrees_ahead = op.Equal(op.GatherElements(num_mismatches, last_ahead, axis=1), num_mismatches)
+    has_room = (position + op.Max(op.Unsqueeze(window, axis1), ahead)) < end
+    last_axis = op.Constant(value_ints=[-1])
+    tokens = op.Concat(op.Unsqueeze(next_tokens, last_axis), op.Unsqueeze(argmax, last_axis), axis=-1)
+    is_stop = op.Equal(op.Unsqueeze(tokens, last_axis), stop_token_ids)
+    num_stops = op.ReduceSum(op.Cast(is_stop, to=7), op.Constant(value_ints=[2, 3]), keepdims=0)
+    may_loosen = op.And(uncertain, op.Equal(num_stops, zero))
+    loosened = op.And(op.And(mismatch, may_loosen), op.And(agrees_ahead, has_room))
+
+    rejected = op.And(mismatch, op.Not(loosened))
+    num_rejected = op.CumSum(op.Cast(rejected, to=7), one)
+    accepted = op.And(is_draft, op.Equal(num_rejected, zero))
+    num_accepted = op.ReduceSum(op.Cast(accepted, to=7), axis1, keepdims=0)
+    stop_position = begin + op.Unsqueeze(num_accepted, axis1)
+    next_token = op.Squeeze(op.GatherElements(argmax, stop_position, axis=1), axis1)
+    return num_accepted, next_token
+
+
+def append_head(model: ir.Model, entropy_top_k: int, stop_token_ids: list[int]) -> None:
+    """Adds the head's inputs, nodes, functions and outputs to a decoder graph with `input_ids` and `logits`, in place.
+
+    `stop_token_ids` (end-of-sequence and end-of-turn tokens) are never loosened; -1 stands for "none".
+    """
+    graph = model.graph
+    graph.opset_imports[DOMAIN] = 1
+    for function in (EntropyGate, LooseWindowAccept):
+        converted = ir.serde.deserialize_function(function.to_function_proto())
+        model.functions[converted.identifier()] = converted
+
+    def constant(name: str, values: list[int]) -> ir.Value:
+        value = ir.Value(name=name, const_value=ir.tensor(values, dtype=ir.DataType.INT64, name=name))
+        value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([len(values)])
+        graph.register_initializer(value)
+        return value
+
+    input_ids = next(value for value in graph.inputs if value.name == "input_ids")
+    logits = next(value for value in graph.outputs if value.name == "logits")
+    batch, length = input_ids.shape[0], input_ids.shape[1]
+    head_inputs = {
+        name: ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape([batch])) for name, dtype in HEAD_INPUTS.items()
+    }
+    position = next(i for i, value in enumerate(graph.inputs) if value.name == "write_indices") + 1
+    for offset, value in enumerate(head_inputs.values()):
+        graph.inputs.insert(position + offset, value)
+
+    # The token that follows each position: the row shifted left, with a token that is never read at the end.
+    shift_from, shift_to = constant("fly.shift_from", [1]), constant("fly.shift_to", [2**62])
+    axis, pad = constant("fly.axis", [1]), constant("fly.pad", [0, 0, 0, 1])
+    shifted = ir.node("Slice", [input_ids, shift_from, shift_to, axis])
+    next_tokens = ir.node("Pad", [shifted.outputs[0], pad])
+    gate = ir.node(
+        "EntropyGate",
+        [logits, next_tokens.outputs[0], constant("fly.entropy_top_k", [entropy_top_k])],
+        domain=DOMAIN,
+        num_outputs=len(GATE_OUTPUTS),
+    )
+    argmax, entropy, entropy_topk, *_ = gate.outputs
+    accept = ir.node(
+        "LooseWindowAccept",
+        [next_tokens.outputs[0], argmax, entropy, entropy_topk, *head_inputs.values()]
+        + [constant("fly.stop_token_ids", stop_token_ids or [-1])],
+        domain=DOMAIN,
+        num_outputs=2,
+    )
+    graph.extend([shifted, next_tokens, gate, accept])
+    outputs = [(accept.outputs[0], "num_accepted", 1), (accept.outputs[1], "next_token", 1)]
+    outputs += [(value, name, 2) for value, name in zip(gate.outputs, GATE_OUTPUTS, strict=True)]
+    for at, (value, name, rank) in enumerate(outputs):
+        integer = name in ("num_accepted", "next_token", "argmax")
+        value.name = name
+        value.type = ir.TensorType(ir.DataType.INT64 if integer else ir.DataType.FLOAT)
+        value.shape = ir.Shape([batch, length][:rank])
+        graph.outputs.insert(at, value)

@@ -1,0 +1,234 @@
+"""How transformers' building blocks appear in the ONNX graph, as single opset-24 operators.
+
+transformers lets a caller register attention and mask functions and pass its own KV cache; the implementations here
+emit `Attention`, the sliding-window mask and `TensorScatter`. RMSNorm modules and rotary functions have no such
+interface, so they are replaced for the duration of the export, each only after a probe on random values shows that
+the operator computes the same function; what the probe does not recognise is exported as it is written.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.onnx.ops import symbolic
+from transformers.cache_utils import Cache
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+OPSET_VERSION = 24
+ATTENTION_NAME = "fly_onnx"
+PROBE_TOLERANCE = 1e-5
+
+
+class SlotCache(Cache):
+    """Writes new keys and values into the caller's buffers at `write_indices` with TensorScatter.
+
+    `past` holds key and value of each layer in turn, [B, Hkv, S, D]; `present` receives the updated tensors in the
+    same order. `positions` int64 [B, T] and `kv_length` int64 [B] describe the step for attention and masks.
+    """
+
+    is_compileable = False
+
+    def __init__(self, past: list[torch.Tensor], write_indices: torch.Tensor, num_tokens: int) -> None:
+        self.past = past
+        self.present: list[torch.Tensor] = list(past)
+        self.write_indices = write_indices
+        self.positions = write_indices[:, None] + torch.arange(num_tokens)[None]
+        self.kv_length = write_indices + num_tokens
+        self.layers: list[Any] = []
+        self.layer_class_to_replicate = None
+        self.offloading = False
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        for index, new in ((2 * layer_idx, key_states), (2 * layer_idx + 1, value_states)):
+            past = self.past[index]
+            self.present[index] = symbolic(
+                "TensorScatter",
+                (past, new, self.write_indices),
+                attrs={"axis": 2, "mode": "linear"},
+                dtype=past.dtype,
+                shape=past.shape,
+                version=OPSET_VERSION,
+            )
+        return self.present[2 * layer_idx], self.present[2 * layer_idx + 1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return self.past[0].shape[2]
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        return self.past[0].shape[2], 0
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * (len(self.past) // 2)
+
+
+class _Step:
+    """The step that is being traced: attention and mask functions get no cache argument from transformers."""
+
+    cache: SlotCache
+    max_seq_len: int
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    attrs: dict[str, Any] = {"is_causal": 1, "scale": float(query.shape[-1] ** -0.5 if scaling is None else scaling)}
+    if softcap:
+        attrs["softcap"] = float(softcap)
+    output = symbolic(
+        "Attention",
+        (query, key, value, attention_mask, None, None, _Step.cache.kv_length),
+        attrs=attrs,
+        dtype=query.dtype,
+        shape=query.shape,
+        version=OPSET_VERSION,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """Causal masking is an attribute of the operator; only a window that the sequence can outgrow needs a tensor."""
+    if local_size is None or local_size >= _Step.max_seq_len:
+        return None
+    key_positions = torch.arange(_Step.cache.past[0].shape[2])
+    distance = _Step.cache.positions[:, None, :, None] - key_positions[None, None, None, :]
+    return distance < local_size
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)
+AttentionMaskInterface.register(ATTENTION_NAME, _mask)
+
+
+def rms_normalization(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return symbolic(
+        "RMSNormalization",
+        (x, weight),
+        attrs={"axis": -1, "epsilon": float(epsilon)},
+        dtype=x.dtype,
+        shape=x.shape,
+        version=OPSET_VERSION,
+    )
+
+
+def rotary_embedding(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [B, H, T, D]; cos and sin [B, T, R], whose two halves are equal, R <= D."""
+    half = cos.shape[-1] // 2
+    attrs = {"interleaved": 0}
+    if cos.shape[-1] < x.shape[-1]:
+        attrs["rotary_embedding_dim"] = cos.shape[-1]
+    return symbolic(
+        "RotaryEmbedding",
+        (x, cos[..., :half], sin[..., :half]),
+        attrs=attrs,
+        dtype=x.dtype,
+        shape=x.shape,
+        version=OPSET_VERSION,
+    )
+
+
+def _norm_weight_offset(module: torch.nn.Module) -> float | None:
+    """0 or 1 when the module computes x / rms(x) * (offset + weight) over its last axis, None when it does not."""
+    weight = getattr(module, "weight", None)
+    epsilon = _epsilon(module)
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 1 or epsilon is None or len(list(module.parameters())) != 1:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, weight.shape[0], generator=generator)
+    probe_weight = torch.randn(weight.shape[0], generator=generator)
+    normalized = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+    try:
+        got = torch.func.functional_call(module, {"weight": probe_weight}, (x,))
+    except (TypeError, RuntimeError):
+        return None
+    for offset in (0.0, 1.0):
+        if torch.allclose(got, normalized * (offset + probe_weight), atol=PROBE_TOLERANCE):
+            return offset
+    return None
+
+
+def _epsilon(module: torch.nn.Module) -> float | None:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _is_half_rotation(function: Callable[..., Any], head_dim: int) -> bool:
+    """Whether function(q, k, cos, sin) rotates the two halves of the leading cos.shape[-1] channels of each head."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 3, head_dim, generator=generator) for heads in (2, 1))
+    angles = torch.rand(1, 3, head_dim // 2, generator=generator)
+    cos, sin = (torch.cat([f(angles)] * 2, dim=-1) for f in (torch.cos, torch.sin))
+    try:
+        results = function(q, k, cos, sin)
+    except (TypeError, RuntimeError):
+        return False
+    for x, got in zip((q, k), results, strict=True):
+        first, second = x.chunk(2, dim=-1)
+        rotated = x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+        if got.shape != x.shape or not torch.allclose(got, rotated, atol=PROBE_TOLERANCE):
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def onnx_operators(model: torch.nn.Module, head_dim: int, max_seq_len: int) -> Iterator[None]:
+    """While open, `model` traces to Attention, TensorScatter, RMSNormalization and RotaryEmbedding operators."""
+    _Step.max_seq_len = max_seq_len
+    replaced: list[tuple[Any, str, Any]] = []
+    norms = []
+    for module in model.modules():
+        offset = _norm_weight_offset(module) if "norm" in type(module).__name__.lower() else None
+        if offset is not None:
+            epsilon = float(_epsilon(module) or 0.0)
+            module.forward = _norm_forward(module, offset, epsilon)
+            norms.append(module)
+    for name in sorted({type(module).__module__ for module in model.modules()}):
+        namespace = sys.modules[name]
+        rotate = getattr(namespace, "apply_rotary_pos_emb", None)
+        if rotate is not None and _is_half_rotation(rotate, head_dim):
+            replaced.append((namespace, "apply_rotary_pos_emb", rotate))
+            namespace.apply_rotary_pos_emb = _rotate_both
+    try:
+        yield
+    finally:
+        for module in norms:
+            del module.forward
+        for namespace, name, original in replaced:
+            setattr(namespace, name, original)
+
+
+def _norm_forward(module: torch.nn.Module, offset: float, epsilon: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        weight = module.weight + offset if offset else module.weight
+        return rms_normalization(x, weight, epsilon)
+
+    return forward
+
+
+def _rotate_both(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return rotary_embedding(q, cos, sin), rotary_embedding(k, cos, sin)
+
+
+def trace_step(
+    model: torch.nn.Module, input_ids: torch.Tensor, write_indices: torch.Tensor, past: list[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """One decoder step: logits [B, T, V] and the updated cache tensors, in the order of `past`."""
+    cache = SlotCache(past, write_indices, input_ids.shape[1])
+    _Step.cache = cache
+    output = model(input_ids=input_ids, position_ids=cache.positions, past_key_values=cache, use_cache=True)
+    return (output.logits, *cache.present)

@@ -1,0 +1,1 @@
+"""Command lines, one file each. They parse and print; everything else is the library's."""

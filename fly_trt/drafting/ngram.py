@@ -1,0 +1,80 @@
+"""N-gram prompt lookup: proposes what followed the same few tokens earlier in the prompt or the output.
+
+Source: prompt lookup decoding as in arXiv 2511.22972, section 3.4: the longest n-gram that ends the sequence is matched,
+n = prompt_lookup_max .. prompt_lookup_min, at its earliest occurrence.
+"""
+
+import numpy as np
+
+from fly_trt.engines.base import IntArray
+
+
+class NgramIndex:
+    """Where each n-gram of a growing sequence occurred first. Adding or removing a token costs max_n dict operations;
+    a lookup costs max_n, whatever the length."""
+
+    def __init__(self, max_n: int, min_n: int) -> None:
+        self._max_n = max_n
+        self._min_n = min_n
+        self._tokens: list[int] = []
+        self._first_end: dict[tuple[int, ...], int] = {}
+        self._added: list[list[tuple[int, ...]]] = []  # by position: the n-grams that occurred there first
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def extend(self, tokens: IntArray) -> None:
+        for token in tokens.tolist():
+            self._tokens.append(token)
+            end = len(self._tokens)
+            added = []
+            for n in range(self._min_n, min(self._max_n, end) + 1):
+                ngram = tuple(self._tokens[end - n :])
+                if ngram not in self._first_end:
+                    self._first_end[ngram] = end
+                    added.append(ngram)
+            self._added.append(added)
+
+    def truncate(self, length: int) -> None:
+        """Forgets every token from position `length` on."""
+        while len(self._tokens) > length:
+            self._tokens.pop()
+            for ngram in self._added.pop():
+                del self._first_end[ngram]
+
+    def sync(self, tokens: IntArray, num_kept: int) -> None:
+        """Makes the index hold `tokens`, of which it already has the first `num_kept`."""
+        self.truncate(num_kept)
+        self.extend(tokens[num_kept:])
+
+    def propose(self, num_tokens: int) -> IntArray:
+        """At most `num_tokens` tokens that followed the earliest earlier match; empty without one.
+
+        With tokens 1 2 3 4 1 2 3, max_n 4 and min_n 1, the 3-gram 1 2 3 occurred first at the start, so 4 1 2 3 is
+        proposed.
+        """
+        length = len(self._tokens)
+        for n in range(min(self._max_n, length), self._min_n - 1, -1):
+            end = self._first_end[tuple(self._tokens[length - n :])]
+            if end < length:
+                return np.array(self._tokens[end : end + num_tokens], np.int64)
+        return np.empty(0, np.int64)
+
+
+class NgramDrafter:
+    """Drafts without a model: what followed the last few tokens where they occurred first."""
+
+    def __init__(self, max_n: int, min_n: int) -> None:
+        self._max_n = max_n
+        self._min_n = min_n
+        self._indexes: dict[int, NgramIndex] = {}
+
+    def propose(self, slot: int, tokens: IntArray, num_tokens: int) -> IntArray:
+        index = self._indexes.get(slot)
+        if index is None:
+            index = self._indexes[slot] = NgramIndex(self._max_n, self._min_n)
+        index.sync(tokens, len(index))
+        return index.propose(num_tokens)
+
+    def release(self, slot: int) -> None:
+        self._indexes.pop(slot, None)

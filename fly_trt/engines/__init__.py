@@ -1,0 +1,29 @@
+"""Engines: one protocol, one module for each library that can run a built graph."""
+
+from pathlib import Path
+
+from fly_trt.engines.base import Engine, EngineInfo, Step
+from fly_trt.errors import EngineError
+from fly_trt.manifest import Manifest, ModelEngine
+
+__all__ = ["Engine", "EngineInfo", "Step", "load_engine"]
+
+
+def load_engine(
+    directory: Path, manifest: Manifest, model: ModelEngine, *, num_slots: int, num_threads: int | None = None
+) -> Engine:
+    """Loads the target or the draft of an engine directory with the library that it was built for."""
+    if manifest.backend != "onnxruntime":
+        raise EngineError(
+            f"{directory}: built for backend {manifest.backend!r}, this version runs 'onnxruntime': "
+            "rebuild with --backend onnxruntime"
+        )
+    from fly_trt.engines.onnxruntime import OnnxRuntimeEngine
+
+    info = EngineInfo(
+        **manifest.limits.model_dump(),
+        vocab_size=model.vocab_size,
+        entropy_top_k=manifest.head.entropy_top_k,
+        stop_token_ids=frozenset(manifest.head.stop_token_ids),
+    )
+    return OnnxRuntimeEngine(directory / model.model, model, info, num_slots=num_slots, num_threads=num_threads)

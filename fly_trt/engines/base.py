@@ -1,0 +1,116 @@
+"""The engine contract: one decoder step with an in-place KV cache and the verification head.
+
+Row b of a step holds `[c context tokens][n draft tokens][padding]`: context tokens are committed tokens that the cache
+does not hold yet, draft tokens are proposals to verify. Rewinding a sequence is only a smaller write index. An engine
+knows slots and tokens; it knows nothing of requests, text or drafters.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptancePolicy:
+    """Which draft tokens of a row stand, as four inputs of the engine, so that one target engine serves every policy.
+
+    A mismatching draft token j of n is loosened iff the gate's entropy at j is >= `entropy_threshold` (nats), draft
+    and target agree on the `lookahead` tokens after j, and j + max(window, lookahead) < n.
+
+    The gate is the entropy of the `k` largest probabilities, not renormalised, or with `use_full_entropy` that of the
+    whole vocabulary. A threshold of +inf means exact match.
+    """
+
+    entropy_threshold: float
+    use_full_entropy: bool
+    window: int
+    lookahead: int
+
+
+EXACT = AcceptancePolicy(entropy_threshold=math.inf, use_full_entropy=False, window=0, lookahead=0)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine can do: sizes in rows, tokens and vocabulary entries, and the head's constants."""
+
+    max_batch_size: int
+    max_seq_len: int
+    max_draft_len: int
+    max_num_tokens: int
+    vocab_size: int
+    entropy_top_k: int
+    stop_token_ids: frozenset[int]
+
+
+@dataclass(slots=True)
+class Step:
+    """The buffers of one step shape: B consecutive slots of T tokens. Callers fill the inputs, `Engine.run` fills the
+    outputs, and both stay valid until the same shape runs again.
+
+    Inputs: input_ids int64 [B, T]; write_indices, num_context, num_draft, window, lookahead int64 [B];
+    entropy_threshold float32 [B] in nats; use_full_entropy bool [B].
+    Outputs: num_accepted, next_token int64 [B]; argmax int64 [B, T]; the others float32 [B, T], in nats; logits
+    float32 [B, T, V], or None unless asked for.
+    """
+
+    first_slot: int
+    input_ids: IntArray
+    write_indices: IntArray
+    num_context: IntArray
+    num_draft: IntArray
+    entropy_threshold: FloatArray
+    use_full_entropy: npt.NDArray[np.bool_]
+    window: IntArray
+    lookahead: IntArray
+    num_accepted: IntArray
+    next_token: IntArray
+    argmax: IntArray
+    entropy: FloatArray
+    entropy_topk: FloatArray
+    argmax_logprob: FloatArray
+    token_logprob: FloatArray
+    logits: FloatArray | None
+    binding: Any = None
+
+    def set_row(
+        self, row: int, cached: int, context: IntArray, draft: IntArray | None = None, policy: AcceptancePolicy = EXACT
+    ) -> None:
+        """Fills row `row`: `cached` tokens lie in the slot, `context` [c] and `draft` [n] are to be processed."""
+        num_context, num_draft = len(context), 0 if draft is None else len(draft)
+        ids = self.input_ids[row]
+        ids[:num_context] = context
+        if draft is not None:
+            ids[num_context : num_context + num_draft] = draft
+        ids[num_context + num_draft :] = 0
+        self.write_indices[row] = cached
+        self.num_context[row] = num_context
+        self.num_draft[row] = num_draft
+        self.entropy_threshold[row] = policy.entropy_threshold
+        self.use_full_entropy[row] = policy.use_full_entropy
+        self.window[row] = policy.window
+        self.lookahead[row] = policy.lookahead
+
+
+class Engine(Protocol):
+    """A target or a draft model. Not thread-safe: one loop owns it."""
+
+    info: EngineInfo
+
+    def step(self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False) -> Step:
+        """The buffers for slots first_slot .. first_slot + batch_size - 1 and T = num_tokens; made once per shape."""
+        ...
+
+    def run(self, step: Step) -> None:
+        """Runs the step and waits for its outputs. Grows the KV cache when a row would outgrow it."""
+        ...
+
+    def close(self) -> None:
+        """Releases sessions and caches. The engine must not be used afterwards."""
+        ...

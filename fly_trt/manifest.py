@@ -1,0 +1,149 @@
+"""The engine directory and its manifest `fly.json`: what was built, from what, with which limits.
+
+fly-build writes it, every engine reads it. It knows files, sizes and hashes, and nothing about models or backends.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fly_trt.errors import EngineError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "fly.json"
+HASH_BLOCK_BYTES = 1 << 22
+
+Backend = Literal["onnxruntime", "tensorrt", "tensorrt-llm"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+Quantization = Literal["none", "int8", "int4"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Limits(_Record):
+    """Sizes that the engines were built for, in rows, tokens per sequence, draft tokens per step, tokens per step."""
+
+    max_batch_size: int = Field(gt=0)
+    max_seq_len: int = Field(gt=0)
+    max_draft_len: int = Field(ge=0)
+    max_num_tokens: int = Field(gt=0)
+
+
+class Head(_Record):
+    """What the verification head computes. Stop tokens are never loosened."""
+
+    entropy_top_k: int = Field(gt=0)
+    stop_token_ids: list[int]
+
+
+class Source(_Record):
+    """The checkpoint that an engine was built from."""
+
+    checkpoint: str
+    revision: str | None = None
+    architecture: str
+    num_parameters: int
+
+
+class ModelEngine(_Record):
+    """One decoder graph. `dtype` is the type of the stored weights, `kv_cache_dtype` that of the cache tensors."""
+
+    model: str
+    source: Source
+    vocab_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    dtype: Dtype
+    quantization: Quantization
+    kv_cache_dtype: Dtype
+
+    def kv_bytes_per_token(self) -> int:
+        width = 4 if self.kv_cache_dtype == "float32" else 2
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * width
+
+
+class File(_Record):
+    size: int
+    sha256: str
+
+
+class Manifest(_Record):
+    """`fly.json`. `speculative` holds the recipe's defaults for SpeculativeConfig."""
+
+    schema_version: int
+    backend: Backend
+    name: str
+    fly_trt_version: str
+    library_versions: dict[str, str]
+    limits: Limits
+    head: Head
+    tokenizer_vocab_size: int
+    speculative: dict[str, Any]
+    target: ModelEngine
+    draft: ModelEngine | None
+    files: dict[str, File]
+
+
+def hash_file(path: Path) -> File:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK_BYTES):
+            digest.update(block)
+    return File(size=path.stat().st_size, sha256=digest.hexdigest())
+
+
+def hash_directory(directory: Path) -> dict[str, File]:
+    """Size and sha256 of every file below `directory` but the manifest, by relative POSIX path."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
+    return {path.relative_to(directory).as_posix(): hash_file(path) for path in paths}
+
+
+def write_manifest(manifest: Manifest, directory: Path) -> None:
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2)
+    (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(directory: Path, *, verify_hashes: bool = False) -> Manifest:
+    """Reads and checks `directory`/fly.json and the presence and size of every file that it lists.
+
+    Raises EngineError when the directory is missing, not an engine, truncated, or of another schema version; with
+    `verify_hashes` also when the content of a file changed.
+    """
+    path = directory / MANIFEST_NAME
+    if not directory.is_dir():
+        raise EngineError(f"{directory}: no such engine directory: build one with fly-build -o {directory}")
+    if not path.is_file():
+        raise EngineError(f"{directory}: not an engine directory, it has no {MANIFEST_NAME}: build one with fly-build")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["schema_version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise EngineError(f"{path}: not a readable manifest ({error}): rebuild the engine with fly-build") from None
+    if version != SCHEMA_VERSION:
+        fix = "upgrade fly-trt" if isinstance(version, int) and version > SCHEMA_VERSION else "rebuild with fly-build"
+        raise EngineError(f"{path}: schema version {version}, this fly-trt reads version {SCHEMA_VERSION}: {fix}")
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise EngineError(f"{path}: field {field}: {first['msg']}: rebuild the engine with fly-build") from None
+    for name, expected in manifest.files.items():
+        _check_file(directory / name, expected, verify_hashes)
+    return manifest
+
+
+def _check_file(path: Path, expected: File, verify_hash: bool) -> None:
+    if not path.is_file():
+        raise EngineError(f"{path}: file is missing: copy the whole engine directory or rebuild it with fly-build")
+    size = path.stat().st_size
+    if size != expected.size:
+        raise EngineError(f"{path}: {size} bytes, the manifest says {expected.size}: truncated, copy it again or rebuild")
+    if verify_hash and hash_file(path).sha256 != expected.sha256:
+        raise EngineError(f"{path}: content differs from the manifest's sha256: copy it again or rebuild")

@@ -1,0 +1,190 @@
+"""What a caller may ask for: SamplingParams per request, SpeculativeConfig per engine, AcceptanceParams for both.
+
+Names follow vLLM. The same fields stand in recipe YAML, on the command line and in Python. Unknown names and values
+that this version cannot honour are refused; nothing is ignored.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from fly_trt.engines.base import EXACT, AcceptancePolicy
+from fly_trt.errors import ConfigError, RequestError
+from fly_trt.verification import PRESETS, fly_policy
+
+Method = Literal["multi_level", "draft_model", "ngram"]
+METHODS = ("multi_level", "draft_model", "ngram")
+ACCEPTANCES = ("fly", "exact")
+DEFAULT_MAX_TOKENS = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AcceptanceParams:
+    """Which draft tokens stand. Every field None means: as the engine was configured.
+
+    acceptance: "fly" (loose) or "exact" (lossless). preset: "reference" (the authors' code), "paper" or "vllm".
+    fly_entropy_threshold: in nats; under preset "paper" a fraction of ln(vocabulary size). fly_window_size: tokens.
+    fly_entropy_top_k: probabilities that the gate looks at; fixed when the engine is built.
+    """
+
+    acceptance: Literal["fly", "exact"] | None = None
+    preset: Literal["reference", "paper", "vllm"] | None = None
+    fly_window_size: int | None = None
+    fly_entropy_threshold: float | None = None
+    fly_entropy_top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("acceptance", self.acceptance, (None, *ACCEPTANCES))
+        _check_choice("preset", self.preset, (None, *PRESETS))
+        _check_at_least("fly_window_size", self.fly_window_size, 0)
+        _check_at_least("fly_entropy_top_k", self.fly_entropy_top_k, 1)
+        threshold = self.fly_entropy_threshold
+        if threshold is not None and (math.isnan(threshold) or threshold < 0):
+            raise ConfigError(f"fly_entropy_threshold {threshold}: expected a number >= 0")
+
+    def over(self, defaults: "AcceptanceParams") -> "AcceptanceParams":
+        """These settings where given, `defaults` elsewhere. Another preset resets the defaults' window and threshold."""
+        changes_preset = self.preset is not None and self.preset != defaults.preset
+        base = AcceptanceParams(acceptance=defaults.acceptance) if changes_preset else defaults
+        names = [f.name for f in dataclasses.fields(AcceptanceParams)]
+        given = {name: getattr(self, name) for name in names}
+        return AcceptanceParams(**{n: getattr(base, n) if v is None else v for n, v in given.items()})
+
+    def policy(self, vocab_size: int, entropy_top_k: int) -> AcceptancePolicy:
+        """The numbers for the engine. Raises ConfigError when the engine's gate looks at another number of tokens."""
+        if self.acceptance == "exact":
+            return EXACT
+        if self.fly_entropy_top_k not in (None, entropy_top_k):
+            raise ConfigError(
+                f"fly_entropy_top_k {self.fly_entropy_top_k}: the engine was built for {entropy_top_k}: "
+                f"rebuild with --entropy-top-k {self.fly_entropy_top_k}"
+            )
+        return fly_policy(
+            self.preset or "reference",
+            vocab_size,
+            entropy_threshold=self.fly_entropy_threshold,
+            window=self.fly_window_size,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeculativeConfig:
+    """How draft tokens are made, and by default accepted.
+
+    method: "multi_level" (draft model that is itself accelerated by n-gram lookup), "draft_model", "ngram" (no draft
+    model), or None for plain decoding. num_speculative_tokens: draft tokens per verification step.
+    prompt_lookup_max and _min: longest and shortest n-gram to match; prompt_lookup_num_tokens: tokens that a match
+    proposes to the draft model under "multi_level" (under "ngram" it proposes up to num_speculative_tokens).
+    """
+
+    method: Method | None = "multi_level"
+    num_speculative_tokens: int = 15
+    prompt_lookup_max: int = 4
+    prompt_lookup_min: int = 1
+    prompt_lookup_num_tokens: int = 6
+    acceptance: Literal["fly", "exact"] = "fly"
+    preset: Literal["reference", "paper", "vllm"] = "reference"
+    fly_window_size: int | None = None
+    fly_entropy_threshold: float | None = None
+    fly_entropy_top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, (None, *METHODS))
+        _check_choice("acceptance", self.acceptance, ACCEPTANCES)
+        _check_choice("preset", self.preset, tuple(PRESETS))
+        for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_num_tokens"):
+            _check_at_least(name, getattr(self, name), 1)
+        _check_at_least("prompt_lookup_max", self.prompt_lookup_max, self.prompt_lookup_min)
+        self.acceptance_params()
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> Self:
+        """From YAML or the manifest. Raises ConfigError on an unknown field."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = settings.keys() - set(known)
+        if unknown:
+            raise ConfigError(f"speculative: unknown field {sorted(unknown)[0]!r}: expected one of {', '.join(known)}")
+        return cls(**settings)
+
+    def acceptance_params(self) -> AcceptanceParams:
+        names = [f.name for f in dataclasses.fields(AcceptanceParams)]
+        return AcceptanceParams(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """One request's decoding settings. This version decodes greedily: temperature must be 0.
+
+    max_tokens: output tokens at most, exactly kept; None means up to the engine's max_seq_len. stop: strings that end the
+    text; it is cut before the string unless include_stop_str_in_output. stop_token_ids: tokens that end the sequence
+    besides the model's own. ignore_eos: the model's own end tokens do not end it. acceptance: overrides the engine's
+    SpeculativeConfig for this request.
+    """
+
+    temperature: float = 0.0
+    max_tokens: int | None = DEFAULT_MAX_TOKENS
+    min_tokens: int = 0
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    n: int = 1
+    seed: int | None = None
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] | None = None
+    bad_words: Sequence[str] | None = None
+    acceptance: AcceptanceParams | None = None
+    stop_strings: tuple[str, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop_strings", stop)
+        if any(not isinstance(string, str) or not string for string in stop):
+            raise RequestError(f"stop {self.stop!r}: expected non-empty strings")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise RequestError(f"max_tokens {self.max_tokens}: expected at least 1")
+        if math.isnan(self.temperature) or self.temperature < 0:
+            raise RequestError(f"temperature {self.temperature}: expected 0 (greedy)")
+        self._refuse_unsupported()
+
+    def _refuse_unsupported(self) -> None:
+        """Sampling comes with the batching runtime; until then a value that would change the text is an error."""
+        neutral = {
+            "temperature": (0,),
+            "min_tokens": (0,),
+            "n": (1,),
+            "top_p": (1,),
+            "top_k": (0, -1),
+            "min_p": (0,),
+            "presence_penalty": (0,),
+            "frequency_penalty": (0,),
+            "repetition_penalty": (1,),
+            "logprobs": (None,),
+            "prompt_logprobs": (None,),
+            "logit_bias": (None, {}),
+            "bad_words": (None, (), []),
+        }
+        for name, values in neutral.items():
+            value = getattr(self, name)
+            if value not in values:
+                raise RequestError(f"{name} {value!r}: this version decodes greedily, leave it at {values[0]!r}")
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} {value!r}: expected one of {', '.join(str(choice) for choice in choices)}")
+
+
+def _check_at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        raise ConfigError(f"{name} {value!r}: expected a whole number, at least {least}")

@@ -1,0 +1,1 @@
+"""The runtime: requests, their slots, and the loop that serves them."""
