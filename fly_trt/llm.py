@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict
@@ -35,8 +35,8 @@ class LLM:
         with LLM("engines/pair") as llm:
             print(llm.generate("### Instruction:\\n...")[0].outputs[0].text)
 
-    speculative_config: None means the engine directory's defaults; SpeculativeConfig(method=None) decodes without
-    drafts. num_threads: CPU threads, shared by all engines of the process; None means all cores. verify_hashes: check
+    speculative_config: None means the engine directory's defaults, a dict changes some of them, a SpeculativeConfig
+    replaces them; method None decodes without drafts. num_threads: CPU threads, shared by all engines of the process; None means all cores. verify_hashes: check
     every file against the manifest's sha256 first. Raises EngineError for a directory that cannot be used and
     ConfigError for settings that do not fit it. One thread may use an LLM at a time.
     """
@@ -45,13 +45,15 @@ class LLM:
         self,
         engine_dir: str | os.PathLike[str],
         *,
-        speculative_config: SpeculativeConfig | None = None,
+        speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
         num_threads: int | None = None,
         verify_hashes: bool = False,
     ) -> None:
         directory = Path(engine_dir).expanduser()
         self.manifest: Manifest = read_manifest(directory, verify_hashes=verify_hashes)
-        self.speculative_config = speculative_config or default_speculative_config(self.manifest)
+        if not isinstance(speculative_config, SpeculativeConfig):
+            speculative_config = resolve_speculative_config(self.manifest, speculative_config or {})
+        self.speculative_config: SpeculativeConfig = speculative_config
         self._check_config()
         self.tokenizer = load_tokenizer(directory)
         self._engines: list[Engine] = []
@@ -212,14 +214,15 @@ class LLM:
         return [int(token) for token in array]
 
 
-def default_speculative_config(manifest: Manifest) -> SpeculativeConfig:
-    """The manifest's defaults; n-gram lookup where there is no draft model, at most max_draft_len draft tokens."""
+def resolve_speculative_config(manifest: Manifest, overrides: Mapping[str, Any]) -> SpeculativeConfig:
+    """The engine's defaults with `overrides` on top. Without a draft model the default is n-gram lookup, and the default
+    number of draft tokens is at most the engine's max_draft_len."""
+    limit = manifest.limits.max_draft_len
     settings = dict(manifest.speculative)
     if manifest.draft is None and settings.get("method", "multi_level") in ("multi_level", "draft_model"):
         settings["method"] = "ngram"
-    limit = manifest.limits.max_draft_len
     if limit == 0:
         settings["method"] = None
-    elif settings.get("num_speculative_tokens", SpeculativeConfig().num_speculative_tokens) > limit:
-        settings["num_speculative_tokens"] = limit
-    return SpeculativeConfig.from_dict(settings)
+    wanted = settings.get("num_speculative_tokens", SpeculativeConfig().num_speculative_tokens)
+    settings["num_speculative_tokens"] = max(1, min(wanted, limit))
+    return SpeculativeConfig.from_dict(settings | dict(overrides))

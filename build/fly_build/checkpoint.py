@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
@@ -81,10 +83,15 @@ class Checkpoint:
         address space and no memory. Buffers such as rotary frequencies are real."""
         # Of transformers' ways to run a mixture of experts, the one that has an ONNX form.
         experts = {"experts_implementation": "batched_mm"} if self.is_mixture_of_experts else {}
-        with no_init_weights():
-            model = AutoModelForCausalLM.from_config(
-                self.config, dtype=torch.float32, attn_implementation=ATTENTION_NAME, **experts
-            )
+        try:
+            with no_init_weights():
+                model = AutoModelForCausalLM.from_config(
+                    self.config, dtype=torch.float32, attn_implementation=ATTENTION_NAME, **experts
+                )
+        except (KeyError, ValueError, TypeError) as error:  # such as an unknown rope type or activation
+            raise CheckpointError(
+                f"{self.name}: transformers cannot make the model of this config.json: {_first_line(error)}"
+            ) from None
         model.tie_weights()
         return model.eval().requires_grad_(False)
 
@@ -93,18 +100,25 @@ class Checkpoint:
         return sum(parameter.numel() for parameter in self.empty_model.parameters())
 
     def load_weights(self) -> dict[str, torch.Tensor]:
-        """All parameters in the checkpoint's own dtype, by the names of the transformers model."""
+        """All parameters in the checkpoint's own dtype, by the names of the transformers model.
+
+        Raises CheckpointError also when a tensor is missing, which transformers would fill with random values.
+        """
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.name, revision=self.revision, dtype="auto", use_safetensors=True
+            model, info = AutoModelForCausalLM.from_pretrained(
+                self.name, revision=self.revision, dtype="auto", use_safetensors=True, output_loading_info=True
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{self.name}: the weights do not load: {_first_line(error)}") from None
+        if missing := sorted(info["missing_keys"]):
+            raise CheckpointError(
+                f"{self.name}: {len(missing)} missing tensors, the first is {missing[0]}: download it again"
+            )
         return dict(model.state_dict())
 
     def load_tokenizer(self) -> PreTrainedTokenizerFast:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision)
+            tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.name}: no tokenizer: {_first_line(error)}") from None
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -114,7 +128,9 @@ class Checkpoint:
     def load_generation_config(self) -> GenerationConfig:
         try:
             return GenerationConfig.from_pretrained(self.name, revision=self.revision)
-        except OSError:
+        except OSError as error:
+            if (Path(self.name) / "generation_config.json").is_file():
+                raise CheckpointError(f"{self.name}: no usable generation_config.json: {_first_line(error)}") from None
             return GenerationConfig.from_model_config(self.config)
 
 
@@ -124,8 +140,11 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     if looks_local and not Path(name).expanduser().is_dir():
         raise CheckpointError(f"{name}: no such folder: give a checkpoint folder or a hub id such as org/model")
     try:
-        config = AutoConfig.from_pretrained(str(Path(name).expanduser()) if looks_local else name, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+        # Without trust_remote_code=False transformers asks on the terminal whether to run a repository's own code.
+        config = AutoConfig.from_pretrained(
+            str(Path(name).expanduser()) if looks_local else name, revision=revision, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(f"{name}: no usable config.json: {_first_line(error)}") from None
     reason = refusal(config)
     if reason:
@@ -144,7 +163,8 @@ def refusal(config: Any) -> str | None:
         return f"{model_type} is an encoder-decoder model, only decoders can be built"
     if config.get_text_config() is not config or getattr(config, "vision_config", None) is not None:
         return f"{model_type} is a multimodal model: build its text decoder, saved as a checkpoint of its own"
-    if any(word in words for word in STATE_SPACE_WORDS) or hasattr(config, "state_size"):
+    has_state_fields = any(name == "state_size" or name.startswith("mamba_") for name in config.to_dict())
+    if has_state_fields or any(word in words for word in STATE_SPACE_WORDS):
         return f"{model_type} keeps a recurrent (state-space) state that cannot be rewound after a rejected draft"
     if model_type in ALIBI_MODEL_TYPES or getattr(config, "alibi", False):
         return f"{model_type} biases attention by distance (ALiBi), which ONNX Attention has no input for"

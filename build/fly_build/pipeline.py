@@ -19,6 +19,7 @@ from fly_build.recipe import Recipe
 from fly_build.weights import WeightWriter
 from fly_trt.errors import ConfigError
 from fly_trt.manifest import (
+    MANIFEST_NAME,
     SCHEMA_VERSION,
     Head,
     Limits,
@@ -74,6 +75,8 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
         raise ConfigError(f"backend {recipe.backend!r} cannot be built by this version: use --backend onnxruntime")
     if output.exists() and not overwrite:
         raise ConfigError(f"{output}: already exists: choose another -o or pass --overwrite")
+    if output.exists() and not (output / MANIFEST_NAME).is_file():
+        raise ConfigError(f"{output}: not an engine directory, so --overwrite does not replace it: choose another -o")
     target = open_checkpoint(recipe.target.checkpoint, recipe.target.revision)
     checkpoints = {"target": target}
     if recipe.draft is not None:
@@ -88,6 +91,9 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
     )
     if limits.max_seq_len > longest:
         raise ConfigError(f"max_seq_len {limits.max_seq_len}: the checkpoints support {longest}: use --max-seq-len {longest}")
+    smallest = min(checkpoint.config.vocab_size for checkpoint in checkpoints.values())
+    if recipe.entropy_top_k > smallest:
+        raise ConfigError(f"entropy_top_k {recipe.entropy_top_k}: the vocabulary has {smallest} tokens: use 3")
     head = Head(entropy_top_k=recipe.entropy_top_k, stop_token_ids=stop_token_ids(target))
     models = [ModelPlan(folder, checkpoint, _engine(folder, checkpoint, recipe)) for folder, checkpoint in checkpoints.items()]
     return Plan(recipe, output, limits, head, models)
@@ -197,6 +203,10 @@ def _move_into_place(workspace: Path, output: Path) -> None:
         os.rename(workspace, output)
         return
     replaced = Path(tempfile.mkdtemp(prefix=f".{output.name}.replaced-", dir=output.parent))
-    os.rename(output, replaced / output.name)
-    os.rename(workspace, output)
-    shutil.rmtree(replaced)
+    try:
+        os.rename(output, replaced / output.name)
+        os.rename(workspace, output)
+    finally:
+        if not output.exists():
+            os.rename(replaced / output.name, output)
+        shutil.rmtree(replaced)

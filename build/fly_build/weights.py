@@ -146,11 +146,8 @@ class WeightWriter:
         old, new = linear.matmul.outputs[0], nodes[-1].outputs[0]
         new.shape, new.type = old.shape, old.type
         self.graph.insert_before(linear.matmul, nodes)
-        ir.convenience.replace_all_uses_with(old, new)
-        for index, output in enumerate(self.graph.outputs):
-            if output is old:
-                new.name = old.name
-                self.graph.outputs[index] = new
+        new.name = old.name
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         self.graph.remove([linear.matmul, linear.transpose], safe=True)
 
     def _cast_before(self, node: ir.Node, value: ir.Value) -> ir.Value:

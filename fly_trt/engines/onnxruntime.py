@@ -46,14 +46,28 @@ class _ThreadPool:
     num_threads: int | None = None
 
     @classmethod
-    def size(cls, num_threads: int | None) -> int:
+    def size(cls, num_threads: int | None) -> None:
         if cls.num_threads is None:
-            wanted = num_threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            cls.num_threads = wanted or 1
+            cls.num_threads = num_threads or _available_cores()
             ort.set_global_thread_pool_sizes(cls.num_threads, 1)
         elif num_threads and num_threads != cls.num_threads:
             logger.warning("num_threads %d ignored: this process already runs %d", num_threads, cls.num_threads)
-        return cls.num_threads
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make_session(model: str | bytes, num_threads: int | None = None) -> ort.InferenceSession:
+    """A CPU session for a model file or a serialized model, on the thread pool that all sessions of the process share.
+
+    From the first call on, ONNX Runtime refuses sessions of this process that want threads of their own: give them
+    SessionOptions.use_per_session_threads = False.
+    """
+    _ThreadPool.size(num_threads)
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 class OnnxRuntimeEngine:
@@ -68,12 +82,8 @@ class OnnxRuntimeEngine:
         self._capacity = 0
         self._caches: list[np.ndarray] = []
         self._steps: OrderedDict[tuple[int, int, int, bool], Step] = OrderedDict()
-        _ThreadPool.size(num_threads)
-        options = ort.SessionOptions()
-        options.use_per_session_threads = False
-        options.log_severity_level = 3
         try:
-            self._session = ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
+            self._session = make_session(str(model_path), num_threads)
         except Exception as error:  # ONNX Runtime raises a class of its own for each status code
             reason = " ".join(str(error).split())
             raise EngineError(f"{model_path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from None

@@ -1,0 +1,88 @@
+"""fly-generate as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from eval_checks import load_eval_prompts
+from fly_trt.cli.generate import main
+
+PROMPT = load_eval_prompts()[0]["prompt"]
+
+
+def run(*arguments: str, text: str | None = None) -> Result:
+    return CliRunner().invoke(main, list(arguments), input=text)
+
+
+def test_it_streams_the_text_and_sums_up_in_one_line(demo_engine: Path) -> None:
+    result = run(str(demo_engine), PROMPT)
+    assert result.exit_code == 0
+    assert "#### 19" in result.stdout
+    (summary,) = result.stderr.strip().splitlines()
+    for word in ("tokens/s", "mean acceptance length", "loosened tokens", "finish reason stop"):
+        assert word in summary
+
+
+def test_prompts_come_from_arguments_escapes_files_and_standard_input(demo_engine: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT)
+    want = run(str(demo_engine), PROMPT).stdout
+    assert run(str(demo_engine), PROMPT.replace("\n", "\\n"), "--escape").stdout == want
+    assert run(str(demo_engine), "--file", str(file)).stdout == want
+    assert run(str(demo_engine), "-", text=PROMPT).stdout == want
+
+
+def test_json_holds_tokens_and_metrics(demo_engine: Path) -> None:
+    record = json.loads(run(str(demo_engine), PROMPT, "--json", "--acceptance", "exact").stdout)
+    plain = json.loads(run(str(demo_engine), PROMPT, "--json", "--method", "none").stdout)
+    assert record["token_ids"] == plain["token_ids"]
+    assert record["metrics"]["num_loosened_tokens"] == 0
+    assert record["metrics"]["mean_acceptance_length"] > 5
+    assert plain["metrics"]["num_spec_steps"] == 0
+
+
+def test_a_stop_text_and_a_token_limit_are_honoured(demo_engine: Path) -> None:
+    assert "####" not in run(str(demo_engine), PROMPT, "--stop", "####").stdout
+    assert len(json.loads(run(str(demo_engine), PROMPT, "--json", "--max-tokens", "3").stdout)["token_ids"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{engine}"], "give either PROMPT or --file"),
+        (["{engine}", ""], "the prompt is empty"),
+        (["{engine}", "x", "--max-tokens", "0"], "max_tokens 0"),
+        (["{engine}", "x", "--temperature", "0.5"], "temperature 0.5"),
+        (["{engine}", "x", "--num-speculative-tokens", "99"], "rebuild with --max-draft-len 99"),
+        (["{engine}", "a b " * 3000], "max_seq_len is 2048"),
+        (["{engine}/target", "x"], "not an engine directory"),
+        (["nowhere", "x"], "nowhere: no such engine directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(demo_engine: Path, arguments: list[str], message: str) -> None:
+    result = run(*(argument.format(engine=demo_engine) for argument in arguments))
+    assert result.exit_code == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("fly-generate: ")
+    assert message in line
+
+
+def test_an_unknown_option_value_is_exit_code_2(demo_engine: Path) -> None:
+    assert run(str(demo_engine), "x", "--preset", "strict").exit_code == 2
+
+
+def test_help_has_examples() -> None:
+    assert "Examples:" in run("--help").stdout
+
+
+def test_the_runtime_needs_neither_torch_nor_transformers(demo_engine: Path) -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'onnx', 'onnxscript', 'fly_build']));"
+        "from fly_trt.cli.generate import main; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(demo_engine), PROMPT], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "#### 19" in result.stdout

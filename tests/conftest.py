@@ -1,0 +1,35 @@
+"""Engines of the demo pair, built once for all tests that need real ones."""
+
+from pathlib import Path
+
+import pytest
+
+ASSETS = Path(__file__).parent / "assets"
+PAIR = ASSETS / "pair"
+
+
+def _build(output: Path, **flags: object) -> Path:
+    from fly_build.pipeline import build, make_plan
+    from fly_build.recipe import load_recipe
+
+    recipe = load_recipe(None, {"target": str(PAIR / "target"), "max_seq_len": 2048, **flags})
+    build(make_plan(recipe, output), lambda step, fraction: None)
+    return output
+
+
+@pytest.fixture(scope="session")
+def demo_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo pair in float32."""
+    return _build(tmp_path_factory.mktemp("engines") / "demo", draft=str(PAIR / "draft"))
+
+
+@pytest.fixture(scope="session")
+def weak_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo target with a draft that is right 10 % of the time, in float32."""
+    return _build(tmp_path_factory.mktemp("engines") / "weak", draft=str(PAIR / "draft_weak"))
+
+
+@pytest.fixture(scope="session")
+def target_only_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo target without a draft, in int8."""
+    return _build(tmp_path_factory.mktemp("engines") / "target", quantization="int8")

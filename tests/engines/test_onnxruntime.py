@@ -1,0 +1,140 @@
+"""The ONNX Runtime engine on the demo pair: the contract's promises about the cache."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fly_trt.engines import Engine, load_engine
+from fly_trt.engines.base import Step
+from fly_trt.engines.onnxruntime import CACHE_BLOCK_TOKENS
+from fly_trt.errors import EngineError
+from fly_trt.manifest import Manifest, read_manifest
+
+TOKENS = np.random.default_rng(0).integers(2, 880, 64)
+
+
+@pytest.fixture(scope="module")
+def manifest(demo_engine: Path) -> Manifest:
+    return read_manifest(demo_engine)
+
+
+@pytest.fixture
+def engine(demo_engine: Path, manifest: Manifest) -> Engine:
+    return load_engine(demo_engine, manifest, manifest.target, num_slots=3)
+
+
+def run(engine: Engine, cached: int, tokens: np.ndarray, slot: int = 0) -> Step:
+    step = engine.step(slot, 1, len(tokens), with_logits=True)
+    step.set_row(0, cached, tokens)
+    engine.run(step)
+    return step
+
+
+def logits(engine: Engine, cached: int, tokens: np.ndarray, slot: int = 0) -> np.ndarray:
+    return run(engine, cached, tokens, slot).logits[0].copy()
+
+
+def test_chunks_give_the_logits_of_the_whole(engine: Engine) -> None:
+    whole = logits(engine, 0, TOKENS)
+    parts = [logits(engine, at, TOKENS[at : at + 16]) for at in range(0, 64, 16)]
+    np.testing.assert_allclose(np.concatenate(parts), whole, atol=1e-4)
+
+
+def test_a_rewind_forgets_what_came_after(engine: Engine) -> None:
+    logits(engine, 0, TOKENS[:20])
+    logits(engine, 20, TOKENS[40:60])
+    np.testing.assert_allclose(logits(engine, 20, TOKENS[20:40]), logits(engine, 0, TOKENS)[20:40], atol=1e-4)
+
+
+def test_slots_are_independent(engine: Engine) -> None:
+    alone = logits(engine, 0, TOKENS[:20], slot=1)
+    logits(engine, 0, TOKENS[20:40], slot=0)
+    logits(engine, 0, TOKENS[40:60], slot=2)
+    np.testing.assert_allclose(
+        logits(engine, 20, TOKENS[20:30], slot=1), logits(engine, 0, TOKENS[:30], slot=0)[20:], atol=1e-4
+    )
+    np.testing.assert_allclose(logits(engine, 0, TOKENS[:20], slot=1), alone, atol=0)
+
+
+def test_rows_of_a_batch_give_what_they_give_alone(engine: Engine) -> None:
+    alone = [logits(engine, 0, TOKENS[at : at + 8], slot=at // 8) for at in (0, 8, 16)]
+    step = engine.step(0, 3, 8, with_logits=True)
+    for row in range(3):
+        step.set_row(row, 0, TOKENS[8 * row : 8 * row + 8])
+    engine.run(step)
+    np.testing.assert_allclose(step.logits, np.stack(alone), atol=1e-4)
+
+
+def test_the_cache_grows_in_blocks_and_keeps_what_it_holds(engine: Engine) -> None:
+    long = np.resize(TOKENS, 3 * CACHE_BLOCK_TOKENS)
+    whole = logits(engine, 0, long)
+    fresh = [logits(engine, at, long[at : at + 64], slot=1) for at in range(0, len(long), 64)]
+    np.testing.assert_allclose(np.concatenate(fresh), whole, atol=1e-3)
+
+
+def test_the_cache_is_updated_in_place(engine: Engine, capfd: pytest.CaptureFixture[str]) -> None:
+    for at in range(0, 64, 16):
+        run(engine, at, TOKENS[at : at + 16])
+    run(engine, 0, np.resize(TOKENS, CACHE_BLOCK_TOKENS + 1))
+    captured = capfd.readouterr()
+    assert "in-place" not in captured.out + captured.err
+
+
+def test_logits_leave_the_engine_only_when_asked_for(engine: Engine) -> None:
+    step = engine.step(0, 1, 4)
+    step.set_row(0, 0, TOKENS[:4])
+    engine.run(step)
+    assert step.logits is None
+    assert step.argmax[0].tolist() == logits(engine, 0, TOKENS[:4]).argmax(-1).tolist()
+
+
+def test_the_draft_of_a_row_is_verified_in_the_engine(engine: Engine) -> None:
+    prompt = TOKENS[:10]
+    greedy = []
+    for _ in range(6):
+        context = np.concatenate([prompt, greedy]).astype(np.int64)
+        greedy.append(int(run(engine, 0, context).next_token[0]))
+    draft = np.array(greedy[:5])
+    step = engine.step(0, 1, 15)
+    step.set_row(0, 0, prompt, draft)
+    engine.run(step)
+    assert (int(step.num_accepted[0]), int(step.next_token[0])) == (5, greedy[5])
+    draft[2] += 1
+    step.set_row(0, 0, prompt, draft)
+    engine.run(step)
+    assert (int(step.num_accepted[0]), int(step.next_token[0])) == (2, greedy[2])
+
+
+def test_a_slot_that_does_not_exist_is_refused(engine: Engine) -> None:
+    with pytest.raises(EngineError, match="slots 2 to 3: the engine has 3"):
+        engine.step(2, 2, 1)
+
+
+def test_a_file_that_is_no_graph_is_named(demo_engine: Path, manifest: Manifest, tmp_path: Path) -> None:
+    shutil.copytree(demo_engine, tmp_path / "engine")
+    (tmp_path / "engine" / "target" / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(EngineError, match=r"model\.onnx: ONNX Runtime .* cannot load it") as raised:
+        load_engine(tmp_path / "engine", manifest, manifest.target, num_slots=1)
+    assert "\n" not in str(raised.value)
+
+
+def test_another_backends_engine_is_refused(demo_engine: Path, manifest: Manifest) -> None:
+    other = manifest.model_copy(update={"backend": "tensorrt"})
+    with pytest.raises(EngineError, match="built for backend 'tensorrt', this version runs 'onnxruntime'"):
+        load_engine(demo_engine, other, other.target, num_slots=1)
+
+
+def test_a_step_is_a_plain_record_of_the_contract() -> None:
+    names = [f.name for f in dataclasses.fields(Step)]
+    assert names[:8] == [
+        "first_slot",
+        "input_ids",
+        "write_indices",
+        "num_context",
+        "num_draft",
+        "entropy_threshold",
+        "use_full_entropy",
+        "window",
+    ]

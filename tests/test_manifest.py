@@ -1,0 +1,129 @@
+"""The engine directory: what is wrong with it is said in one line that names the fix."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from fly_trt import EngineError
+from fly_trt.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    Head,
+    Limits,
+    Manifest,
+    ModelEngine,
+    Source,
+    hash_directory,
+    read_manifest,
+    write_manifest,
+)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A complete engine directory as far as the manifest is concerned."""
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "model.onnx").write_bytes(b"graph")
+    (tmp_path / "target" / "model.onnx.data").write_bytes(b"weights" * 100)
+    target = ModelEngine(
+        model="target/model.onnx",
+        source=Source(checkpoint="org/model", architecture="LlamaForCausalLM", num_parameters=700),
+        vocab_size=32,
+        num_layers=2,
+        num_kv_heads=2,
+        head_dim=8,
+        dtype="float32",
+        quantization="none",
+        kv_cache_dtype="float32",
+    )
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        backend="onnxruntime",
+        name="tiny",
+        fly_trt_version="0",
+        library_versions={},
+        limits=Limits(max_batch_size=1, max_seq_len=64, max_draft_len=15, max_num_tokens=32),
+        head=Head(entropy_top_k=3, stop_token_ids=[1]),
+        tokenizer_vocab_size=32,
+        speculative={},
+        target=target,
+        draft=None,
+        files=hash_directory(tmp_path),
+    )
+    write_manifest(manifest, tmp_path)
+    return tmp_path
+
+
+def edit(directory: Path, **fields: object) -> None:
+    path = directory / MANIFEST_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def message_of(directory: Path, **options: bool) -> str:
+    with pytest.raises(EngineError) as raised:
+        read_manifest(directory, **options)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_what_was_written_is_read(directory: Path) -> None:
+    manifest = read_manifest(directory, verify_hashes=True)
+    assert set(manifest.files) == {"target/model.onnx", "target/model.onnx.data"}
+    assert manifest.target.kv_bytes_per_token() == 2 * 2 * 2 * 8 * 4
+
+
+def test_a_missing_directory(tmp_path: Path) -> None:
+    assert "nowhere: no such engine directory: build one with fly-build" in message_of(tmp_path / "nowhere")
+
+
+def test_a_directory_that_is_no_engine(tmp_path: Path) -> None:
+    assert "not an engine directory, it has no fly.json" in message_of(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"name": "x"}'])
+def test_a_truncated_manifest(directory: Path, content: str) -> None:
+    (directory / MANIFEST_NAME).write_text(content)
+    assert "fly.json: not a readable manifest" in message_of(directory)
+
+
+def test_a_newer_schema(directory: Path) -> None:
+    edit(directory, schema_version=SCHEMA_VERSION + 1)
+    assert f"schema version 2, this fly-trt reads version {SCHEMA_VERSION}: upgrade fly-trt" in message_of(directory)
+
+
+def test_an_older_schema(directory: Path) -> None:
+    edit(directory, schema_version=0)
+    assert "schema version 0, this fly-trt reads version 1: rebuild" in message_of(directory)
+
+
+def test_a_field_that_makes_no_sense(directory: Path) -> None:
+    edit(directory, limits={"max_batch_size": 0, "max_seq_len": 64, "max_draft_len": 15, "max_num_tokens": 32})
+    assert "field limits.max_batch_size" in message_of(directory)
+
+
+def test_an_unknown_field(directory: Path) -> None:
+    edit(directory, surprise=1)
+    assert "field surprise" in message_of(directory)
+
+
+def test_a_missing_file(directory: Path) -> None:
+    (directory / "target" / "model.onnx.data").unlink()
+    assert "model.onnx.data: file is missing" in message_of(directory)
+
+
+def test_a_truncated_file(directory: Path) -> None:
+    (directory / "target" / "model.onnx.data").write_bytes(b"weights" * 99)
+    assert "693 bytes, the manifest says 700: truncated" in message_of(directory)
+
+
+def test_a_changed_file_is_found_when_hashes_are_asked_for(directory: Path) -> None:
+    (directory / "target" / "model.onnx.data").write_bytes(b"weighty" * 100)
+    read_manifest(directory)
+    assert "content differs from the manifest's sha256" in message_of(directory, verify_hashes=True)
+
+
+def test_the_directory_can_be_moved(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    moved = tmp_path_factory.mktemp("moved") / "engine"
+    shutil.copytree(directory, moved)
+    assert read_manifest(moved, verify_hashes=True).name == "tiny"

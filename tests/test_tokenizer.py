@@ -1,0 +1,90 @@
+"""Streaming text: characters that span tokens, and stop strings that span tokens or end inside one."""
+
+import pytest
+from fly_trt.errors import EngineError
+from fly_trt.tokenizer import Detokenizer, load_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+END = len(ALPHABET)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """Byte-level: every byte of UTF-8 is a token of its own."""
+    byte_tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(ALPHABET)}, merges=[]))
+    byte_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_tokenizer.decoder = decoders.ByteLevel()
+    byte_tokenizer.add_special_tokens(["<end>"])
+    return byte_tokenizer
+
+
+def stream(tokenizer: Tokenizer, text: str, *stop: str, include: bool = False) -> tuple[Detokenizer, list[str]]:
+    """What a caller sees after each token, up to the one that completes a stop string."""
+    detokenizer = Detokenizer(tokenizer, [], stop_strings=stop, include_stop_string=include)
+    seen = []
+    for token in tokenizer.encode(text).ids:
+        stopped = detokenizer.push(token)
+        seen.append(detokenizer.text[: detokenizer.streamable_length])
+        if stopped:
+            return detokenizer, seen
+    detokenizer.finish()
+    return detokenizer, seen
+
+
+@given(text=st.text(max_size=30))
+def test_the_streamed_text_is_the_decoded_text_and_only_grows(tokenizer: Tokenizer, text: str) -> None:
+    detokenizer, seen = stream(tokenizer, text)
+    assert detokenizer.text == text
+    assert all(later.startswith(earlier) for earlier, later in zip(seen, seen[1:], strict=False))
+    assert all("�" not in piece for piece in seen) or "�" in text
+
+
+def test_an_unfinished_character_is_held_back_and_shown_as_replaced_at_the_end(tokenizer: Tokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer, [])
+    for token in tokenizer.encode("a🙂").ids[:-1]:
+        detokenizer.push(token)
+    assert detokenizer.text == "a"
+    detokenizer.finish()
+    assert detokenizer.text.startswith("a�")
+
+
+def test_special_tokens_have_no_text_unless_asked_for(tokenizer: Tokenizer) -> None:
+    for skip, want in ((True, "ab"), (False, "a<end>b")):
+        detokenizer = Detokenizer(tokenizer, [], skip_special_tokens=skip)
+        for token in (ALPHABET.index("a"), END, ALPHABET.index("b")):
+            detokenizer.push(token)
+        assert detokenizer.text == want
+
+
+@given(head=st.text("ab", max_size=8), stop=st.text("abc", min_size=1, max_size=4), tail=st.text("abc", max_size=4))
+def test_text_ends_before_the_first_stop_string(tokenizer: Tokenizer, head: str, stop: str, tail: str) -> None:
+    text = head + stop + tail
+    detokenizer, seen = stream(tokenizer, text, stop)
+    assert detokenizer.text == text[: text.index(stop)]
+    assert detokenizer.stop_string == stop
+    assert all(detokenizer.text.startswith(piece) for piece in seen), "nothing of the stop string was ever shown"
+
+
+def test_the_stop_string_can_be_kept(tokenizer: Tokenizer) -> None:
+    assert stream(tokenizer, "one two three", "two", include=True)[0].text == "one two"
+
+
+def test_of_several_stop_strings_the_one_that_is_complete_first_wins(tokenizer: Tokenizer) -> None:
+    detokenizer, _ = stream(tokenizer, "abcdef", "bcde", "cd")
+    assert (detokenizer.stop_string, detokenizer.text) == ("cd", "ab")
+
+
+def test_text_that_only_begins_like_a_stop_string_is_shown_at_the_end(tokenizer: Tokenizer) -> None:
+    detokenizer, seen = stream(tokenizer, "abcST", "STOP")
+    assert seen[-1] == "abc"
+    assert detokenizer.text == "abcST"
+
+
+def test_a_broken_tokenizer_is_named(tmp_path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{")
+    with pytest.raises(EngineError, match=r"tokenizer\.json: not a readable tokenizer"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,166 @@
+"""The engines' verification head, run by ONNX Runtime, against the NumPy rule and entropies."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from fly_build.head import GATE_OUTPUTS, append_head
+from fly_trt.engines.base import EXACT, AcceptancePolicy
+from fly_trt.engines.onnxruntime import make_session
+from fly_trt.verification import accept
+
+VOCAB_SIZE = 97
+STOPS = [1, 5]
+NUM_CASES = 400
+OUTPUTS = ("num_accepted", "next_token", *GATE_OUTPUTS)
+
+
+def make_session(top_k: int = 3, stops: list[int] = STOPS) -> ort.InferenceSession:
+    """A model whose logits are an input, so that a test chooses them."""
+    shape = ir.Shape([ir.SymbolicDim("B"), ir.SymbolicDim("T")])
+    ids = ir.Value(name="input_ids", type=ir.TensorType(ir.DataType.INT64), shape=shape)
+    write = ir.Value(name="write_indices", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([shape[0]]))
+    wide = ir.Shape([*shape, VOCAB_SIZE])
+    given = ir.Value(name="given", type=ir.TensorType(ir.DataType.FLOAT), shape=wide)
+    node = ir.node("Identity", [given])
+    logits = node.outputs[0]
+    logits.name, logits.type, logits.shape = "logits", given.type, wide
+    graph = ir.Graph([ids, write, given], [logits], nodes=[node], opset_imports={"": 24}, name="head")
+    model = ir.Model(graph, ir_version=11)
+    append_head(model, top_k, stops)
+    return make_session(ir.to_proto(model).SerializeToString())
+
+
+@pytest.fixture(scope="module")
+def session() -> ort.InferenceSession:
+    return make_session()
+
+
+@dataclass
+class Batch:
+    """Random rows: mostly agreeing drafts, ragged contexts, empty drafts, stop tokens, several policies."""
+
+    logits: np.ndarray
+    ids: np.ndarray
+    context: np.ndarray
+    drafts: np.ndarray
+    policies: list[AcceptancePolicy]
+
+    @classmethod
+    def random(cls, rng: np.random.Generator) -> "Batch":
+        rows, length = int(rng.integers(1, 5)), int(rng.integers(1, 27))
+        logits = (rng.normal(size=(rows, length, VOCAB_SIZE)) * rng.choice([0.5, 3, 12])).astype(np.float32)
+        argmax = logits.argmax(-1)
+        ids = np.concatenate([np.full((rows, 1), 7), argmax[:, :-1]], axis=1)
+        changed = rng.random(ids.shape) < rng.choice([0, 0.1, 0.3])
+        ids = np.where(changed, rng.integers(0, VOCAB_SIZE, ids.shape), ids)
+        context = rng.integers(1, length + 1, rows)
+        drafts = np.array([rng.integers(0, length - c + 1) for c in context])
+        policies = [
+            AcceptancePolicy(
+                entropy_threshold=float(np.float32(rng.choice([0, 0, 0.3, 1.0]))),
+                use_full_entropy=bool(rng.integers(2)),
+                window=int(rng.integers(0, 7)),
+                lookahead=int(rng.integers(0, 7)),
+            )
+            if rng.random() < 0.8
+            else EXACT
+            for _ in range(rows)
+        ]
+        return cls(logits, ids, context, drafts, policies)
+
+    def feeds(self) -> dict[str, np.ndarray]:
+        return {
+            "input_ids": self.ids.astype(np.int64),
+            "write_indices": np.zeros(len(self.ids), np.int64),
+            "given": self.logits,
+            "num_context": self.context.astype(np.int64),
+            "num_draft": self.drafts.astype(np.int64),
+            "entropy_threshold": np.array([p.entropy_threshold for p in self.policies], np.float32),
+            "use_full_entropy": np.array([p.use_full_entropy for p in self.policies]),
+            "window": np.array([p.window for p in self.policies], np.int64),
+            "lookahead": np.array([p.lookahead for p in self.policies], np.int64),
+        }
+
+
+def run(session: ort.InferenceSession, batch: Batch) -> dict[str, np.ndarray]:
+    return dict(zip(OUTPUTS, session.run(list(OUTPUTS), batch.feeds()), strict=True))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def test_random_rows_are_decided_as_the_rule_decides(session: ort.InferenceSession) -> None:
+    rng = np.random.default_rng(0)
+    seen = {"empty": 0, "full": 0, "loosened": 0, "rejected": 0, "stop in draft": 0, "long context": 0}
+    for _ in range(NUM_CASES):
+        batch = Batch.random(rng)
+        got = run(session, batch)
+        for row, policy in enumerate(batch.policies):
+            c, n = int(batch.context[row]), int(batch.drafts[row])
+            draft = batch.ids[row, c : c + n]
+            argmax = got["argmax"][row, c - 1 : c + n]
+            gate = got["entropy" if policy.use_full_entropy else "entropy_topk"][row, c - 1 : c + n]
+            want = accept(draft, argmax, gate, policy, frozenset(STOPS))
+            assert (got["num_accepted"][row], got["next_token"][row]) == (want.num_accepted, want.next_token)
+            seen["empty"] += n == 0
+            seen["full"] += 0 < n == want.num_accepted
+            seen["rejected"] += want.num_accepted < n
+            seen["loosened"] += bool((draft[: want.num_accepted] != argmax[: want.num_accepted]).any())
+            seen["stop in draft"] += bool(np.isin(draft, STOPS).any())
+            seen["long context"] += c > 1
+    assert all(count > 20 for count in seen.values()), seen
+
+
+def test_entropies_and_log_probabilities_agree_with_numpy(session: ort.InferenceSession) -> None:
+    batch = Batch.random(np.random.default_rng(3))
+    got = run(session, batch)
+    log_probs = log_softmax(batch.logits)
+    top = np.sort(log_probs, axis=-1)[..., -3:]
+    np.testing.assert_array_equal(got["argmax"], batch.logits.argmax(-1))
+    np.testing.assert_allclose(got["entropy"], -(np.exp(log_probs) * log_probs).sum(-1), rtol=1e-5, atol=5e-6)
+    np.testing.assert_allclose(got["entropy_topk"], -(np.exp(top) * top).sum(-1), rtol=1e-5, atol=5e-6)
+    np.testing.assert_allclose(got["argmax_logprob"], log_probs.max(-1), rtol=1e-5, atol=5e-6)
+    following = np.take_along_axis(log_probs[:, :-1], batch.ids[:, 1:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(got["token_logprob"][:, :-1], following, rtol=1e-5, atol=5e-6)
+
+
+def test_the_number_of_probabilities_in_the_gate_is_fixed_when_the_head_is_built() -> None:
+    batch = Batch.random(np.random.default_rng(4))
+    log_probs = log_softmax(batch.logits)
+    top = np.sort(log_probs, axis=-1)[..., -8:]
+    got = run(make_session(top_k=8), batch)
+    np.testing.assert_allclose(got["entropy_topk"], -(np.exp(top) * top).sum(-1), rtol=1e-5, atol=5e-6)
+
+
+def test_ties_go_to_the_lower_token(session: ort.InferenceSession) -> None:
+    batch = Batch.random(np.random.default_rng(5))
+    batch.logits[:] = 0
+    batch.logits[..., [13, 40]] = 2
+    assert (run(session, batch)["argmax"] == 13).all()
+
+
+def test_a_row_of_nan_is_never_loosened(session: ort.InferenceSession) -> None:
+    length = 12
+    ids = np.full((1, length), 9)
+    logits = np.full((1, length, VOCAB_SIZE), np.nan, np.float32)
+    loose = AcceptancePolicy(0.0, use_full_entropy=False, window=0, lookahead=0)
+    batch = Batch(logits, ids, np.array([1]), np.array([length - 1]), [loose])
+    got = run(session, batch)
+    assert got["num_accepted"][0] == 0 or (got["argmax"][0, : got["num_accepted"][0]] == 9).all()
+
+
+def test_without_stop_tokens_every_token_may_be_loosened() -> None:
+    rng = np.random.default_rng(6)
+    logits = rng.normal(size=(1, 12, VOCAB_SIZE)).astype(np.float32)
+    argmax = logits.argmax(-1)
+    ids = np.concatenate([[[7]], argmax[:, :-1]], axis=1)
+    ids[0, 3] = 1
+    loose = AcceptancePolicy(0.0, use_full_entropy=False, window=6, lookahead=5)
+    batch = Batch(logits, ids, np.array([1]), np.array([11]), [loose])
+    assert run(make_session(stops=[]), batch)["num_accepted"][0] == 11
+    assert run(make_session(stops=[1]), batch)["num_accepted"][0] == 2

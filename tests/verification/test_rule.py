@@ -1,0 +1,114 @@
+"""The acceptance rule on small rows where the right answer can be read off."""
+
+import math
+
+import numpy as np
+import pytest
+from fly_trt.engines.base import EXACT, AcceptancePolicy
+from fly_trt.errors import ConfigError
+from fly_trt.verification import PRESETS, accept, count_loosened, fly_policy
+
+TARGET = np.arange(100, 117)  # the target's choice at 16 draft positions and after them
+UNCERTAIN = np.full(17, 1.0)
+CERTAIN = np.zeros(17)
+STOPS = frozenset({1})
+REFERENCE = PRESETS["reference"]
+
+
+def draft_with_mismatches(*positions: int, n: int = 16) -> np.ndarray:
+    draft = TARGET[:n].copy()
+    draft[list(positions)] += 50
+    return draft
+
+
+def num_accepted(draft: np.ndarray, gate: np.ndarray = UNCERTAIN, policy: AcceptancePolicy = REFERENCE) -> int:
+    return accept(draft, TARGET[: len(draft) + 1], gate, policy, STOPS).num_accepted
+
+
+def test_a_draft_that_matches_is_accepted_whole_and_the_bonus_token_follows() -> None:
+    verdict = accept(draft_with_mismatches(), TARGET, CERTAIN, EXACT, STOPS)
+    assert (verdict.num_accepted, verdict.next_token) == (16, 116)
+
+
+def test_an_empty_draft_yields_the_targets_token() -> None:
+    verdict = accept(np.empty(0, np.int64), TARGET[:1], UNCERTAIN[:1], REFERENCE, STOPS)
+    assert (verdict.num_accepted, verdict.next_token) == (0, 100)
+
+
+def test_exact_match_stops_at_the_first_mismatch_with_the_correction() -> None:
+    verdict = accept(draft_with_mismatches(4), TARGET, UNCERTAIN, EXACT, STOPS)
+    assert (verdict.num_accepted, verdict.next_token) == (4, 104)
+
+
+def test_fly_loosens_where_the_target_is_uncertain_and_agrees_afterwards() -> None:
+    assert num_accepted(draft_with_mismatches(4)) == 16
+
+
+def test_fly_keeps_the_targets_token_where_the_target_is_certain() -> None:
+    assert num_accepted(draft_with_mismatches(4), gate=CERTAIN) == 4
+
+
+@pytest.mark.parametrize(("entropy", "accepted"), [(0.3, 16), (np.nextafter(np.float32(0.3), np.float32(0)), 4)])
+def test_the_threshold_itself_is_uncertain_enough(entropy: float, accepted: int) -> None:
+    gate = np.full(17, entropy, np.float32)
+    policy = AcceptancePolicy(float(np.float32(0.3)), use_full_entropy=False, window=6, lookahead=5)
+    assert num_accepted(draft_with_mismatches(4), gate, policy) == accepted
+
+
+def test_not_a_number_is_never_uncertain() -> None:
+    assert num_accepted(draft_with_mismatches(4), gate=np.full(17, np.nan)) == 4
+
+
+def test_a_second_mismatch_within_the_lookahead_forbids_loosening() -> None:
+    assert num_accepted(draft_with_mismatches(2, 7)) == 2
+    assert num_accepted(draft_with_mismatches(2, 8)) == 16
+
+
+def test_the_window_must_lie_inside_the_draft() -> None:
+    assert num_accepted(draft_with_mismatches(9)) == 16
+    assert num_accepted(draft_with_mismatches(10)) == 10
+
+
+def test_paper_and_vllm_want_one_more_agreeing_token_than_the_reference() -> None:
+    for preset in ("paper", "vllm"):
+        assert num_accepted(draft_with_mismatches(2, 8), policy=fly_policy(preset, 2)) == 2
+        assert num_accepted(draft_with_mismatches(2, 9), policy=fly_policy(preset, 2)) == 16
+
+
+def test_a_lookahead_beyond_the_window_must_also_lie_inside_the_draft() -> None:
+    policy = AcceptancePolicy(0.3, use_full_entropy=False, window=2, lookahead=8)
+    assert num_accepted(draft_with_mismatches(7), policy=policy) == 16
+    assert num_accepted(draft_with_mismatches(8), policy=policy) == 8
+
+
+def test_a_stop_token_is_never_loosened_whoever_proposes_it() -> None:
+    proposed = draft_with_mismatches()
+    proposed[3] = 1
+    assert num_accepted(proposed) == 3
+    wanted = TARGET.copy()
+    wanted[3] = 1
+    verdict = accept(draft_with_mismatches(), wanted, UNCERTAIN, REFERENCE, STOPS)
+    assert (verdict.num_accepted, verdict.next_token) == (3, 1)
+
+
+def test_loosened_tokens_are_the_accepted_ones_that_differ() -> None:
+    draft = draft_with_mismatches(4, 12)
+    assert count_loosened(draft, TARGET, 11) == 1
+    assert count_loosened(draft, TARGET, 16) == 2
+
+
+def test_the_papers_threshold_is_a_fraction_of_the_largest_entropy() -> None:
+    assert fly_policy("paper", 128_256).entropy_threshold == pytest.approx(0.3 * math.log(128_256))
+    assert fly_policy("paper", 128_256, entropy_threshold=0.1).entropy_threshold == pytest.approx(1.176, abs=1e-3)
+    assert fly_policy("reference", 128_256).entropy_threshold == 0.3
+
+
+def test_another_window_keeps_the_presets_relation_to_the_lookahead() -> None:
+    assert (fly_policy("reference", 2, window=4).window, fly_policy("reference", 2, window=4).lookahead) == (4, 3)
+    assert fly_policy("vllm", 2, window=4).lookahead == 4
+    assert fly_policy("reference", 2, window=0).lookahead == 0
+
+
+def test_an_unknown_preset_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="'strict': expected one of reference, paper, vllm"):
+        fly_policy("strict", 2)
