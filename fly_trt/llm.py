@@ -36,9 +36,9 @@ class LLM:
             print(llm.generate("### Instruction:\\n...")[0].outputs[0].text)
 
     speculative_config: None means the engine directory's defaults, a dict changes some of them, a SpeculativeConfig
-    replaces them; method None decodes without drafts. num_threads: CPU threads, shared by all engines of the process; None means all cores. verify_hashes: check
-    every file against the manifest's sha256 first. Raises EngineError for a directory that cannot be used and
-    ConfigError for settings that do not fit it. One thread may use an LLM at a time.
+    replaces them; method None decodes without drafts. num_threads: CPU threads, shared by all engines of the process;
+    None means all cores. verify_hashes: check every file against the manifest's sha256 first. Raises EngineError for a
+    directory that cannot be used and ConfigError for settings that do not fit it. One thread may use an LLM at a time.
     """
 
     def __init__(
@@ -154,9 +154,15 @@ class LLM:
     ) -> list[Request]:
         if not self._engines:
             raise ConfigError("this LLM was shut down: make a new one")
-        each = [params or SamplingParams()] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
+        each = (
+            [params or SamplingParams()] * len(prompts)
+            if params is None or isinstance(params, SamplingParams)
+            else params
+        )
         if len(each) != len(prompts):
-            raise RequestError(f"{len(each)} sampling_params for {len(prompts)} prompts: give one, or one for each prompt")
+            raise RequestError(
+                f"{len(each)} sampling_params for {len(prompts)} prompts: give one, or one for each prompt"
+            )
         return [self._make_request(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
 
     def _make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
@@ -198,7 +204,9 @@ class LLM:
             return list(self.tokenizer.encode(prompt).ids)
         token_ids: Any = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         if token_ids is None:
-            raise RequestError(f"prompt of type {type(prompt).__name__}: expected text or {{'prompt_token_ids': [...]}}")
+            raise RequestError(
+                f"prompt of type {type(prompt).__name__}: expected text or {{'prompt_token_ids': [...]}}"
+            )
         try:
             array = np.asarray(token_ids)
         except ValueError:
@@ -215,8 +223,8 @@ class LLM:
 
 
 def resolve_speculative_config(manifest: Manifest, overrides: Mapping[str, Any]) -> SpeculativeConfig:
-    """The engine's defaults with `overrides` on top. Without a draft model the default is n-gram lookup, and the default
-    number of draft tokens is at most the engine's max_draft_len."""
+    """The engine's defaults with `overrides` on top. Without a draft model the default is n-gram lookup, and the
+    default number of draft tokens is at most the engine's max_draft_len."""
     limit = manifest.limits.max_draft_len
     settings = dict(manifest.speculative)
     if manifest.draft is None and settings.get("method", "multi_level") in ("multi_level", "draft_model"):

@@ -144,6 +144,8 @@ def _check_file(path: Path, expected: File, verify_hash: bool) -> None:
         raise EngineError(f"{path}: file is missing: copy the whole engine directory or rebuild it with fly-build")
     size = path.stat().st_size
     if size != expected.size:
-        raise EngineError(f"{path}: {size} bytes, the manifest says {expected.size}: truncated, copy it again or rebuild")
+        raise EngineError(
+            f"{path}: {size} bytes, the manifest says {expected.size}: truncated, copy it again or rebuild"
+        )
     if verify_hash and hash_file(path).sha256 != expected.sha256:
         raise EngineError(f"{path}: content differs from the manifest's sha256: copy it again or rebuild")

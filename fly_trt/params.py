@@ -45,7 +45,8 @@ class AcceptanceParams:
             raise ConfigError(f"fly_entropy_threshold {threshold}: expected a number >= 0")
 
     def over(self, defaults: "AcceptanceParams") -> "AcceptanceParams":
-        """These settings where given, `defaults` elsewhere. Another preset resets the defaults' window and threshold."""
+        """These settings where given, `defaults` elsewhere. Another preset drops the defaults' window and
+        threshold."""
         changes_preset = self.preset is not None and self.preset != defaults.preset
         base = AcceptanceParams(acceptance=defaults.acceptance) if changes_preset else defaults
         names = [f.name for f in dataclasses.fields(AcceptanceParams)]
@@ -121,10 +122,10 @@ class SpeculativeConfig:
 class SamplingParams:
     """One request's decoding settings. This version decodes greedily: temperature must be 0.
 
-    max_tokens: output tokens at most, exactly kept; None means up to the engine's max_seq_len. stop: strings that end the
-    text; it is cut before the string unless include_stop_str_in_output. stop_token_ids: tokens that end the sequence
-    besides the model's own. ignore_eos: the model's own end tokens do not end it. acceptance: overrides the engine's
-    SpeculativeConfig for this request.
+    max_tokens: output tokens at most, exactly kept; None means up to the engine's max_seq_len. stop: strings that end
+    the text; it is cut before the string unless include_stop_str_in_output. stop_token_ids: tokens that end the
+    sequence besides the model's own. ignore_eos: the model's own end tokens do not end it. acceptance: overrides the
+    engine's SpeculativeConfig for this request.
     """
 
     temperature: float = 0.0
@@ -163,7 +164,7 @@ class SamplingParams:
 
     def _refuse_unsupported(self) -> None:
         """Sampling comes with the batching runtime; until then a value that would change the text is an error."""
-        neutral = {
+        neutral: dict[str, tuple[Any, ...]] = {
             "temperature": (0,),
             "min_tokens": (0,),
             "n": (1,),

@@ -24,7 +24,7 @@ class TokenSequence:
     def tokens(self) -> IntArray:
         return self._buffer[: self._length]
 
-    def append(self, tokens: IntArray) -> None:
+    def append(self, tokens: IntArray | list[int]) -> None:
         end = self._length + len(tokens)
         if end > len(self._buffer):
             self._buffer = np.concatenate([self._buffer[: self._length], np.empty(end + GROWTH_TOKENS, np.int64)])

@@ -48,7 +48,11 @@ class Detokenizer:
     def push(self, token_id: int) -> bool:
         """Adds one token; True when a stop string is now complete, in which case `text` is cut."""
         self._pending.append(token_id)
-        piece = self._stream.step(self._tokenizer, token_id)
+        try:
+            piece = self._stream.step(self._tokenizer, token_id)
+        except Exception:  # tokenizers gives up on bytes that are no UTF-8 ("Invalid prefix encountered")
+            self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
+            piece = self._decode_pending()
         if not piece:
             return False
         self._pending.clear()
@@ -57,9 +61,8 @@ class Detokenizer:
     def finish(self) -> None:
         """Emits what is still held back, as replacement characters where a character stayed unfinished."""
         if self._pending and self.stop_string is None:
-            rest = self._tokenizer.decode(self._pending, skip_special_tokens=self._skip_special_tokens)
+            self._append(self._decode_pending())
             self._pending.clear()
-            self._append(rest)
 
     @property
     def streamable_length(self) -> int:
@@ -71,6 +74,9 @@ class Detokenizer:
             if any(string.startswith(tail[start:]) for string in self._stop_strings):
                 return len(self.text) - len(tail) + start
         return len(self.text)
+
+    def _decode_pending(self) -> str:
+        return self._tokenizer.decode(self._pending, skip_special_tokens=self._skip_special_tokens)
 
     def _append(self, piece: str) -> bool:
         searched_to = max(0, len(self.text) - self._longest_stop + 1)

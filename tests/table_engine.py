@@ -7,6 +7,7 @@ decides with the reference rule, so that loops and drafters can be tested on any
 from collections.abc import Callable
 
 import numpy as np
+
 from fly_trt.engines.base import AcceptancePolicy, EngineInfo, Step
 from fly_trt.engines.onnxruntime import ROW_INPUTS, TOKEN_OUTPUTS
 from fly_trt.verification import accept

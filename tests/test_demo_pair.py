@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from eval_checks import is_right, load_eval_prompts
 from fly_trt import LLM, RequestOutput, SamplingParams
 

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from fly_trt import LLM, SamplingParams, SpeculativeConfig
 
 GOLDEN = Path(__file__).parent / "assets" / "golden"

@@ -1,10 +1,12 @@
 """The Python API on the demo pair."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+
 from eval_checks import load_eval_prompts
 from fly_trt import LLM, AcceptanceParams, ConfigError, EngineError, RequestError, SamplingParams, SpeculativeConfig
 
@@ -99,7 +101,7 @@ def test_a_stream_grows_to_what_generate_returns(llm: LLM) -> None:
     outputs = [output.outputs[0] for output in llm.stream(PROMPTS[0])]
     want = llm.generate(PROMPTS[0])[0].outputs[0]
     assert len(outputs) > 2
-    assert all(b.text.startswith(a.text) for a, b in zip(outputs, outputs[1:], strict=False))
+    assert all(b.text.startswith(a.text) for a, b in itertools.pairwise(outputs))
     assert (outputs[-1].text, outputs[-1].token_ids, outputs[-1].finish_reason) == (want.text, want.token_ids, "stop")
     assert all(output.finish_reason is None for output in outputs[:-1])
 

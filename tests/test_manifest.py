@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from fly_trt import EngineError
 from fly_trt.manifest import (
     MANIFEST_NAME,

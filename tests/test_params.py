@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from fly_trt import AcceptanceParams, ConfigError, RequestError, SamplingParams, SpeculativeConfig
 from fly_trt.engines.base import EXACT
 from fly_trt.verification import PRESETS

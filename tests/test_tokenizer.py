@@ -1,11 +1,14 @@
 """Streaming text: characters that span tokens, and stop strings that span tokens or end inside one."""
 
+import itertools
+
 import pytest
-from fly_trt.errors import EngineError
-from fly_trt.tokenizer import Detokenizer, load_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from fly_trt.errors import EngineError
+from fly_trt.tokenizer import Detokenizer, load_tokenizer
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 END = len(ALPHABET)
@@ -38,7 +41,7 @@ def stream(tokenizer: Tokenizer, text: str, *stop: str, include: bool = False) -
 def test_the_streamed_text_is_the_decoded_text_and_only_grows(tokenizer: Tokenizer, text: str) -> None:
     detokenizer, seen = stream(tokenizer, text)
     assert detokenizer.text == text
-    assert all(later.startswith(earlier) for earlier, later in zip(seen, seen[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen))
     assert all("�" not in piece for piece in seen) or "�" in text
 
 
@@ -49,6 +52,20 @@ def test_an_unfinished_character_is_held_back_and_shown_as_replaced_at_the_end(t
     assert detokenizer.text == "a"
     detokenizer.finish()
     assert detokenizer.text.startswith("a�")
+
+
+@given(tokens=st.lists(st.integers(0, 258), max_size=16))
+def test_bytes_that_are_no_text_are_replaced_and_never_an_error(tokens: list[int]) -> None:
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁a": 256, "b": 257, "▁": 258}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    detokenizer, length = Detokenizer(tokenizer, []), 0
+    for token in tokens:
+        detokenizer.push(token)
+        assert len(detokenizer.text) >= length
+        length = len(detokenizer.text)
+    detokenizer.finish()
+    assert detokenizer.text.count("b") >= tokens.count(257)
 
 
 def test_special_tokens_have_no_text_unless_asked_for(tokenizer: Tokenizer) -> None:

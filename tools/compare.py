@@ -12,10 +12,11 @@ import statistics
 import time
 from dataclasses import dataclass, field
 
-from eval_checks import is_right, load_eval_prompts
-from fly_trt import LLM, RequestOutput, SamplingParams
 from rich.console import Console
 from rich.table import Table
+
+from eval_checks import is_right, load_eval_prompts
+from fly_trt import LLM, RequestOutput, SamplingParams
 
 MODES = {
     "ar": ("autoregressive", {"method": None}),

@@ -1,8 +1,8 @@
 """Right answers for the demo pair's evaluation prompts (tests/assets/pair/eval.jsonl).
 
-Every prompt carries a check, so that an acceptance policy's accuracy can be measured. Four kinds: `number` (after ####),
-`json` (an object), `words` (numbers spelled out), `code` (a Python function of integers, run after its syntax tree was
-found to hold nothing but integer arithmetic).
+Every prompt carries a check, so that an acceptance policy's accuracy can be measured. Four kinds: `number` (after
+####), `json` (an object), `words` (numbers spelled out), `code` (a Python function of integers, run after
+its syntax tree was found to hold nothing but integer arithmetic).
 """
 
 import ast
@@ -51,7 +51,7 @@ def _code(check: dict[str, Any], text: str) -> bool:
         return False
     namespace: dict[str, Any] = {"__builtins__": {}}
     exec(compile(tree, "<answer>", "exec"), namespace)
-    function = namespace[check["name"]] if check["name"] in namespace else None
+    function = namespace.get(check["name"])
     return function is not None and all(function(x) == _expected(check["ops"], x) for x in CODE_INPUTS)
 
 

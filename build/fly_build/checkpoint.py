@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from fly_build.operators import ATTENTION_NAME
 from fly_trt.errors import CheckpointError
 
+transformers_logging.set_verbosity_error()  # errors are raised as one line
 transformers_logging.disable_progress_bar()  # fly-build shows its own
 
 # Each of these is exported and compared with transformers in tests/build/test_architectures.py.
@@ -72,7 +73,9 @@ class Checkpoint:
         rope = _rope_parameters(self.config)
         if any(parameters.get("rope_type") in LENGTH_DEPENDENT_ROPE for parameters in rope):
             originals = [parameters.get("original_max_position_embeddings") for parameters in rope]
-            original = getattr(self.config, "original_max_position_embeddings", None) or next(filter(None, originals), None)
+            original = getattr(self.config, "original_max_position_embeddings", None) or next(
+                filter(None, originals), None
+            )
             if original:
                 return int(original)
         return int(self.config.max_position_embeddings)
@@ -105,11 +108,12 @@ class Checkpoint:
         Raises CheckpointError also when a tensor is missing, which transformers would fill with random values.
         """
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.name, revision=self.revision, dtype="auto", use_safetensors=True, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{self.name}: the weights do not load: {_first_line(error)}") from None
+        model, info = loaded
         if missing := sorted(info["missing_keys"]):
             raise CheckpointError(
                 f"{self.name}: {len(missing)} missing tensors, the first is {missing[0]}: download it again"
@@ -127,7 +131,7 @@ class Checkpoint:
 
     def load_generation_config(self) -> GenerationConfig:
         try:
-            return GenerationConfig.from_pretrained(self.name, revision=self.revision)
+            return GenerationConfig.from_pretrained(self.name, revision=self.revision or "main")
         except OSError as error:
             if (Path(self.name) / "generation_config.json").is_file():
                 raise CheckpointError(f"{self.name}: no usable generation_config.json: {_first_line(error)}") from None
@@ -187,7 +191,11 @@ def check_same_tokenizer(target: Checkpoint, draft: Checkpoint) -> None:
     missing = len(ids.keys() ^ draft_ids.keys())
     fix = "choose a draft of the target's model family"
     if moved or missing > len(ids) // 100:
-        detail = f"{moved[0]!r} is {ids[moved[0]]} and {draft_ids[moved[0]]}" if moved else f"{missing} tokens are not shared"
+        detail = (
+            f"{moved[0]!r} is {ids[moved[0]]} and {draft_ids[moved[0]]}"
+            if moved
+            else f"{missing} tokens are not shared"
+        )
         raise CheckpointError(f"{target.name} and {draft.name} have different tokenizers ({detail}): {fix}")
     text = "A tokenizer check: 3.14159, naïve café\n\n\tdef f(x): return x**2  # déjà-vu 你好 🙂"
     if ours(text)["input_ids"] != theirs(text)["input_ids"]:

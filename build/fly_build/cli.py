@@ -1,4 +1,4 @@
-"""`fly-build`: parses flags, shows progress, prints the summary. What is built and how is in recipe.py and pipeline.py."""
+"""`fly-build`: parses flags, shows progress, prints the summary; recipe.py and pipeline.py do the rest."""
 
 import sys
 import time
@@ -31,10 +31,14 @@ Examples:
 @click.option("--draft", metavar="CKPT", help="Draft checkpoint. Without one: n-gram or plain decoding.")
 @click.option("--draft-revision", metavar="REV", help="Hub revision of the draft.")
 @click.option("--backend", type=click.Choice(["onnxruntime", "tensorrt", "tensorrt-llm"]), help="[onnxruntime]")
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Type of stored weights. [float32]")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Type of stored weights. [float32]"
+)
 @click.option("--quantization", type=click.Choice(["none", "int8", "int4"]), help="Of the linear layers. [none]")
 @click.option("--max-batch-size", type=int, metavar="N", help="Requests in flight. [8]")
-@click.option("--max-seq-len", type=int, metavar="N", help="Prompt and output tokens. [what both support, at most 8192]")
+@click.option(
+    "--max-seq-len", type=int, metavar="N", help="Prompt and output tokens. [what both support, at most 8192]"
+)
 @click.option("--max-draft-len", type=int, metavar="N", help="Draft tokens per step. [32]")
 @click.option("--max-num-tokens", type=int, metavar="N", help="Tokens per step, so the prefill chunk. [512]")
 @click.option("--entropy-top-k", type=int, metavar="K", help="Probabilities that the entropy gate looks at. [3]")
@@ -139,7 +143,12 @@ def _summary(manifest: Manifest) -> Table:
             size = sum(file.size for name, file in manifest.files.items() if name.startswith(f"{role}/"))
             source = engine.source
             table.add_row(
-                role, source.architecture, _count(source.num_parameters), engine.dtype, engine.quantization, _bytes(size)
+                role,
+                source.architecture,
+                _count(source.num_parameters),
+                engine.dtype,
+                engine.quantization,
+                _bytes(size),
             )
     return table
 

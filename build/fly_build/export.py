@@ -34,6 +34,7 @@ class _Step(torch.nn.Module):
 
     def __init__(self, model: torch.nn.Module, names: list[str]) -> None:
         super().__init__()
+        self.decoder: torch.nn.Module
         self.__dict__["decoder"] = _Decoder(model)  # not a submodule: its parameters must not be exported
         self.names = [f"model.{name}" for name in names]
 
@@ -67,7 +68,7 @@ def export_decoder(checkpoint: Checkpoint, max_seq_len: int) -> DecoderGraph:
             f"asked for max_seq_len {max_seq_len}: use --max-seq-len {checkpoint.max_seq_len} or less"
         )
     model = checkpoint.empty_model
-    parameters = {name: value for name, value in model.state_dict(keep_vars=True).items()}
+    parameters = dict(model.state_dict(keep_vars=True).items())
     unique = {id(value): name for name, value in reversed(parameters.items())}
     names = [name for name in parameters if unique[id(parameters[name])] == name]
     num_layers = checkpoint.config.num_hidden_layers
@@ -88,7 +89,9 @@ def export_decoder(checkpoint: Checkpoint, max_seq_len: int) -> DecoderGraph:
             )
         except torch.onnx.errors.OnnxExporterError as error:
             reason = str(error).strip().splitlines()[-1]
-            raise CheckpointError(f"{checkpoint.name}: torch cannot export {checkpoint.architecture}: {reason}") from error
+            raise CheckpointError(
+                f"{checkpoint.name}: torch cannot export {checkpoint.architecture}: {reason}"
+            ) from error
     assert program is not None
     return _name_contract(program.model, names, num_layers)
 

@@ -119,7 +119,8 @@ def append_head(model: ir.Model, entropy_top_k: int, stop_token_ids: list[int]) 
     logits = next(value for value in graph.outputs if value.name == "logits")
     batch, length = input_ids.shape[0], input_ids.shape[1]
     head_inputs = {
-        name: ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape([batch])) for name, dtype in HEAD_INPUTS.items()
+        name: ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape([batch]))
+        for name, dtype in HEAD_INPUTS.items()
     }
     position = next(i for i, value in enumerate(graph.inputs) if value.name == "write_indices") + 1
     for offset, value in enumerate(head_inputs.values()):
@@ -130,6 +131,7 @@ def append_head(model: ir.Model, entropy_top_k: int, stop_token_ids: list[int]) 
     axis, pad = constant("fly.axis", [1]), constant("fly.pad", [0, 0, 0, 1])
     shifted = ir.node("Slice", [input_ids, shift_from, shift_to, axis])
     next_tokens = ir.node("Pad", [shifted.outputs[0], pad])
+    stop_tokens = constant("fly.stop_token_ids", stop_token_ids or [-1])
     gate = ir.node(
         "EntropyGate",
         [logits, next_tokens.outputs[0], constant("fly.entropy_top_k", [entropy_top_k])],
@@ -139,8 +141,7 @@ def append_head(model: ir.Model, entropy_top_k: int, stop_token_ids: list[int]) 
     argmax, entropy, entropy_topk, *_ = gate.outputs
     accept = ir.node(
         "LooseWindowAccept",
-        [next_tokens.outputs[0], argmax, entropy, entropy_topk, *head_inputs.values()]
-        + [constant("fly.stop_token_ids", stop_token_ids or [-1])],
+        [next_tokens.outputs[0], argmax, entropy, entropy_topk, *head_inputs.values(), stop_tokens],
         domain=DOMAIN,
         num_outputs=2,
     )

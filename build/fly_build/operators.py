@@ -128,7 +128,7 @@ def rms_normalization(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> 
 def rotary_embedding(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [B, H, T, D]; cos and sin [B, T, R], whose two halves are equal, R <= D."""
     half = cos.shape[-1] // 2
-    attrs = {"interleaved": 0}
+    attrs: dict[str, Any] = {"interleaved": 0}
     if cos.shape[-1] < x.shape[-1]:
         attrs["rotary_embedding_dim"] = cos.shape[-1]
     return symbolic(
@@ -145,7 +145,12 @@ def _norm_weight_offset(module: torch.nn.Module) -> float | None:
     """0 or 1 when the module computes x / rms(x) * (offset + weight) over its last axis, None when it does not."""
     weight = getattr(module, "weight", None)
     epsilon = _epsilon(module)
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 1 or epsilon is None or len(list(module.parameters())) != 1:
+    if (
+        not isinstance(weight, torch.Tensor)
+        or weight.ndim != 1
+        or epsilon is None
+        or len(list(module.parameters())) != 1
+    ):
         return None
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, weight.shape[0], generator=generator)
@@ -196,7 +201,7 @@ def onnx_operators(model: torch.nn.Module, head_dim: int, max_seq_len: int) -> I
             module.forward = _norm_forward(module, offset, epsilon)
             norms.append(module)
     for name in sorted({type(module).__module__ for module in model.modules()}):
-        namespace = sys.modules[name]
+        namespace: Any = sys.modules[name]
         rotate = getattr(namespace, "apply_rotary_pos_emb", None)
         if rotate is not None and _is_half_rotation(rotate, head_dim):
             replaced.append((namespace, "apply_rotary_pos_emb", rotate))
@@ -212,7 +217,9 @@ def onnx_operators(model: torch.nn.Module, head_dim: int, max_seq_len: int) -> I
 
 def _norm_forward(module: torch.nn.Module, offset: float, epsilon: float) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(x: torch.Tensor) -> torch.Tensor:
-        weight = module.weight + offset if offset else module.weight
+        weight: Any = module.weight
+        if offset:
+            weight = weight + offset
         return rms_normalization(x, weight, epsilon)
 
     return forward

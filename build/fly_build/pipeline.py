@@ -90,12 +90,16 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
         max_num_tokens=recipe.max_num_tokens,
     )
     if limits.max_seq_len > longest:
-        raise ConfigError(f"max_seq_len {limits.max_seq_len}: the checkpoints support {longest}: use --max-seq-len {longest}")
+        raise ConfigError(
+            f"max_seq_len {limits.max_seq_len}: the checkpoints support {longest}: use --max-seq-len {longest}"
+        )
     smallest = min(checkpoint.config.vocab_size for checkpoint in checkpoints.values())
     if recipe.entropy_top_k > smallest:
         raise ConfigError(f"entropy_top_k {recipe.entropy_top_k}: the vocabulary has {smallest} tokens: use 3")
     head = Head(entropy_top_k=recipe.entropy_top_k, stop_token_ids=stop_token_ids(target))
-    models = [ModelPlan(folder, checkpoint, _engine(folder, checkpoint, recipe)) for folder, checkpoint in checkpoints.items()]
+    models = [
+        ModelPlan(folder, checkpoint, _engine(folder, checkpoint, recipe)) for folder, checkpoint in checkpoints.items()
+    ]
     return Plan(recipe, output, limits, head, models)
 
 

@@ -1,4 +1,4 @@
-"""Weight quantisation for ONNX Runtime's CPU kernels, in NumPy: symmetric int8 per column, and blocks of 4 or 8 bits."""
+"""Weight quantisation for ONNX Runtime's CPU kernels, in NumPy: int8 per column, and blocks of 4 or 8 bits."""
 
 import numpy as np
 import numpy.typing as npt

@@ -49,7 +49,17 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
     for role in ("target", "draft"):
         if overrides.get(role) is not None:
             content[role] = {"checkpoint": overrides[role], "revision": overrides.get(f"{role}_revision")}
-    content |= {k: v for k, v in overrides.items() if v is not None and k in Recipe.model_fields and k not in ("target", "draft")}
+        elif overrides.get(f"{role}_revision") is not None:
+            if not isinstance(content.get(role), dict):
+                raise ConfigError(
+                    f"{role}_revision {overrides[f'{role}_revision']!r}: no {role} checkpoint: give --{role}"
+                )
+            content[role]["revision"] = overrides[f"{role}_revision"]
+    content |= {
+        k: v
+        for k, v in overrides.items()
+        if v is not None and k in Recipe.model_fields and k not in ("target", "draft")
+    }
     if "target" not in content:
         raise ConfigError("no target checkpoint: give --target CHECKPOINT or a recipe file")
     try:

@@ -97,7 +97,9 @@ class WeightWriter:
         weight = self._initializer(f"{name}.int8", ir.DataType.INT8, (rows, columns), lambda: quantized()[0])
         scale = self._initializer(f"{name}.scale", ir.DataType.FLOAT, (columns,), lambda: quantized()[1])
         tokens, row_scale = self._quantize_rows(matmul)
-        product = ir.node("MatMulInteger", [tokens, weight, self._constant("int8.zero", np.uint8(q.ACTIVATION_ZERO_POINT))])
+        product = ir.node(
+            "MatMulInteger", [tokens, weight, self._constant("int8.zero", np.uint8(q.ACTIVATION_ZERO_POINT))]
+        )
         as_float = ir.node("Cast", [product.outputs[0]], {"to": int(ir.DataType.FLOAT)})
         by_row = ir.node("Mul", [as_float.outputs[0], row_scale])
         by_column = ir.node("Mul", [by_row.outputs[0], scale])
@@ -111,14 +113,16 @@ class WeightWriter:
             last = self._constant("int8.last_axis", np.array([-1], np.int64))
             magnitude = ir.node("Abs", [x])
             largest = ir.node("ReduceMax", [magnitude.outputs[0], last], {"keepdims": 1})
-            bounded = ir.node("Max", [largest.outputs[0], self._constant("int8.tiny", np.float32(q.SMALLEST_ROW_MAXIMUM))])
+            bounded = ir.node(
+                "Max", [largest.outputs[0], self._constant("int8.tiny", np.float32(q.SMALLEST_ROW_MAXIMUM))]
+            )
             scale = ir.node("Div", [bounded.outputs[0], self._constant("int8.range", np.float32(q.ACTIVATION_LIMIT))])
             scaled = ir.node("Div", [x, scale.outputs[0]])
-            rounded = ir.node("Round", [scaled.outputs[0]])
-            offset = self._constant("int8.offset", np.float32(q.ACTIVATION_ZERO_POINT))
-            shifted = ir.node("Add", [rounded.outputs[0], offset])
+            # Every value is positive after the shift, so the Cast's truncation rounds to nearest.
+            offset = self._constant("int8.offset", np.float32(q.ACTIVATION_ZERO_POINT + 0.5))
+            shifted = ir.node("Add", [scaled.outputs[0], offset])
             tokens = ir.node("Cast", [shifted.outputs[0]], {"to": int(ir.DataType.UINT8)})
-            nodes = [magnitude, largest, bounded, scale, scaled, rounded, shifted, tokens]
+            nodes = [magnitude, largest, bounded, scale, scaled, shifted, tokens]
             self.graph.insert_before(matmul, nodes)
             self._quantized_inputs[x] = (tokens.outputs[0], scale.outputs[0])
         return self._quantized_inputs[x]
@@ -182,7 +186,7 @@ class WeightWriter:
         self.graph.register_initializer(value)
         return value
 
-    def _constant(self, name: str, content: Array) -> ir.Value:
+    def _constant(self, name: str, content: npt.ArrayLike) -> ir.Value:
         if name not in self._constants:
             array = np.asarray(content)
             self._constants[name] = self._initializer(
@@ -211,7 +215,7 @@ def _linears(name: str, value: ir.Value) -> list[_Linear]:
     for transpose, _ in value.uses():
         if transpose.op_type != "Transpose" or value.shape is None or len(value.shape) != 2:
             continue
-        users = transpose.outputs[0].uses()
+        users = list(transpose.outputs[0].uses())
         if len(users) == 1 and users[0].node.op_type == "MatMul" and users[0].idx == 1:
             found.append(_Linear(name, transpose, users[0].node))
     return found

@@ -39,7 +39,9 @@ Examples:
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 decodes greedily.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the model's end-of-sequence token.")
-@click.option("--method", type=click.Choice(["multi_level", "draft_model", "ngram", "none"]), help="How drafts are made.")
+@click.option(
+    "--method", type=click.Choice(["multi_level", "draft_model", "ngram", "none"]), help="How drafts are made."
+)
 @click.option("--num-speculative-tokens", type=int, metavar="K", help="Draft tokens per step.")
 @click.option("--acceptance", type=click.Choice(["fly", "exact"]), help="Loose, or exact (lossless).")
 @click.option("--preset", type=click.Choice(["reference", "paper", "vllm"]), help="Which FLy.")

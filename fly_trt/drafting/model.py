@@ -1,8 +1,8 @@
 """Drafting with a model, alone or with n-gram lookup in front of it (multi-level).
 
-Multi-level: an n-gram match proposes a few tokens, the draft model verifies them by exact match in one step and adds one
-of its own, until there are enough. The text is the draft model's greedy text either way; only the number of its steps
-differs. Source: arXiv 2511.22972, section 3.4.
+Multi-level: an n-gram match proposes a few tokens, the draft model verifies them by exact match in one step and adds
+one of its own, until there are enough. The text is the draft model's greedy text either way; only the number of its
+steps differs. Source: arXiv 2511.22972, section 3.4.
 """
 
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ class _Slot:
 
 
 class ModelDrafter:
-    """Greedy drafts of a draft model, for a target with `target_vocab_size` tokens (tables may be padded differently)."""
+    """Greedy drafts of a draft model for a target of `target_vocab_size` tokens; tables may be padded differently."""
 
     def __init__(self, engine: Engine, target_vocab_size: int, lookup: Lookup | None = None) -> None:
         self._engine = engine
@@ -87,7 +87,7 @@ class ModelDrafter:
         if state.index is not None and self._lookup is not None and num_missing > 1:
             guess = state.index.propose(min(self._lookup.num_tokens, num_missing - 1))
         accepted, next_token = self._run(slot, state, state.held.tokens[state.num_cached :], guess)
-        new = np.append(guess[:accepted], next_token)
+        new = [*guess[:accepted].tolist(), next_token]
         state.held.append(new)
         if state.index is not None:
             state.index.extend(new)

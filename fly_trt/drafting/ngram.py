@@ -1,8 +1,10 @@
 """N-gram prompt lookup: proposes what followed the same few tokens earlier in the prompt or the output.
 
-Source: prompt lookup decoding as in arXiv 2511.22972, section 3.4: the longest n-gram that ends the sequence is matched,
-n = prompt_lookup_max .. prompt_lookup_min, at its earliest occurrence.
+Source: prompt lookup decoding as in arXiv 2511.22972, section 3.4: the longest n-gram that ends the sequence is
+matched, n = prompt_lookup_max .. prompt_lookup_min, at its earliest occurrence.
 """
+
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -23,8 +25,8 @@ class NgramIndex:
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def extend(self, tokens: IntArray) -> None:
-        for token in tokens.tolist():
+    def extend(self, tokens: Iterable[int]) -> None:
+        for token in tokens:
             self._tokens.append(token)
             end = len(self._tokens)
             added = []
@@ -45,7 +47,7 @@ class NgramIndex:
     def sync(self, tokens: IntArray, num_kept: int) -> None:
         """Makes the index hold `tokens`, of which it already has the first `num_kept`."""
         self.truncate(num_kept)
-        self.extend(tokens[num_kept:])
+        self.extend(tokens[num_kept:].tolist())
 
     def propose(self, num_tokens: int) -> IntArray:
         """At most `num_tokens` tokens that followed the earliest earlier match; empty without one.

@@ -8,6 +8,7 @@ import logging
 import os
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -58,8 +59,8 @@ def _available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def make_session(model: str | bytes, num_threads: int | None = None) -> ort.InferenceSession:
-    """A CPU session for a model file or a serialized model, on the thread pool that all sessions of the process share.
+def session_options(num_threads: int | None = None) -> ort.SessionOptions:
+    """Options for a session on the thread pool that all sessions of the process share.
 
     From the first call on, ONNX Runtime refuses sessions of this process that want threads of their own: give them
     SessionOptions.use_per_session_threads = False.
@@ -67,7 +68,7 @@ def make_session(model: str | bytes, num_threads: int | None = None) -> ort.Infe
     _ThreadPool.size(num_threads)
     options = ort.SessionOptions()
     options.use_per_session_threads = False
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return options
 
 
 class OnnxRuntimeEngine:
@@ -83,7 +84,8 @@ class OnnxRuntimeEngine:
         self._caches: list[np.ndarray] = []
         self._steps: OrderedDict[tuple[int, int, int, bool], Step] = OrderedDict()
         try:
-            self._session = make_session(str(model_path), num_threads)
+            options = session_options(num_threads)
+            self._session = ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a class of its own for each status code
             reason = " ".join(str(error).split())
             raise EngineError(f"{model_path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from None
@@ -115,8 +117,9 @@ class OnnxRuntimeEngine:
     def _make_step(self, first_slot: int, batch_size: int, num_tokens: int, with_logits: bool) -> Step:
         if first_slot + batch_size > self._num_slots:
             raise EngineError(f"slots {first_slot} to {first_slot + batch_size - 1}: the engine has {self._num_slots}")
-        rows = {name: np.zeros(batch_size, dtype) for name, dtype in ROW_INPUTS.items()}
-        tokens = {name: np.zeros((batch_size, num_tokens), dtype) for name, dtype in TOKEN_OUTPUTS.items()}
+        rows: dict[str, Any] = {name: np.zeros(batch_size, dtype) for name, dtype in ROW_INPUTS.items()}
+        shape = (batch_size, num_tokens)
+        tokens: dict[str, Any] = {name: np.zeros(shape, dtype) for name, dtype in TOKEN_OUTPUTS.items()}
         return Step(
             first_slot=first_slot,
             input_ids=np.zeros((batch_size, num_tokens), np.int64),

@@ -70,9 +70,9 @@ class GenerationLoop:
         step = self._verify(request, context, draft)
         num_accepted, next_token = self._verdict(request, step, len(context), draft)
         request.num_cached += len(context) + num_accepted
-        new = np.append(draft[:num_accepted], next_token)
+        new = [*draft[:num_accepted].tolist(), next_token]
         request.sequence.append(new)
-        num_emitted = request.commit(new.tolist())
+        num_emitted = request.commit(new)
         if len(draft):
             kept = min(num_emitted, num_accepted)
             argmax = step.argmax[0, len(context) - 1 :]

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from fly_trt.engines.base import AcceptancePolicy, IntArray
 
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """`num_accepted` draft tokens stand, then comes `next_token`, the target's argmax after them."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+
 from eval_checks import load_eval_prompts
 from fly_trt.cli.generate import main
 

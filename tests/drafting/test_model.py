@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from fly_trt.drafting import Lookup, ModelDrafter
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fly_trt.drafting import Lookup, ModelDrafter
 from table_engine import VOCAB_SIZE, TableEngine, greedy, hashed
 
 LOOKUPS = [None, Lookup(max_n=4, min_n=1, num_tokens=6), Lookup(max_n=2, min_n=2, num_tokens=3)]

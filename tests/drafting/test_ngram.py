@@ -1,9 +1,10 @@
 """The incremental n-gram index against a plain scan for the earliest, longest match."""
 
 import numpy as np
-from fly_trt.drafting.ngram import NgramDrafter, NgramIndex
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fly_trt.drafting.ngram import NgramDrafter, NgramIndex
 
 MAX_N, MIN_N = 4, 1
 
@@ -18,28 +19,28 @@ def scan(tokens: list[int], num_tokens: int, max_n: int = MAX_N, min_n: int = MI
 
 def test_the_docstrings_example_holds() -> None:
     index = NgramIndex(4, 1)
-    index.extend(np.array([1, 2, 3, 4, 1, 2, 3]))
+    index.extend([1, 2, 3, 4, 1, 2, 3])
     assert index.propose(6).tolist() == [4, 1, 2, 3]
 
 
 def test_the_earliest_of_several_matches_is_copied() -> None:
     index = NgramIndex(4, 1)
-    index.extend(np.array([5, 8, 5, 9, 5]))
+    index.extend([5, 8, 5, 9, 5])
     assert index.propose(2).tolist() == [8, 5]
 
 
 def test_a_token_that_never_occurred_before_proposes_nothing() -> None:
     index = NgramIndex(4, 1)
-    index.extend(np.array([1, 2, 3]))
+    index.extend([1, 2, 3])
     assert index.propose(6).tolist() == []
     assert NgramIndex(4, 1).propose(6).tolist() == []
 
 
 def test_the_shortest_match_can_be_limited() -> None:
     index = NgramIndex(4, 2)
-    index.extend(np.array([1, 2, 3, 4, 2]))
+    index.extend([1, 2, 3, 4, 2])
     assert index.propose(6).tolist() == []
-    index.extend(np.array([3]))
+    index.extend([3])
     assert index.propose(6).tolist() == [4, 2, 3]
 
 
@@ -52,7 +53,7 @@ def test_any_history_of_additions_and_rewinds_finds_what_a_scan_finds(data: st.D
             index.truncate(length)
             tokens = tokens[:length]
         more = data.draw(st.lists(st.integers(0, 3), max_size=10))
-        index.extend(np.array(more, np.int64))
+        index.extend(more)
         tokens += more
         num_tokens = data.draw(st.integers(1, 8))
         assert index.propose(num_tokens).tolist() == scan(tokens, num_tokens)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from fly_trt.engines import Engine, load_engine
 from fly_trt.engines.base import Step
 from fly_trt.engines.onnxruntime import CACHE_BLOCK_TOKENS

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+
 from fly_trt.drafting import Drafter, Lookup, ModelDrafter, NgramDrafter
 from fly_trt.engines.base import EXACT, AcceptancePolicy
 from fly_trt.params import SamplingParams
@@ -12,10 +16,7 @@ from fly_trt.runtime.request import Request, RequestState
 from fly_trt.sequence import TokenSequence
 from fly_trt.tokenizer import Detokenizer
 from fly_trt.verification import PRESETS
-from hypothesis import given
-from hypothesis import strategies as st
 from table_engine import STOP_TOKEN, VOCAB_SIZE, NextToken, TableEngine, greedy, hashed
-from tokenizers import Tokenizer, decoders, models
 
 PROMPT = [3, 4, 5, 3, 4]
 NUM_DRAFT_TOKENS = 15
@@ -93,7 +94,11 @@ def drafters(target: NextToken, salt: int = 0) -> dict[str, Drafter | None]:
     }
 
 
-@given(salt=st.integers(0, 1000), vocabulary=st.integers(3, 12), prompt=st.lists(st.integers(2, 9), min_size=1, max_size=40))
+@given(
+    salt=st.integers(0, 1000),
+    vocabulary=st.integers(3, 12),
+    prompt=st.lists(st.integers(2, 9), min_size=1, max_size=40),
+)
 def test_exact_speculation_emits_what_plain_decoding_emits(salt: int, vocabulary: int, prompt: list[int]) -> None:
     language = hashed(vocabulary, salt)
     want = greedy(language, prompt, 40)

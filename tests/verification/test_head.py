@@ -6,9 +6,10 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+
 from fly_build.head import GATE_OUTPUTS, append_head
 from fly_trt.engines.base import EXACT, AcceptancePolicy
-from fly_trt.engines.onnxruntime import make_session
+from fly_trt.engines.onnxruntime import session_options
 from fly_trt.verification import accept
 
 VOCAB_SIZE = 97
@@ -17,7 +18,7 @@ NUM_CASES = 400
 OUTPUTS = ("num_accepted", "next_token", *GATE_OUTPUTS)
 
 
-def make_session(top_k: int = 3, stops: list[int] = STOPS) -> ort.InferenceSession:
+def head_session(top_k: int = 3, stops: list[int] = STOPS) -> ort.InferenceSession:
     """A model whose logits are an input, so that a test chooses them."""
     shape = ir.Shape([ir.SymbolicDim("B"), ir.SymbolicDim("T")])
     ids = ir.Value(name="input_ids", type=ir.TensorType(ir.DataType.INT64), shape=shape)
@@ -30,12 +31,13 @@ def make_session(top_k: int = 3, stops: list[int] = STOPS) -> ort.InferenceSessi
     graph = ir.Graph([ids, write, given], [logits], nodes=[node], opset_imports={"": 24}, name="head")
     model = ir.Model(graph, ir_version=11)
     append_head(model, top_k, stops)
-    return make_session(ir.to_proto(model).SerializeToString())
+    proto = ir.to_proto(model).SerializeToString()
+    return ort.InferenceSession(proto, session_options(), providers=["CPUExecutionProvider"])
 
 
 @pytest.fixture(scope="module")
 def session() -> ort.InferenceSession:
-    return make_session()
+    return head_session()
 
 
 @dataclass
@@ -133,7 +135,7 @@ def test_the_number_of_probabilities_in_the_gate_is_fixed_when_the_head_is_built
     batch = Batch.random(np.random.default_rng(4))
     log_probs = log_softmax(batch.logits)
     top = np.sort(log_probs, axis=-1)[..., -8:]
-    got = run(make_session(top_k=8), batch)
+    got = run(head_session(top_k=8), batch)
     np.testing.assert_allclose(got["entropy_topk"], -(np.exp(top) * top).sum(-1), rtol=1e-5, atol=5e-6)
 
 
@@ -162,5 +164,5 @@ def test_without_stop_tokens_every_token_may_be_loosened() -> None:
     ids[0, 3] = 1
     loose = AcceptancePolicy(0.0, use_full_entropy=False, window=6, lookahead=5)
     batch = Batch(logits, ids, np.array([1]), np.array([11]), [loose])
-    assert run(make_session(stops=[]), batch)["num_accepted"][0] == 11
-    assert run(make_session(stops=[1]), batch)["num_accepted"][0] == 2
+    assert run(head_session(stops=[]), batch)["num_accepted"][0] == 11
+    assert run(head_session(stops=[1]), batch)["num_accepted"][0] == 2

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from fly_trt.engines.base import EXACT, AcceptancePolicy
 from fly_trt.errors import ConfigError
 from fly_trt.verification import PRESETS, accept, count_loosened, fly_policy

@@ -1,0 +1,223 @@
+"""What cannot be built is refused with its reason from the configuration alone, broken checkpoints are refused with
+theirs, and a draft needs the target's tokenizer.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from fly_build.checkpoint import Checkpoint, check_same_tokenizer, open_checkpoint, stop_token_ids
+from fly_trt.errors import CheckpointError
+from tiny_models import PAIR, add_demo_tokenizer, save_tiny, tiny_llama
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+REFUSED = {
+    "t5": ("T5Config", {}, "encoder-decoder"),
+    "bart": ("BartConfig", {}, "encoder-decoder"),
+    "bloom": ("BloomConfig", {}, "ALiBi"),
+    "mpt": ("MptConfig", {}, "ALiBi"),
+    "falcon-alibi": ("FalconConfig", {"alibi": True}, "ALiBi"),
+    "mamba": ("MambaConfig", {}, "state-space"),
+    "falcon-h1": ("FalconH1Config", {}, "state-space"),
+    "jamba": ("JambaConfig", {}, "state-space"),
+    "qwen3-next": ("Qwen3NextConfig", {}, "state-space"),
+    "gemma3": ("Gemma3Config", {}, "multimodal"),
+    "llava": ("LlavaConfig", {}, "multimodal"),
+    "gpt2": ("GPT2Config", {}, "'gpt2' is not supported: expected one of gemma2, .*llama"),
+    "gptq": ("LlamaConfig", {"quantization_config": GPTQ}, r"already quantised \(gptq\)"),
+    "supported-but-empty": ("LlamaConfig", {}, r"no \*\.safetensors file"),
+}
+UNREADABLE = {
+    "corrupt": '{"model_type": "llama",',
+    "a-list": "[]",
+    "no-model-type": "{}",
+    "unknown-model-type": '{"model_type": "nobody-knows"}',
+    "wrong-field-type": '{"model_type": "llama", "hidden_size": "wide"}',
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    save_tiny(tiny_llama(num_hidden_layers=1), folder)
+    return folder
+
+
+@pytest.fixture
+def copied(tiny: Path, tmp_path: Path) -> Path:
+    """A checkpoint to break."""
+    return Path(shutil.copytree(tiny, tmp_path / "copied"))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _tokenizer_only(folder: Path, **changes: Any) -> Checkpoint:
+    """A checkpoint of the demo tokenizer with `changes` to the `model` part of tokenizer.json."""
+    folder.mkdir()
+    add_demo_tokenizer(folder)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"] |= changes
+    _write_json(folder / "tokenizer.json", content)
+    return Checkpoint(str(folder), None, tiny_llama())
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_configuration_is_refused_with_its_reason_and_no_weight_at_hand(case: str, tmp_path: Path) -> None:
+    name, fields, reason = REFUSED[case]
+    getattr(transformers, name)(**fields).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=reason) as refused:
+        open_checkpoint(str(tmp_path))
+    assert str(refused.value).startswith(f"{tmp_path}: ")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_unusable_config_json_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(UNREADABLE[case], encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"no usable config\.json: \S+") as refused:
+        open_checkpoint(str(tmp_path))
+    assert "\n" not in str(refused.value)
+
+
+def test_code_of_the_checkpoint_is_never_run_and_never_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask on the terminal whether to run it."""
+    marker = tmp_path / "was-run"
+    (tmp_path / "configuration_own.py").write_text(f"open({str(marker)!r}, 'w')\n", encoding="utf-8")
+    auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "configuration_own.OwnModel"}
+    _write_json(tmp_path / "config.json", {"model_type": "nobody-knows", "auto_map": auto_map})
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    with pytest.raises(CheckpointError, match="custom code"):
+        open_checkpoint(str(tmp_path))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "missing"])
+def test_missing_folder_is_named(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"^{name}: no such folder: give a checkpoint folder or a hub id"):
+        open_checkpoint(name)
+
+
+def test_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no usable config\.json"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_unknown_rope_type_is_refused_before_weights_are_read(copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text(encoding="utf-8"))
+    _write_json(copied / "config.json", config | {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}})
+    (copied / "model.safetensors").write_bytes(b"not read")
+    with pytest.raises(CheckpointError, match=r"transformers cannot make the model of this config\.json: 'spiral'"):
+        _ = open_checkpoint(str(copied)).empty_model
+
+
+def test_number_of_parameters_needs_no_weights(tiny: Path) -> None:
+    stored = load_file(tiny / "model.safetensors")
+    assert open_checkpoint(str(tiny)).num_parameters == sum(tensor.numel() for tensor in stored.values())
+
+
+def test_weights_load_in_the_dtype_they_were_saved_in(tmp_path: Path) -> None:
+    save_tiny(tiny_llama(num_hidden_layers=1), tmp_path, dtype=torch.bfloat16)
+    tensors = open_checkpoint(str(tmp_path)).load_weights()
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None])
+def test_unreadable_weights_are_refused(content: bytes | None, copied: Path) -> None:
+    path = copied / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:20000] if content is None else content)
+    with pytest.raises(CheckpointError, match="the weights do not load: "):
+        open_checkpoint(str(copied)).load_weights()
+
+
+def test_missing_tensor_is_refused_and_not_replaced_by_random_values(copied: Path) -> None:
+    tensors = load_file(copied / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"1 missing tensors, the first is model\.layers\.0\.mlp\.up_proj\.weight"
+    ):
+        open_checkpoint(str(copied)).load_weights()
+
+
+def test_tensor_of_another_shape_is_refused(copied: Path) -> None:
+    tensors = load_file(copied / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(7, 64)
+    save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="the weights do not load: "):
+        open_checkpoint(str(copied)).load_weights()
+
+
+def test_checkpoint_without_tokenizer_is_refused_when_the_tokenizer_is_needed(tiny: Path) -> None:
+    with pytest.raises(CheckpointError, match="no tokenizer: "):
+        open_checkpoint(str(tiny)).load_tokenizer()
+
+
+def test_demo_pair_shares_one_tokenizer() -> None:
+    target = open_checkpoint(str(PAIR / "target"))
+    for draft in ("draft", "draft_weak"):
+        check_same_tokenizer(target, open_checkpoint(str(PAIR / draft)))
+
+
+def test_embedding_tables_of_different_size_are_fine_when_the_tokenizers_agree(tmp_path: Path) -> None:
+    target, draft = _tokenizer_only(tmp_path / "target"), _tokenizer_only(tmp_path / "draft")
+    target.config.vocab_size, draft.config.vocab_size = 896, 1024
+    check_same_tokenizer(target, draft)
+
+
+def test_few_added_tokens_on_one_side_are_fine(tmp_path: Path) -> None:
+    target, draft = _tokenizer_only(tmp_path / "target"), _tokenizer_only(tmp_path / "draft")
+    tokenizer = draft.load_tokenizer()
+    tokenizer.add_tokens(["<|tool|>", "<|image|>"], special_tokens=True)
+    tokenizer.save_pretrained(draft.name)
+    assert len(draft.load_tokenizer()) == len(target.load_tokenizer()) + 2
+    check_same_tokenizer(target, draft)
+
+
+def test_token_with_another_id_is_refused_by_name(tmp_path: Path) -> None:
+    target = _tokenizer_only(tmp_path / "target")
+    ids = json.loads((tmp_path / "target" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    draft = _tokenizer_only(tmp_path / "draft", vocab=ids | {"a": ids["b"], "b": ids["a"]})
+    with pytest.raises(
+        CheckpointError, match=f"different tokenizers .*({ids['a']} and {ids['b']}|{ids['b']} and {ids['a']})"
+    ):
+        check_same_tokenizer(target, draft)
+
+
+def test_vocabulary_of_another_family_is_refused(tmp_path: Path) -> None:
+    target = _tokenizer_only(tmp_path / "target")
+    ids = json.loads((tmp_path / "target" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    words = dict(list(ids.items())[: len(ids) // 2])
+    draft = _tokenizer_only(tmp_path / "draft", vocab=words, merges=[])
+    with pytest.raises(CheckpointError, match=r"different tokenizers \(\d+ tokens are not shared\): choose a draft"):
+        check_same_tokenizer(target, draft)
+
+
+def test_equal_vocabularies_that_split_text_differently_are_refused(tmp_path: Path) -> None:
+    target, draft = _tokenizer_only(tmp_path / "target"), _tokenizer_only(tmp_path / "draft", merges=[])
+    with pytest.raises(CheckpointError, match="split the same text into different tokens"):
+        check_same_tokenizer(target, draft)
+
+
+def test_stop_tokens_are_those_of_generation_config_config_and_tokenizer(tmp_path: Path) -> None:
+    add_demo_tokenizer(tmp_path)  # its <|eos|> is 1
+    checkpoint = Checkpoint(str(tmp_path), None, tiny_llama(eos_token_id=5))
+    assert stop_token_ids(checkpoint) == [1, 5]
+    _write_json(tmp_path / "generation_config.json", {"eos_token_id": [9, 7, 5]})
+    assert stop_token_ids(checkpoint) == [1, 5, 7, 9]
+
+
+def test_unreadable_generation_config_is_refused_because_stop_tokens_would_be_lost(tmp_path: Path) -> None:
+    add_demo_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"no usable generation_config\.json"):
+        stop_token_ids(Checkpoint(str(tmp_path), None, tiny_llama()))

@@ -1,0 +1,145 @@
+"""Tiny random checkpoints, graphs made from them and a runner for those graphs, shared by the tests of fly_build.
+
+Weights are drawn so wide that logits spread over several units and attention is far from uniform: a wrong mask,
+position or multiplier then moves logits by far more than a rounding error. Caches start full of noise, so reading a
+position that was never written is seen too.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+import transformers
+
+from fly_build.checkpoint import Checkpoint, open_checkpoint
+from fly_build.export import export_decoder
+from fly_build.head import append_head
+from fly_build.weights import WeightWriter
+from fly_trt.engines.onnxruntime import session_options
+from fly_trt.manifest import Dtype, Quantization
+
+PAIR = Path(__file__).resolve().parents[1] / "assets" / "pair"
+MAX_SEQ_LEN = 64
+SILENT_BELOW_ERROR = 3
+SHAPE: dict[str, Any] = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXACT_MATCH = {
+    "num_context": np.int64(1),
+    "num_draft": np.int64(0),
+    "entropy_threshold": np.float32(np.inf),
+    "use_full_entropy": np.bool_(False),
+    "window": np.int64(0),
+    "lookahead": np.int64(0),
+}
+
+
+def save_tiny(config: Any, folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """Saves a seeded random model of this configuration and returns it in float32, running transformers' eager code."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms and biases start at 0 or 1, where a forgotten one would not show
+                parameter += 0.2 * torch.randn_like(parameter)
+            parameter.copy_(parameter.to(dtype))
+    model.to(dtype).save_pretrained(folder)
+    return model.to(torch.float32)
+
+
+def tiny_llama(**changes: Any) -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(**{**SHAPE, **changes})
+
+
+def add_demo_tokenizer(folder: Path) -> None:
+    """892 tokens, of which <|bos|> is 0 and <|eos|> is 1."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(PAIR / "target" / name, folder / name)
+
+
+def reference_logits(model: torch.nn.Module, *rows: npt.NDArray[np.int64]) -> list[npt.NDArray[np.float32]]:
+    """transformers' logits [T, V] of each row, computed from its first token with no cache."""
+    with torch.no_grad():
+        return [model(input_ids=torch.tensor(row)[None], use_cache=False).logits[0].numpy() for row in rows]
+
+
+def build_graph(
+    checkpoint: Checkpoint, path: Path, *, dtype: Dtype = "float32", quantization: Quantization = "none"
+) -> ir.Model:
+    """Exports the decoder with its head and weights, and saves it at `path` with external data."""
+    decoder = export_decoder(checkpoint, MAX_SEQ_LEN)
+    tied = "lm_head.weight" not in decoder.parameters
+    output_name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    writer = WeightWriter(decoder.model.graph, checkpoint.load_weights(), dtype, quantization, output_name)
+    writer.attach(decoder.parameters)
+    append_head(decoder.model, 3, [2])
+    ir.save(decoder.model, path, external_data=f"{path.name}.data")
+    return decoder.model
+
+
+def count_operators(model: ir.Model) -> dict[str, int]:
+    types = [node.op_type for node in model.graph]
+    return {name: types.count(name) for name in set(types)}
+
+
+@dataclass(frozen=True)
+class TinyPair:
+    """Checkpoint folders and the target as transformers runs it. The draft's embedding table is padded."""
+
+    target: Path
+    draft: Path
+    target_model: torch.nn.Module
+
+
+class Runner:
+    """A graph with its cache; each step copies the cache, which costs nothing at this size."""
+
+    def __init__(self, path: Path, checkpoint: Checkpoint, batch_size: int = 2) -> None:
+        options = session_options()
+        options.log_severity_level = SILENT_BELOW_ERROR  # TensorScatter warns about the copies
+        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        shape = (batch_size, checkpoint.num_kv_heads, MAX_SEQ_LEN, checkpoint.head_dim)
+        noise = np.random.default_rng(1)
+        self.cache = {
+            f"past_{kind}.{layer}": 9 * noise.standard_normal(shape, np.float32)
+            for layer in range(checkpoint.config.num_hidden_layers)
+            for kind in ("key", "value")
+        }
+
+    def step(self, input_ids: npt.ArrayLike, write_indices: list[int], **head_inputs: Any) -> dict[str, np.ndarray]:
+        """input_ids [B, T], tokens cached per row -> every output but the cache, which is kept for the next step."""
+        rows = len(write_indices)
+        head = {name: np.full(rows, value) for name, value in (EXACT_MATCH | head_inputs).items()}
+        feeds = {"input_ids": np.asarray(input_ids, np.int64), "write_indices": np.array(write_indices, np.int64)}
+        names = [output.name for output in self.session.get_outputs()]
+        outputs = dict(zip(names, self.session.run(names, feeds | head | self.cache), strict=True))
+        self.cache = {name: outputs.pop(name.replace("past", "present")) for name in self.cache}
+        return outputs
+
+
+def tiny_runner(
+    config: Any, folder: Path, *, dtype: Dtype = "float32", quantization: Quantization = "none", batch_size: int = 2
+) -> tuple[torch.nn.Module, Runner, ir.Model]:
+    """The reference model, the runner and the graph of one configuration."""
+    model = save_tiny(config, folder)
+    checkpoint = open_checkpoint(str(folder))
+    graph = build_graph(checkpoint, folder / "model.onnx", dtype=dtype, quantization=quantization)
+    return model, Runner(folder / "model.onnx", checkpoint, batch_size), graph
