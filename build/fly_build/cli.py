@@ -113,13 +113,13 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         return
     limits = plan.limits
     table = Table(title=f"{plan.output}: plan (nothing is built)")
-    for column in ("", "checkpoint", "parameters", "weights", "KV cache per token", "per slot", "all slots"):
+    for column in ("", "checkpoint", "params", "weights", "KV/token", "KV/slot", "KV total"):
         table.add_column(column, justify="left" if column in ("", "checkpoint") else "right")
     for model in plan.models:
         per_token = model.engine.kv_bytes_per_token()
         table.add_row(
             model.folder,
-            model.checkpoint.name,
+            Path(model.checkpoint.name).name,
             _count(model.engine.source.num_parameters),
             _bytes(model.weight_bytes()),
             _bytes(per_token),

@@ -18,6 +18,11 @@ def load_engine(
             f"{directory}: built for backend {manifest.backend!r}, this version runs 'onnxruntime': "
             "rebuild with --backend onnxruntime"
         )
+    if num_slots > manifest.limits.max_batch_size:
+        raise EngineError(
+            f"{directory}: built for max_batch_size {manifest.limits.max_batch_size}, asked for {num_slots}: "
+            f"rebuild with --max-batch-size {num_slots}"
+        )
     from fly_trt.engines.onnxruntime import OnnxRuntimeEngine
 
     info = EngineInfo(

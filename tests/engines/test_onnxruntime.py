@@ -113,6 +113,11 @@ def test_a_slot_that_does_not_exist_is_refused(engine: Engine) -> None:
         engine.step(2, 2, 1)
 
 
+def test_more_slots_than_built_for_name_the_fix(demo_engine: Path, manifest: Manifest) -> None:
+    with pytest.raises(EngineError, match="built for max_batch_size 8, asked for 9: rebuild with --max-batch-size 9"):
+        load_engine(demo_engine, manifest, manifest.target, num_slots=9)
+
+
 def test_a_file_that_is_no_graph_is_named(demo_engine: Path, manifest: Manifest, tmp_path: Path) -> None:
     shutil.copytree(demo_engine, tmp_path / "engine")
     (tmp_path / "engine" / "target" / "model.onnx").write_bytes(b"not a graph")
