@@ -1,5 +1,6 @@
 """`LLM`: an engine directory, ready to generate."""
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,6 +50,8 @@ class LLM:
         num_threads: int | None = None,
         verify_hashes: bool = False,
     ) -> None:
+        if num_threads is not None and num_threads < 1:
+            raise ConfigError(f"num_threads {num_threads}: expected at least 1, or None for all cores")
         directory = Path(engine_dir).expanduser()
         self.manifest: Manifest = read_manifest(directory, verify_hashes=verify_hashes)
         if not isinstance(speculative_config, SpeculativeConfig):
@@ -73,7 +76,7 @@ class LLM:
         """Completes one prompt or many; the outputs are in the order of the prompts.
 
         A prompt is text or {"prompt_token_ids": [...]}. `sampling_params` is one for all or one for each. All prompts
-        are checked before the first one runs; RequestError names the one that is wrong.
+        are checked before the first one runs; the RequestError says which one is wrong.
         """
         batch = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
         requests = self._make_requests(batch, sampling_params)
@@ -81,8 +84,9 @@ class LLM:
         try:
             for request in requests:
                 self._loop.add(request)
-            while self._loop.has_requests():
-                progress.update(sum(request.finish_reason is not None for request in self._loop.step()))
+            while not all(request.is_finished for request in requests):
+                self._step()
+                progress.update(sum(request.is_finished for request in requests) - progress.n)
         finally:
             progress.close()
             self._abort(requests)
@@ -93,10 +97,14 @@ class LLM:
         iteration early aborts the request."""
         (request,) = self._make_requests([prompt], sampling_params)
         self._loop.add(request)
+        num_seen = 0
         try:
-            while self._loop.has_requests():
-                for changed in self._loop.step():
-                    yield changed.output()
+            while not request.is_finished or len(request.output_token_ids) > num_seen:
+                if not request.is_finished:
+                    self._step()
+                if len(request.output_token_ids) > num_seen:
+                    num_seen = len(request.output_token_ids)
+                    yield request.output()
         finally:
             self._abort([request])
 
@@ -112,6 +120,14 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.shutdown()
+
+    def _step(self) -> None:
+        self._check_open()
+        self._loop.step()
+
+    def _check_open(self) -> None:
+        if not self._engines:
+            raise ConfigError("this LLM was shut down: make a new one")
 
     def _abort(self, requests: list[Request]) -> None:
         for request in requests:
@@ -152,8 +168,7 @@ class LLM:
     def _make_requests(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Request]:
-        if not self._engines:
-            raise ConfigError("this LLM was shut down: make a new one")
+        self._check_open()
         each = (
             [params or SamplingParams()] * len(prompts)
             if params is None or isinstance(params, SamplingParams)
@@ -163,7 +178,13 @@ class LLM:
             raise RequestError(
                 f"{len(each)} sampling_params for {len(prompts)} prompts: give one, or one for each prompt"
             )
-        return [self._make_request(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
+        requests = []
+        for index, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
+            try:
+                requests.append(self._make_request(prompt, one))
+            except RequestError as error:
+                raise (RequestError(f"prompts[{index}]: {error}") if len(prompts) > 1 else error) from None
+        return requests
 
     def _make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
         token_ids = self._tokenize(prompt)
@@ -175,6 +196,11 @@ class LLM:
             )
         acceptance = (params.acceptance or AcceptanceParams()).over(self.speculative_config.acceptance_params())
         own_stops = frozenset(params.stop_token_ids or ())
+        unknown = sorted(token for token in own_stops if not 0 <= token < self._target_info.vocab_size)
+        if unknown:
+            raise RequestError(
+                f"stop_token_ids: {unknown[0]} is not a token id, expected 0 to {self._target_info.vocab_size - 1}"
+            )
         model_stops = frozenset() if params.ignore_eos else self._target_info.stop_token_ids
         request = Request(
             request_id=str(next(self._request_ids)),
@@ -227,10 +253,17 @@ def resolve_speculative_config(manifest: Manifest, overrides: Mapping[str, Any])
     default number of draft tokens is at most the engine's max_draft_len."""
     limit = manifest.limits.max_draft_len
     settings = dict(manifest.speculative)
+    if overrides.get("preset") not in (None, settings.get("preset", "reference")):
+        for name in ("fly_window_size", "fly_entropy_threshold"):  # in the unit of the other preset
+            settings.pop(name, None)
     if manifest.draft is None and settings.get("method", "multi_level") in ("multi_level", "draft_model"):
         settings["method"] = "ngram"
     if limit == 0:
         settings["method"] = None
     wanted = settings.get("num_speculative_tokens", SpeculativeConfig().num_speculative_tokens)
     settings["num_speculative_tokens"] = max(1, min(wanted, limit))
-    return SpeculativeConfig.from_dict(settings | dict(overrides))
+    config = SpeculativeConfig.from_dict(settings | dict(overrides))
+    names = [f.name for f in dataclasses.fields(AcceptanceParams)]
+    asked = AcceptanceParams(**{name: overrides[name] for name in names if name in overrides})
+    asked.over(config.acceptance_params())  # refuses a FLy setting that would have no effect
+    return config

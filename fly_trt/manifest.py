@@ -83,7 +83,6 @@ class Manifest(_Record):
     library_versions: dict[str, str]
     limits: Limits
     head: Head
-    tokenizer_vocab_size: int
     speculative: dict[str, Any]
     target: ModelEngine
     draft: ModelEngine | None

@@ -25,7 +25,8 @@ class RequestMetrics:
 
     @property
     def mean_acceptance_length(self) -> float:
-        """Tokens per verification step, the target's own token (correction or bonus) included; 0 without steps."""
+        """1 + accepted tokens per verification step, 0 without steps: vLLM's formula, which adds the target's own token
+        (correction or bonus) also for the last step, where an accepted end-of-sequence leaves it out of the text."""
         return 1 + self.num_accepted_tokens / self.num_spec_steps if self.num_spec_steps else 0.0
 
     def record_step(self, num_draft: int, num_accepted: int, num_loosened: int) -> None:

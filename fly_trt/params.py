@@ -1,22 +1,24 @@
 """What a caller may ask for: SamplingParams per request, SpeculativeConfig per engine, AcceptanceParams for both.
 
-Names follow vLLM. The same fields stand in recipe YAML, on the command line and in Python. Unknown names and values
-that this version cannot honour are refused; nothing is ignored.
+Names follow vLLM. SpeculativeConfig has the same fields in recipe YAML and in Python; the command line has the
+most used ones. Unknown names and values that this version cannot honour are refused; nothing is ignored.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from fly_trt.engines.base import EXACT, AcceptancePolicy
 from fly_trt.errors import ConfigError, RequestError
 from fly_trt.verification import PRESETS, fly_policy
 
 Method = Literal["multi_level", "draft_model", "ngram"]
-METHODS = ("multi_level", "draft_model", "ngram")
-ACCEPTANCES = ("fly", "exact")
+Acceptance = Literal["fly", "exact"]
+Preset = Literal["reference", "paper", "vllm"]
+METHODS: tuple[str, ...] = get_args(Method)
+ACCEPTANCES: tuple[str, ...] = get_args(Acceptance)
 DEFAULT_MAX_TOKENS = 256
 
 
@@ -29,8 +31,8 @@ class AcceptanceParams:
     fly_entropy_top_k: probabilities that the gate looks at; fixed when the engine is built.
     """
 
-    acceptance: Literal["fly", "exact"] | None = None
-    preset: Literal["reference", "paper", "vllm"] | None = None
+    acceptance: Acceptance | None = None
+    preset: Preset | None = None
     fly_window_size: int | None = None
     fly_entropy_threshold: float | None = None
     fly_entropy_top_k: int | None = None
@@ -41,17 +43,25 @@ class AcceptanceParams:
         _check_at_least("fly_window_size", self.fly_window_size, 0)
         _check_at_least("fly_entropy_top_k", self.fly_entropy_top_k, 1)
         threshold = self.fly_entropy_threshold
-        if threshold is not None and (math.isnan(threshold) or threshold < 0):
-            raise ConfigError(f"fly_entropy_threshold {threshold}: expected a number >= 0")
+        if threshold is not None and not (_is_number(threshold) and threshold >= 0):
+            raise ConfigError(f"fly_entropy_threshold {threshold!r}: expected a number >= 0")
 
     def over(self, defaults: "AcceptanceParams") -> "AcceptanceParams":
         """These settings where given, `defaults` elsewhere. Another preset drops the defaults' window and
         threshold."""
+        if (self.acceptance or defaults.acceptance) == "exact":
+            self._check_nothing_loose()
         changes_preset = self.preset is not None and self.preset != defaults.preset
         base = AcceptanceParams(acceptance=defaults.acceptance) if changes_preset else defaults
         names = [f.name for f in dataclasses.fields(AcceptanceParams)]
         given = {name: getattr(self, name) for name in names}
         return AcceptanceParams(**{n: getattr(base, n) if v is None else v for n, v in given.items()})
+
+    def _check_nothing_loose(self) -> None:
+        for name in ("preset", "fly_window_size", "fly_entropy_threshold"):
+            if getattr(self, name) is not None:
+                value = getattr(self, name)
+                raise ConfigError(f"{name} {value!r}: has no effect with acceptance 'exact': add acceptance='fly'")
 
     def policy(self, vocab_size: int, entropy_top_k: int) -> AcceptancePolicy:
         """The numbers for the engine. Raises ConfigError when the engine's gate looks at another number of tokens."""
@@ -87,8 +97,8 @@ class SpeculativeConfig:
     prompt_lookup_max: int = 4
     prompt_lookup_min: int = 1
     prompt_lookup_num_tokens: int = 6
-    acceptance: Literal["fly", "exact"] | None = None
-    preset: Literal["reference", "paper", "vllm"] = "reference"
+    acceptance: Acceptance | None = None
+    preset: Preset = "reference"
     fly_window_size: int | None = None
     fly_entropy_threshold: float | None = None
     fly_entropy_top_k: int | None = None
@@ -156,10 +166,13 @@ class SamplingParams:
         object.__setattr__(self, "stop_strings", stop)
         if any(not isinstance(string, str) or not string for string in stop):
             raise RequestError(f"stop {self.stop!r}: expected non-empty strings")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise RequestError(f"max_tokens {self.max_tokens}: expected at least 1")
-        if math.isnan(self.temperature) or self.temperature < 0:
-            raise RequestError(f"temperature {self.temperature}: expected 0 (greedy)")
+        if self.max_tokens is not None and not (_is_whole(self.max_tokens) and self.max_tokens >= 1):
+            raise RequestError(f"max_tokens {self.max_tokens!r}: expected a whole number, at least 1, or None")
+        if not (_is_number(self.temperature) and self.temperature >= 0):
+            raise RequestError(f"temperature {self.temperature!r}: expected 0 (greedy)")
+        token_ids = self.stop_token_ids
+        if token_ids is not None and not (isinstance(token_ids, Sequence) and all(map(_is_whole, token_ids))):
+            raise RequestError(f"stop_token_ids {token_ids!r}: expected a list of token ids")
         self._refuse_unsupported()
 
     def _refuse_unsupported(self) -> None:
@@ -190,6 +203,14 @@ def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ConfigError(f"{name} {value!r}: expected one of {', '.join(str(choice) for choice in choices)}")
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
 def _check_at_least(name: str, value: int | None, least: int) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+    if value is not None and not (_is_whole(value) and value >= least):
         raise ConfigError(f"{name} {value!r}: expected a whole number, at least {least}")

@@ -18,9 +18,12 @@ CONTEXT_TOKENS = 6
 def load_tokenizer(engine_dir: Path) -> Tokenizer:
     path = engine_dir / "tokenizer" / "tokenizer.json"
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise EngineError(f"{path}: not a readable tokenizer ({error}): rebuild the engine with fly-build") from None
+    tokenizer.no_truncation()  # a checkpoint's training settings must not cut or pad a prompt
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class Detokenizer:
@@ -39,7 +42,8 @@ class Detokenizer:
         self.stop_string: str | None = None
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._stream = DecodeStream(ids=prompt_token_ids[-CONTEXT_TOKENS:], skip_special_tokens=skip_special_tokens)
+        context = _context(tokenizer, prompt_token_ids)
+        self._stream = DecodeStream(ids=context, skip_special_tokens=skip_special_tokens)
         self._stop_strings = stop_strings
         self._include_stop_string = include_stop_string
         self._longest_stop = max((len(string) for string in stop_strings), default=0)
@@ -90,3 +94,11 @@ class Detokenizer:
         at, self.stop_string = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
         self.text = self.text[: at + len(self.stop_string) if self._include_stop_string else at]
         return True
+
+
+def _context(tokenizer: Tokenizer, prompt_token_ids: list[int]) -> list[int]:
+    """The prompt's last tokens up to a complete character: the decoder would emit an unfinished one as output."""
+    context = prompt_token_ids[-CONTEXT_TOKENS:]
+    while context and tokenizer.decode(context, skip_special_tokens=False).endswith("\ufffd"):
+        context.pop()
+    return context

@@ -9,6 +9,7 @@ import pytest
 
 from eval_checks import load_eval_prompts
 from fly_trt import LLM, AcceptanceParams, ConfigError, EngineError, RequestError, SamplingParams, SpeculativeConfig
+from fly_trt.llm import resolve_speculative_config
 
 PROMPTS = [record["prompt"] for record in load_eval_prompts()[:6]]
 
@@ -113,6 +114,46 @@ def test_leaving_a_stream_early_leaves_nothing_behind(llm: LLM) -> None:
     assert llm.generate(PROMPTS[1])[0].outputs[0].token_ids == want
 
 
+def test_streams_and_other_calls_may_interleave(llm: LLM) -> None:
+    want = [output.outputs[0].token_ids for output in llm.generate(PROMPTS[:3])]
+    first, second = llm.stream(PROMPTS[0]), llm.stream(PROMPTS[1])
+    seen = [[next(first)], [next(second)]]
+    assert llm.generate(PROMPTS[2])[0].outputs[0].token_ids == want[2]
+    seen[1] += second
+    seen[0] += first
+    assert [outputs[-1].outputs[0].token_ids for outputs in seen] == want[:2]
+    assert all(outputs[-1].finished for outputs in seen)
+    assert [outputs[0].prompt for outputs in seen] == PROMPTS[:2]
+
+
+def test_each_streamed_output_has_the_metrics_of_its_moment(llm: LLM) -> None:
+    steps = [output.metrics.num_spec_steps for output in llm.stream(PROMPTS[0])]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_fly_setting_that_would_have_no_effect_is_refused(llm: LLM, demo_engine: Path) -> None:
+    with pytest.raises(ConfigError, match=r"fly_entropy_threshold 0.1: has no effect with acceptance 'exact'"):
+        LLM(demo_engine, speculative_config={"method": "ngram", "fly_entropy_threshold": 0.1})
+    with pytest.raises(ConfigError, match="fly_window_size 4: has no effect"):
+        llm.generate(PROMPTS[0], SamplingParams(acceptance=AcceptanceParams(acceptance="exact", fly_window_size=4)))
+
+
+def test_another_preset_drops_the_engines_threshold_which_is_in_another_unit(llm: LLM) -> None:
+    manifest = llm.manifest.model_copy(update={"speculative": {"preset": "paper", "fly_entropy_threshold": 0.2}})
+    assert resolve_speculative_config(manifest, {}).fly_entropy_threshold == 0.2
+    assert resolve_speculative_config(manifest, {"preset": "vllm"}).fly_entropy_threshold is None
+
+
+def test_a_number_of_threads_below_one_is_refused(demo_engine: Path) -> None:
+    with pytest.raises(ConfigError, match="num_threads 0: expected at least 1"):
+        LLM(demo_engine, num_threads=0)
+
+
+def test_a_stop_token_outside_the_vocabulary_is_refused(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="stop_token_ids: 896 is not a token id, expected 0 to 895"):
+        llm.generate(PROMPTS[0], SamplingParams(stop_token_ids=[896]))
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
@@ -133,6 +174,7 @@ def test_a_wrong_prompt_is_refused_in_one_line_and_nothing_runs(llm: LLM, prompt
     with pytest.raises(RequestError) as raised:
         llm.generate([PROMPTS[0], prompt])
     assert message in str(raised.value)
+    assert str(raised.value).startswith("prompts[1]: ")
     assert "\n" not in str(raised.value)
     assert llm.generate(PROMPTS[0])[0].finished
 

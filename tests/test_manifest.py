@@ -46,7 +46,6 @@ def directory(tmp_path: Path) -> Path:
         library_versions={},
         limits=Limits(max_batch_size=1, max_seq_len=64, max_draft_len=15, max_num_tokens=32),
         head=Head(entropy_top_k=3, stop_token_ids=[1]),
-        tokenizer_vocab_size=32,
         speculative={},
         target=target,
         draft=None,

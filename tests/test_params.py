@@ -12,7 +12,12 @@ from fly_trt.verification import PRESETS
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens 0: expected at least 1"),
+        ({"max_tokens": 0}, "max_tokens 0: expected a whole number, at least 1"),
+        ({"max_tokens": 1.5}, "max_tokens 1.5"),
+        ({"max_tokens": "5"}, "max_tokens '5'"),
+        ({"temperature": "0"}, "temperature '0'"),
+        ({"stop_token_ids": 5}, "stop_token_ids 5: expected a list of token ids"),
+        ({"stop_token_ids": ["</s>"]}, "stop_token_ids ['</s>']"),
         ({"max_tokens": -3}, "max_tokens -3"),
         ({"temperature": 0.7}, "temperature 0.7: this version decodes greedily"),
         ({"temperature": -1}, "temperature -1: expected 0"),
@@ -57,6 +62,7 @@ def test_an_unknown_setting_is_refused() -> None:
         ({"fly_window_size": -1}, "fly_window_size -1"),
         ({"fly_entropy_threshold": -0.1}, "fly_entropy_threshold -0.1: expected a number >= 0"),
         ({"fly_entropy_threshold": math.nan}, "fly_entropy_threshold nan"),
+        ({"fly_entropy_threshold": "0.3"}, "fly_entropy_threshold '0.3'"),
         ({"fly_entropy_top_k": 0}, "fly_entropy_top_k 0"),
     ],
 )

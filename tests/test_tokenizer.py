@@ -68,6 +68,26 @@ def test_bytes_that_are_no_text_are_replaced_and_never_an_error(tokens: list[int
     assert detokenizer.text.count("b") >= tokens.count(257)
 
 
+def test_an_unfinished_character_of_the_prompt_is_not_part_of_the_output(tokenizer: Tokenizer) -> None:
+    for prompt in ("one two é", "one two �"):
+        detokenizer = Detokenizer(tokenizer, tokenizer.encode(prompt).ids[:-1])
+        for token in tokenizer.encode(" and").ids:
+            detokenizer.push(token)
+        detokenizer.finish()
+        assert detokenizer.text.endswith(" and")
+        assert "two" not in detokenizer.text
+
+
+def test_truncation_and_padding_of_training_do_not_change_prompts(tokenizer: Tokenizer, tmp_path) -> None:
+    trained = Tokenizer.from_str(tokenizer.to_str())
+    trained.enable_truncation(max_length=4)
+    trained.enable_padding(length=8)
+    (tmp_path / "tokenizer").mkdir()
+    trained.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    for text in ("a long prompt", "ab"):
+        assert load_tokenizer(tmp_path).encode(text).ids == tokenizer.encode(text).ids
+
+
 def test_special_tokens_have_no_text_unless_asked_for(tokenizer: Tokenizer) -> None:
     for skip, want in ((True, "ab"), (False, "a<end>b")):
         detokenizer = Detokenizer(tokenizer, [], skip_special_tokens=skip)

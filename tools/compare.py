@@ -14,16 +14,17 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from eval_checks import is_right, load_eval_prompts
 from fly_trt import LLM, RequestOutput, SamplingParams
 
 MODES = {
     "ar": ("autoregressive", {"method": None}),
-    "exact": ("exact, multi-level drafts", {"acceptance": "exact"}),
+    "exact": ("exact", {"acceptance": "exact"}),
     "exact-draft": ("exact, draft model", {"method": "draft_model", "acceptance": "exact"}),
     "exact-ngram": ("exact, n-gram drafts", {"method": "ngram", "acceptance": "exact"}),
-    "fly": ("FLy, multi-level drafts", {"acceptance": "fly"}),
+    "fly": ("FLy", {"acceptance": "fly"}),
     "fly-draft": ("FLy, draft model", {"method": "draft_model", "acceptance": "fly"}),
     "fly-ngram": ("FLy, n-gram drafts", {"method": "ngram", "acceptance": "fly"}),
     "paper": ("FLy preset paper", {"acceptance": "fly", "preset": "paper"}),
@@ -67,6 +68,7 @@ def compare(engine_dir: str, modes: list[str], num_prompts: int, rounds: int, ma
     results = {mode: Result(mode) for mode in modes}
     for llm in llms.values():
         llm.generate([record["prompt"] for record in records[:WARMUP_PROMPTS]], params)
+    progress = tqdm(total=rounds * len(records) * len(modes), unit="completion", disable=None, leave=False)
     for _ in range(rounds):
         seconds = dict.fromkeys(modes, 0.0)
         for result in results.values():
@@ -76,9 +78,11 @@ def compare(engine_dir: str, modes: list[str], num_prompts: int, rounds: int, ma
                 started = time.perf_counter()
                 results[mode].outputs += llm.generate(record["prompt"], params)
                 seconds[mode] += time.perf_counter() - started
+                progress.update()
         for mode, result in results.items():
             num_tokens = sum(output.metrics.num_output_tokens for output in result.outputs)
             result.rates.append(num_tokens / seconds[mode])
+    progress.close()
     for llm in llms.values():
         llm.shutdown()
     checks = [record["check"] for record in records]

@@ -102,6 +102,11 @@ class Checkpoint:
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.empty_model.parameters())
 
+    @property
+    def num_expert_parameters(self) -> int:
+        """Weights of mixtures of experts, which transformers stacks in three dimensions."""
+        return sum(parameter.numel() for parameter in self.empty_model.parameters() if parameter.ndim == 3)
+
     def load_weights(self) -> dict[str, torch.Tensor]:
         """All parameters in the checkpoint's own dtype, by the names of the transformers model.
 

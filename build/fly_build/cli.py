@@ -1,9 +1,11 @@
 """`fly-build`: parses flags, shows progress, prints the summary; recipe.py and pipeline.py do the rest."""
 
+import contextlib
+import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from rich.console import Console
@@ -11,7 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from fly_trt.errors import FlyError
-from fly_trt.manifest import Manifest
+from fly_trt.manifest import Backend, Dtype, Manifest, Quantization
 
 EXAMPLES = """
 \b
@@ -30,11 +32,9 @@ Examples:
 @click.option("--target-revision", metavar="REV", help="Hub revision of the target.")
 @click.option("--draft", metavar="CKPT", help="Draft checkpoint. Without one: n-gram or plain decoding.")
 @click.option("--draft-revision", metavar="REV", help="Hub revision of the draft.")
-@click.option("--backend", type=click.Choice(["onnxruntime", "tensorrt", "tensorrt-llm"]), help="[onnxruntime]")
-@click.option(
-    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Type of stored weights. [float32]"
-)
-@click.option("--quantization", type=click.Choice(["none", "int8", "int4"]), help="Of the linear layers. [none]")
+@click.option("--backend", type=click.Choice(get_args(Backend)), help="[onnxruntime]")
+@click.option("--dtype", type=click.Choice(get_args(Dtype)), help="Type of stored weights. [float32]")
+@click.option("--quantization", type=click.Choice(get_args(Quantization)), help="Of the linear layers. [none]")
 @click.option("--max-batch-size", type=int, metavar="N", help="Requests in flight. [8]")
 @click.option(
     "--max-seq-len", type=int, metavar="N", help="Prompt and output tokens. [what both support, at most 8192]"
@@ -71,10 +71,10 @@ def _run(
     try:
         from fly_build import pipeline
     except ImportError as error:
-        raise FlyError(f"{error.name} is not installed: pip install 'fly-trt[build]'") from None
+        raise FlyError(f"{error.name or error} is not installed: pip install 'fly-trt[build]'") from None
 
     console = Console(stderr=True)
-    with console.status("Reading configurations") if console.is_terminal else _Nothing():
+    with console.status("Reading configurations") if console.is_terminal else contextlib.nullcontext():
         plan = pipeline.make_plan(recipe, output or Path("engines") / name, overwrite=overwrite or dry_run)
     if dry_run:
         _print_plan(plan, as_json)
@@ -107,8 +107,6 @@ def _print_plan(plan: Any, as_json: bool) -> None:
             }
             for model in plan.models
         ]
-        import json
-
         click.echo(json.dumps({"output": str(plan.output), **plan.limits.model_dump(), "models": models}, indent=2))
         return
     limits = plan.limits
@@ -165,12 +163,6 @@ def _bytes(number: int) -> str:
         if number >= limit:
             return f"{number / limit:.1f} {unit}"
     return f"{number} B"
-
-
-class _Nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
 
 
 if __name__ == "__main__":

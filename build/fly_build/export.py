@@ -29,7 +29,7 @@ class DecoderGraph:
     parameters: dict[str, ir.Value]
 
 
-class _Step(torch.nn.Module):
+class _ParameterInputs(torch.nn.Module):
     """Calls the decoder with parameters that came in as inputs."""
 
     def __init__(self, model: torch.nn.Module, names: list[str]) -> None:
@@ -80,7 +80,7 @@ def export_decoder(checkpoint: Checkpoint, max_seq_len: int) -> DecoderGraph:
     with onnx_operators(model, checkpoint.head_dim, max_seq_len), _fixed_rotary(model), _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
-                _Step(model, names).eval(),
+                _ParameterInputs(model, names).eval(),
                 arguments,
                 dynamo=True,
                 opset_version=OPSET_VERSION,

@@ -10,7 +10,8 @@ import onnx_ir as ir
 from onnxscript import script
 from onnxscript.values import Opset
 
-OPSET_VERSION = 24
+from fly_build.operators import OPSET_VERSION
+
 DOMAIN = "fly"
 HEAD_INPUTS = {
     "num_context": ir.DataType.INT64,

@@ -70,7 +70,7 @@ class SlotCache(Cache):
         return [False] * (len(self.past) // 2)
 
 
-class _Step:
+class _TracedStep:
     """The step that is being traced: attention and mask functions get no cache argument from transformers."""
 
     cache: SlotCache
@@ -92,7 +92,7 @@ def _attention(
         attrs["softcap"] = float(softcap)
     output = symbolic(
         "Attention",
-        (query, key, value, attention_mask, None, None, _Step.cache.kv_length),
+        (query, key, value, attention_mask, None, None, _TracedStep.cache.kv_length),
         attrs=attrs,
         dtype=query.dtype,
         shape=query.shape,
@@ -103,10 +103,10 @@ def _attention(
 
 def _mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
     """Causal masking is an attribute of the operator; only a window that the sequence can outgrow needs a tensor."""
-    if local_size is None or local_size >= _Step.max_seq_len:
+    if local_size is None or local_size >= _TracedStep.max_seq_len:
         return None
-    key_positions = torch.arange(_Step.cache.past[0].shape[2])
-    distance = _Step.cache.positions[:, None, :, None] - key_positions[None, None, None, :]
+    key_positions = torch.arange(_TracedStep.cache.past[0].shape[2])
+    distance = _TracedStep.cache.positions[:, None, :, None] - key_positions[None, None, None, :]
     return distance < local_size
 
 
@@ -191,7 +191,7 @@ def _is_half_rotation(function: Callable[..., Any], head_dim: int) -> bool:
 @contextlib.contextmanager
 def onnx_operators(model: torch.nn.Module, head_dim: int, max_seq_len: int) -> Iterator[None]:
     """While open, `model` traces to Attention, TensorScatter, RMSNormalization and RotaryEmbedding operators."""
-    _Step.max_seq_len = max_seq_len
+    _TracedStep.max_seq_len = max_seq_len
     replaced: list[tuple[Any, str, Any]] = []
     norms = []
     for module in model.modules():
@@ -236,6 +236,6 @@ def trace_step(
 ) -> tuple[torch.Tensor, ...]:
     """One decoder step: logits [B, T, V] and the updated cache tensors, in the order of `past`."""
     cache = SlotCache(past, write_indices, input_ids.shape[1])
-    _Step.cache = cache
+    _TracedStep.cache = cache
     output = model(input_ids=input_ids, position_ids=cache.positions, past_key_values=cache, use_cache=True)
     return (output.logits, *cache.present)

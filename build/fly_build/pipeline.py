@@ -35,7 +35,9 @@ MODEL_FILE = "model.onnx"
 INLINE_BYTES = 1024
 ALIGNMENT = 64
 LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
-BITS_PER_WEIGHT = {"int8": 8.0, "int4": 5.0}  # int4: 4 bits and a float32 scale for 32 weights
+# A block of 32 weights has a float32 scale, so one bit more per weight; int4 keeps the vocabulary projection in 8 bits.
+BITS_PER_WEIGHT = {"int8": 8.0, "int4": 5.0}
+BITS_PER_PROJECTION_WEIGHT = {"int8": 8.0, "int4": 9.0}
 
 Report = Callable[[str, float], None]
 
@@ -49,15 +51,17 @@ class ModelPlan:
     engine: ModelEngine
 
     def weight_bytes(self) -> int:
-        """Size of the stored weights; embeddings, norms and experts stay unquantised."""
+        """Size of the stored weights; embeddings, norms and mixtures' experts stay unquantised."""
         engine, config = self.engine, self.checkpoint.config
         plain_bits = 32 if engine.dtype == "float32" else 16
         if engine.quantization == "none":
             return engine.source.num_parameters * plain_bits // 8
         embedding = config.vocab_size * config.hidden_size
-        projection = embedding if config.tie_word_embeddings else 0
-        quantized = engine.source.num_parameters - embedding + projection
-        return int(embedding * plain_bits + quantized * BITS_PER_WEIGHT[engine.quantization]) // 8
+        projection = embedding
+        others = engine.source.num_parameters - embedding - (0 if config.tie_word_embeddings else projection)
+        experts = self.checkpoint.num_expert_parameters
+        bits = (embedding + experts) * plain_bits + (others - experts) * BITS_PER_WEIGHT[engine.quantization]
+        return int(bits + projection * BITS_PER_PROJECTION_WEIGHT[engine.quantization]) // 8
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ def _engine(folder: str, checkpoint: Checkpoint, recipe: Recipe) -> ModelEngine:
 def build(plan: Plan, report: Report) -> Manifest:
     """Builds the engine directory. `report(step, fraction)` is called as each step advances.
 
-    Whatever interrupts it, `plan.output` holds either what it held before or the complete new engine.
+    An error or Ctrl-C leaves `plan.output` as it was; it never holds an incomplete engine.
     """
     output = plan.output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -177,8 +181,7 @@ def _build_model(model: ModelPlan, plan: Plan, workspace: Path, report: Report) 
 def _finish(plan: Plan, workspace: Path, report: Report) -> Manifest:
     report("tokenizer and manifest", 0.0)
     target = plan.models[0].checkpoint
-    tokenizer = target.load_tokenizer()
-    tokenizer.save_pretrained(workspace / "tokenizer")
+    target.load_tokenizer().save_pretrained(workspace / "tokenizer")
     generation = target.load_generation_config().to_diff_dict()
     (workspace / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     engines = {model.folder: model.engine for model in plan.models}
@@ -190,7 +193,6 @@ def _finish(plan: Plan, workspace: Path, report: Report) -> Manifest:
         library_versions={name: importlib.metadata.version(name) for name in LIBRARIES},
         limits=plan.limits,
         head=plan.head,
-        tokenizer_vocab_size=len(tokenizer),
         speculative=plan.recipe.speculative,
         target=engines["target"],
         draft=engines.get("draft"),

@@ -69,7 +69,13 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
         field = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{path or 'flags'}: {field}: {first['msg']}, got {first['input']!r}") from None
     speculative = SpeculativeConfig.from_dict(recipe.speculative)
-    if speculative.num_speculative_tokens > recipe.max_draft_len and recipe.max_draft_len > 0:
+    speculative.acceptance_params().policy(vocab_size=2, entropy_top_k=recipe.entropy_top_k)
+    if recipe.max_num_tokens <= recipe.max_draft_len:
+        raise ConfigError(
+            f"max_num_tokens {recipe.max_num_tokens}: a step holds max_draft_len ({recipe.max_draft_len}) draft tokens "
+            "and at least one more: raise --max-num-tokens"
+        )
+    if recipe.speculative.get("num_speculative_tokens", 0) > recipe.max_draft_len:
         raise ConfigError(
             f"num_speculative_tokens {speculative.num_speculative_tokens} is more than "
             f"max_draft_len {recipe.max_draft_len}: raise --max-draft-len"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 import time
 from typing import Any
@@ -10,7 +11,10 @@ import click
 
 from fly_trt.errors import FlyError, RequestError
 from fly_trt.outputs import RequestOutput
+from fly_trt.params import ACCEPTANCES, DEFAULT_MAX_TOKENS, METHODS
+from fly_trt.verification import PRESETS
 
+ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 SPECULATIVE_FLAGS = (
     "method",
     "num_speculative_tokens",
@@ -35,17 +39,17 @@ Examples:
 @click.argument("prompt", required=False)
 @click.option("--file", "prompt_file", type=click.File(encoding="utf-8"), help="Read the prompt from a file.")
 @click.option("--escape", is_flag=True, help="Read \\n, \\t and \\\\ in PROMPT as escapes.")
-@click.option("--max-tokens", type=int, default=256, show_default=True, help="Output tokens at most.")
+@click.option("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, show_default=True, help="Output tokens at most.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 decodes greedily.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the model's end-of-sequence token.")
-@click.option(
-    "--method", type=click.Choice(["multi_level", "draft_model", "ngram", "none"]), help="How drafts are made."
-)
+@click.option("--method", type=click.Choice([*METHODS, "none"]), help="How drafts are made.")
 @click.option("--num-speculative-tokens", type=int, metavar="K", help="Draft tokens per step.")
-@click.option("--acceptance", type=click.Choice(["fly", "exact"]), help="Loose, or exact (lossless).")
-@click.option("--preset", type=click.Choice(["reference", "paper", "vllm"]), help="Which FLy.")
-@click.option("--fly-entropy-threshold", type=float, metavar="X", help="Gate, in nats.")
+@click.option("--acceptance", type=click.Choice(ACCEPTANCES), help="Loose, or exact (lossless).")
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="Which FLy.")
+@click.option(
+    "--fly-entropy-threshold", type=float, metavar="X", help="Gate, in nats; under preset paper a fraction of ln V."
+)
 @click.option("--fly-window-size", type=int, metavar="W", help="Deferred window, in tokens.")
 @click.option("--num-threads", type=int, metavar="N", help="CPU threads. [all cores]")
 @click.option("--verify", "verify_hashes", is_flag=True, help="Check every engine file against its sha256 first.")
@@ -67,13 +71,15 @@ def _read_prompt(prompt: str | None, file: Any, escape: bool) -> str:
     if (prompt is None) == (file is None):
         raise RequestError("give either PROMPT or --file")
     if file is not None:
-        return str(file.read())
+        try:
+            return str(file.read())
+        except UnicodeError as error:
+            raise RequestError(f"{file.name}: not UTF-8 text ({error}): convert the file") from None
     assert prompt is not None
     if prompt == "-":
         return sys.stdin.read()
     if escape:
-        for escaped, character in (("\\n", "\n"), ("\\t", "\t"), ("\\\\", "\\")):
-            prompt = prompt.replace(escaped, character)
+        return re.sub(r"\\([nt\\])", lambda found: ESCAPES[found[1]], prompt)
     return prompt
 
 

@@ -11,10 +11,8 @@ import numpy as np
 
 from fly_trt.drafting.base import common_prefix
 from fly_trt.drafting.ngram import NgramIndex
-from fly_trt.engines.base import Engine, IntArray
+from fly_trt.engines.base import NO_TOKENS, Engine, IntArray
 from fly_trt.sequence import TokenSequence
-
-NO_TOKENS = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +42,8 @@ class ModelDrafter:
         self._engine = engine
         self._lookup = lookup
         self._target_vocab_size = target_vocab_size
-        self._largest_token = engine.info.vocab_size - 1
+        self._vocab_size = engine.info.vocab_size
+        self._max_context = engine.info.max_num_tokens - (lookup.num_tokens if lookup else 0)
         self._slots: dict[int, _Slot] = {}
 
     def propose(self, slot: int, tokens: IntArray, num_tokens: int) -> IntArray:
@@ -58,8 +57,7 @@ class ModelDrafter:
         while len(state.held) < len(tokens) + num_tokens:
             self._extend(slot, state, len(tokens) + num_tokens - len(state.held))
         draft = state.held.tokens[len(tokens) : len(tokens) + num_tokens].copy()
-        unknown = (draft >= self._target_vocab_size).nonzero()[0]
-        return draft[: unknown[0]] if len(unknown) else draft
+        return _before(draft, self._target_vocab_size)
 
     def release(self, slot: int) -> None:
         self._slots.pop(slot, None)
@@ -76,7 +74,7 @@ class ModelDrafter:
 
     def _prefill(self, slot: int, state: _Slot) -> None:
         """Runs all context but the last tokens, which ride with the first proposal."""
-        chunk = self._engine.info.max_num_tokens
+        chunk = self._max_context
         while len(state.held) - state.num_cached > chunk:
             context = state.held.tokens[state.num_cached : state.num_cached + chunk]
             self._run(slot, state, context, NO_TOKENS)
@@ -85,7 +83,7 @@ class ModelDrafter:
         """One step of the draft model: at least one token more, at most `num_missing`."""
         guess = NO_TOKENS
         if state.index is not None and self._lookup is not None and num_missing > 1:
-            guess = state.index.propose(min(self._lookup.num_tokens, num_missing - 1))
+            guess = _before(state.index.propose(min(self._lookup.num_tokens, num_missing - 1)), self._vocab_size)
         accepted, next_token = self._run(slot, state, state.held.tokens[state.num_cached :], guess)
         new = [*guess[:accepted].tolist(), next_token]
         state.held.append(new)
@@ -94,8 +92,14 @@ class ModelDrafter:
 
     def _run(self, slot: int, state: _Slot, context: IntArray, guess: IntArray) -> tuple[int, int]:
         step = self._engine.step(slot, 1, len(context) + len(guess))
-        step.set_row(0, state.num_cached, np.minimum(context, self._largest_token), guess)
+        step.set_row(0, state.num_cached, np.minimum(context, self._vocab_size - 1), guess)
         self._engine.run(step)
         accepted = int(step.num_accepted[0])
         state.num_cached += len(context) + accepted
         return accepted, int(step.next_token[0])
+
+
+def _before(tokens: IntArray, vocab_size: int) -> IntArray:
+    """The tokens before the first one that a vocabulary of this size does not have."""
+    unknown = (tokens >= vocab_size).nonzero()[0]
+    return tokens[: unknown[0]] if len(unknown) else tokens

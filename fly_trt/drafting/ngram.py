@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fly_trt.engines.base import IntArray
+from fly_trt.engines.base import NO_TOKENS, IntArray
 
 
 class NgramIndex:
@@ -60,7 +60,7 @@ class NgramIndex:
             end = self._first_end[tuple(self._tokens[length - n :])]
             if end < length:
                 return np.array(self._tokens[end : end + num_tokens], np.int64)
-        return np.empty(0, np.int64)
+        return NO_TOKENS
 
 
 class NgramDrafter:

@@ -15,6 +15,8 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
+NO_TOKENS: IntArray = np.empty(0, np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class AcceptancePolicy:

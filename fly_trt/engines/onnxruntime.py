@@ -1,7 +1,8 @@
 """ONNX Runtime on the CPU behind the engine contract: the default that runs anywhere.
 
-The KV caches are NumPy arrays of all slots; a step binds a view of its slots as both past and present, so TensorScatter
-writes in place. The cost of ONNX Attention follows the allocated length, so caches start small and grow in blocks.
+The KV caches are NumPy arrays of all slots; a step binds a view of its slots as both past and present, so
+TensorScatter writes in place. The cost of ONNX Attention follows the allocated length, so caches start small, grow in
+blocks, and shrink when a short sequence follows a long one.
 """
 
 import logging
@@ -20,6 +21,7 @@ from fly_trt.manifest import ModelEngine
 logger = logging.getLogger(__name__)
 
 CACHE_BLOCK_TOKENS = 256
+SHRINK_FACTOR = 4
 MAX_BOUND_SHAPES = 64
 ROW_INPUTS = {
     "write_indices": np.int64,
@@ -81,6 +83,7 @@ class OnnxRuntimeEngine:
         self._model = model
         self._num_slots = num_slots
         self._capacity = 0
+        self._generation = 0  # of the cache arrays: a step bound to older ones is bound again
         self._caches: list[np.ndarray] = []
         self._steps: OrderedDict[tuple[int, int, int, bool], Step] = OrderedDict()
         try:
@@ -102,12 +105,21 @@ class OnnxRuntimeEngine:
         return step
 
     def run(self, step: Step) -> None:
-        needed = int(step.write_indices.max()) + step.input_ids.shape[1]
+        cached = int(step.write_indices.max())
+        needed = cached + step.input_ids.shape[1]
+        starts_anew = cached == 0 and len(step.input_ids) == self._num_slots
         if needed > self._capacity:
-            self._grow(needed)
-        if step.binding is None:
-            step.binding = self._bind(step)
-        self._session.run_with_iobinding(step.binding)
+            self._resize(needed, self._capacity)
+        elif starts_anew and self._capacity > SHRINK_FACTOR * _whole_blocks(needed):
+            self._resize(needed, 0)
+        if step.binding is None or step.binding[0] != self._generation:
+            step.binding = (self._generation, self._bind(step))
+        self._session.run_with_iobinding(step.binding[1])
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each slot has room for now; the cost of a step follows it."""
+        return self._capacity
 
     def close(self) -> None:
         self._steps.clear()
@@ -146,18 +158,18 @@ class OnnxRuntimeEngine:
             binding.bind_ortvalue_output(f"present_{name}", value)
         return binding
 
-    def _grow(self, needed: int) -> None:
-        """Gives every slot room for `needed` tokens, rounded up to a block; what the slots hold is kept."""
-        capacity = -(-needed // CACHE_BLOCK_TOKENS) * CACHE_BLOCK_TOKENS
+    def _resize(self, num_tokens: int, num_kept: int) -> None:
+        """Gives every slot room for `num_tokens`, in whole blocks; the first `num_kept` tokens of each are kept."""
         model = self._model
-        shape = (self._num_slots, model.num_kv_heads, capacity, model.head_dim)
-        for step in self._steps.values():
-            step.binding = None
+        self._capacity = _whole_blocks(num_tokens)
+        self._generation += 1
+        shape = (self._num_slots, model.num_kv_heads, self._capacity, model.head_dim)
         for index in range(2 * model.num_layers):
-            grown = np.zeros(shape, CACHE_DTYPES[model.kv_cache_dtype])
-            if self._caches and self._capacity:
-                grown[:, :, : self._capacity] = self._caches[index]
-                self._caches[index] = grown
-            else:
-                self._caches.append(grown)
-        self._capacity = capacity
+            resized = np.zeros(shape, CACHE_DTYPES[model.kv_cache_dtype])
+            if num_kept:
+                resized[:, :, :num_kept] = self._caches[index]
+            self._caches[index : index + 1] = [resized]
+
+
+def _whole_blocks(num_tokens: int) -> int:
+    return -(-num_tokens // CACHE_BLOCK_TOKENS) * CACHE_BLOCK_TOKENS

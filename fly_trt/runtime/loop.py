@@ -1,17 +1,15 @@
 """The generation loop: schedule -> draft -> verify -> commit.
 
-The loop owns the engines. It knows tokens and slots and nothing of text, files or callers.
+The loop is the only one that runs the engines. It knows requests, tokens and slots, and nothing of files or callers.
 """
 
 import numpy as np
 
 from fly_trt.drafting import Drafter
-from fly_trt.engines.base import Engine, IntArray, Step
+from fly_trt.engines.base import NO_TOKENS, Engine, IntArray, Step
 from fly_trt.runtime.request import Request, RequestState
 from fly_trt.runtime.scheduler import Scheduler
 from fly_trt.verification import accept, count_loosened
-
-NO_TOKENS = np.empty(0, np.int64)
 
 
 class GenerationLoop:
@@ -20,7 +18,8 @@ class GenerationLoop:
     def __init__(self, target: Engine, drafter: Drafter | None, num_draft_tokens: int, num_slots: int) -> None:
         self._target = target
         self._drafter = drafter
-        self._num_draft_tokens = num_draft_tokens
+        self._num_draft_tokens = num_draft_tokens if drafter is not None else 0
+        self._max_context = target.info.max_num_tokens - self._num_draft_tokens
         self._scheduler = Scheduler(num_slots)
 
     def add(self, request: Request) -> None:
@@ -52,7 +51,7 @@ class GenerationLoop:
 
     def _prefill(self, request: Request) -> None:
         """One chunk of the prompt, except its last, which rides with the first draft tokens."""
-        chunk = self._target.info.max_num_tokens
+        chunk = self._max_context
         if len(request.sequence) - request.num_cached <= chunk:
             request.state = RequestState.DECODE
             self._decode(request)

@@ -1,7 +1,7 @@
 """One request's state while it is served: what was asked, what is committed, and where its cache stands."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from fly_trt.engines.base import AcceptancePolicy
@@ -44,6 +44,10 @@ class Request:
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     arrival: float = field(default_factory=time.perf_counter)
 
+    @property
+    def is_finished(self) -> bool:
+        return self.state is RequestState.FINISHED
+
     def commit(self, tokens: list[int]) -> int:
         """Emits tokens until the request ends and returns how many it took; the rest never existed for the caller."""
         for count, token in enumerate(tokens, start=1):
@@ -72,7 +76,8 @@ class Request:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
-        return RequestOutput(self.request_id, self.prompt, self.prompt_token_ids, [completion], self.metrics)
+        metrics = replace(self.metrics, acceptance_histogram=list(self.metrics.acceptance_histogram))
+        return RequestOutput(self.request_id, self.prompt, self.prompt_token_ids, [completion], metrics)
 
     def _ends_with(self, token: int) -> bool:
         if len(self.output_token_ids) == 1:

@@ -102,7 +102,6 @@ def test_manifest_says_what_was_built_from_what_and_with_which_limits(engine: Pa
     assert manifest.limits == Limits(max_batch_size=3, max_seq_len=128, max_draft_len=20, max_num_tokens=48)
     assert manifest.head == Head(entropy_top_k=4, stop_token_ids=[1, 9])
     assert manifest.speculative == {"num_speculative_tokens": 7, "preset": "paper"}
-    assert manifest.tokenizer_vocab_size == 892  # the embedding table is padded
     num_parameters = sum(parameter.numel() for parameter in tiny_pair.target_model.parameters())
     expected = Source(checkpoint=str(tiny_pair.target), architecture="LlamaForCausalLM", num_parameters=num_parameters)
     assert manifest.target.source == expected

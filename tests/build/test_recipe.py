@@ -34,7 +34,19 @@ REFUSED = {
         "target: org/a\nmax_draft_len: 8\nspeculative: {num_speculative_tokens: 9}",
         "num_speculative_tokens 9 is more than max_draft_len 8: raise --max-draft-len",
     ),
+    "no-room-for-drafts": (
+        "target: org/a\nmax_num_tokens: 32",
+        "max_num_tokens 32: a step holds max_draft_len .32. draft tokens and at least one more: raise --max-num-tokens",
+    ),
+    "another-top-k": (
+        "target: org/a\nspeculative: {fly_entropy_top_k: 5}",
+        "fly_entropy_top_k 5: the engine was built for 3: rebuild with --entropy-top-k 5",
+    ),
 }
+
+
+def test_a_small_draft_limit_needs_no_other_setting() -> None:
+    assert load_recipe(None, {"target": "org/a", "max_draft_len": 8}).max_draft_len == 8
 
 
 @pytest.fixture

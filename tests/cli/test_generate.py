@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from eval_checks import load_eval_prompts
-from fly_trt.cli.generate import main
+from fly_trt.cli.generate import _read_prompt, main
 
 PROMPT = load_eval_prompts()[0]["prompt"]
 
@@ -69,6 +69,18 @@ def test_bad_input_is_one_line_and_exit_code_2(demo_engine: Path, arguments: lis
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("fly-generate: ")
     assert message in line
+
+
+def test_escapes_are_read_once_from_left_to_right() -> None:
+    assert _read_prompt(r"a\\nb\n\tc\d", None, escape=True) == "a\\nb\n\tc\\d"
+
+
+def test_a_file_that_is_not_text_is_named(demo_engine: Path, tmp_path: Path) -> None:
+    file = tmp_path / "latin1.txt"
+    file.write_bytes("naïve".encode("latin-1"))
+    result = run(str(demo_engine), "--file", str(file))
+    assert result.exit_code == 2
+    assert "latin1.txt: not UTF-8 text" in result.stderr
 
 
 def test_an_unknown_option_value_is_exit_code_2(demo_engine: Path) -> None:

@@ -56,6 +56,11 @@ def test_a_target_token_that_the_draft_does_not_know_is_no_error() -> None:
     assert len(drafter.propose(0, np.array([3, 31, 4]), 5)) == 5
 
 
+def test_a_looked_up_token_that_the_draft_does_not_know_is_not_proposed_to_it() -> None:
+    drafter = ModelDrafter(TableEngine(hashed(10, 0), vocab_size=10), target_vocab_size=20, lookup=LOOKUPS[1])
+    assert len(drafter.propose(0, np.array([5, 15, 3, 5]), 6)) == 6
+
+
 def test_a_released_slot_starts_anew() -> None:
     language = hashed(8, 2)
     drafter = ModelDrafter(TableEngine(language), VOCAB_SIZE, LOOKUPS[1])

@@ -9,7 +9,7 @@ import pytest
 
 from fly_trt.engines import Engine, load_engine
 from fly_trt.engines.base import Step
-from fly_trt.engines.onnxruntime import CACHE_BLOCK_TOKENS
+from fly_trt.engines.onnxruntime import CACHE_BLOCK_TOKENS, MAX_BOUND_SHAPES
 from fly_trt.errors import EngineError
 from fly_trt.manifest import Manifest, read_manifest
 
@@ -73,6 +73,29 @@ def test_the_cache_grows_in_blocks_and_keeps_what_it_holds(engine: Engine) -> No
     whole = logits(engine, 0, long)
     fresh = [logits(engine, at, long[at : at + 64], slot=1) for at in range(0, len(long), 64)]
     np.testing.assert_allclose(np.concatenate(fresh), whole, atol=1e-3)
+
+
+def test_a_short_sequence_after_a_long_one_costs_no_more_than_before(demo_engine: Path, manifest: Manifest) -> None:
+    engine = load_engine(demo_engine, manifest, manifest.target, num_slots=1)
+    want = logits(engine, 0, TOKENS)
+    small = engine.capacity
+    logits(engine, 0, np.resize(TOKENS, 6 * CACHE_BLOCK_TOKENS))
+    assert engine.capacity >= 6 * CACHE_BLOCK_TOKENS
+    np.testing.assert_array_equal(logits(engine, 0, TOKENS), want)
+    assert engine.capacity == small == CACHE_BLOCK_TOKENS
+
+
+def test_a_step_that_was_made_long_ago_still_reaches_the_cache(engine: Engine) -> None:
+    old = engine.step(0, 1, 4, with_logits=True)
+    old.set_row(0, 0, TOKENS[:4])
+    engine.run(old)
+    for length in range(5, 5 + MAX_BOUND_SHAPES + 1):
+        engine.step(0, 1, length)
+    logits(engine, 0, np.resize(TOKENS, 2 * CACHE_BLOCK_TOKENS))
+    logits(engine, 0, TOKENS[:20])
+    old.set_row(0, 20, TOKENS[20:24])
+    engine.run(old)
+    np.testing.assert_allclose(old.logits[0], logits(engine, 0, TOKENS[:24])[20:], atol=1e-4)
 
 
 def test_the_cache_is_updated_in_place(engine: Engine, capfd: pytest.CaptureFixture[str]) -> None:

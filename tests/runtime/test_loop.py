@@ -181,7 +181,7 @@ def test_a_long_prompt_is_prefilled_in_chunks_and_the_last_one_carries_drafts() 
     language = hashed(8, 3)
     prompt = [2 + i % 6 for i in range(40)]
     request = make_request(prompt, max_tokens=1)
-    stack = make_stack(language, NgramDrafter(4, 1), max_num_tokens=16)
+    stack = make_stack(language, NgramDrafter(4, 1), max_num_tokens=NUM_DRAFT_TOKENS + 16)
     stack.run(request)
     assert stack.target.num_runs == 3
     assert request.output_token_ids == greedy(language, prompt, 1)
