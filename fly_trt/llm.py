@@ -84,9 +84,11 @@ class LLM:
         try:
             for request in requests:
                 self._loop.add(request)
-            while not all(request.is_finished for request in requests):
-                self._step()
-                progress.update(sum(request.is_finished for request in requests) - progress.n)
+            pending = set(requests)
+            while pending:
+                finished = {request for request in self._step() if request.is_finished} & pending
+                pending -= finished
+                progress.update(len(finished))
         finally:
             progress.close()
             self._abort(requests)
@@ -121,9 +123,9 @@ class LLM:
     ) -> None:
         self.shutdown()
 
-    def _step(self) -> None:
+    def _step(self) -> list[Request]:
         self._check_open()
-        self._loop.step()
+        return self._loop.step()
 
     def _check_open(self) -> None:
         if not self._engines:
