@@ -6,9 +6,9 @@ fly-build writes it, every engine reads it. It knows files, sizes and hashes, an
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fly_trt.errors import EngineError
 
@@ -32,6 +32,14 @@ class Limits(_Record):
     max_seq_len: int = Field(gt=0)
     max_draft_len: int = Field(ge=0)
     max_num_tokens: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _step_holds_drafts_and_context(self) -> Self:
+        if self.max_num_tokens <= self.max_draft_len:
+            raise ValueError(
+                f"max_num_tokens {self.max_num_tokens} must be more than max_draft_len {self.max_draft_len}"
+            )
+        return self
 
 
 class Head(_Record):

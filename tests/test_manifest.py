@@ -102,6 +102,11 @@ def test_a_field_that_makes_no_sense(directory: Path) -> None:
     assert "field limits.max_batch_size" in message_of(directory)
 
 
+def test_limits_that_leave_no_room_beside_the_drafts(directory: Path) -> None:
+    edit(directory, limits={"max_batch_size": 1, "max_seq_len": 64, "max_draft_len": 32, "max_num_tokens": 32})
+    assert "max_num_tokens 32 must be more than max_draft_len 32" in message_of(directory)
+
+
 def test_an_unknown_field(directory: Path) -> None:
     edit(directory, surprise=1)
     assert "field surprise" in message_of(directory)

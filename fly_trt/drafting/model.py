@@ -43,7 +43,8 @@ class ModelDrafter:
         self._lookup = lookup
         self._target_vocab_size = target_vocab_size
         self._vocab_size = engine.info.vocab_size
-        self._max_context = engine.info.max_num_tokens - (lookup.num_tokens if lookup else 0)
+        longest_guess = min(lookup.num_tokens, engine.info.max_draft_len) if lookup else 0
+        self._max_context = engine.info.max_num_tokens - longest_guess
         self._slots: dict[int, _Slot] = {}
 
     def propose(self, slot: int, tokens: IntArray, num_tokens: int) -> IntArray:

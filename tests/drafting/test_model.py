@@ -61,6 +61,14 @@ def test_a_looked_up_token_that_the_draft_does_not_know_is_not_proposed_to_it() 
     assert len(drafter.propose(0, np.array([5, 15, 3, 5]), 6)) == 6
 
 
+def test_a_lookup_longer_than_a_step_still_drafts() -> None:
+    language = hashed(8, 5)
+    engine = TableEngine(language, max_num_tokens=40)
+    prompt = [2 + i % 6 for i in range(100)]
+    drafter = ModelDrafter(engine, VOCAB_SIZE, Lookup(max_n=4, min_n=1, num_tokens=600))
+    assert drafter.propose(0, np.array(prompt), 9).tolist() == greedy(language, prompt, 9)
+
+
 def test_a_released_slot_starts_anew() -> None:
     language = hashed(8, 2)
     drafter = ModelDrafter(TableEngine(language), VOCAB_SIZE, LOOKUPS[1])
