@@ -1,6 +1,7 @@
 """FLy's acceptance rule for one row, in NumPy: the definition that the engines' head is tested against.
 
-It is also what decides on the host when a request has stop tokens of its own, which the engine does not know.
+It is also what decides on the host when the engine cannot: for sampled or processed choices, for stop tokens that only
+the request has, and for a round whose draft is verified in several steps.
 Source: arXiv 2511.22972, sections 3.2 (entropy gate) and 3.3 (deferred window), in the variants of `policy.py`.
 """
 
@@ -15,47 +16,66 @@ from fly_trt.engines.base import AcceptancePolicy, IntArray
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`num_accepted` draft tokens stand, then comes `next_token`, the target's argmax after them."""
+    """`num_accepted` draft tokens stand, then comes `next_token`, the target's choice after them; None as long as what
+    was verified does not decide what follows."""
 
     num_accepted: int
-    next_token: int
+    next_token: int | None
 
 
 def accept(
-    draft: IntArray, argmax: IntArray, gate: npt.NDArray[Any], policy: AcceptancePolicy, stop_token_ids: frozenset[int]
+    draft: IntArray,
+    choices: IntArray,
+    gate: npt.NDArray[Any],
+    policy: AcceptancePolicy,
+    stop_token_ids: frozenset[int],
+    num_draft: int | None = None,
 ) -> Verdict:
-    """Decides how many of n draft tokens stand.
+    """Decides how many draft tokens of a round stand.
 
-    draft int64 [n]; argmax int64 [n + 1], the target's choice at each draft position and after the last one;
-    gate float [n] or longer, the entropy that the policy names, in nats. Stop tokens are never loosened, neither when
-    the draft proposes one nor when the target wants one.
+    draft int64 [d], the draft or its beginning; choices int64 [v], the target's choice (argmax or sample) at each draft
+    position and after the last one, or the beginning of them; gate float [v] or longer, the entropy that the policy
+    names, in nats; num_draft n, the length of the whole draft, when d < n or v < n + 1. A verdict on a beginning never
+    differs from the one on the whole: it accepts what is certain and leaves next_token open. Stop tokens are never
+    loosened, neither when the draft proposes one nor when the target wants one.
     """
-    n = len(draft)
-    matches = draft == argmax[:n]
-    num_accepted = 0
-    for j in range(n):
-        if not matches[j] and not _is_loosened(j, draft, argmax, matches, gate, policy, stop_token_ids):
-            break
-        num_accepted += 1
-    return Verdict(num_accepted, int(argmax[num_accepted]))
+    length = len(draft) if num_draft is None else num_draft
+    known = min(len(draft), len(choices))
+    matches = draft[:known] == choices[:known]
+    for j in range(known):
+        if matches[j]:
+            continue
+        loosened = _is_loosened(j, length, draft, choices, matches, gate, policy, stop_token_ids)
+        if loosened is None:
+            return Verdict(j, None)
+        if not loosened:
+            return Verdict(j, int(choices[j]))
+    if known == length < len(choices):
+        return Verdict(length, int(choices[length]))
+    return Verdict(known, None)
 
 
 def _is_loosened(
     j: int,
+    length: int,
     draft: IntArray,
-    argmax: IntArray,
+    choices: IntArray,
     matches: npt.NDArray[np.bool_],
     gate: npt.NDArray[Any],
     policy: AcceptancePolicy,
     stop_token_ids: frozenset[int],
-) -> bool:
-    uncertain = bool(gate[j] >= policy.entropy_threshold)
-    has_room = j + max(policy.window, policy.lookahead) < len(draft)
-    agrees_ahead = bool(matches[j + 1 : j + 1 + policy.lookahead].all())
-    stops = int(draft[j]) in stop_token_ids or int(argmax[j]) in stop_token_ids
-    return uncertain and has_room and agrees_ahead and not stops
+) -> bool | None:
+    """Whether the mismatch at j stands; None when that depends on positions that are not known yet."""
+    if not gate[j] >= policy.entropy_threshold or j + max(policy.window, policy.lookahead) >= length:
+        return False
+    if int(draft[j]) in stop_token_ids or int(choices[j]) in stop_token_ids:
+        return False
+    ahead = matches[j + 1 : j + 1 + policy.lookahead]
+    if not ahead.all():
+        return False
+    return True if len(ahead) == policy.lookahead else None
 
 
-def count_loosened(draft: IntArray, argmax: IntArray, num_accepted: int) -> int:
-    """How many of the accepted draft tokens differ from the target's argmax."""
-    return int(np.count_nonzero(draft[:num_accepted] != argmax[:num_accepted]))
+def count_loosened(draft: IntArray, choices: IntArray, num_accepted: int) -> int:
+    """How many of the accepted draft tokens differ from the target's choice."""
+    return int(np.count_nonzero(draft[:num_accepted] != choices[:num_accepted]))
