@@ -19,3 +19,7 @@ class EngineError(FlyError):
 
 class RequestError(FlyError):
     """A request that cannot be served as asked; other requests are not affected."""
+
+
+class QueueFullError(RequestError):
+    """Too many requests wait already; the same request may be accepted later."""

@@ -1,16 +1,29 @@
 """What a request returns: text, tokens, why it ended, and what speculation did for it."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort"]
 
 
+class Logprob(NamedTuple):
+    """Natural logarithm of a token's probability, its rank (1 is the most probable), and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+TokenLogprobs = dict[int, Logprob]
+"""By token id: the token at one position and the most probable ones."""
+
+
 @dataclass(slots=True)
 class RequestMetrics:
-    """Counts of one request; times in seconds. Only tokens that were emitted count as accepted.
+    """Counts of one request, over all its sequences; times in seconds. Only tokens that were emitted count as accepted.
 
-    acceptance_histogram[a] is the number of verification steps that emitted `a` draft tokens.
+    A spec step is one round: a draft, and what became of it. acceptance_histogram[a] is the number of rounds that
+    emitted `a` draft tokens. num_cached_tokens: prompt tokens whose cache was reused.
     """
 
     num_draft_tokens: int = 0
@@ -19,17 +32,18 @@ class RequestMetrics:
     num_spec_steps: int = 0
     acceptance_histogram: list[int] = field(default_factory=list)
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     num_output_tokens: int = 0
     time_to_first_token: float | None = None
     latency: float | None = None
 
     @property
     def mean_acceptance_length(self) -> float:
-        """1 + accepted tokens per verification step, 0 without steps: vLLM's formula, which adds the target's own token
-        (correction or bonus) also for the last step, where an accepted end-of-sequence leaves it out of the text."""
+        """1 + accepted tokens per round, 0 without rounds: vLLM's formula, which adds the target's own token
+        (correction or bonus) also for the last round, where an accepted end-of-sequence leaves it out of the text."""
         return 1 + self.num_accepted_tokens / self.num_spec_steps if self.num_spec_steps else 0.0
 
-    def record_step(self, num_draft: int, num_accepted: int, num_loosened: int) -> None:
+    def record_round(self, num_draft: int, num_accepted: int, num_loosened: int) -> None:
         self.num_spec_steps += 1
         self.num_draft_tokens += num_draft
         self.num_accepted_tokens += num_accepted
@@ -38,28 +52,55 @@ class RequestMetrics:
         self.acceptance_histogram.extend([0] * missing)
         self.acceptance_histogram[num_accepted] += 1
 
+    def merged(self, others: "list[RequestMetrics]") -> "RequestMetrics":
+        """A copy that includes the other sequences of the same prompt; times are the first token's and the last
+        one's."""
+        total = replace(self, acceptance_histogram=list(self.acceptance_histogram))
+        for other in others:
+            total.num_draft_tokens += other.num_draft_tokens
+            total.num_accepted_tokens += other.num_accepted_tokens
+            total.num_loosened_tokens += other.num_loosened_tokens
+            total.num_spec_steps += other.num_spec_steps
+            total.num_output_tokens += other.num_output_tokens
+            missing = len(other.acceptance_histogram) - len(total.acceptance_histogram)
+            total.acceptance_histogram.extend([0] * missing)
+            for accepted, count in enumerate(other.acceptance_histogram):
+                total.acceptance_histogram[accepted] += count
+            firsts = [t for t in (total.time_to_first_token, other.time_to_first_token) if t is not None]
+            total.time_to_first_token = min(firsts, default=None)
+            if total.latency is not None:
+                total.latency = None if other.latency is None else max(total.latency, other.latency)
+        return total
+
 
 @dataclass(slots=True)
 class CompletionOutput:
     """One completion. finish_reason None means that it still runs; stop_reason is the stop string or stop token id
-    that ended it, None for the model's own end-of-sequence."""
+    that ended it, None for the model's own end-of-sequence. logprobs has one entry per token where asked for."""
 
     index: int
     text: str
     token_ids: list[int]
-    logprobs: None = None
+    logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """Sum of the tokens' log-probabilities, None unless logprobs were asked for."""
+        if self.logprobs is None:
+            return None
+        return sum(entry[token].logprob for token, entry in zip(self.token_ids, self.logprobs, strict=True))
 
 
 @dataclass(slots=True)
 class RequestOutput:
+    """`outputs` has one entry per completion (n); prompt_logprobs one per prompt token, None for the first."""
+
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     metrics: RequestMetrics
-
-    @property
-    def finished(self) -> bool:
-        return all(output.finish_reason is not None for output in self.outputs)
+    finished: bool
+    prompt_logprobs: list[TokenLogprobs | None] | None = None

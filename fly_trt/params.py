@@ -1,13 +1,14 @@
 """What a caller may ask for: SamplingParams per request, SpeculativeConfig per engine, AcceptanceParams for both.
 
 Names follow vLLM. SpeculativeConfig has the same fields in recipe YAML and in Python; the command line has the
-most used ones. Unknown names and values that this version cannot honour are refused; nothing is ignored.
+most used ones. Unknown names and values that cannot be honoured are refused; nothing is ignored.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Literal, Self, get_args
 
 from fly_trt.engines.base import EXACT, AcceptancePolicy
@@ -20,6 +21,7 @@ Preset = Literal["reference", "paper", "vllm"]
 METHODS: tuple[str, ...] = get_args(Method)
 ACCEPTANCES: tuple[str, ...] = get_args(Acceptance)
 DEFAULT_MAX_TOKENS = 256
+MAX_LOGIT_BIAS = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +90,8 @@ class SpeculativeConfig:
     model), or None for plain decoding. num_speculative_tokens: draft tokens per verification step.
     prompt_lookup_max and _min: longest and shortest n-gram to match; prompt_lookup_num_tokens: tokens that a match
     proposes to the draft model under "multi_level" (under "ngram" it proposes up to num_speculative_tokens).
+    adaptive_draft_length: draft as many tokens as pay, by each request's recent acceptance and the measured cost of
+    a step at the current load; num_speculative_tokens is then the most. The tokens are the same either way.
     acceptance None: "fly" with a draft model; "exact" for n-gram drafts, which are copies rather than alternatives: a
     loosened one costs accuracy (181 instead of 240 right answers of 240 on the demo pair).
     """
@@ -97,6 +101,7 @@ class SpeculativeConfig:
     prompt_lookup_max: int = 4
     prompt_lookup_min: int = 1
     prompt_lookup_num_tokens: int = 6
+    adaptive_draft_length: bool = True
     acceptance: Acceptance | None = None
     preset: Preset = "reference"
     fly_window_size: int | None = None
@@ -128,17 +133,42 @@ class SpeculativeConfig:
         return AcceptanceParams(**{name: getattr(self, name) for name in names})
 
 
+class RequestOutputKind(Enum):
+    """What each output of a streamed request holds: everything so far, only what is new, or nothing until the end."""
+
+    CUMULATIVE = "cumulative"
+    DELTA = "delta"
+    FINAL_ONLY = "final_only"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """One request's decoding settings. This version decodes greedily: temperature must be 0.
+    """One request's decoding settings; names and meanings are vLLM's, the default is greedy.
 
-    max_tokens: output tokens at most, exactly kept; None means up to the engine's max_seq_len. stop: strings that end
-    the text; it is cut before the string unless include_stop_str_in_output. stop_token_ids: tokens that end the
-    sequence besides the model's own. ignore_eos: the model's own end tokens do not end it. acceptance: overrides the
-    engine's SpeculativeConfig for this request.
+    temperature: 0 takes the most probable token, anything else samples. top_k (0 or -1: all), top_p, min_p: what is
+    left of the distribution. seed: the same seed gives the same tokens, whatever else is served; None draws one. n:
+    completions of the same prompt; completion i samples with (seed, i). presence_penalty, frequency_penalty: of output
+    tokens; repetition_penalty: of prompt and output tokens. logit_bias: added by token id. bad_words: texts that are
+    not generated. min_tokens: output tokens before any end. All of them also decide which draft tokens stand. logprobs:
+    most probable tokens to report for each output token, besides the token itself; of the model's own distribution.
+    prompt_logprobs: the same for prompt tokens. max_tokens: output tokens at most, exactly kept; None means up to the
+    engine's max_seq_len. stop: strings that end the text; it is cut before the string unless
+    include_stop_str_in_output. stop_token_ids: tokens that end the sequence besides the model's own. ignore_eos: the
+    model's own end tokens do not end it. acceptance: overrides the engine's SpeculativeConfig for this request.
+    output_kind: what a stream yields.
     """
 
+    n: int = 1
     temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    bad_words: Sequence[str] | None = None
     max_tokens: int | None = DEFAULT_MAX_TOKENS
     min_tokens: int = 0
     stop: str | Sequence[str] | None = None
@@ -146,19 +176,10 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
-    n: int = 1
-    seed: int | None = None
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    logit_bias: dict[int, float] | None = None
-    bad_words: Sequence[str] | None = None
     acceptance: AcceptanceParams | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     stop_strings: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -166,36 +187,55 @@ class SamplingParams:
         object.__setattr__(self, "stop_strings", stop)
         if any(not isinstance(string, str) or not string for string in stop):
             raise RequestError(f"stop {self.stop!r}: expected non-empty strings")
-        if self.max_tokens is not None and not (_is_whole(self.max_tokens) and self.max_tokens >= 1):
-            raise RequestError(f"max_tokens {self.max_tokens!r}: expected a whole number, at least 1, or None")
-        if not (_is_number(self.temperature) and self.temperature >= 0):
-            raise RequestError(f"temperature {self.temperature!r}: expected 0 (greedy)")
+        if isinstance(self.bad_words, str) or any(not isinstance(w, str) or not w for w in self.bad_words or ()):
+            raise RequestError(f"bad_words {self.bad_words!r}: expected a list of non-empty strings")
+        if self.max_tokens is not None:
+            self._check_whole("max_tokens", 1, "or None")
+        self._check_whole("n", 1)
+        self._check_whole("min_tokens", 0)
+        self._check_whole("top_k", -1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                self._check_whole(name, 0, "or None")
+        if self.seed is not None and not _is_whole(self.seed):
+            raise RequestError(f"seed {self.seed!r}: expected a whole number or None")
+        self._check_number("temperature", 0, math.inf)
+        self._check_number("top_p", 0, 1, above=True)
+        self._check_number("min_p", 0, 1)
+        self._check_number("presence_penalty", -2, 2)
+        self._check_number("frequency_penalty", -2, 2)
+        self._check_number("repetition_penalty", 0, math.inf, above=True)
         token_ids = self.stop_token_ids
         if token_ids is not None and not (isinstance(token_ids, Sequence) and all(map(_is_whole, token_ids))):
             raise RequestError(f"stop_token_ids {token_ids!r}: expected a list of token ids")
-        self._refuse_unsupported()
+        self._check_logit_bias()
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(f"min_tokens {self.min_tokens}: more than max_tokens {self.max_tokens}")
+        if self.n > 1 and self.temperature == 0:
+            raise RequestError(f"n {self.n}: greedy completions are all the same: use n=1 or a temperature above 0")
 
-    def _refuse_unsupported(self) -> None:
-        """Sampling comes with the batching runtime; until then a value that would change the text is an error."""
-        neutral: dict[str, tuple[Any, ...]] = {
-            "temperature": (0,),
-            "min_tokens": (0,),
-            "n": (1,),
-            "top_p": (1,),
-            "top_k": (0, -1),
-            "min_p": (0,),
-            "presence_penalty": (0,),
-            "frequency_penalty": (0,),
-            "repetition_penalty": (1,),
-            "logprobs": (None,),
-            "prompt_logprobs": (None,),
-            "logit_bias": (None, {}),
-            "bad_words": (None, (), []),
-        }
-        for name, values in neutral.items():
-            value = getattr(self, name)
-            if value not in values:
-                raise RequestError(f"{name} {value!r}: this version decodes greedily, leave it at {values[0]!r}")
+    def _check_whole(self, name: str, least: int, or_else: str = "") -> None:
+        value = getattr(self, name)
+        if not (_is_whole(value) and value >= least):
+            raise RequestError(f"{name} {value!r}: expected a whole number, at least {least} {or_else}".rstrip())
+
+    def _check_number(self, name: str, least: float, most: float, *, above: bool = False) -> None:
+        value = getattr(self, name)
+        if not (
+            _is_number(value) and least <= value <= most and math.isfinite(value) and not (above and value == least)
+        ):
+            relation = "above" if above else "at least"
+            limit = f" and at most {most}" if math.isfinite(most) else ""
+            raise RequestError(f"{name} {value!r}: expected a number {relation} {least}{limit}")
+
+    def _check_logit_bias(self) -> None:
+        bias = self.logit_bias
+        if bias is None:
+            return
+        if not isinstance(bias, Mapping) or not all(
+            _is_whole(token) and _is_number(value) and abs(value) <= MAX_LOGIT_BIAS for token, value in bias.items()
+        ):
+            raise RequestError(f"logit_bias {bias!r}: expected token ids with numbers of at most {MAX_LOGIT_BIAS}")
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

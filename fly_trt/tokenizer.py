@@ -47,10 +47,12 @@ class Detokenizer:
         self._stop_strings = stop_strings
         self._include_stop_string = include_stop_string
         self._longest_stop = max((len(string) for string in stop_strings), default=0)
+        self._ignored_to = 0  # characters that are no part of a stop string
         self._pending: list[int] = []
 
-    def push(self, token_id: int) -> bool:
-        """Adds one token; True when a stop string is now complete, in which case `text` is cut."""
+    def push(self, token_id: int, *, may_stop: bool = True) -> bool:
+        """Adds one token; True when a stop string is now complete, in which case `text` is cut. Stop strings that end
+        in a token that may not stop are not looked for."""
         self._pending.append(token_id)
         try:
             piece = self._stream.step(self._tokenizer, token_id)
@@ -60,7 +62,7 @@ class Detokenizer:
         if not piece:
             return False
         self._pending.clear()
-        return self._append(piece)
+        return self._append(piece, may_stop)
 
     def finish(self) -> None:
         """Emits what is still held back, as replacement characters where a character stayed unfinished."""
@@ -82,10 +84,12 @@ class Detokenizer:
     def _decode_pending(self) -> str:
         return self._tokenizer.decode(self._pending, skip_special_tokens=self._skip_special_tokens)
 
-    def _append(self, piece: str) -> bool:
-        searched_to = max(0, len(self.text) - self._longest_stop + 1)
+    def _append(self, piece: str, may_stop: bool = True) -> bool:
+        searched_to = max(self._ignored_to, len(self.text) - self._longest_stop + 1)
         self.text += piece
-        if not self._stop_strings:
+        if not may_stop:
+            self._ignored_to = len(self.text)
+        if not self._stop_strings or not may_stop:
             return False
         found = [(self.text.find(string, searched_to), string) for string in self._stop_strings]
         found = [(at, string) for at, string in found if at >= 0]

@@ -1,25 +1,63 @@
 """What the loop needs of a drafter."""
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 from fly_trt.engines.base import IntArray
 
+State = TypeVar("State")
+
+
+class DraftRow(NamedTuple):
+    """Asks for `num_tokens` draft tokens to follow the committed `tokens` int64 [length] of the sequence in `slot`."""
+
+    slot: int
+    tokens: IntArray
+    num_tokens: int
+
 
 class Drafter(Protocol):
-    """Proposes draft tokens for the sequence in a slot. It finds out by itself which of its earlier proposals became
-    part of the sequence, so nothing has to be reported back."""
+    """Proposes draft tokens for the sequences in the slots. It finds out by itself which of its earlier proposals
+    became part of a sequence, so nothing has to be reported back."""
 
-    def propose(self, slot: int, tokens: IntArray, num_tokens: int) -> IntArray:
-        """At most `num_tokens` draft tokens int64 [n] to follow the committed `tokens` int64 [length]."""
+    is_free: bool
+    """A proposal costs nothing worth saving, so that a whole draft may be asked for before any of it is needed."""
+
+    def prepare(self, rows: Sequence[DraftRow]) -> None:
+        """Reads what the rows' sequences have that the drafter has not seen, so that `propose` costs what drafting
+        costs. Optional: `propose` does it too."""
+        ...
+
+    def propose(self, rows: Sequence[DraftRow]) -> list[IntArray]:
+        """For each row at most `num_tokens` draft tokens int64 [n]. Fewer mean that there is nothing more to propose.
+        Asking again for more, or after a part was committed, goes on with the same draft."""
         ...
 
     def release(self, slot: int) -> None:
-        """Forgets the slot's sequence; the next one in it starts anew."""
+        """The sequence in the slot ended; the next one is another."""
+        ...
+
+    def swap(self, first: int, second: int) -> None:
+        """The sequences of two slots change places."""
+        ...
+
+    def copy(self, source: int, target: int, num_tokens: int) -> None:
+        """A new sequence in slot `target` begins with the first `num_tokens` tokens of the one in slot `source`."""
+        ...
+
+    def trim(self, num_tokens: int) -> None:
+        """No sequence is longer than `num_tokens` any more."""
         ...
 
 
-def common_prefix(held: IntArray, tokens: IntArray, known: int) -> int:
+def common_prefix(held: IntArray, tokens: IntArray, known: int = 0) -> int:
     """Length of the common prefix of two sequences whose first `known` tokens are known to agree."""
     end = min(len(held), len(tokens))
     differs = (held[known:end] != tokens[known:end]).nonzero()[0]
     return known + int(differs[0]) if len(differs) else end
+
+
+def exchange(by_slot: dict[int, State], first: int, second: int) -> None:
+    """Swaps what two slots have, where they have something."""
+    held = {second: by_slot.pop(first, None), first: by_slot.pop(second, None)}
+    by_slot.update({slot: state for slot, state in held.items() if state is not None})

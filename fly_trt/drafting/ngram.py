@@ -4,10 +4,11 @@ Source: prompt lookup decoding as in arXiv 2511.22972, section 3.4: the longest 
 matched, n = prompt_lookup_max .. prompt_lookup_min, at its earliest occurrence.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from fly_trt.drafting.base import DraftRow, exchange
 from fly_trt.engines.base import NO_TOKENS, IntArray
 
 
@@ -66,17 +67,32 @@ class NgramIndex:
 class NgramDrafter:
     """Drafts without a model: what followed the last few tokens where they occurred first."""
 
+    is_free = True
+
     def __init__(self, max_n: int, min_n: int) -> None:
         self._max_n = max_n
         self._min_n = min_n
         self._indexes: dict[int, NgramIndex] = {}
 
-    def propose(self, slot: int, tokens: IntArray, num_tokens: int) -> IntArray:
-        index = self._indexes.get(slot)
-        if index is None:
-            index = self._indexes[slot] = NgramIndex(self._max_n, self._min_n)
-        index.sync(tokens, len(index))
-        return index.propose(num_tokens)
+    def prepare(self, rows: Sequence[DraftRow]) -> None:
+        for slot, tokens, _ in rows:
+            index = self._indexes.get(slot)
+            if index is None:
+                index = self._indexes[slot] = NgramIndex(self._max_n, self._min_n)
+            index.sync(tokens, len(index))
+
+    def propose(self, rows: Sequence[DraftRow]) -> list[IntArray]:
+        self.prepare(rows)
+        return [self._indexes[slot].propose(num_tokens) for slot, _, num_tokens in rows]
 
     def release(self, slot: int) -> None:
         self._indexes.pop(slot, None)
+
+    def swap(self, first: int, second: int) -> None:
+        exchange(self._indexes, first, second)
+
+    def copy(self, source: int, target: int, num_tokens: int) -> None:
+        """Indexing the tokens again costs no more than a copy."""
+
+    def trim(self, num_tokens: int) -> None:
+        """An index holds no more than its sequence."""

@@ -34,6 +34,11 @@ class AcceptancePolicy:
     window: int
     lookahead: int
 
+    @property
+    def is_loose(self) -> bool:
+        """Whether any draft token may stand that differs from the target's choice."""
+        return math.isfinite(self.entropy_threshold)
+
 
 EXACT = AcceptancePolicy(entropy_threshold=math.inf, use_full_entropy=False, window=0, lookahead=0)
 
@@ -82,14 +87,13 @@ class Step:
     binding: Any = None
 
     def set_row(
-        self, row: int, cached: int, context: IntArray, draft: IntArray | None = None, policy: AcceptancePolicy = EXACT
+        self, row: int, cached: int, context: IntArray, draft: IntArray = NO_TOKENS, policy: AcceptancePolicy = EXACT
     ) -> None:
         """Fills row `row`: `cached` tokens lie in the slot, `context` [c] and `draft` [n] are to be processed."""
-        num_context, num_draft = len(context), 0 if draft is None else len(draft)
+        num_context, num_draft = len(context), len(draft)
         ids = self.input_ids[row]
         ids[:num_context] = context
-        if draft is not None:
-            ids[num_context : num_context + num_draft] = draft
+        ids[num_context : num_context + num_draft] = draft
         ids[num_context + num_draft :] = 0
         self.write_indices[row] = cached
         self.num_context[row] = num_context
@@ -111,6 +115,19 @@ class Engine(Protocol):
 
     def run(self, step: Step) -> None:
         """Runs the step and waits for its outputs. Grows the KV cache when a row would outgrow it."""
+        ...
+
+    def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
+        """Copies the first `num_tokens` cached tokens of slot `source` into slot `target`."""
+        ...
+
+    def swap_slots(self, first: int, second: int, num_tokens: int) -> None:
+        """Exchanges the first `num_tokens` cached tokens of two slots."""
+        ...
+
+    def trim(self, num_tokens: int) -> int:
+        """Says that no slot needs more than `num_tokens` tokens any more, so that an engine whose cost follows the
+        allocated length may shrink. Returns how many tokens of each slot are still held at most."""
         ...
 
     def close(self) -> None:

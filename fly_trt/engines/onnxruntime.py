@@ -2,7 +2,7 @@
 
 The KV caches are NumPy arrays of all slots; a step binds a view of its slots as both past and present, so
 TensorScatter writes in place. The cost of ONNX Attention follows the allocated length, so caches start small, grow in
-blocks, and shrink when a short sequence follows a long one.
+blocks, and shrink when the long sequences are gone.
 """
 
 import logging
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 CACHE_BLOCK_TOKENS = 256
 SHRINK_FACTOR = 4
-MAX_BOUND_SHAPES = 64
+MAX_BOUND_SHAPES = 256
 ROW_INPUTS = {
     "write_indices": np.int64,
     "num_context": np.int64,
@@ -83,6 +83,7 @@ class OnnxRuntimeEngine:
         self._model = model
         self._num_slots = num_slots
         self._capacity = 0
+        self._num_held = np.zeros(num_slots, np.int64)  # tokens of each slot that a resize keeps
         self._generation = 0  # of the cache arrays: a step bound to older ones is bound again
         self._caches: list[np.ndarray] = []
         self._steps: OrderedDict[tuple[int, int, int, bool], Step] = OrderedDict()
@@ -105,16 +106,31 @@ class OnnxRuntimeEngine:
         return step
 
     def run(self, step: Step) -> None:
-        cached = int(step.write_indices.max())
-        needed = cached + step.input_ids.shape[1]
-        starts_anew = cached == 0 and len(step.input_ids) == self._num_slots
+        ends = step.write_indices + step.input_ids.shape[1]
+        needed = int(ends.max())
         if needed > self._capacity:
-            self._resize(needed, self._capacity)
-        elif starts_anew and self._capacity > SHRINK_FACTOR * _whole_blocks(needed):
-            self._resize(needed, 0)
+            self._resize(needed)
+        self._num_held[step.first_slot : step.first_slot + len(ends)] = ends
         if step.binding is None or step.binding[0] != self._generation:
             step.binding = (self._generation, self._bind(step))
         self._session.run_with_iobinding(step.binding[1])
+
+    def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
+        self._num_held[target] = num_tokens
+        for cache in self._caches:
+            cache[target, :, :num_tokens] = cache[source, :, :num_tokens]
+
+    def swap_slots(self, first: int, second: int, num_tokens: int) -> None:
+        self._num_held[[first, second]] = num_tokens
+        for cache in self._caches:
+            held = cache[first, :, :num_tokens].copy()
+            cache[first, :, :num_tokens] = cache[second, :, :num_tokens]
+            cache[second, :, :num_tokens] = held
+
+    def trim(self, num_tokens: int) -> int:
+        if self._capacity > SHRINK_FACTOR * _whole_blocks(num_tokens):
+            self._resize(num_tokens)
+        return self._capacity
 
     @property
     def capacity(self) -> int:
@@ -158,16 +174,19 @@ class OnnxRuntimeEngine:
             binding.bind_ortvalue_output(f"present_{name}", value)
         return binding
 
-    def _resize(self, num_tokens: int, num_kept: int) -> None:
-        """Gives every slot room for `num_tokens`, in whole blocks; the first `num_kept` tokens of each are kept."""
+    def _resize(self, num_tokens: int) -> None:
+        """Gives every slot room for `num_tokens`, in whole blocks. Memory of slots that were never used stays
+        untouched, so that the system need not provide it."""
         model = self._model
         self._capacity = _whole_blocks(num_tokens)
         self._generation += 1
+        np.minimum(self._num_held, self._capacity, out=self._num_held)
         shape = (self._num_slots, model.num_kv_heads, self._capacity, model.head_dim)
         for index in range(2 * model.num_layers):
             resized = np.zeros(shape, CACHE_DTYPES[model.kv_cache_dtype])
-            if num_kept:
-                resized[:, :, :num_kept] = self._caches[index]
+            for slot, held in enumerate(self._num_held.tolist()):
+                if held:
+                    resized[slot, :, :held] = self._caches[index][slot, :, :held]
             self._caches[index : index + 1] = [resized]
 
 

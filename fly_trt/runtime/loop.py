@@ -1,99 +1,338 @@
-"""The generation loop: schedule -> draft -> verify -> commit.
+"""The generation loop: schedule -> prefill -> draft -> verify -> commit, for all running requests at once.
 
-The loop is the only one that runs the engines. It knows requests, tokens and slots, and nothing of files or callers.
+The loop is the only one that runs the engines. It knows requests, tokens and slots, and nothing of files, threads or
+callers. Each call of `step` prefills under a token budget and then takes one verification step over all active slots; a
+row of it carries drafts to verify or, while its prompt is not finished, the next chunk of it.
 """
 
-import numpy as np
+import time
+from dataclasses import dataclass
 
-from fly_trt.drafting import Drafter
-from fly_trt.engines.base import NO_TOKENS, Engine, IntArray, Step
+import numpy as np
+from tokenizers import Tokenizer
+
+from fly_trt.drafting import Drafter, DraftRow
+from fly_trt.engines.base import Engine, FloatArray, IntArray, Step
+from fly_trt.errors import FlyError
+from fly_trt.metrics import Metrics
+from fly_trt.runtime.draft_length import AcceptanceRate, DraftLength
 from fly_trt.runtime.request import Request, RequestState
+from fly_trt.runtime.rounds import Round
+from fly_trt.runtime.sampler import token_logprobs
 from fly_trt.runtime.scheduler import Scheduler
-from fly_trt.verification import accept, count_loosened
+from fly_trt.runtime.slots import SlotTable
+from fly_trt.verification import Verdict
+
+# Logits of a whole prompt chunk are large: V = 128 k and 64 tokens are 33 MB.
+MAX_LOGPROB_CHUNK = 64
+MIN_PREFILL_CHUNK = 16
+WARM_UP_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoopConfig:
+    """Sizes in requests and tokens: num_slots rows at most, num_draft_tokens per round, max_num_tokens per iteration,
+    max_queue_size waiting requests."""
+
+    num_slots: int
+    num_draft_tokens: int
+    max_num_tokens: int
+    max_queue_size: int
+    adaptive_draft_length: bool = False
+    prefix_caching: bool = True
 
 
 class GenerationLoop:
-    """Serves requests with a target engine and, where there is one, a drafter of `num_draft_tokens` per step."""
+    """Serves requests with a target engine and, where there is one, a drafter."""
 
-    def __init__(self, target: Engine, drafter: Drafter | None, num_draft_tokens: int, num_slots: int) -> None:
+    def __init__(
+        self,
+        target: Engine,
+        drafter: Drafter | None,
+        config: LoopConfig,
+        tokenizer: Tokenizer,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.num_slots = config.num_slots
         self._target = target
         self._drafter = drafter
-        self._num_draft_tokens = num_draft_tokens if drafter is not None else 0
-        self._max_context = target.info.max_num_tokens - self._num_draft_tokens
-        self._scheduler = Scheduler(num_slots)
+        self._max_num_tokens = config.max_num_tokens
+        self._tokenizer = tokenizer
+        self._metrics = metrics or Metrics()
+        self._num_draft_tokens = config.num_draft_tokens if drafter is not None else 0
+        self.draft_length = DraftLength(self._num_draft_tokens, adaptive=config.adaptive_draft_length)
+        slots = SlotTable(config.num_slots, target, drafter, prefix_caching=config.prefix_caching)
+        self.scheduler = Scheduler(slots, config.max_queue_size)
+        self._row_tokens = 1  # of the last verification step
+        self._changed: dict[Request, None] = {}
 
-    def add(self, request: Request) -> None:
-        self._scheduler.add(request)
+    def add(self, requests: list[Request]) -> None:
+        self.scheduler.add(requests)
 
     def has_requests(self) -> bool:
-        return bool(self._scheduler.running or self._scheduler.waiting)
+        return bool(self.scheduler.running or self.scheduler.waiting)
 
     def step(self) -> list[Request]:
-        """Advances every running request by one engine step and returns those whose output changed."""
-        changed = []
-        for request in self._scheduler.schedule():
-            num_tokens = len(request.output_token_ids)
-            if request.state is RequestState.PREFILL:
-                self._prefill(request)
-            else:
-                self._decode(request)
-            if len(request.output_token_ids) > num_tokens:
-                changed.append(request)
-            if request.state is RequestState.FINISHED:
-                self._release(request)
+        """One iteration over all running requests; returns those that emitted tokens or ended."""
+        rows = self.scheduler.schedule()
+        self._prefill(rows)
+        self._remove_finished()
+        rows = self.scheduler.schedule() if any(r.is_finished for r in rows) else rows
+        decoding = [request for request in rows if request.state is RequestState.DECODE]
+        if decoding:
+            num_context = max(request.num_context for request in decoding)
+            self._row_tokens = self._verify(rows, self._choose_draft_length(decoding, num_context, len(rows)))
+        self._remove_finished()
+        changed, self._changed = list(self._changed), {}
+        self._metrics.set_load(self.scheduler, self._target.info.max_seq_len)
         return changed
 
     def abort(self, request: Request) -> None:
         """Ends a request wherever it is. What it has emitted stays."""
-        if request.state is not RequestState.FINISHED:
+        if not request.is_finished:
             request.finish("abort")
-            self._release(request)
+            self._remove(request)
 
-    def _prefill(self, request: Request) -> None:
-        """One chunk of the prompt, except its last, which rides with the first draft tokens."""
-        chunk = self._max_context
-        if len(request.sequence) - request.num_cached <= chunk:
+    def warm_up(self) -> None:
+        """Measures steps of some shapes, so that the first requests are served at a known cost. Stops when it has taken
+        WARM_UP_SECONDS: a large model gets fewer shapes."""
+        started = time.perf_counter()
+        full = self._num_draft_tokens + 1
+        token = np.zeros(1, np.int64)
+        for num_rows in sorted({1, min(4, self.num_slots), self.num_slots}):
+            for num_tokens in (1, 1, full):
+                if num_rows * num_tokens > self._max_num_tokens or time.perf_counter() - started > WARM_UP_SECONDS:
+                    return
+                step = self._target.step(0, num_rows, num_tokens)
+                for row in range(num_rows):
+                    step.set_row(row, 0, token)
+                self._run(step)
+            if self._drafter is not None:
+                for _ in range(2):
+                    self._propose([DraftRow(slot, token, 2) for slot in range(num_rows)])
+                    for slot in range(num_rows):
+                        self._drafter.release(slot)
+
+    def _choose_draft_length(self, rows: list[Request], num_context: int, num_rows: int) -> int:
+        fits = max(0, self._max_num_tokens // num_rows - num_context)
+        rates = [self._rate(request).value for request in rows]
+        return min(fits, self.draft_length.choose(rates, num_context))
+
+    def _rate(self, request: Request) -> AcceptanceRate:
+        if request.acceptance_rate is None:
+            request.acceptance_rate = AcceptanceRate(self.draft_length.usual_rate)
+        return request.acceptance_rate
+
+    def _prefill(self, rows: list[Request]) -> None:
+        """Prompts that are too long to ride with the others get steps of their own, oldest first, within the budget
+        of tokens that the running requests leave."""
+        prefilling = [request for request in rows if request.state is RequestState.PREFILL]
+        num_decoding = len(rows) - len(prefilling)
+        budget = self._max_num_tokens - num_decoding * self._row_tokens
+        for request in sorted(prefilling, key=lambda request: request.arrival):
+            self.scheduler.slots.reuse_prefix(request)
+            remaining = len(request.sequence) - request.num_cached
+            if num_decoding and remaining <= self._row_tokens:
+                continue
+            limit = MAX_LOGPROB_CHUNK if request.params.prompt_logprobs is not None else budget
+            chunk = min(remaining, limit, budget)
+            is_first = not num_decoding and budget == self._max_num_tokens
+            if chunk < min(remaining, MIN_PREFILL_CHUNK) and not is_first:
+                return
+            budget -= chunk
+            if chunk < remaining:
+                self._run_chunk(request, chunk)
+                continue
+            alone = len(rows) == 1
             request.state = RequestState.DECODE
-            self._decode(request)
+            self._verify([request], self._choose_draft_length([request], chunk, 1) if alone else 0)
+            num_decoding += 1
+
+    def _run_chunk(self, request: Request, num_tokens: int) -> None:
+        step = self._target.step(request.slot, 1, num_tokens, with_logits=request.needs_prompt_logits)
+        step.set_row(0, request.num_cached, request.sequence.tokens[request.num_cached :][:num_tokens])
+        self._run(step)
+        self._advance_prompt(request, step, 0, num_tokens)
+
+    def _verify(self, rows: list[Request], num_draft: int) -> int:
+        """One step over `rows`, which own consecutive slots: decoding rows verify about `num_draft` draft tokens.
+        Returns the tokens of a row."""
+        num_tokens = self._plan(rows, num_draft)
+        decoding = [request for request in rows if request.round is not None]
+        self._draft(decoding, num_tokens)
+        with_logits = any(request.needs_logits or request.needs_prompt_logits for request in rows)
+        step = self._target.step(rows[0].slot, len(rows), num_tokens, with_logits=with_logits)
+        fed = [self._fill(step, row, request, num_tokens) for row, request in enumerate(rows)]
+        self._run(step)
+        for row, request in enumerate(rows):
+            if request.round is None:
+                self._advance_prompt(request, step, row, fed[row])
+                continue
+            try:
+                self._settle(request, request.round, step, row, fed[row])
+            except FlyError as error:  # this request's settings leave no token: the others go on
+                request.fail(error)
+                self._changed[request] = None
+        return num_tokens
+
+    def _plan(self, rows: list[Request], num_draft: int) -> int:
+        """Starts the rounds that are due and returns the tokens of each row: what the longest decoding row needs."""
+        num_tokens = 1
+        for request in rows:
+            if request.state is RequestState.DECODE:
+                missing = num_draft if request.round is None else min(request.round.num_missing, num_draft + 1)
+                num_tokens = max(num_tokens, request.num_context + missing)
+        for request in rows:
+            if request.state is RequestState.PREFILL and len(request.sequence) - request.num_cached <= num_tokens:
+                request.state = RequestState.DECODE
+            if request.state is RequestState.DECODE and request.round is None:
+                room = min(self._num_draft_tokens, num_tokens - request.num_context)
+                # An exact verdict does not depend on the round's length, a loose one does.
+                request.round = Round(
+                    len(request.sequence), self._num_draft_tokens if request.policy.is_loose else room
+                )
+        return num_tokens
+
+    def _draft(self, rows: list[Request], num_tokens: int) -> None:
+        """Makes the draft tokens that the step feeds, and of a loose round one more to compare with the last choice."""
+        asked: list[tuple[Request, int]] = []
+        for request in rows:
+            round_ = request.round
+            assert round_ is not None
+            end = min(round_.num_draft, round_.num_fed + num_tokens - request.num_context + 1)
+            if self._drafter is not None and self._drafter.is_free:
+                end = round_.num_draft
+            if end > len(round_.draft):
+                asked.append((request, end - round_.num_committed))
+        if not asked or self._drafter is None:
             return
-        self._verify(request, request.sequence.tokens[request.num_cached :][:chunk], NO_TOKENS)
-        request.num_cached += chunk
+        proposals = self._propose([DraftRow(r.slot, r.sequence.tokens, count) for r, count in asked])
+        for (request, count), proposal in zip(asked, proposals, strict=True):
+            round_ = request.round
+            assert round_ is not None
+            draft = np.concatenate([round_.draft[: round_.num_committed], proposal])
+            round_.set_draft(draft, round_.num_committed + count)
+            if round_.num_missing <= 0 and not request.num_context:
+                request.num_cached -= 1  # nothing is left to feed: the last token once more
+                round_.drop_last()
 
-    def _decode(self, request: Request) -> None:
-        """One round: draft, verify, commit."""
-        tokens = request.sequence.tokens
-        draft = NO_TOKENS
-        if self._drafter is not None:
-            draft = self._drafter.propose(request.slot, tokens, self._num_draft_tokens)
-        context = tokens[request.num_cached :]
-        step = self._verify(request, context, draft)
-        num_accepted, next_token = self._verdict(request, step, len(context), draft)
-        request.num_cached += len(context) + num_accepted
-        new = [*draft[:num_accepted].tolist(), next_token]
-        request.sequence.append(new)
-        num_emitted = request.commit(new)
-        if len(draft):
-            kept = min(num_emitted, num_accepted)
-            argmax = step.argmax[0, len(context) - 1 :]
-            request.metrics.record_step(len(draft), kept, count_loosened(draft, argmax, kept))
+    def _propose(self, rows: list[DraftRow]) -> list[IntArray]:
+        assert self._drafter is not None
+        self._drafter.prepare(rows)
+        started = time.perf_counter()
+        proposals = self._drafter.propose(rows)
+        longest = max(row.num_tokens for row in rows)
+        self.draft_length.observe_drafting(len(rows), longest, time.perf_counter() - started)
+        return proposals
 
-    def _verify(self, request: Request, context: IntArray, draft: IntArray) -> Step:
-        step = self._target.step(request.slot, 1, len(context) + len(draft))
-        step.set_row(0, request.num_cached, context, draft, request.policy)
+    def _fill(self, step: Step, row: int, request: Request, num_tokens: int) -> int:
+        """Writes one row of the step and returns how many tokens it has."""
+        round_ = request.round
+        context = request.sequence.tokens[request.num_cached :][:num_tokens]
+        if round_ is None:
+            step.set_row(row, request.num_cached, context)
+            return len(context)
+        if len(round_.choices):
+            draft = round_.draft[round_.num_fed : min(round_.num_fed + num_tokens, round_.num_draft)]
+            step.set_row(row, request.num_cached, draft)
+            return len(draft)
+        draft = round_.draft[: min(num_tokens - len(context), round_.num_draft)]
+        step.set_row(row, request.num_cached, context, draft, request.policy)
+        return len(context) + len(draft)
+
+    def _settle(self, request: Request, round_: Round, step: Step, row: int, num_fed: int) -> None:
+        """Takes a step's outputs for one decoding row, decides what they decide, and commits it."""
+        begin = request.num_context - 1 if not len(round_.choices) else 0
+        positions = slice(begin, num_fed)
+        logits = None if step.logits is None else step.logits[row, positions]
+        if request.needs_prompt_logits:
+            self._collect_prompt_logprobs(request, step, row, num_fed)
+        is_whole = not len(round_.choices) and num_fed - begin == round_.num_draft + 1
+        request.num_cached += num_fed
+        if is_whole and request.sampler is None and self._engine_decides(request):
+            round_.add(step.argmax[row, positions], step.entropy_topk[row, positions], logits)
+            verdict = Verdict(int(step.num_accepted[row]), int(step.next_token[row]))
+        else:
+            choices, gates = self._choices(request, round_, step, row, positions, logits)
+            round_.add(choices, gates, logits if request.params.logprobs is not None else None)
+            verdict = round_.verdict(request.policy, request.end_token_ids | self._target.info.stop_token_ids)
+        self._commit(request, round_, verdict)
+
+    def _engine_decides(self, request: Request) -> bool:
+        """Whether the head's verdict holds: it does not know the stop tokens that only this request has."""
+        return not request.stop_token_ids or not request.policy.is_loose
+
+    def _choices(
+        self, request: Request, round_: Round, step: Step, row: int, positions: slice, logits: FloatArray | None
+    ) -> tuple[IntArray, FloatArray]:
+        if request.sampler is None:
+            entropy = step.entropy if request.policy.use_full_entropy else step.entropy_topk
+            return step.argmax[row, positions].copy(), entropy[row, positions].copy()
+        assert logits is not None
+        verified = len(round_.choices)
+        undecided = round_.draft[round_.num_committed : verified]
+        return request.sampler.choose(logits, request.output_tokens, undecided, round_.draft[verified:])
+
+    def _commit(self, request: Request, round_: Round, verdict: Verdict) -> None:
+        before = round_.num_committed
+        tokens = round_.draft[before : verdict.num_accepted].tolist()
+        if verdict.next_token is not None:
+            tokens.append(verdict.next_token)
+            request.num_cached = min(request.num_cached, round_.start + verdict.num_accepted)
+        logprobs = None
+        if request.params.logprobs is not None and tokens:
+            rows = round_.logits[before : before + len(tokens)]
+            logprobs = token_logprobs(rows, request.params.logprobs, np.array(tokens), self._tokenizer)
+        num_emitted = request.commit(tokens, logprobs) if tokens else 0
+        kept = before + min(num_emitted, verdict.num_accepted - before)
+        round_.num_committed = verdict.num_accepted
+        self._metrics.record_emission(request, num_emitted)
+        if num_emitted:
+            self._changed[request] = None
+        if verdict.next_token is None and not request.is_finished:
+            round_.logits = round_.logits.copy()  # the step's buffers are used again
+        else:
+            self._end_round(request, round_, kept, was_rejected=verdict.num_accepted < round_.num_draft)
+
+    def _end_round(self, request: Request, round_: Round, num_kept: int, *, was_rejected: bool) -> None:
+        request.round = None
+        num_verified = max(round_.num_fed, num_kept)
+        rate = self._rate(request)
+        if num_verified:
+            num_loosened = round_.num_loosened(num_kept)
+            request.metrics.record_round(num_verified, num_kept, num_loosened)
+            self._metrics.record_round(num_verified, num_kept, num_loosened)
+            rate.observe(round_.num_committed, was_rejected)
+            self.draft_length.observe_rate(rate.value)
+        else:
+            rate.fade()
+            self.draft_length.fade()
+
+    def _advance_prompt(self, request: Request, step: Step, row: int, num_tokens: int) -> None:
+        if request.needs_prompt_logits:
+            self._collect_prompt_logprobs(request, step, row, num_tokens)
+        request.num_cached += num_tokens
+
+    def _collect_prompt_logprobs(self, request: Request, step: Step, row: int, num_tokens: int) -> None:
+        """Position t of the step predicts prompt token num_cached + t + 1."""
+        assert step.logits is not None
+        assert request.params.prompt_logprobs is not None
+        following = request.sequence.tokens[request.num_cached + 1 : len(request.prompt_token_ids)][:num_tokens]
+        logits = step.logits[row, : len(following)]
+        found = token_logprobs(logits, request.params.prompt_logprobs, following, self._tokenizer)
+        request.prompt_logprobs += found if request.prompt_logprobs else [None, *found]
+
+    def _run(self, step: Step) -> None:
+        started = time.perf_counter()
         self._target.run(step)
-        return step
+        self.draft_length.target_cost.observe(step.input_ids.size, time.perf_counter() - started)
 
-    def _verdict(self, request: Request, step: Step, num_context: int, draft: IntArray) -> tuple[int, int]:
-        """The engine's decision, or the host's where the request has stop tokens that the engine does not know."""
-        if not request.stop_token_ids or not np.isfinite(request.policy.entropy_threshold):
-            return int(step.num_accepted[0]), int(step.next_token[0])
-        predicted = slice(num_context - 1, num_context + len(draft))
-        entropy = step.entropy if request.policy.use_full_entropy else step.entropy_topk
-        stops = request.stop_token_ids | self._target.info.stop_token_ids
-        verdict = accept(draft, step.argmax[0, predicted], entropy[0, predicted], request.policy, stops)
-        return verdict.num_accepted, verdict.next_token
+    def _remove_finished(self) -> None:
+        for request in self._changed:
+            if request.is_finished and request.slot >= 0:
+                self._remove(request)
 
-    def _release(self, request: Request) -> None:
-        slot = self._scheduler.remove(request)
-        if slot is not None and self._drafter is not None:
-            self._drafter.release(slot)
+    def _remove(self, request: Request) -> None:
+        self.scheduler.remove(request)
+        self.scheduler.slots.trim()
+        self._metrics.record_end(request)

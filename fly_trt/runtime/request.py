@@ -1,18 +1,24 @@
-"""One request's state while it is served: what was asked, what is committed, and where its cache stands."""
+"""One sequence while it is served: what was asked, what is committed, and where its cache stands."""
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 
-from fly_trt.engines.base import AcceptancePolicy
-from fly_trt.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
+import numpy as np
+
+from fly_trt.engines.base import AcceptancePolicy, IntArray
+from fly_trt.errors import FlyError
+from fly_trt.outputs import CompletionOutput, FinishReason, RequestMetrics, TokenLogprobs
 from fly_trt.params import SamplingParams
+from fly_trt.runtime.draft_length import AcceptanceRate
+from fly_trt.runtime.rounds import Round
+from fly_trt.runtime.sampler import Sampler
 from fly_trt.sequence import TokenSequence
 from fly_trt.tokenizer import Detokenizer
 
 
 class RequestState(Enum):
-    """WAITING -> PREFILL -> DECODE -> FINISHED; an abort leads to FINISHED from anywhere."""
+    """WAITING -> PREFILL -> DECODE -> FINISHED; an abort or an error leads to FINISHED from anywhere."""
 
     WAITING = "waiting"
     PREFILL = "prefill"
@@ -22,11 +28,11 @@ class RequestState(Enum):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """`sequence` is prompt and output; the target's cache holds its first `num_cached` tokens. `end_token_ids` end the
-    sequence; `stop_token_ids` are those of them that only this request has."""
+    """`sequence` is prompt and output; the target's cache holds `num_cached` tokens of it and of the draft after it.
+    `end_token_ids` end the sequence; `stop_token_ids` are those of them that only this request has. `sampler` None
+    means that the engine's argmax decides. `index` numbers the sequences of one prompt."""
 
     request_id: str
-    prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
     policy: AcceptancePolicy
@@ -35,23 +41,63 @@ class Request:
     stop_token_ids: frozenset[int]
     detokenizer: Detokenizer
     sequence: TokenSequence
+    sampler: Sampler | None = None
+    index: int = 0
     state: RequestState = RequestState.WAITING
     slot: int = -1
     num_cached: int = 0
+    num_prefix_hits: int = 0
+    round: Round | None = None
+    acceptance_rate: AcceptanceRate | None = None
     output_token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    error: FlyError | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     arrival: float = field(default_factory=time.perf_counter)
+    last_emission: float = 0.0
 
     @property
     def is_finished(self) -> bool:
         return self.state is RequestState.FINISHED
 
-    def commit(self, tokens: list[int]) -> int:
+    @property
+    def is_waiting(self) -> bool:
+        return self.state is RequestState.WAITING
+
+    @property
+    def needs_logits(self) -> bool:
+        return self.sampler is not None or self.params.logprobs is not None
+
+    @property
+    def needs_prompt_logits(self) -> bool:
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt_token_ids)
+
+    @property
+    def num_context(self) -> int:
+        """Committed tokens that the cache does not hold, at the start of a round; 0 within one."""
+        return max(0, len(self.sequence) - self.num_cached) if self.round is None or not len(self.round.choices) else 0
+
+    @property
+    def cached_tokens(self) -> IntArray:
+        """The committed tokens that the target's cache holds."""
+        return self.sequence.tokens[: self.num_cached]
+
+    @property
+    def output_tokens(self) -> IntArray:
+        return self.sequence.tokens[len(self.prompt_token_ids) :]
+
+    def commit(self, tokens: list[int], logprobs: list[TokenLogprobs] | None = None) -> int:
         """Emits tokens until the request ends and returns how many it took; the rest never existed for the caller."""
+        self.sequence.append(np.array(tokens, np.int64))
+        if not self.output_token_ids:
+            self.metrics.time_to_first_token = time.perf_counter() - self.arrival
         for count, token in enumerate(tokens, start=1):
             self.output_token_ids.append(token)
+            if logprobs is not None:
+                self.logprobs.append(logprobs[count - 1])
             if self._ends_with(token):
                 return count
         return len(tokens)
@@ -64,30 +110,31 @@ class Request:
         self.metrics.num_output_tokens = len(self.output_token_ids)
         self.metrics.latency = time.perf_counter() - self.arrival
 
-    def output(self) -> RequestOutput:
-        """The request as the caller sees it now; text that may still become a stop string is not shown."""
-        text = self.detokenizer.text
-        if self.finish_reason is None:
-            text = text[: self.detokenizer.streamable_length]
-        completion = CompletionOutput(
-            index=0,
-            text=text,
-            token_ids=list(self.output_token_ids),
+    def fail(self, error: FlyError) -> None:
+        self.error = error
+        self.finish("abort")
+
+    def completion(self, first_token: int = 0, first_character: int = 0) -> CompletionOutput:
+        """What was emitted, from a token and a character on; text that may still become a stop string is not shown."""
+        end = None if self.is_finished else self.detokenizer.streamable_length
+        logprobs = None if self.params.logprobs is None else self.logprobs[first_token:]
+        return CompletionOutput(
+            index=self.index,
+            text=self.detokenizer.text[first_character:end],
+            token_ids=self.output_token_ids[first_token:],
+            logprobs=logprobs,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
-        metrics = replace(self.metrics, acceptance_histogram=list(self.metrics.acceptance_histogram))
-        return RequestOutput(self.request_id, self.prompt, self.prompt_token_ids, [completion], metrics)
 
     def _ends_with(self, token: int) -> bool:
-        if len(self.output_token_ids) == 1:
-            self.metrics.time_to_first_token = time.perf_counter() - self.arrival
+        num_tokens = len(self.output_token_ids)
         if token in self.end_token_ids:
             if self.params.include_stop_str_in_output:
                 self.detokenizer.push(token)
             self.finish("stop", token if token in self.stop_token_ids else None)
-        elif self.detokenizer.push(token):
+        elif self.detokenizer.push(token, may_stop=num_tokens > self.params.min_tokens):
             self.finish("stop", self.detokenizer.stop_string)
-        elif len(self.output_token_ids) >= self.max_tokens:
+        elif num_tokens >= self.max_tokens:
             self.finish("length")
         return self.state is RequestState.FINISHED

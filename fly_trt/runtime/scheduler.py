@@ -1,37 +1,52 @@
-"""Which requests run: first come, first served, each in a slot of its own.
+"""Which requests run: first come, first served, each in a slot of its own, behind a queue of limited length.
 
-The queue and the set of running requests change only here. With one slot this serves one request at a time.
+The queue and the set of running requests change only here.
 """
 
 from collections import deque
 
+from fly_trt.errors import QueueFullError
 from fly_trt.runtime.request import Request, RequestState
+from fly_trt.runtime.slots import SlotTable
 
 
 class Scheduler:
-    def __init__(self, num_slots: int) -> None:
+    """`running` is in the order of slots, 0 .. n - 1, after `schedule`."""
+
+    def __init__(self, slots: SlotTable, max_queue_size: int) -> None:
+        self.slots = slots
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._max_queue_size = max_queue_size
 
-    def add(self, request: Request) -> None:
-        self.waiting.append(request)
+    @property
+    def num_free_places(self) -> int:
+        """Requests that can still be added."""
+        return max(0, self._max_queue_size - len(self.waiting))
+
+    def add(self, requests: list[Request]) -> None:
+        """Queues all of the requests or none. Raises QueueFullError when they do not fit."""
+        if len(requests) > self.num_free_places:
+            raise QueueFullError(
+                f"the queue is full: {len(self.waiting)} requests wait and max_queue_size is {self._max_queue_size}: "
+                "try again later, or serve with a larger max_queue_size"
+            )
+        self.waiting.extend(requests)
 
     def schedule(self) -> list[Request]:
-        """Admits waiting requests while slots are free and returns all that run, in the order of arrival."""
-        while self.waiting and self._free_slots:
+        """Admits waiting requests while slots are free, closes the gaps, and returns all that run, by slot."""
+        while self.waiting and self.slots.has_room:
             request = self.waiting.popleft()
-            request.slot = self._free_slots.pop()
+            self.slots.admit(request)
             request.state = RequestState.PREFILL
-            self.running.append(request)
-        return list(self.running)
+        self.slots.compact()
+        self.running = self.slots.active
+        return self.running
 
-    def remove(self, request: Request) -> int | None:
-        """Takes a finished or aborted request out; returns the slot that it held, if it ran."""
-        if request in self.running:
-            self.running.remove(request)
-            self._free_slots.append(request.slot)
-            return request.slot
-        if request in self.waiting:
+    def remove(self, request: Request) -> None:
+        """Takes a finished request out, wherever it is."""
+        if request.slot >= 0:
+            self.slots.release(request)
+            self.running = self.slots.active
+        elif request in self.waiting:
             self.waiting.remove(request)
-        return None

@@ -1,0 +1,96 @@
+"""`AsyncLLM`: the runtime for a server that runs on asyncio. Requests of all clients share one in-flight batch."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from fly_trt.chat import ChatMessage
+from fly_trt.errors import FlyError
+from fly_trt.outputs import RequestOutput
+from fly_trt.params import SamplingParams, SpeculativeConfig
+from fly_trt.service import Prompt, Service, ServiceConfig, TokensPrompt
+
+
+class AsyncLLM:
+    """Serves requests that arrive at any time.
+
+        async with AsyncLLM("engines/pair") as llm:
+            async for output in llm.generate("Tell me", SamplingParams(max_tokens=64)):
+                print(output.outputs[0].text)
+
+    Arguments as LLM's. Loading takes the calling thread's time; everything else happens in the engine thread.
+    """
+
+    def __init__(
+        self,
+        engine_dir: str | os.PathLike[str],
+        *,
+        speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        self._service = Service(engine_dir, speculative_config, ServiceConfig.from_dict(settings))
+        self.manifest = self._service.manifest
+        self.speculative_config = self._service.speculative_config
+        self.tokenizer = self._service.tokenizer
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """Yields outputs as params.output_kind says: CUMULATIVE everything so far, DELTA what is new, FINAL_ONLY one
+        output. The last one is finished.
+
+        request_id: unique among the requests being served; None makes one. Leaving the iteration, or cancelling the
+        task, aborts the request. Raises RequestError for a request that cannot be served, QueueFullError when too many
+        wait.
+        """
+        loop = asyncio.get_running_loop()
+        inbox: asyncio.Queue[RequestOutput | FlyError] = asyncio.Queue()
+
+        def sink(output: RequestOutput | FlyError) -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(inbox.put_nowait, output)
+
+        group = self._service.make_group(prompt, sampling_params, request_id or self._service.new_request_id(), sink)
+        self._service.thread.submit([group])
+        try:
+            while True:
+                output = await inbox.get()
+                if isinstance(output, FlyError):
+                    raise output
+                yield output
+                if output.finished:
+                    return
+        finally:
+            self._service.thread.abort(group.request_id)
+
+    def render_chat(self, messages: Sequence[ChatMessage], **template_variables: Any) -> TokensPrompt:
+        """A conversation as a prompt for `generate`, by the model's own chat template."""
+        return self._service.render_chat(messages, **template_variables)
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request that is still served; its iterator yields a last output with finish_reason "abort"."""
+        self._service.thread.abort(request_id)
+
+    def metrics(self) -> dict[str, float]:
+        """Counters, gauges and histogram buckets since the start, by Prometheus name."""
+        return self._service.metrics.as_dict()
+
+    @property
+    def registry(self) -> Any:
+        """The prometheus_client registry behind `metrics`, for an exporter."""
+        return self._service.metrics.registry
+
+    def shutdown(self) -> None:
+        """Aborts what is served and releases the engines. Safe to call twice."""
+        self._service.shutdown()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.shutdown)

@@ -1,0 +1,126 @@
+"""How many draft tokens a step verifies: as many as the measured costs and the recent acceptance say will pay.
+
+What it decides changes speed and never tokens, so it may rest on clocks. It knows positions, seconds and rates; it
+knows nothing of requests.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from fly_trt.engines.base import FloatArray
+
+SMOOTHING = 0.2  # weight of a new measurement
+FIRST_RATE = 0.8  # acceptance of a draft token before any was seen
+MEMORY = 0.9  # what a round leaves of the evidence before it
+FADING = 0.97  # the same for a step without drafts: after some forty of them speculation gets another chance
+COST_FADING = 0.995
+PRIOR_TOKENS = 4.0
+
+
+class CostCurve:
+    """Seconds of a step by its positions (rows x tokens), from measurements, interpolated between powers of two."""
+
+    def __init__(self) -> None:
+        self._positions: dict[int, float] = {}
+        self._seconds: dict[int, float] = {}
+        self._curve: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None = None
+
+    def observe(self, num_positions: int, seconds: float) -> None:
+        bucket = (num_positions - 1).bit_length()
+        if bucket not in self._seconds:
+            self._positions[bucket], self._seconds[bucket] = num_positions, seconds
+        else:
+            self._positions[bucket] += SMOOTHING * (num_positions - self._positions[bucket])
+            self._seconds[bucket] += SMOOTHING * (seconds - self._seconds[bucket])
+        self._curve = None
+
+    def __len__(self) -> int:
+        return len(self._seconds)
+
+    def __call__(self, num_positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Expected seconds, rising with the positions; beyond the largest measured step in proportion to it."""
+        if self._curve is None:
+            buckets = sorted(self._seconds)
+            positions = np.array([self._positions[b] for b in buckets])
+            seconds = np.maximum.accumulate([self._seconds[b] for b in buckets])
+            self._curve = positions, seconds
+        positions, seconds = self._curve
+        known: npt.NDArray[np.float64] = np.interp(num_positions, positions, seconds)
+        beyond: npt.NDArray[np.float64] = np.maximum(1.0, num_positions / positions[-1])
+        return known * beyond
+
+
+class AcceptanceRate:
+    """How likely a draft token stands, from a request's recent rounds; starts from what other requests saw."""
+
+    __slots__ = ("_accepted", "_rejected")
+
+    def __init__(self, expected: float) -> None:
+        self._accepted = PRIOR_TOKENS * expected
+        self._rejected = PRIOR_TOKENS * (1 - expected)
+
+    @property
+    def value(self) -> float:
+        return self._accepted / (self._accepted + self._rejected)
+
+    def observe(self, num_accepted: int, was_rejected: bool) -> None:
+        self._accepted = MEMORY * self._accepted + num_accepted
+        self._rejected = MEMORY * self._rejected + was_rejected
+
+    def fade(self) -> None:
+        """A step without drafts says nothing; what is known ages towards the first guess."""
+        self._accepted += (1 - FADING) * (PRIOR_TOKENS * FIRST_RATE - self._accepted)
+        self._rejected += (1 - FADING) * (PRIOR_TOKENS * (1 - FIRST_RATE) - self._rejected)
+
+
+class DraftLength:
+    """Chooses the draft tokens of the next step, the same number for all its rows: a row that drafted less would be
+    padded to the longest and cost as much."""
+
+    def __init__(self, max_draft_tokens: int, *, adaptive: bool) -> None:
+        self.max_draft_tokens = max_draft_tokens
+        self.adaptive = adaptive
+        self.usual_rate = FIRST_RATE  # what a new request starts from
+        self.target_cost = CostCurve()
+        self._draft_seconds: dict[int, float] = {}  # of one more draft token, by rows
+        self._lengths = np.arange(max_draft_tokens + 1)
+
+    def observe_drafting(self, num_rows: int, num_tokens: int, seconds: float) -> None:
+        """`seconds` to draft up to `num_tokens` tokens for each of `num_rows` rows."""
+        each = seconds / num_tokens
+        before = self._draft_seconds.setdefault(num_rows, each)
+        self._draft_seconds[num_rows] = before + SMOOTHING * (each - before)
+
+    def fade(self) -> None:
+        """A step without drafts: a cost that is not measured again is doubted more and more, until it is."""
+        for rows in self._draft_seconds:
+            self._draft_seconds[rows] *= COST_FADING
+
+    def observe_rate(self, rate: float) -> None:
+        self.usual_rate += SMOOTHING * (rate - self.usual_rate)
+
+    def choose(self, rates: Sequence[float], num_context: int) -> int:
+        """Draft tokens 0 .. max_draft_tokens for a step of len(rates) rows with `num_context` context tokens each: the
+        number with the most expected tokens per second, where rates are the rows' acceptance rates."""
+        if not self.adaptive or not len(self.target_cost) or not self.max_draft_tokens:
+            return self.max_draft_tokens
+        tokens = self._expected_tokens(rates)
+        num_rows = len(rates)
+        seconds = (
+            self.target_cost(num_rows * (num_context + self._lengths)) + self._draft_cost(num_rows) * self._lengths
+        )
+        return int((tokens / seconds).argmax())
+
+    def _expected_tokens(self, rates: Sequence[float]) -> FloatArray:
+        """[max_draft_tokens + 1]: the accepted prefix and the target's own token, summed over the rows."""
+        powers = np.array(rates)[:, None] ** self._lengths
+        expected: FloatArray = powers.cumsum(axis=1).sum(axis=0)
+        return expected
+
+    def _draft_cost(self, num_rows: int) -> float:
+        if not self._draft_seconds:
+            return 0.0
+        nearest = min(self._draft_seconds, key=lambda rows: abs(rows - num_rows))
+        return self._draft_seconds[nearest] * max(1.0, num_rows / nearest)

@@ -1,0 +1,67 @@
+"""One prompt with its n sequences, and the outputs that its caller gets."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fly_trt.errors import FlyError
+from fly_trt.outputs import CompletionOutput, RequestOutput
+from fly_trt.params import RequestOutputKind
+from fly_trt.runtime.request import Request
+
+Sink = Callable[[RequestOutput | FlyError], None]
+"""Takes outputs in the engine's thread, so it must only hand them on. An error or a finished output is the last."""
+
+
+@dataclass(slots=True, eq=False)
+class RequestGroup:
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    output_kind: RequestOutputKind
+    requests: list[Request]
+    sink: Sink
+    is_done: bool = False
+    _sent_tokens: list[int] = field(init=False)
+    _sent_characters: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._sent_tokens = [0] * len(self.requests)
+        self._sent_characters = [0] * len(self.requests)
+
+    def update(self, changed: list[Request]) -> None:
+        """Tells the caller what the changed sequences of this group emitted."""
+        if self.is_done:
+            return
+        failed = next((request.error for request in changed if request.error is not None), None)
+        if failed is not None:
+            self.fail(failed)
+            return
+        self.is_done = all(request.is_finished for request in self.requests)
+        if self.output_kind is RequestOutputKind.DELTA:
+            self.sink(self._output([self._delta(request) for request in changed]))
+        elif self.output_kind is RequestOutputKind.CUMULATIVE or self.is_done:
+            self.sink(self._output([request.completion() for request in self.requests]))
+
+    def fail(self, error: FlyError) -> None:
+        """Ends the group for its caller; the loop still has to be told."""
+        self.is_done = True
+        self.sink(error)
+
+    def _delta(self, request: Request) -> CompletionOutput:
+        index = request.index
+        completion = request.completion(self._sent_tokens[index], self._sent_characters[index])
+        self._sent_tokens[index] += len(completion.token_ids)
+        self._sent_characters[index] += len(completion.text)
+        return completion
+
+    def _output(self, completions: list[CompletionOutput]) -> RequestOutput:
+        first = self.requests[0]
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=completions,
+            metrics=first.metrics.merged([request.metrics for request in self.requests[1:]]),
+            finished=self.is_done,
+            prompt_logprobs=None if first.params.prompt_logprobs is None else first.prompt_logprobs,
+        )

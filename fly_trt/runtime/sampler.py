@@ -1,0 +1,74 @@
+"""The target's choices for a request that samples or changes scores: from logits to tokens and gate entropies."""
+
+import secrets
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from fly_trt.engines.base import AcceptancePolicy, FloatArray, IntArray
+from fly_trt.outputs import Logprob, TokenLogprobs
+from fly_trt.params import SamplingParams
+from fly_trt.verification import sampling
+
+
+@dataclass(slots=True, eq=False)
+class Sampler:
+    """One sequence's way from logits to choices. `policy` and `entropy_top_k` say which entropy of the processed
+    distribution is the gate; an exact policy needs none."""
+
+    params: SamplingParams
+    processor: sampling.LogitsProcessor
+    uniforms: sampling.UniformStream
+    policy: AcceptancePolicy
+    entropy_top_k: int
+
+    def choose(
+        self, logits: FloatArray, output: IntArray, undecided: IntArray, draft: IntArray
+    ) -> tuple[IntArray, FloatArray]:
+        """Choices int64 [m] and gate entropies float32 [m] (nats) at m positions.
+
+        logits float32 [m, V]; output int64 [k], the committed output tokens; undecided int64 [u], draft tokens after
+        them that were verified in an earlier step, so that the first position is k + u; draft int64 [m - 1 or more],
+        the draft tokens at the positions.
+        """
+        if self.processor.changes_scores:
+            ahead = len(undecided)
+            padded = np.concatenate([np.zeros((ahead, logits.shape[1]), np.float32), logits]) if ahead else logits
+            logits = self.processor.process(padded, output, np.concatenate([undecided, draft]))[ahead:]
+        params = self.params
+        if params.temperature < sampling.MIN_TEMPERATURE:
+            choices = sampling.greedy(logits)
+            return choices, self._gates(sampling.distribution(logits) if self.policy.is_loose else None, len(logits))
+        probabilities = sampling.distribution(
+            logits, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p
+        )
+        uniforms = self.uniforms.at(len(output) + len(undecided), len(logits))
+        return sampling.sample(probabilities, uniforms), self._gates(probabilities, len(logits))
+
+    def _gates(self, probabilities: FloatArray | None, num_positions: int) -> FloatArray:
+        if probabilities is None or not self.policy.is_loose:
+            return np.zeros(num_positions, np.float32)
+        full, topk = sampling.gate_entropy(probabilities, self.entropy_top_k)
+        return full if self.policy.use_full_entropy else topk
+
+
+def draw_seed() -> int:
+    return secrets.randbits(63)
+
+
+def token_logprobs(logits: FloatArray, num: int, token_ids: IntArray, tokenizer: Tokenizer) -> list[TokenLogprobs]:
+    """For each of m positions the chosen token and the `num` most probable ones, from raw logits float32 [m, V]."""
+    top = sampling.top_logprobs(logits, num, token_ids)
+    result = []
+    for row, token in enumerate(token_ids.tolist()):
+        ranked = zip(top.token_ids[row].tolist(), top.logprobs[row].tolist(), strict=True)
+        entries = {token: (float(top.chosen_logprob[row]), int(top.chosen_rank[row]))}
+        entries |= {other: (logprob, rank) for rank, (other, logprob) in enumerate(ranked, start=1)}
+        result.append(
+            {
+                other: Logprob(logprob, rank, tokenizer.decode([other], skip_special_tokens=False))
+                for other, (logprob, rank) in entries.items()
+            }
+        )
+    return result

@@ -1,0 +1,139 @@
+"""Who owns which KV slot, and what the free ones still hold.
+
+Active requests own the slots 0 .. num_active - 1, so that a step binds a prefix of the caches. A finished request's
+slot keeps its cache until the slot is needed, and a prompt that begins like a kept or a running sequence starts from a
+copy. This module knows tokens and slots; moving the caches is left to the engine and the drafter that it is given.
+"""
+
+from dataclasses import dataclass, field
+
+from fly_trt.drafting import Drafter
+from fly_trt.drafting.base import common_prefix
+from fly_trt.engines.base import NO_TOKENS, Engine, IntArray
+from fly_trt.runtime.request import Request
+
+# Shorter prefixes are computed anew: that costs less than the copy, and any two prompts share their first token.
+MIN_PREFIX_TOKENS = 16
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """`kept` int64 [n]: the tokens whose cache a free slot still holds; `freed_at` orders the free slots by age."""
+
+    request: Request | None = None
+    kept: IntArray = field(default_factory=lambda: NO_TOKENS)
+    freed_at: int = 0
+
+    @property
+    def cached(self) -> IntArray:
+        """The committed tokens that the target's cache holds."""
+        return self.kept if self.request is None else self.request.cached_tokens
+
+
+class SlotTable:
+    """The slots of one target engine and of the drafter that mirrors them. `table` is by slot; only this class changes
+    it."""
+
+    def __init__(self, num_slots: int, target: Engine, drafter: Drafter | None, *, prefix_caching: bool) -> None:
+        self.table = [Slot() for _ in range(num_slots)]
+        self._target = target
+        self._drafter = drafter
+        self._prefix_caching = prefix_caching
+        self._num_freed = 0
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def active(self) -> list[Request]:
+        """Requests by slot; contiguous from slot 0 after `compact`."""
+        return [slot.request for slot in self.table if slot.request is not None]
+
+    @property
+    def has_room(self) -> bool:
+        return any(slot.request is None for slot in self.table)
+
+    def admit(self, request: Request) -> None:
+        """Gives the request the lowest free slot, with the kept cache that is mostly a prefix of its prompt, or else
+        with the one that was free the longest; what the lowest slot keeps moves there."""
+        place = next(index for index, slot in enumerate(self.table) if slot.request is None)
+        free = [index for index, slot in enumerate(self.table) if slot.request is None]
+        source, length = self._longest_prefix(request, free)
+        would_lose_more = len(free) > 1 and length < len(self.table[source].kept) // 2
+        if length < MIN_PREFIX_TOKENS or would_lose_more:
+            source = min(free, key=lambda index: self.table[index].freed_at)
+            length = 0
+        self._swap(place, source)
+        self.table[place].request = request
+        self.table[place].kept = NO_TOKENS
+        request.slot = place
+        request.num_cached = length
+        request.num_prefix_hits += length
+
+    def reuse_prefix(self, request: Request) -> None:
+        """Copies the longest prefix that another slot holds, where it is longer than what the request has computed."""
+        source, length = self._longest_prefix(request, range(len(self.table)))
+        if length < request.num_cached + MIN_PREFIX_TOKENS:
+            return
+        self._target.copy_slot(source, request.slot, length)
+        if self._drafter is not None:
+            self._drafter.copy(source, request.slot, length)
+        request.num_prefix_hits += length - request.num_cached
+        request.num_cached = length
+
+    def release(self, request: Request) -> None:
+        """Frees the slot of a finished request; its cache stays until the slot is needed."""
+        index, request.slot = request.slot, -1
+        slot = self.table[index]
+        self._num_freed += 1
+        slot.kept = request.cached_tokens.copy() if self._prefix_caching else NO_TOKENS
+        slot.freed_at = self._num_freed
+        slot.request = None
+        if self._drafter is not None:
+            self._drafter.release(index)
+
+    def compact(self) -> None:
+        """Moves the last active requests into the gaps that finished ones left."""
+        active = [index for index, slot in enumerate(self.table) if slot.request is not None]
+        for hole in range(len(active)):
+            if self.table[hole].request is None:
+                self._swap(hole, active.pop())
+
+    def trim(self) -> None:
+        """Lets the engines shrink to the longest running sequence and the one that ended last."""
+        last = max(self.table, key=lambda slot: slot.freed_at)
+        longest = max([len(last.kept), *(len(request.sequence) for request in self.active)])
+        held = self._target.trim(longest)
+        for slot in self.table:
+            slot.kept = slot.kept[:held]
+        if self._drafter is not None:
+            self._drafter.trim(longest)
+
+    def _longest_prefix(self, request: Request, candidates: list[int] | range) -> tuple[int, int]:
+        """The slot whose cache shares most with the prompt, and how many tokens; the prompt's last token is always
+        computed, since its output is what generation starts from."""
+        if not self._prefix_caching or request.params.prompt_logprobs is not None:
+            return 0, 0
+        prompt = request.sequence.tokens[:-1]
+        lengths = {
+            index: common_prefix(self.table[index].cached, prompt)
+            for index in candidates
+            if self.table[index].request is not request
+        }
+        source = max(lengths, key=lambda index: lengths[index], default=0)
+        return source, lengths.get(source, 0)
+
+    def _swap(self, first: int, second: int) -> None:
+        if first == second:
+            return
+        a, b = self.table[first], self.table[second]
+        num_tokens = max(slot.request.num_cached if slot.request else len(slot.kept) for slot in (a, b))
+        if num_tokens:
+            self._target.swap_slots(first, second, num_tokens)
+        if self._drafter is not None:
+            self._drafter.swap(first, second)
+        self.table[first], self.table[second] = b, a
+        for index in (first, second):
+            request = self.table[index].request
+            if request is not None:
+                request.slot = index

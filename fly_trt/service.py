@@ -1,0 +1,332 @@
+"""An engine directory at work: what `LLM` and `AsyncLLM` share.
+
+Loads the engines, checks settings and requests, and starts the engine thread. Everything that can be wrong with a
+request is found here, before it reaches the loop.
+"""
+
+import dataclasses
+import itertools
+import os
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypedDict
+
+import numpy as np
+
+from fly_trt.chat import ChatMessage, ChatTemplate
+from fly_trt.drafting import Drafter, Lookup, ModelDrafter, NgramDrafter
+from fly_trt.engines import Engine, load_engine
+from fly_trt.errors import ConfigError, RequestError
+from fly_trt.manifest import Manifest, read_manifest
+from fly_trt.metrics import Metrics
+from fly_trt.params import AcceptanceParams, RequestOutputKind, SamplingParams, SpeculativeConfig
+from fly_trt.runtime.group import RequestGroup, Sink
+from fly_trt.runtime.loop import GenerationLoop, LoopConfig
+from fly_trt.runtime.request import Request
+from fly_trt.runtime.sampler import Sampler, draw_seed
+from fly_trt.runtime.thread import EngineThread
+from fly_trt.sequence import TokenSequence
+from fly_trt.tokenizer import Detokenizer, load_tokenizer
+from fly_trt.verification.sampling import LogitsProcessor, UniformStream
+
+
+class TokensPrompt(TypedDict):
+    prompt_token_ids: list[int]
+
+
+Prompt = str | TokensPrompt
+
+DEFAULT_MAX_QUEUE_SIZE = 1024
+ALIASES = {"max_num_seqs": "max_batch_size", "max_model_len": "max_seq_len"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceConfig:
+    """How an engine directory is served. None means: as it was built.
+
+    max_batch_size: requests in flight. max_seq_len: tokens of a sequence, prompt and output. max_num_tokens: tokens
+    that one iteration processes; less keeps the pauses of running requests short while a long prompt is read, more
+    reads it faster. max_queue_size: requests that may wait. enable_prefix_caching: a prompt starts from the cache of
+    another that begins alike. num_threads: CPU threads, shared by all engines of the process; None means all cores.
+    verify_hashes: check every file against the manifest's sha256 first.
+    """
+
+    max_batch_size: int | None = None
+    max_seq_len: int | None = None
+    max_num_tokens: int | None = None
+    max_queue_size: int = DEFAULT_MAX_QUEUE_SIZE
+    enable_prefix_caching: bool = True
+    num_threads: int | None = None
+    verify_hashes: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "max_seq_len", "max_num_tokens", "max_queue_size", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+                raise ConfigError(f"{name} {value!r}: expected a whole number, at least 1")
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        """Raises ConfigError for an unknown name; vLLM's max_num_seqs and max_model_len are known too."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        given: dict[str, Any] = {}
+        for name, value in settings.items():
+            field = ALIASES.get(name, name)
+            if field not in known:
+                raise ConfigError(f"unknown setting {name!r}: expected one of {', '.join([*known, *ALIASES])}")
+            if field in given:
+                raise ConfigError(f"{name}: the same setting as {field}: give one of them")
+            given[field] = value
+        return cls(**given)
+
+
+class Service:
+    """Engines, tokenizer and engine thread of one engine directory.
+
+    Raises EngineError for a directory that cannot be used and ConfigError for settings that do not fit it.
+    """
+
+    def __init__(
+        self,
+        engine_dir: str | os.PathLike[str],
+        speculative_config: SpeculativeConfig | Mapping[str, Any] | None,
+        config: ServiceConfig,
+    ) -> None:
+        directory = Path(engine_dir).expanduser()
+        self.manifest: Manifest = read_manifest(directory, verify_hashes=config.verify_hashes)
+        if not isinstance(speculative_config, SpeculativeConfig):
+            speculative_config = resolve_speculative_config(self.manifest, speculative_config or {})
+        self.speculative_config: SpeculativeConfig = speculative_config
+        self.config = _within_limits(config, self.manifest)
+        self._check_speculative_config()
+        self.tokenizer = load_tokenizer(directory)
+        self.metrics = Metrics()
+        self._chat_template = ChatTemplate(directory / "tokenizer")
+        self._request_ids = itertools.count()
+        engines: list[Engine] = []
+        target = self._load(directory, "target", engines)
+        self._info = target.info
+        drafter = self._make_drafter(directory, engines)
+        loop_config = LoopConfig(
+            num_slots=self.config.max_batch_size or 1,
+            num_draft_tokens=speculative_config.num_speculative_tokens,
+            max_num_tokens=self.config.max_num_tokens or 1,
+            max_queue_size=config.max_queue_size,
+            adaptive_draft_length=speculative_config.adaptive_draft_length,
+            prefix_caching=config.enable_prefix_caching,
+        )
+        loop = GenerationLoop(target, drafter, loop_config, self.tokenizer, self.metrics)
+        if drafter is not None and speculative_config.adaptive_draft_length:
+            loop.warm_up()
+        self.thread = EngineThread(loop, lambda: _close_all(engines))
+        # Also when the interpreter ends without a shutdown(): the thread must not run into a library's teardown.
+        self._finalizer = weakref.finalize(self, self.thread.shutdown)
+
+    def shutdown(self) -> None:
+        """Aborts what is served and releases the engines. Safe to call twice."""
+        self._finalizer()
+
+    def new_request_id(self) -> str:
+        return str(next(self._request_ids))
+
+    def render_chat(self, messages: Sequence[ChatMessage], **variables: Any) -> TokensPrompt:
+        """The messages as a prompt. The template writes the special tokens, so that none is added."""
+        text = self._chat_template.render(messages, **variables)
+        return {"prompt_token_ids": list(self.tokenizer.encode(text, add_special_tokens=False).ids)}
+
+    def make_group(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_id: str,
+        sink: Sink,
+        *,
+        output_kind: RequestOutputKind | None = None,
+    ) -> RequestGroup:
+        """A request as the engine thread takes it. Raises RequestError when it can never be served as asked."""
+        params = params or SamplingParams()
+        if params.n > self.config.max_queue_size:
+            raise RequestError(f"n {params.n}: more than max_queue_size {self.config.max_queue_size}")
+        token_ids = self._tokenize(prompt)
+        room = (self.config.max_seq_len or 0) - len(token_ids)
+        if room < 1:
+            raise RequestError(
+                f"prompt has {len(token_ids)} tokens, max_seq_len is {self.config.max_seq_len} with the output: "
+                "shorten it, or serve or build with a larger max_seq_len"
+            )
+        seed = draw_seed() if params.seed is None else params.seed
+        requests = [self._make_request(token_ids, params, request_id, room, seed, i) for i in range(params.n)]
+        return RequestGroup(
+            request_id=request_id,
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=token_ids,
+            output_kind=output_kind or params.output_kind,
+            requests=requests,
+            sink=sink,
+        )
+
+    def _make_request(
+        self, token_ids: list[int], params: SamplingParams, request_id: str, room: int, seed: int, index: int
+    ) -> Request:
+        acceptance = (params.acceptance or AcceptanceParams()).over(self.speculative_config.acceptance_params())
+        policy = acceptance.policy(self._info.vocab_size, self._info.entropy_top_k)
+        own_stops = frozenset(params.stop_token_ids or ())
+        self._check_token_ids("stop_token_ids", own_stops)
+        self._check_token_ids("logit_bias", params.logit_bias or ())
+        ends = own_stops if params.ignore_eos else own_stops | self._info.stop_token_ids
+        processor = LogitsProcessor(
+            vocab_size=self._info.vocab_size,
+            prompt_token_ids=token_ids,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            repetition_penalty=params.repetition_penalty,
+            logit_bias=params.logit_bias or {},
+            bad_words=self._bad_words(params.bad_words or ()),
+            min_tokens=params.min_tokens,
+            end_token_ids=ends,
+        )
+        sampler = None
+        if params.temperature > 0 or processor.changes_scores:
+            uniforms = UniformStream(seed, index)
+            sampler = Sampler(params, processor, uniforms, policy, self._info.entropy_top_k)
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            params=params,
+            policy=policy,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            end_token_ids=ends,
+            stop_token_ids=own_stops - self._info.stop_token_ids,
+            detokenizer=Detokenizer(
+                self.tokenizer,
+                token_ids,
+                stop_strings=params.stop_strings,
+                include_stop_string=params.include_stop_str_in_output,
+                skip_special_tokens=params.skip_special_tokens,
+            ),
+            sequence=TokenSequence(token_ids),
+            sampler=sampler,
+            index=index,
+        )
+        request.metrics.num_prompt_tokens = len(token_ids)
+        return request
+
+    def _check_token_ids(self, name: str, token_ids: Iterable[int]) -> None:
+        unknown = sorted(token for token in token_ids if not 0 <= token < self._info.vocab_size)
+        if unknown:
+            raise RequestError(f"{name}: {unknown[0]} is not a token id, expected 0 to {self._info.vocab_size - 1}")
+
+    def _bad_words(self, words: Sequence[str]) -> list[list[int]]:
+        """Each word as it is tokenized at the start of a text and after a space, as vLLM does."""
+        found = []
+        for word in words:
+            plain, spaced = (
+                self.tokenizer.encode(text, add_special_tokens=False).ids
+                for text in (word.lstrip(), " " + word.lstrip())
+            )
+            found += [plain] if plain == spaced else [plain, spaced]
+        return found
+
+    def _load(self, directory: Path, role: str, engines: list[Engine]) -> Engine:
+        model = getattr(self.manifest, role)
+        num_slots = self.config.max_batch_size or 1
+        engine = load_engine(directory, self.manifest, model, num_slots=num_slots, num_threads=self.config.num_threads)
+        engines.append(engine)
+        return engine
+
+    def _make_drafter(self, directory: Path, engines: list[Engine]) -> Drafter | None:
+        config = self.speculative_config
+        if config.method is None:
+            return None
+        if config.method == "ngram":
+            return NgramDrafter(config.prompt_lookup_max, config.prompt_lookup_min)
+        lookup = None
+        if config.method == "multi_level":
+            lookup = Lookup(config.prompt_lookup_max, config.prompt_lookup_min, config.prompt_lookup_num_tokens)
+        draft = self._load(directory, "draft", engines)
+        vocab_size = self.manifest.target.vocab_size
+        return ModelDrafter(draft, vocab_size, lookup, reuse_cache=self.config.enable_prefix_caching)
+
+    def _check_speculative_config(self) -> None:
+        config, manifest = self.speculative_config, self.manifest
+        if config.method in ("multi_level", "draft_model") and manifest.draft is None:
+            raise ConfigError(
+                f"method {config.method!r} needs a draft model and {manifest.name} was built without one: "
+                "use method='ngram' or rebuild with --draft"
+            )
+        if config.method is not None and config.num_speculative_tokens > manifest.limits.max_draft_len:
+            raise ConfigError(
+                f"num_speculative_tokens {config.num_speculative_tokens}: built for max_draft_len "
+                f"{manifest.limits.max_draft_len}: rebuild with --max-draft-len {config.num_speculative_tokens}"
+            )
+        config.acceptance_params().policy(manifest.target.vocab_size, manifest.head.entropy_top_k)
+
+    def _tokenize(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise RequestError("the prompt is empty: give at least one character or token")
+            return list(self.tokenizer.encode(prompt).ids)
+        token_ids: Any = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+        if token_ids is None:
+            raise RequestError(
+                f"prompt of type {type(prompt).__name__}: expected text or {{'prompt_token_ids': [...]}}"
+            )
+        try:
+            array = np.asarray(token_ids)
+        except ValueError:
+            array = np.empty(0, object)
+        if array.size == 0:
+            raise RequestError("the prompt is empty: give at least one character or token")
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise RequestError("prompt_token_ids: expected a flat list of whole numbers")
+        vocab_size = self._info.vocab_size
+        outside = array[(array < 0) | (array >= vocab_size)]
+        if len(outside):
+            raise RequestError(f"prompt_token_ids: {outside[0]} is not a token id, expected 0 to {vocab_size - 1}")
+        return [int(token) for token in array]
+
+
+def _within_limits(config: ServiceConfig, manifest: Manifest) -> ServiceConfig:
+    """The settings with the engine's limits where nothing was asked for. Raises ConfigError for more than was built."""
+    limits = manifest.limits
+    sizes = {}
+    for name in ("max_batch_size", "max_seq_len", "max_num_tokens"):
+        limit, asked = getattr(limits, name), getattr(config, name)
+        if asked is not None and asked > limit:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"{name} {asked}: {manifest.name} was built for {limit}: rebuild with --{flag} {asked}")
+        sizes[name] = limit if asked is None else asked
+    if sizes["max_num_tokens"] < sizes["max_batch_size"]:
+        raise ConfigError(
+            f"max_num_tokens {sizes['max_num_tokens']}: less than one token for each of max_batch_size "
+            f"{sizes['max_batch_size']} requests: raise it, or lower max_batch_size"
+        )
+    return dataclasses.replace(config, **sizes)
+
+
+def _close_all(engines: list[Engine]) -> None:
+    while engines:
+        engines.pop().close()
+
+
+def resolve_speculative_config(manifest: Manifest, overrides: Mapping[str, Any]) -> SpeculativeConfig:
+    """The engine's defaults with `overrides` on top. Without a draft model the default is n-gram lookup, and the
+    default number of draft tokens is at most the engine's max_draft_len."""
+    limit = manifest.limits.max_draft_len
+    settings = dict(manifest.speculative)
+    if overrides.get("preset") not in (None, settings.get("preset", "reference")):
+        for name in ("fly_window_size", "fly_entropy_threshold"):  # in the unit of the other preset
+            settings.pop(name, None)
+    if manifest.draft is None and settings.get("method", "multi_level") in ("multi_level", "draft_model"):
+        settings["method"] = "ngram"
+    if limit == 0:
+        settings["method"] = None
+    wanted = settings.get("num_speculative_tokens", SpeculativeConfig().num_speculative_tokens)
+    settings["num_speculative_tokens"] = max(1, min(wanted, limit))
+    config = SpeculativeConfig.from_dict(settings | dict(overrides))
+    names = [f.name for f in dataclasses.fields(AcceptanceParams)]
+    asked = AcceptanceParams(**{name: overrides[name] for name in names if name in overrides})
+    asked.over(config.acceptance_params())  # refuses a FLy setting that would have no effect
+    return config
