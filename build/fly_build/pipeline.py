@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 import fly_trt
+from fly_build.attention import make_shape_invariant
 from fly_build.checkpoint import Checkpoint, check_same_tokenizer, open_checkpoint, stop_token_ids
 from fly_build.export import export_decoder
 from fly_build.head import append_head
@@ -147,6 +148,8 @@ def build(plan: Plan, report: Report) -> Manifest:
 def _build_model(model: ModelPlan, plan: Plan, workspace: Path, report: Report) -> None:
     report(f"{model.folder}: trace", 0.0)
     decoder = export_decoder(model.checkpoint, plan.limits.max_seq_len)
+    # For the kernels of ONNX Runtime, which is the only backend; another one gets a pass of its own, or none.
+    make_shape_invariant(decoder.model, model.checkpoint.config.num_attention_heads, model.checkpoint.num_kv_heads)
     append_head(decoder.model, plan.head.entropy_top_k, plan.head.stop_token_ids)
     report(f"{model.folder}: trace", 1.0)
 

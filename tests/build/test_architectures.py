@@ -141,11 +141,11 @@ def test_cache_norms_and_rotation_are_single_operators(exported: Exported) -> No
     num_layers = config.num_hidden_layers
     num_rotary = sum(getattr(config, "no_rope_layers", None) or [1] * num_layers)
     operators = count_operators(exported.graph)
-    found = {
-        name: operators.get(name, 0) for name in ("Attention", "TensorScatter", "RMSNormalization", "RotaryEmbedding")
-    }
+    names = ("If", "Attention", "TensorScatter", "RMSNormalization", "RotaryEmbedding")
+    found = {name: operators.get(name, 0) for name in names}
     assert found == {
-        "Attention": num_layers,
+        "If": num_layers,
+        "Attention": 2 * num_layers,  # one for steps of one token and one for longer steps
         "TensorScatter": 2 * num_layers,
         "RMSNormalization": len(norms),
         "RotaryEmbedding": 2 * num_rotary,
@@ -160,6 +160,11 @@ def test_inputs_and_outputs_are_those_of_the_engine_contract(exported: Exported)
     assert [value.name for value in graph.inputs] == ["input_ids", "write_indices", *ROW_INPUTS, *past]
     assert [value.name for value in graph.outputs] == [*HEAD_OUTPUTS, "logits", *present]
     assert {str(value.shape[2]) for value in graph.inputs if value.name in past} == {"S"}
+
+
+def test_every_initializer_is_used(exported: Exported) -> None:
+    """ONNX Runtime prints a warning for one that is not, each time the engine is loaded."""
+    assert [name for name, value in exported.graph.graph.initializers.items() if not value.uses()] == []
 
 
 def test_window_that_cannot_be_outgrown_needs_no_mask(tmp_path) -> None:

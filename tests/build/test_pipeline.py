@@ -135,6 +135,16 @@ def test_built_target_computes_what_transformers_computes(engine: Path, tiny_pai
     np.testing.assert_allclose(_logits(engine, tiny_pair), _expected_logits(tiny_pair), atol=1e-4, rtol=0)
 
 
+def test_built_target_gives_a_token_in_a_step_of_its_own_the_bits_it_has_in_a_longer_one(
+    engine: Path, tiny_pair: TinyPair
+) -> None:
+    ids = np.random.default_rng(0).integers(2, 896, (1, 24))
+    runner = Runner(engine / read_manifest(engine).target.model, open_checkpoint(str(tiny_pair.target)), 1)
+    whole = runner.step(ids, [0])["logits"][0]
+    alone = [runner.step(ids[:, at : at + 1], [at])["logits"][0, 0] for at in range(24)]
+    np.testing.assert_array_equal(np.stack(alone), whole)
+
+
 def test_built_head_gives_the_argmax_and_the_entropy_of_the_top_4(engine: Path, tiny_pair: TinyPair) -> None:
     ids = np.random.default_rng(0).integers(2, 896, (1, 24))
     model = engine / read_manifest(engine).target.model

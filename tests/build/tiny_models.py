@@ -17,8 +17,9 @@ import onnxruntime as ort
 import torch
 import transformers
 
+from fly_build.attention import make_shape_invariant
 from fly_build.checkpoint import Checkpoint, open_checkpoint
-from fly_build.export import export_decoder
+from fly_build.export import DecoderGraph, export_decoder
 from fly_build.head import append_head
 from fly_build.weights import WeightWriter
 from fly_trt.engines.onnxruntime import session_options
@@ -85,7 +86,13 @@ def build_graph(
     checkpoint: Checkpoint, path: Path, *, dtype: Dtype = "float32", quantization: Quantization = "none"
 ) -> ir.Model:
     """Exports the decoder with its head and weights, and saves it at `path` with external data."""
-    decoder = export_decoder(checkpoint, MAX_SEQ_LEN)
+    return finish_graph(export_decoder(checkpoint, MAX_SEQ_LEN), checkpoint, path, dtype, quantization)
+
+
+def finish_graph(
+    decoder: DecoderGraph, checkpoint: Checkpoint, path: Path, dtype: Dtype, quantization: Quantization
+) -> ir.Model:
+    make_shape_invariant(decoder.model, checkpoint.config.num_attention_heads, checkpoint.num_kv_heads)
     tied = "lm_head.weight" not in decoder.parameters
     output_name = "model.embed_tokens.weight" if tied else "lm_head.weight"
     writer = WeightWriter(decoder.model.graph, checkpoint.load_weights(), dtype, quantization, output_name)
@@ -96,7 +103,8 @@ def build_graph(
 
 
 def count_operators(model: ir.Model) -> dict[str, int]:
-    types = [node.op_type for node in model.graph]
+    """By type, with those in branches."""
+    types = [node.op_type for node in model.graph.all_nodes()]
     return {name: types.count(name) for name in set(types)}
 
 

@@ -1,0 +1,104 @@
+"""What a token's logits are does not depend on the step that computes them, to the last bit: not on how many tokens
+the step has, on other rows, on padding, nor on the steps that filled the cache.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import transformers
+
+from fly_build.checkpoint import Checkpoint, open_checkpoint
+from fly_build.export import DecoderGraph, export_decoder
+from tiny_models import MAX_SEQ_LEN, SHAPE, Runner, finish_graph, save_tiny, tiny_llama
+
+LENGTH = 30
+TOKENS = np.random.default_rng(0).integers(3, SHAPE["vocab_size"], LENGTH)
+SLIDING = {"sliding_window": 12}
+OWN_HEADS = {"num_key_value_heads": SHAPE["num_attention_heads"]}
+# Attention with several query heads for each key-value head and with one, with and without a window that the sequence
+# outgrows; in gemma2, layers of both kinds squash their scores.
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "grouped": tiny_llama,
+    "ungrouped-sliding": lambda: transformers.MistralConfig(**{**SHAPE, **OWN_HEADS}, **SLIDING),
+    "grouped-sliding-softcap": lambda: transformers.Gemma2Config(
+        **SHAPE, **SLIDING, head_dim=16, query_pre_attn_scalar=40, attn_logit_softcapping=5.0
+    ),
+}
+STEPS = {
+    "all at once": [LENGTH],
+    "one by one": [1] * LENGTH,
+    "two by two": [2] * (LENGTH // 2),
+    "the beginning one by one": [1] * 17 + [13],
+    "the middle one by one": [7] + [1] * 12 + [11],
+}
+
+
+# How many rows are beside it, and how many tokens of padding behind it.
+COMPANY = {"alone": (0, 0), "beside two rows": (2, 0), "beside two rows and padded": (2, 5)}
+
+
+@dataclass(frozen=True)
+class Built:
+    checkpoint: Checkpoint
+    path: Path
+
+    def logits(self, steps: list[int], num_mates: int, padding: int) -> npt.NDArray[np.float32]:
+        """Logits [LENGTH, V] of TOKENS, processed in steps of these lengths by a row that has half of its mates above
+        and half below it, each at another position than it, and `padding` tokens behind it in every step."""
+        runner = Runner(self.path, self.checkpoint, 1 + num_mates)
+        row, noise = num_mates // 2, np.random.default_rng(1)
+        logits: list[npt.NDArray[np.float32]] = []
+        for length in steps:
+            cached = sum(map(len, logits))
+            ids = noise.integers(3, SHAPE["vocab_size"], (1 + num_mates, length + padding))
+            ids[row, :length] = TOKENS[cached : cached + length]
+            write_indices = noise.integers(0, MAX_SEQ_LEN - length - padding, 1 + num_mates)
+            write_indices[row] = cached
+            logits.append(runner.step(ids, write_indices.tolist())["logits"][row, :length])
+        return np.concatenate(logits)
+
+    @cached_property
+    def expected(self) -> npt.NDArray[np.float32]:
+        return self.logits([LENGTH], 0, 0)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Built]:
+    """By quantisation."""
+    folder = tmp_path_factory.mktemp(request.param)
+    save_tiny(CONFIGS[request.param](), folder)
+    checkpoint = open_checkpoint(str(folder))
+    decoder = export_decoder(checkpoint, MAX_SEQ_LEN)
+    models = {}
+    for quantization in ("none", "int8"):
+        path = folder / f"{quantization}.onnx"
+        finish_graph(_copy(decoder), checkpoint, path, "float32", quantization)
+        models[quantization] = Built(checkpoint, path)
+    return models
+
+
+def _copy(decoder: DecoderGraph) -> DecoderGraph:
+    """Finishing a graph changes it, and exporting another takes seconds. Only inputs are copied with the graph."""
+    inputs = decoder.model.graph.inputs
+    num_inputs = len(inputs)
+    inputs.extend(decoder.parameters.values())
+    model = decoder.model.clone()
+    parameters = dict(zip(decoder.parameters, model.graph.inputs[num_inputs:], strict=True))
+    del inputs[num_inputs:], model.graph.inputs[num_inputs:]
+    return DecoderGraph(model, parameters)
+
+
+@pytest.mark.parametrize("company", COMPANY.values(), ids=COMPANY)
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_logits_have_the_same_bits_in_any_steps_beside_any_rows_and_with_padding(
+    built: dict[str, Built], quantization: str, steps: list[int], company: tuple[int, int]
+) -> None:
+    model = built[quantization]
+    assert np.array_equal(model.logits(steps, *company), model.expected)
