@@ -1,7 +1,6 @@
 """`AsyncLLM`: the runtime for a server that runs on asyncio. Requests of all clients share one in-flight batch."""
 
 import asyncio
-import contextlib
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
@@ -46,15 +45,18 @@ class AsyncLLM:
         task, aborts the request. Raises RequestError for a request that cannot be served, QueueFullError when too many
         wait.
         """
-        loop = asyncio.get_running_loop()
+        loop, thread = asyncio.get_running_loop(), self._service.thread
+        request_id = request_id or self._service.new_request_id()
         inbox: asyncio.Queue[RequestOutput | FlyError] = asyncio.Queue()
 
         def sink(output: RequestOutput | FlyError) -> None:
-            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+            try:
                 loop.call_soon_threadsafe(inbox.put_nowait, output)
+            except RuntimeError:  # the event loop is closed: nobody waits any more
+                thread.abort(request_id)
 
-        group = self._service.make_group(prompt, sampling_params, request_id or self._service.new_request_id(), sink)
-        self._service.thread.submit([group])
+        group = self._service.make_group(prompt, sampling_params, request_id, sink)
+        thread.submit([group])
         try:
             while True:
                 output = await inbox.get()
@@ -64,7 +66,8 @@ class AsyncLLM:
                 if output.finished:
                     return
         finally:
-            self._service.thread.abort(group.request_id)
+            if not group.is_done:  # else the request id may be another request's by now
+                thread.abort(request_id)
 
     def render_chat(self, messages: Sequence[ChatMessage], **template_variables: Any) -> TokensPrompt:
         """A conversation as a prompt for `generate`, by the model's own chat template."""

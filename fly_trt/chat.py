@@ -54,15 +54,18 @@ class ChatTemplate:
         if self._template is None:
             if not isinstance(self._source, str):
                 raise RequestError("this model has no chat template: use generate() with a prompt")
-            self._template = _environment().from_string(self._source)
+            try:
+                self._template = _environment().from_string(self._source)
+            except jinja2.TemplateError as error:
+                raise RequestError(f"this model's chat template is broken: {' '.join(str(error).split())}") from None
         well_formed = isinstance(messages, Sequence) and all(isinstance(m, dict) and "role" in m for m in messages)
         if not messages or not well_formed:
             raise RequestError(f"messages {messages!r}: expected a list of {{'role': ..., 'content': ...}}")
+        # Templates may rely on these names being there.
+        variables = {"tools": None, "documents": None, **self._tokens, **variables}
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens, **variables
-            )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
+            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
+        except Exception as error:  # a template can raise anything
             raise RequestError(f"the chat template refuses these messages: {' '.join(str(error).split())}") from None
 
 
@@ -74,8 +77,10 @@ def _environment() -> jinja2.Environment:
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own escapes HTML
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:  # Jinja's own escapes HTML
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]

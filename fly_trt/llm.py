@@ -14,7 +14,7 @@ from fly_trt.errors import FlyError, QueueFullError, RequestError
 from fly_trt.outputs import RequestOutput
 from fly_trt.params import RequestOutputKind, SamplingParams, SpeculativeConfig
 from fly_trt.runtime.group import RequestGroup
-from fly_trt.service import Prompt, Service, ServiceConfig
+from fly_trt.service import Prompt, Service, ServiceConfig, TokensPrompt
 
 
 class LLM:
@@ -88,8 +88,12 @@ class LLM:
         template; `template_variables` go to the template (add_generation_prompt is True by default)."""
         is_one = not messages or isinstance(messages[0], dict)
         conversations: Any = [messages] if is_one else messages
-        prompts: list[Prompt] = [self._service.render_chat(one, **template_variables) for one in conversations]
+        prompts: list[Prompt] = [self.render_chat(one, **template_variables) for one in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def render_chat(self, messages: Sequence[ChatMessage], **template_variables: Any) -> TokensPrompt:
+        """A conversation as a prompt for `generate` or `stream`, by the model's own chat template."""
+        return self._service.render_chat(messages, **template_variables)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Completes one prompt and yields an output whenever there is something new, as params.output_kind says; the

@@ -117,6 +117,8 @@ class SpeculativeConfig:
         for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_num_tokens"):
             _check_at_least(name, getattr(self, name), 1)
         _check_at_least("prompt_lookup_max", self.prompt_lookup_max, self.prompt_lookup_min)
+        if not isinstance(self.adaptive_draft_length, bool):
+            raise ConfigError(f"adaptive_draft_length {self.adaptive_draft_length!r}: expected True or False")
         self.acceptance_params()
 
     @classmethod
@@ -183,11 +185,11 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop_strings", stop)
-        if any(not isinstance(string, str) or not string for string in stop):
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not _are_strings(stop):
             raise RequestError(f"stop {self.stop!r}: expected non-empty strings")
-        if isinstance(self.bad_words, str) or any(not isinstance(w, str) or not w for w in self.bad_words or ()):
+        object.__setattr__(self, "stop_strings", tuple(stop or ()))
+        if not _are_strings(self.bad_words):
             raise RequestError(f"bad_words {self.bad_words!r}: expected a list of non-empty strings")
         if self.max_tokens is not None:
             self._check_whole("max_tokens", 1, "or None")
@@ -208,6 +210,13 @@ class SamplingParams:
         token_ids = self.stop_token_ids
         if token_ids is not None and not (isinstance(token_ids, Sequence) and all(map(_is_whole, token_ids))):
             raise RequestError(f"stop_token_ids {token_ids!r}: expected a list of token ids")
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} {getattr(self, name)!r}: expected True or False")
+        if self.acceptance is not None and not isinstance(self.acceptance, AcceptanceParams):
+            raise RequestError(f"acceptance {self.acceptance!r}: expected AcceptanceParams or None")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise RequestError(f"output_kind {self.output_kind!r}: expected a RequestOutputKind")
         self._check_logit_bias()
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens {self.min_tokens}: more than max_tokens {self.max_tokens}")
@@ -241,6 +250,12 @@ class SamplingParams:
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} {value!r}: expected one of {', '.join(str(choice) for choice in choices)}")
+
+
+def _are_strings(value: Any) -> bool:
+    """Whether it is None or a list of non-empty strings."""
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return value is None or (is_list and all(isinstance(string, str) and string for string in value))
 
 
 def _is_whole(value: Any) -> bool:

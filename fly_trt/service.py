@@ -64,8 +64,12 @@ class ServiceConfig:
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_seq_len", "max_num_tokens", "max_queue_size", "num_threads"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            is_default = value is None and name != "max_queue_size"
+            if not is_default and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
                 raise ConfigError(f"{name} {value!r}: expected a whole number, at least 1")
+        for name in ("enable_prefix_caching", "verify_hashes"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} {getattr(self, name)!r}: expected True or False")
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:

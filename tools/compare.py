@@ -1,9 +1,11 @@
 """Compares FLy with exact speculation and with autoregressive decoding of the same engine, in one interleaved run.
 
-usage: tools/compare.py ENGINE_DIR [--prompts 24] [--rounds 3] [--max-tokens 160] [--modes ar exact fly] [--json]
+usage: tools/compare.py ENGINE_DIR [--prompts 24] [--rounds 3] [--max-tokens 160] [--modes ar exact fly]
+                        [--in-flight 1 4 8 16] [--json]
 
 Every round runs every prompt in every mode, one mode right after the other, so that a machine that slows down slows
-all modes; tokens/s are medians over the rounds. Prompts are the demo pair's evaluation prompts, which carry checks.
+all modes; tokens/s are medians over the rounds. With N in flight, N requests are kept running until the prompts are
+done. Prompts are the demo pair's evaluation prompts, which carry checks.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from eval_checks import is_right, load_eval_prompts
-from fly_trt import LLM, RequestOutput, SamplingParams
+from fly_trt import LLM, FlyError, RequestOutput, SamplingParams
 
 MODES = {
     "ar": ("autoregressive", {"method": None}),
@@ -38,6 +40,7 @@ class Result:
     """`rates` are tokens/s per round; `outputs` those of the last round."""
 
     mode: str
+    in_flight: int
     rates: list[float] = field(default_factory=list)
     outputs: list[RequestOutput] = field(default_factory=list)
 
@@ -49,6 +52,7 @@ class Result:
         rate = statistics.median(self.rates)
         return {
             "mode": self.mode,
+            "in_flight": self.in_flight,
             "tokens_per_second": rate,
             "tokens_per_second_range": [min(self.rates), max(self.rates)],
             "speed_up": rate / statistics.median(baseline.rates),
@@ -61,24 +65,32 @@ class Result:
         }
 
 
-def compare(engine_dir: str, modes: list[str], num_prompts: int, rounds: int, max_tokens: int) -> list[dict]:
+def compare(
+    engine_dir: str, modes: list[str], num_prompts: int, rounds: int, max_tokens: int, in_flight: int
+) -> list[dict]:
     records = load_eval_prompts()[:num_prompts]
+    prompts = [record["prompt"] for record in records]
+    # One at a time, the modes take turns prompt by prompt; in flight, they take turns with all prompts.
+    shares = [[prompt] for prompt in prompts] if in_flight == 1 else [prompts]
     params = SamplingParams(max_tokens=max_tokens)
-    llms = {mode: LLM(engine_dir, speculative_config=MODES[mode][1]) for mode in modes}
-    results = {mode: Result(mode) for mode in modes}
+    llms = {
+        mode: LLM(engine_dir, speculative_config=MODES[mode][1], max_batch_size=in_flight, enable_prefix_caching=False)
+        for mode in modes
+    }
+    results = {mode: Result(mode, in_flight) for mode in modes}
     for llm in llms.values():
-        llm.generate([record["prompt"] for record in records[:WARMUP_PROMPTS]], params)
-    progress = tqdm(total=rounds * len(records) * len(modes), unit="completion", disable=None, leave=False)
+        llm.generate(prompts[: WARMUP_PROMPTS * in_flight], params)
+    progress = tqdm(total=rounds * len(prompts) * len(modes), unit="completion", disable=None, leave=False)
     for _ in range(rounds):
         seconds = dict.fromkeys(modes, 0.0)
         for result in results.values():
             result.outputs = []
-        for record in records:
+        for share in shares:
             for mode, llm in llms.items():
                 started = time.perf_counter()
-                results[mode].outputs += llm.generate(record["prompt"], params)
+                results[mode].outputs += llm.generate(share, params)
                 seconds[mode] += time.perf_counter() - started
-                progress.update()
+                progress.update(len(share))
         for mode, result in results.items():
             num_tokens = sum(output.metrics.num_output_tokens for output in result.outputs)
             result.rates.append(num_tokens / seconds[mode])
@@ -96,18 +108,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=160)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["ar", "exact", "fly"])
+    parser.add_argument("--in-flight", type=int, nargs="+", default=[1], metavar="N")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    rows = compare(args.engine_dir, args.modes, args.prompts, args.rounds, args.max_tokens)
+    rows = []
+    try:
+        for in_flight in args.in_flight:
+            rows += compare(args.engine_dir, args.modes, args.prompts, args.rounds, args.max_tokens, in_flight)
+    except FlyError as error:
+        parser.exit(2, f"compare: {error}\n")
     if args.json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table(title=f"{args.engine_dir}: {args.prompts} prompts, one at a time, median of {args.rounds} rounds")
-    for column in ("mode", "tokens/s", "speed-up", "acceptance length", "loosened", "right answers"):
+    table = Table(title=f"{args.engine_dir}: {args.prompts} prompts, median of {args.rounds} rounds")
+    for column in ("mode", "in flight", "tokens/s", "speed-up", "acceptance length", "loosened", "right answers"):
         table.add_column(column, justify="left" if column == "mode" else "right")
     for row in rows:
         table.add_row(
             MODES[row["mode"]][0],
+            str(row["in_flight"]),
             f"{row['tokens_per_second']:.0f}",
             f"{row['speed_up']:.2f}x",
             f"{row['mean_acceptance_length']:.2f}",

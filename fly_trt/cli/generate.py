@@ -15,6 +15,7 @@ from fly_trt.params import ACCEPTANCES, DEFAULT_MAX_TOKENS, METHODS
 from fly_trt.verification import PRESETS
 
 ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
+SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_tokens", "ignore_eos")
 SPECULATIVE_FLAGS = (
     "method",
     "num_speculative_tokens",
@@ -31,6 +32,7 @@ Examples:
   echo "Once upon a time" | fly-generate engines/llama-70b -
   fly-generate engines/demo --file prompt.txt --acceptance exact        # lossless
   fly-generate engines/demo --file prompt.txt --method none --json      # plain decoding, for machines
+  fly-generate engines/demo "Spell out: 21." --chat --temperature 0.8 --top-p 0.95 --seed 7
 """
 
 
@@ -38,9 +40,15 @@ Examples:
 @click.argument("engine_dir")
 @click.argument("prompt", required=False)
 @click.option("--file", "prompt_file", type=click.File(encoding="utf-8"), help="Read the prompt from a file.")
+@click.option("--chat", is_flag=True, help="PROMPT is a user's message: apply the model's chat template.")
 @click.option("--escape", is_flag=True, help="Read \\n, \\t and \\\\ in PROMPT as escapes.")
 @click.option("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, show_default=True, help="Output tokens at most.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 decodes greedily.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample from this share of the mass.")
+@click.option("--top-k", type=int, default=0, show_default=True, help="Sample from this many tokens; 0 is all.")
+@click.option("--min-p", type=float, default=0.0, show_default=True, help="Least probability, relative to the best.")
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1 repeats less.")
+@click.option("--seed", type=int, help="The same seed gives the same text.  [random]")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the model's end-of-sequence token.")
 @click.option("--method", type=click.Choice([*METHODS, "none"]), help="How drafts are made.")
@@ -84,13 +92,12 @@ def _read_prompt(prompt: str | None, file: Any, escape: bool) -> str:
 
 
 def _run(engine_dir: str, prompt: str, as_json: bool, flags: dict[str, Any]) -> None:
-    from fly_trt import LLM, SamplingParams
+    from fly_trt import LLM, RequestOutputKind, SamplingParams
 
     params = SamplingParams(
-        temperature=flags["temperature"],
-        max_tokens=flags["max_tokens"],
+        **{name: flags[name] for name in SAMPLING_FLAGS},
         stop=list(flags["stop"]),
-        ignore_eos=flags["ignore_eos"],
+        output_kind=RequestOutputKind.DELTA if not as_json else RequestOutputKind.FINAL_ONLY,
     )
     speculative = {name: flags[name] for name in SPECULATIVE_FLAGS if flags[name] is not None}
     if speculative.get("method") == "none":
@@ -98,16 +105,15 @@ def _run(engine_dir: str, prompt: str, as_json: bool, flags: dict[str, Any]) -> 
     with LLM(
         engine_dir,
         speculative_config=speculative,
+        max_batch_size=1,
         num_threads=flags["num_threads"],
         verify_hashes=flags["verify_hashes"],
     ) as llm:
         started = time.perf_counter()
-        num_shown = 0
-        for output in llm.stream(prompt, params):
+        given = llm.render_chat([{"role": "user", "content": prompt}]) if flags["chat"] else prompt
+        for output in llm.stream(given, params):
             if not as_json:
-                text = output.outputs[0].text
-                click.echo(text[num_shown:], nl=False)
-                num_shown = len(text)
+                click.echo(output.outputs[0].text, nl=False)
         seconds = time.perf_counter() - started
     if as_json:
         click.echo(json.dumps(_as_record(output)))
@@ -124,8 +130,8 @@ def _as_record(output: RequestOutput) -> dict[str, Any]:
 
 def _summary(output: RequestOutput, seconds: float) -> str:
     completion, metrics = output.outputs[0], output.metrics
-    rate = len(completion.token_ids) / seconds
-    text = f"{len(completion.token_ids)} tokens, {rate:.1f} tokens/s, finish reason {completion.finish_reason}"
+    rate = metrics.num_output_tokens / seconds
+    text = f"{metrics.num_output_tokens} tokens, {rate:.1f} tokens/s, finish reason {completion.finish_reason}"
     if metrics.num_spec_steps:
         text += (
             f", mean acceptance length {metrics.mean_acceptance_length:.2f} over {metrics.num_spec_steps} steps, "

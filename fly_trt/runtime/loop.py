@@ -80,7 +80,7 @@ class GenerationLoop:
         rows = self.scheduler.schedule() if any(r.is_finished for r in rows) else rows
         decoding = [request for request in rows if request.state is RequestState.DECODE]
         if decoding:
-            num_context = max(request.num_context for request in decoding)
+            num_context = max(1, *(request.num_context for request in decoding))  # an open round feeds one token more
             self._row_tokens = self._verify(rows, self._choose_draft_length(decoding, num_context, len(rows)))
         self._remove_finished()
         changed, self._changed = list(self._changed), {}
@@ -92,6 +92,7 @@ class GenerationLoop:
         if not request.is_finished:
             request.finish("abort")
             self._remove(request)
+            self._metrics.set_load(self.scheduler, self._target.info.max_seq_len)
 
     def warm_up(self) -> None:
         """Measures steps of some shapes, so that the first requests are served at a known cost. Stops when it has taken
@@ -158,8 +159,7 @@ class GenerationLoop:
         """One step over `rows`, which own consecutive slots: decoding rows verify about `num_draft` draft tokens.
         Returns the tokens of a row."""
         num_tokens = self._plan(rows, num_draft)
-        decoding = [request for request in rows if request.round is not None]
-        self._draft(decoding, num_tokens)
+        self._draft(rows, num_tokens)
         with_logits = any(request.needs_logits or request.needs_prompt_logits for request in rows)
         step = self._target.step(rows[0].slot, len(rows), num_tokens, with_logits=with_logits)
         fed = [self._fill(step, row, request, num_tokens) for row, request in enumerate(rows)]
@@ -177,31 +177,37 @@ class GenerationLoop:
 
     def _plan(self, rows: list[Request], num_draft: int) -> int:
         """Starts the rounds that are due and returns the tokens of each row: what the longest decoding row needs."""
+        for request in rows:
+            if request.state is RequestState.DECODE and request.round is None:
+                request.round = self._new_round(request, num_draft)
+        if self._drafter is not None and self._drafter.is_free:
+            self._draft(rows, num_draft)  # before the step is sized: there may be less to verify
         num_tokens = 1
         for request in rows:
-            if request.state is RequestState.DECODE:
-                missing = num_draft if request.round is None else min(request.round.num_missing, num_draft + 1)
-                num_tokens = max(num_tokens, request.num_context + missing)
+            if request.round is not None:
+                context = request.num_context
+                wanted = num_draft if context else num_draft + 1
+                num_tokens = max(num_tokens, context + min(request.round.num_missing, wanted))
         for request in rows:
-            if request.state is RequestState.PREFILL and len(request.sequence) - request.num_cached <= num_tokens:
+            remaining = len(request.sequence) - request.num_cached
+            if request.state is RequestState.PREFILL and remaining <= num_tokens:
                 request.state = RequestState.DECODE
-            if request.state is RequestState.DECODE and request.round is None:
-                room = min(self._num_draft_tokens, num_tokens - request.num_context)
-                # An exact verdict does not depend on the round's length, a loose one does.
-                request.round = Round(
-                    len(request.sequence), self._num_draft_tokens if request.policy.is_loose else room
-                )
+                request.round = self._new_round(request, min(num_draft, num_tokens - remaining))
         return num_tokens
+
+    def _new_round(self, request: Request, num_draft: int) -> Round:
+        """An exact verdict does not depend on the round's length, a loose one does."""
+        return Round(len(request.sequence), self._num_draft_tokens if request.policy.is_loose else num_draft)
 
     def _draft(self, rows: list[Request], num_tokens: int) -> None:
         """Makes the draft tokens that the step feeds, and of a loose round one more to compare with the last choice."""
         asked: list[tuple[Request, int]] = []
         for request in rows:
-            round_ = request.round
-            assert round_ is not None
-            end = min(round_.num_draft, round_.num_fed + num_tokens - request.num_context + 1)
-            if self._drafter is not None and self._drafter.is_free:
-                end = round_.num_draft
+            if (round_ := request.round) is None or self._drafter is None:
+                continue
+            end = round_.num_draft
+            if not self._drafter.is_free:
+                end = min(end, round_.num_fed + num_tokens - request.num_context + 1)
             if end > len(round_.draft):
                 asked.append((request, end - round_.num_committed))
         if not asked or self._drafter is None:
@@ -296,7 +302,7 @@ class GenerationLoop:
 
     def _end_round(self, request: Request, round_: Round, num_kept: int, *, was_rejected: bool) -> None:
         request.round = None
-        num_verified = max(round_.num_fed, num_kept)
+        num_verified = min(len(round_.draft), len(round_.choices))
         rate = self._rate(request)
         if num_verified:
             num_loosened = round_.num_loosened(num_kept)

@@ -102,7 +102,8 @@ class SlotTable:
     def trim(self) -> None:
         """Lets the engines shrink to the longest running sequence and the one that ended last."""
         last = max(self.table, key=lambda slot: slot.freed_at)
-        longest = max([len(last.kept), *(len(request.sequence) for request in self.active)])
+        needed = (max(len(request.sequence), request.num_cached) for request in self.active)  # with an open round's draft
+        longest = max([len(last.kept), *needed])
         held = self._target.trim(longest)
         for slot in self.table:
             slot.kept = slot.kept[:held]

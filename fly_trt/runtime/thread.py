@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from fly_trt.errors import ConfigError, EngineError, FlyError
+from fly_trt.errors import ConfigError, EngineError, FlyError, QueueFullError
 from fly_trt.runtime.group import RequestGroup
 from fly_trt.runtime.loop import GenerationLoop
 from fly_trt.runtime.request import Request
@@ -36,16 +36,26 @@ class EngineThread:
 
     def submit(self, groups: list[RequestGroup]) -> None:
         """Queues the groups, all or none. Raises QueueFullError when they do not fit, ConfigError for a request id in
-        use, and EngineError after a failure or shutdown."""
+        use or after shutdown, and EngineError after a failure."""
         with self._changed:
             self.check_running()
+            by_id: dict[str, RequestGroup] = {}
             for group in groups:
-                if group.request_id in self._groups:
+                if group.request_id in self._groups or group.request_id in by_id:
                     raise ConfigError(f"request_id {group.request_id!r}: already in use: give each request its own")
-            self._loop.add([request for group in groups for request in group.requests])
-            for group in groups:
-                self._groups[group.request_id] = group
-                self._group_of |= dict.fromkeys(group.requests, group)
+                by_id[group.request_id] = group
+            by_request = {request: group for group in groups for request in group.requests}
+            # Known before they are queued: a step that runs now may serve them at once.
+            self._groups |= by_id
+            self._group_of |= by_request
+            try:
+                self._loop.add(list(by_request))
+            except QueueFullError:
+                for request_id in by_id:
+                    del self._groups[request_id]
+                for request in by_request:
+                    del self._group_of[request]
+                raise
             self._changed.notify()
 
     def abort(self, request_id: str) -> None:
