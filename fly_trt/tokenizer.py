@@ -47,7 +47,6 @@ class Detokenizer:
         self._stop_strings = stop_strings
         self._include_stop_string = include_stop_string
         self._longest_stop = max((len(string) for string in stop_strings), default=0)
-        self._ignored_to = 0  # characters that are no part of a stop string
         self._pending: list[int] = []
 
     def push(self, token_id: int, *, may_stop: bool = True) -> bool:
@@ -85,13 +84,11 @@ class Detokenizer:
         return self._tokenizer.decode(self._pending, skip_special_tokens=self._skip_special_tokens)
 
     def _append(self, piece: str, may_stop: bool = True) -> bool:
-        searched_to = max(self._ignored_to, len(self.text) - self._longest_stop + 1)
+        before = len(self.text)
         self.text += piece
-        if not may_stop:
-            self._ignored_to = len(self.text)
         if not self._stop_strings or not may_stop:
             return False
-        found = [(self.text.find(string, searched_to), string) for string in self._stop_strings]
+        found = [(self.text.find(string, max(0, before - len(string) + 1)), string) for string in self._stop_strings]
         found = [(at, string) for at, string in found if at >= 0]
         if not found:
             return False

@@ -24,6 +24,12 @@ def demo_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_int8_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo pair in int8."""
+    return _build(tmp_path_factory.mktemp("engines") / "demo_int8", draft=str(PAIR / "draft"), quantization="int8")
+
+
+@pytest.fixture(scope="session")
 def weak_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo target with a draft that is right 10 % of the time, in float32."""
     return _build(tmp_path_factory.mktemp("engines") / "weak", draft=str(PAIR / "draft_weak"))

@@ -1,10 +1,12 @@
 """An engine without a model: its next token is a function of the tokens so far.
 
-It keeps the tokens of each slot as a real engine keeps its cache, refuses a step that reads what was never written, and
-decides with the reference rule, so that loops and drafters can be tested on any acceptance pattern.
+It keeps the tokens of each slot as a real engine keeps its cache, refuses a step that reads what was never written,
+uses a shape's buffers again, and decides with the reference rule, so that loops and drafters can be tested on any
+acceptance pattern. What it was asked to do is recorded: `shapes` of the steps, `copies` and `swaps` of slots, `trims`.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
@@ -36,7 +38,9 @@ class TableEngine:
         max_batch_size: int = 4,
         max_num_tokens: int = 16,
         max_seq_len: int = 256,
+        trim_block: int | None = None,
     ) -> None:
+        """trim_block: trimming leaves whole blocks of so many tokens in each slot; None leaves everything."""
         self.info = EngineInfo(
             max_batch_size=max_batch_size,
             max_seq_len=max_seq_len,
@@ -46,16 +50,56 @@ class TableEngine:
             entropy_top_k=3,
             stop_token_ids=frozenset({STOP_TOKEN}),
         )
-        self.num_runs = 0
         self.closed = False
+        self._trim_block = trim_block
         self._next_token = next_token
         self._entropy = entropy
         self._logits = logits
         self.slots: list[list[int]] = [[] for _ in range(max_batch_size)]  # the tokens that each slot's cache holds
         self.shapes: list[tuple[int, int, int]] = []  # first slot, rows and tokens of every step
+        self.copies: list[tuple[int, int, int]] = []  # source, target and tokens
+        self.swaps: list[tuple[int, int, int]] = []  # two slots and tokens
+        self.trims: list[int] = []  # tokens that were still needed
+        self._steps: dict[tuple[int, int, int, bool], Step] = {}
+
+    @property
+    def num_runs(self) -> int:
+        return len(self.shapes)
 
     def step(self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False) -> Step:
         assert 0 <= first_slot < first_slot + batch_size <= len(self.slots), "the slots exist"
+        key = (first_slot, batch_size, num_tokens, with_logits)
+        if key not in self._steps:
+            self._steps[key] = self._make_step(*key)
+        return self._steps[key]
+
+    def run(self, step: Step) -> None:
+        self.shapes.append((step.first_slot, *step.input_ids.shape))
+        for row, ids in enumerate(step.input_ids):
+            self._run_row(step, row, ids.tolist())
+
+    def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
+        assert num_tokens <= len(self.slots[source]), "what is copied was computed"
+        self.copies.append((source, target, num_tokens))
+        self.slots[target] = self.slots[source][:num_tokens]
+
+    def swap_slots(self, first: int, second: int, num_tokens: int) -> None:
+        self.swaps.append((first, second, num_tokens))
+        a, b = self.slots[first][:num_tokens], self.slots[second][:num_tokens]
+        self.slots[first], self.slots[second] = b, a
+
+    def trim(self, num_tokens: int) -> int:
+        self.trims.append(num_tokens)
+        if self._trim_block is None:
+            return self.info.max_seq_len
+        held = -(-num_tokens // self._trim_block) * self._trim_block
+        self.slots = [slot[:held] for slot in self.slots]
+        return held
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _make_step(self, first_slot: int, batch_size: int, num_tokens: int, with_logits: bool) -> Step:
         rows = {name: np.zeros(batch_size, dtype) for name, dtype in ROW_INPUTS.items()}
         tokens = {name: np.zeros((batch_size, num_tokens), dtype) for name, dtype in TOKEN_OUTPUTS.items()}
         return Step(
@@ -67,26 +111,6 @@ class TableEngine:
             **rows,
             **tokens,
         )
-
-    def run(self, step: Step) -> None:
-        self.num_runs += 1
-        self.shapes.append((step.first_slot, *step.input_ids.shape))
-        for row, ids in enumerate(step.input_ids):
-            self._run_row(step, row, ids.tolist())
-
-    def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
-        assert num_tokens <= len(self.slots[source]), "what is copied was computed"
-        self.slots[target] = self.slots[source][:num_tokens]
-
-    def swap_slots(self, first: int, second: int, num_tokens: int) -> None:
-        a, b = self.slots[first][:num_tokens], self.slots[second][:num_tokens]
-        self.slots[first], self.slots[second] = b, a
-
-    def trim(self, num_tokens: int) -> int:
-        return self.info.max_seq_len
-
-    def close(self) -> None:
-        self.closed = True
 
     def _logits_of(self, prefix: tuple[int, ...]) -> np.ndarray:
         logits = self._logits or one_hot_logits(self._next_token, self.info.vocab_size)
@@ -123,6 +147,40 @@ class TableEngine:
 def one_hot_logits(next_token: NextToken, vocab_size: int = VOCAB_SIZE) -> Logits:
     """Logits whose argmax is the table's token."""
     return lambda tokens: 8.0 * (np.arange(vocab_size) == next_token(tokens))
+
+
+def sometimes_differs(target: NextToken, salt: int, out_of: int = 5) -> NextToken:
+    """A draft model that agrees with the target but at one prefix in `out_of`."""
+
+    def draft(tokens: tuple[int, ...]) -> int:
+        token = target(tokens)
+        return token if hash((salt, tokens)) % out_of else 2 + (token - 1) % (VOCAB_SIZE - 2)
+
+    return draft
+
+
+def sometimes_uncertain(salt: int) -> Entropy:
+    """Entropies below and above every preset's gate, by prefix."""
+    return lambda tokens: 1.0 if hash((salt, tokens)) % 3 else 0.1
+
+
+def spread_logits(salt: int, num_likely: int = 8) -> Logits:
+    """Logits by the last two tokens that leave a few tokens a chance, sometimes the STOP_TOKEN."""
+
+    @cache
+    def after(last: tuple[int, ...]) -> np.ndarray:
+        rng = np.random.default_rng([salt, *last])
+        logits = np.full(VOCAB_SIZE, -20, np.float32)
+        logits[2 : 2 + num_likely] = 2 * rng.normal(size=num_likely)
+        logits[STOP_TOKEN] = 5 * rng.random() ** 8
+        return logits
+
+    return lambda tokens: after(tokens[-2:])
+
+
+def most_probable(logits: Logits) -> NextToken:
+    """The table whose token is the logits' argmax."""
+    return lambda tokens: int(logits(tokens).argmax())
 
 
 def greedy(next_token: NextToken, prompt: list[int], num_tokens: int) -> list[int]:

@@ -1,23 +1,61 @@
 """The Python API on the demo pair."""
 
+import gc
 import itertools
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from eval_checks import load_eval_prompts
-from fly_trt import LLM, AcceptanceParams, ConfigError, EngineError, RequestError, SamplingParams, SpeculativeConfig
-from fly_trt.llm import resolve_speculative_config
+from fly_trt import (
+    LLM,
+    AcceptanceParams,
+    ConfigError,
+    EngineError,
+    RequestError,
+    RequestOutput,
+    SamplingParams,
+    SpeculativeConfig,
+)
+from fly_trt.service import resolve_speculative_config
 
 PROMPTS = [record["prompt"] for record in load_eval_prompts()[:6]]
+LONG = SamplingParams(max_tokens=1500, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def llm(demo_engine: Path):
     with LLM(demo_engine) as llm:
         yield llm
+
+
+def token_ids(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def wait_until(is_true: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline, "still not true"
+        time.sleep(0.002)
+
+
+def is_idle(llm: LLM) -> bool:
+    values = llm.metrics()
+    return values["fly_trt:num_requests_running"] == values["fly_trt:num_requests_waiting"] == 0
+
+
+def engine_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "fly-trt engine"}
 
 
 def test_one_prompt_or_many_in_text_or_tokens(llm: LLM) -> None:
@@ -42,11 +80,17 @@ def test_metrics_add_up(llm: LLM) -> None:
     m = output.metrics
     assert m.num_output_tokens == len(output.outputs[0].token_ids)
     assert m.num_prompt_tokens == len(output.prompt_token_ids)
-    assert m.num_draft_tokens == 15 * m.num_spec_steps
+    assert m.num_accepted_tokens <= m.num_draft_tokens <= 15 * m.num_spec_steps
     assert sum(m.acceptance_histogram) == m.num_spec_steps
     assert sum(a * count for a, count in enumerate(m.acceptance_histogram)) == m.num_accepted_tokens
     assert m.num_accepted_tokens <= m.num_output_tokens <= m.num_accepted_tokens + m.num_spec_steps
     assert 0 < m.time_to_first_token <= m.latency
+
+
+def test_a_fixed_draft_length_is_kept_in_every_round(demo_engine: Path) -> None:
+    with LLM(demo_engine, speculative_config={"adaptive_draft_length": False}) as llm:
+        for output in llm.generate(PROMPTS):
+            assert output.metrics.num_draft_tokens == 15 * output.metrics.num_spec_steps > 0
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 17])
@@ -127,8 +171,193 @@ def test_streams_and_other_calls_may_interleave(llm: LLM) -> None:
 
 
 def test_each_streamed_output_has_the_metrics_of_its_moment(llm: LLM) -> None:
-    steps = [output.metrics.num_spec_steps for output in llm.stream(PROMPTS[0])]
-    assert steps == list(range(1, len(steps) + 1))
+    outputs = list(llm.stream(PROMPTS[0]))
+    steps = [output.metrics.num_spec_steps for output in outputs]
+    assert steps == sorted(set(steps)), "every output comes from another step"
+    assert [o.metrics.num_output_tokens for o in outputs] == [len(o.outputs[0].token_ids) for o in outputs]
+    assert [o.metrics.latency is None for o in outputs] == [not o.finished for o in outputs]
+
+
+def test_requests_share_the_batch_and_outputs_keep_the_order_of_the_prompts(llm: LLM) -> None:
+    prompts = [record["prompt"] for record in load_eval_prompts()[:24]]
+    params = [SamplingParams(max_tokens=3 + 5 * (index % 7)) for index in range(24)]
+    outputs = llm.generate(prompts, params)
+    assert [output.prompt for output in outputs] == prompts
+    for index in (0, 5, 11, 23):
+        assert token_ids(llm.generate(prompts[index], params[index])) == token_ids([outputs[index]])
+
+
+def test_more_prompts_than_the_queue_holds_complete_in_order(demo_engine: Path) -> None:
+    prompts = [record["prompt"] for record in load_eval_prompts()[:20]]
+    with LLM(demo_engine, max_queue_size=4, max_batch_size=2) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=12))
+        assert [output.prompt for output in outputs] == prompts
+        assert all(len(tokens) == 12 for tokens in token_ids(outputs))
+        with pytest.raises(RequestError, match="n 5: more than max_queue_size 4"):
+            llm.generate(prompts[0], SamplingParams(n=5, temperature=1))
+        sampled = llm.generate(prompts[:3], SamplingParams(n=4, temperature=1, max_tokens=2))
+        assert [len(output.outputs) for output in sampled] == [4, 4, 4]
+
+
+def test_threads_may_use_one_llm_at_once(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=40)
+    want = token_ids(llm.generate(PROMPTS, params))
+    with ThreadPoolExecutor(6) as pool:
+        batches = list(pool.map(lambda _: token_ids(llm.generate(PROMPTS, params)), range(3)))
+        streams = list(pool.map(lambda prompt: list(llm.stream(prompt, params))[-1], PROMPTS))
+    assert batches == [want] * 3
+    assert token_ids(streams) == want
+
+
+def test_progress_goes_to_standard_error_and_only_when_asked_for(llm: LLM, capfd: pytest.CaptureFixture) -> None:
+    llm.generate(PROMPTS[:3], SamplingParams(max_tokens=2))
+    assert capfd.readouterr() == ("", "")
+    llm.generate(PROMPTS[:3], SamplingParams(max_tokens=2), use_tqdm=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "Processed prompts: 100%" in err
+    assert "3/3" in err
+
+
+def test_no_prompts_are_no_outputs(llm: LLM) -> None:
+    assert llm.generate([]) == []
+    assert token_ids(llm.generate((PROMPTS[0],))) == token_ids(llm.generate(PROMPTS[0]))
+
+
+def test_smaller_sizes_than_built_give_the_same_tokens(llm: LLM, demo_engine: Path) -> None:
+    want = token_ids(llm.generate(PROMPTS))
+    with LLM(demo_engine, max_num_seqs=3, max_model_len=256, max_num_tokens=20) as small:
+        outputs = small.generate(PROMPTS)
+        assert token_ids(outputs) == want
+        (output,) = small.generate(PROMPTS[0], SamplingParams(max_tokens=None, ignore_eos=True))
+        assert output.metrics.num_prompt_tokens + output.metrics.num_output_tokens == 256
+        with pytest.raises(RequestError, match="prompt has 256 tokens, max_seq_len is 256 with the output"):
+            small.generate({"prompt_token_ids": [5] * 256})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_batch_size": 9}, "max_batch_size 9: demo was built for 8: rebuild with --max-batch-size 9"),
+        ({"max_num_seqs": 9}, "max_batch_size 9: demo was built for 8: rebuild with --max-batch-size 9"),
+        ({"max_seq_len": 2049}, "max_seq_len 2049: demo was built for 2048: rebuild with --max-seq-len 2049"),
+        ({"max_model_len": 4096}, "max_seq_len 4096: demo was built for 2048: rebuild with --max-seq-len 4096"),
+        ({"max_num_tokens": 513}, "max_num_tokens 513: demo was built for 512: rebuild with --max-num-tokens 513"),
+        ({"max_num_tokens": 7}, "max_num_tokens 7: less than one token for each of max_batch_size 8 requests"),
+        ({"max_num_seqs": 2, "max_batch_size": 2}, "the same setting as max_batch_size: give one of them"),
+        ({"gpu_memory_utilization": 0.9}, "unknown setting 'gpu_memory_utilization': expected one of max_batch_size"),
+        ({"max_batch_size": 0}, "max_batch_size 0: expected a whole number, at least 1"),
+        ({"max_model_len": "2k"}, "max_seq_len '2k': expected a whole number, at least 1"),
+        ({"max_queue_size": -1}, "max_queue_size -1: expected a whole number, at least 1"),
+        ({"max_queue_size": None}, "max_queue_size None: expected a whole number, at least 1"),
+        ({"num_threads": 0}, "num_threads 0: expected a whole number, at least 1"),
+        ({"enable_prefix_caching": "no"}, "enable_prefix_caching 'no': expected True or False"),
+        ({"verify_hashes": 1}, "verify_hashes 1: expected True or False"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_in_one_line(demo_engine: Path, settings: dict, message: str) -> None:
+    threads = engine_threads()
+    with pytest.raises(ConfigError) as raised:
+        LLM(demo_engine, **settings)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert engine_threads() <= threads, "nothing was started"
+
+
+def test_metrics_are_a_flat_dict_of_numbers(llm: LLM) -> None:
+    values = llm.metrics()
+    assert all(name.startswith("fly_trt:") for name in values)
+    assert all(isinstance(value, float) for value in values.values())
+    (output,) = llm.generate(PROMPTS[0])
+    grown = llm.metrics()["fly_trt:generation_tokens_total"] - values["fly_trt:generation_tokens_total"]
+    assert grown == len(output.outputs[0].token_ids)
+
+
+def test_an_abort_from_another_thread_keeps_what_was_emitted(llm: LLM) -> None:
+    outputs = []
+    for output in llm.stream(PROMPTS[0], LONG):
+        if not outputs:
+            threading.Thread(target=llm.abort, args=(output.request_id,)).start()
+        outputs.append(output)
+    last = outputs[-1].outputs[0]
+    assert (last.finish_reason, last.stop_reason) == ("abort", None)
+    assert outputs[-1].finished
+    assert 0 < len(last.token_ids) < 1500
+    assert last.text.startswith(outputs[0].outputs[0].text)
+    assert last.text == llm.tokenizer.decode(last.token_ids)
+    assert is_idle(llm)
+
+
+def test_an_abort_of_what_is_not_served_does_nothing(llm: LLM) -> None:
+    (output,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=3))
+    llm.abort(output.request_id)
+    llm.abort("no such request")
+    assert llm.generate(PROMPTS[0], SamplingParams(max_tokens=3))[0].outputs[0].finish_reason == "length"
+
+
+def test_an_interrupt_leaves_nothing_running_and_the_llm_usable(llm: LLM) -> None:
+    want = token_ids(llm.generate(PROMPTS[:2]))
+    emitted = llm.metrics()["fly_trt:generation_tokens_total"]
+
+    def interrupt() -> None:
+        wait_until(lambda: llm.metrics()["fly_trt:generation_tokens_total"] > emitted)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS * 4, LONG)
+    interrupter.join()
+    wait_until(lambda: is_idle(llm), seconds=5)
+    assert token_ids(llm.generate(PROMPTS[:2])) == want
+
+
+def test_shutdown_ends_a_running_stream_with_what_it_has(demo_engine: Path) -> None:
+    llm = LLM(demo_engine)
+    stream = llm.stream(PROMPTS[0], LONG)
+    first = next(stream)
+    llm.shutdown()
+    *_, last = stream
+    assert last.outputs[0].finish_reason == "abort"
+    assert last.outputs[0].text.startswith(first.outputs[0].text)
+    with pytest.raises(ConfigError, match="shut down"):
+        next(llm.stream(PROMPTS[0]))
+    llm.abort(first.request_id)
+    assert llm.metrics()["fly_trt:num_requests_running"] == 0
+
+
+def test_shutdown_wakes_a_thread_that_generates(demo_engine: Path) -> None:
+    llm = LLM(demo_engine, max_batch_size=2)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(llm.generate, PROMPTS, LONG)
+        wait_until(lambda: llm.metrics()["fly_trt:generation_tokens_total"] > 0)
+        llm.shutdown()
+        outputs = call.result(timeout=20)
+    assert [output.outputs[0].finish_reason for output in outputs] == ["abort"] * len(PROMPTS)
+
+
+def test_an_llm_that_nobody_holds_ends_its_thread(demo_engine: Path) -> None:
+    before = engine_threads()
+    llm = LLM(demo_engine)
+    stream = llm.stream(PROMPTS[0], LONG)
+    next(stream)
+    (thread,) = engine_threads() - before
+    del llm, stream
+    gc.collect()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("ending", ["", "stream = llm.stream(prompt, params); next(stream)", "raise SystemExit(0)"])
+def test_a_program_that_never_calls_shutdown_exits_cleanly(demo_engine: Path, ending: str) -> None:
+    code = (
+        "import sys\nfrom fly_trt import LLM, SamplingParams\n"
+        "llm, prompt, params = LLM(sys.argv[1]), sys.argv[2], SamplingParams(max_tokens=1500, ignore_eos=True)\n"
+        f"print(llm.generate(prompt, SamplingParams(max_tokens=4))[0].finished)\n{ending}"
+    )
+    command = [sys.executable, "-c", code, str(demo_engine), PROMPTS[0]]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "True\n", "")
 
 
 def test_a_fly_setting_that_would_have_no_effect_is_refused(llm: LLM, demo_engine: Path) -> None:
@@ -142,11 +371,6 @@ def test_another_preset_drops_the_engines_threshold_which_is_in_another_unit(llm
     manifest = llm.manifest.model_copy(update={"speculative": {"preset": "paper", "fly_entropy_threshold": 0.2}})
     assert resolve_speculative_config(manifest, {}).fly_entropy_threshold == 0.2
     assert resolve_speculative_config(manifest, {"preset": "vllm"}).fly_entropy_threshold is None
-
-
-def test_a_number_of_threads_below_one_is_refused(demo_engine: Path) -> None:
-    with pytest.raises(ConfigError, match="num_threads 0: expected at least 1"):
-        LLM(demo_engine, num_threads=0)
 
 
 def test_a_stop_token_outside_the_vocabulary_is_refused(llm: LLM) -> None:
@@ -166,8 +390,8 @@ def test_a_stop_token_outside_the_vocabulary_is_refused(llm: LLM) -> None:
         ({"prompt_token_ids": "abc"}, "expected a flat list of whole numbers"),
         ({"tokens": [1]}, "expected text or {'prompt_token_ids': [...]}"),
         (3, "prompt of type int"),
-        ({"prompt_token_ids": [5] * 2048}, "prompt has 2048 tokens, the engine's max_seq_len is 2048"),
-        ({"prompt_token_ids": [5] * 9000}, "rebuild with a larger --max-seq-len"),
+        ({"prompt_token_ids": [5] * 2048}, "prompt has 2048 tokens, max_seq_len is 2048 with the output: shorten it"),
+        ({"prompt_token_ids": [5] * 9000}, "prompt has 9000 tokens"),
     ],
 )
 def test_a_wrong_prompt_is_refused_in_one_line_and_nothing_runs(llm: LLM, prompt: object, message: str) -> None:

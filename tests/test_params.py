@@ -1,48 +1,137 @@
 """Settings: what is refused, and how acceptance settings combine."""
 
+import dataclasses
 import math
 
 import pytest
 
-from fly_trt import AcceptanceParams, ConfigError, RequestError, SamplingParams, SpeculativeConfig
+from fly_trt import (
+    AcceptanceParams,
+    ConfigError,
+    RequestError,
+    RequestOutputKind,
+    SamplingParams,
+    SpeculativeConfig,
+)
 from fly_trt.engines.base import EXACT
 from fly_trt.verification import PRESETS
 
+GOOD_VALUES = {
+    "n": [1, 4],
+    "temperature": [0, 0.0, 1e-9, 0.7, 1, 2.5],
+    "top_p": [1, 1.0, 0.01],
+    "top_k": [-1, 0, 1, 50, 10**6],
+    "min_p": [0, 0.05, 1],
+    "seed": [None, 0, -1, 2**63, 10**30],
+    "presence_penalty": [-2, 0.5, 2],
+    "frequency_penalty": [-2, 0.5, 2],
+    "repetition_penalty": [0.01, 1, 1.3, 10],
+    "logit_bias": [None, {}, {0: -100, 7: 100.0}],
+    "bad_words": [None, [], ["a", " b"], ("c",)],
+    "max_tokens": [None, 1, 10**6],
+    "min_tokens": [0, 5],
+    "stop": [None, [], "x", ["x", "yz"], ("x",)],
+    "stop_token_ids": [None, [], [1, 2], (3,)],
+    "include_stop_str_in_output": [False, True],
+    "ignore_eos": [False, True],
+    "skip_special_tokens": [False, True],
+    "logprobs": [None, 0, 5],
+    "prompt_logprobs": [None, 0, 5],
+    "acceptance": [None, AcceptanceParams(), AcceptanceParams(acceptance="exact")],
+    "output_kind": list(RequestOutputKind),
+}
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"max_tokens": 0}, "max_tokens 0: expected a whole number, at least 1"),
-        ({"max_tokens": 1.5}, "max_tokens 1.5"),
-        ({"max_tokens": "5"}, "max_tokens '5'"),
-        ({"temperature": "0"}, "temperature '0'"),
-        ({"stop_token_ids": 5}, "stop_token_ids 5: expected a list of token ids"),
-        ({"stop_token_ids": ["</s>"]}, "stop_token_ids ['</s>']"),
-        ({"max_tokens": -3}, "max_tokens -3"),
-        ({"temperature": 0.7}, "temperature 0.7: this version decodes greedily"),
-        ({"temperature": -1}, "temperature -1: expected 0"),
-        ({"temperature": math.nan}, "temperature nan: expected 0"),
-        ({"n": 2}, "n 2: this version"),
-        ({"top_p": 0.9}, "top_p 0.9"),
-        ({"top_k": 40}, "top_k 40"),
-        ({"min_p": 0.1}, "min_p 0.1"),
-        ({"min_tokens": 3}, "min_tokens 3"),
-        ({"logprobs": 1}, "logprobs 1"),
-        ({"prompt_logprobs": 1}, "prompt_logprobs 1"),
-        ({"presence_penalty": 0.5}, "presence_penalty 0.5"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty 0.5"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty 1.1"),
-        ({"logit_bias": {1: 2.0}}, "logit_bias"),
-        ({"bad_words": ["x"]}, "bad_words"),
-        ({"stop": ""}, "stop '': expected non-empty strings"),
-        ({"stop": ["a", ""]}, "expected non-empty strings"),
-    ],
-)
-def test_a_value_that_cannot_be_honoured_is_refused_by_name(settings: dict, message: str) -> None:
+BAD_VALUES = {
+    "n": ([0, -1, 1.5, "2", None, True], "expected a whole number, at least 1"),
+    "temperature": ([-0.1, math.nan, math.inf, "0", None, True], "expected a number at least 0"),
+    "top_p": ([0, -0.1, 1.01, math.nan, "1", None], "expected a number above 0 and at most 1"),
+    "top_k": ([-2, 1.5, "3", None], "expected a whole number, at least -1"),
+    "min_p": ([-0.1, 1.1, math.nan, None], "expected a number at least 0 and at most 1"),
+    "seed": ([1.5, "7", True], "expected a whole number or None"),
+    "presence_penalty": ([-2.1, 2.1, math.nan, "1", None], "expected a number at least -2 and at most 2"),
+    "frequency_penalty": ([-2.1, 2.1, math.nan, "1", None], "expected a number at least -2 and at most 2"),
+    "repetition_penalty": ([0, -1, math.nan, math.inf, "1", None], "expected a number above 0"),
+    "logit_bias": (
+        [{1: 100.5}, {1: -math.inf}, {1: math.nan}, {1: "2"}, {"1": 2.0}, {1.5: 2.0}, [1, 2], 3],
+        "expected token ids with numbers of at most 100",
+    ),
+    "bad_words": (["x", [""], [1], 5, ["a", None]], "expected a list of non-empty strings"),
+    "max_tokens": ([0, -3, 1.5, "5", True], "expected a whole number, at least 1 or None"),
+    "min_tokens": ([-1, 1.5, "1", None], "expected a whole number, at least 0"),
+    "stop": (["", ["a", ""], [1], 5, ["a", None]], "expected non-empty strings"),
+    "stop_token_ids": ([5, ["</s>"], [1.5], "12", [True], {1, 2}], "expected a list of token ids"),
+    "include_stop_str_in_output": (["yes", 1, None], "expected True or False"),
+    "ignore_eos": (["no", 0, None], "expected True or False"),
+    "skip_special_tokens": (["no", 0, None], "expected True or False"),
+    "logprobs": ([-1, 1.5, "1", True], "expected a whole number, at least 0 or None"),
+    "prompt_logprobs": ([-1, 1.5, "1", True], "expected a whole number, at least 0 or None"),
+    "acceptance": (["exact", {"acceptance": "exact"}, SpeculativeConfig()], "expected AcceptanceParams or None"),
+    "output_kind": (["delta", None, 1], "expected a RequestOutputKind"),
+}
+
+
+def each_of(table: dict[str, list]) -> list:
+    return [
+        pytest.param(name, value, id=f"{name}={value!r}"[:60]) for name, values in table.items() for value in values
+    ]
+
+
+def test_these_tables_have_every_field() -> None:
+    names = {field.name for field in dataclasses.fields(SamplingParams) if field.init}
+    assert names == set(GOOD_VALUES) == set(BAD_VALUES)
+
+
+@pytest.mark.parametrize(("name", "value"), each_of(GOOD_VALUES))
+def test_a_good_value_is_taken_as_it_is(name: str, value: object) -> None:
+    others = {"temperature": 1.0} if name == "n" else {}
+    assert getattr(SamplingParams(**{name: value}, **others), name) == value
+
+
+@pytest.mark.parametrize(("name", "value"), each_of({name: values for name, (values, _) in BAD_VALUES.items()}))
+def test_a_bad_value_is_refused_in_one_line_with_name_value_and_expectation(name: str, value: object) -> None:
+    others = {"temperature": 1.0} if name == "n" else {}
     with pytest.raises(RequestError) as raised:
-        SamplingParams(**settings)
-    assert message in str(raised.value)
+        SamplingParams(**{name: value}, **others)
+    assert str(raised.value) == f"{name} {value!r}: {expectation(name)}"
     assert "\n" not in str(raised.value)
+
+
+def expectation(name: str) -> str:
+    return BAD_VALUES[name][1]
+
+
+def test_several_greedy_completions_are_refused_because_they_would_all_be_the_same() -> None:
+    with pytest.raises(
+        RequestError, match="n 2: greedy completions are all the same: use n=1 or a temperature above 0"
+    ):
+        SamplingParams(n=2)
+    assert SamplingParams(n=2, temperature=0.1).n == 2
+
+
+def test_more_min_tokens_than_max_tokens_are_refused() -> None:
+    with pytest.raises(RequestError, match="min_tokens 5: more than max_tokens 4"):
+        SamplingParams(min_tokens=5, max_tokens=4)
+    with pytest.raises(RequestError, match="min_tokens 257: more than max_tokens 256"):
+        SamplingParams(min_tokens=257)
+    assert SamplingParams(min_tokens=5, max_tokens=5).min_tokens == 5
+    assert SamplingParams(min_tokens=5000, max_tokens=None).min_tokens == 5000
+
+
+def test_one_stop_string_or_several_are_kept_as_a_tuple() -> None:
+    assert SamplingParams().stop_strings == ()
+    assert SamplingParams(stop="ab").stop_strings == ("ab",)
+    assert SamplingParams(stop=["ab", "c"]).stop_strings == ("ab", "c")
+
+
+def test_the_default_is_greedy_and_cumulative() -> None:
+    params = SamplingParams()
+    assert (params.temperature, params.n, params.max_tokens) == (0, 1, 256)
+    assert params.output_kind is RequestOutputKind.CUMULATIVE
+
+
+def test_params_cannot_be_changed_after_they_were_checked() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SamplingParams().temperature = -1
 
 
 def test_an_unknown_setting_is_refused() -> None:
@@ -64,6 +153,7 @@ def test_an_unknown_setting_is_refused() -> None:
         ({"fly_entropy_threshold": math.nan}, "fly_entropy_threshold nan"),
         ({"fly_entropy_threshold": "0.3"}, "fly_entropy_threshold '0.3'"),
         ({"fly_entropy_top_k": 0}, "fly_entropy_top_k 0"),
+        ({"adaptive_draft_length": "no"}, "adaptive_draft_length 'no': expected True or False"),
     ],
 )
 def test_a_speculative_setting_that_makes_no_sense_is_refused_by_name(settings: dict, message: str) -> None:

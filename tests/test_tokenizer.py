@@ -10,8 +10,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from fly_trt.errors import EngineError
 from fly_trt.tokenizer import Detokenizer, load_tokenizer
 
+
+def bytes_to_unicode() -> dict[int, str]:
+    """GPT-2's table: printable bytes are themselves, the others follow from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 END = len(ALPHABET)
+BYTE_CHARACTERS = bytes_to_unicode()
+"""The character that stands for each byte in a byte-level vocabulary."""
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +66,7 @@ def test_an_unfinished_character_is_held_back_and_shown_as_replaced_at_the_end(t
 
 @given(tokens=st.lists(st.integers(0, 258), max_size=16))
 def test_bytes_that_are_no_text_are_replaced_and_never_an_error(tokens: list[int]) -> None:
-    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁a": 256, "b": 257, "▁": 258}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = byte_fallback_tokenizer()
     detokenizer, length = Detokenizer(tokenizer, []), 0
     for token in tokens:
         detokenizer.push(token)
@@ -66,6 +74,46 @@ def test_bytes_that_are_no_text_are_replaced_and_never_an_error(tokens: list[int
         length = len(detokenizer.text)
     detokenizer.finish()
     assert detokenizer.text.count("b") >= tokens.count(257)
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """As Llama 2's: words, and bytes as tokens of their own where there is no word."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁a": 256, "b": 257, "▁": 258}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+BYTES = st.one_of(
+    st.text("aé你🙂", max_size=8).map(lambda text: list(text.encode())),
+    st.lists(st.integers(0, 255), max_size=10),
+    st.lists(st.sampled_from([0xC3, 0xA9, 0xF0, 0x9F, 0x99, 0x82, 0x61]), max_size=10),
+)
+
+
+@pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
+@given(data=BYTES, stop=st.sampled_from(["", "a", "é", "a你", "🙂a"]))
+def test_what_a_stream_has_shown_never_changes(tokenizer: Tokenizer, kind: str, data: list[int], stop: str) -> None:
+    """A client of deltas cannot take back a replacement character that became a letter."""
+    if kind == "byte level":
+        ids, decoder = [ALPHABET.index(BYTE_CHARACTERS[byte]) for byte in data], tokenizer
+    else:
+        ids, decoder = data, byte_fallback_tokenizer()
+    detokenizer = Detokenizer(decoder, [], stop_strings=(stop,) if stop else ())
+    shown = ""
+    for token in ids:
+        stopped = detokenizer.push(token)
+        seen = detokenizer.text[: detokenizer.streamable_length]
+        assert seen.startswith(shown)
+        shown = seen
+        if stopped:
+            break
+    detokenizer.finish()
+    assert detokenizer.text.startswith(shown)
+    text = bytes(data).decode(errors="replace")
+    if "�" not in text:
+        assert detokenizer.text == (text[: text.index(stop)] if stop and stop in text else text)
+        assert "�" not in shown
 
 
 def test_an_unfinished_character_of_the_prompt_is_not_part_of_the_output(tokenizer: Tokenizer) -> None:
@@ -112,6 +160,38 @@ def test_the_stop_string_can_be_kept(tokenizer: Tokenizer) -> None:
 def test_of_several_stop_strings_the_one_that_is_complete_first_wins(tokenizer: Tokenizer) -> None:
     detokenizer, _ = stream(tokenizer, "abcdef", "bcde", "cd")
     assert (detokenizer.stop_string, detokenizer.text) == ("cd", "ab")
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "min_tokens", "want"),
+    [
+        ("xxSTOPyySTOPzz", "STOP", 0, "xx"),
+        ("xxSTOPyySTOPzz", "STOP", 5, "xx"),
+        ("xxSTOPyySTOPzz", "STOP", 6, "xxSTOPyy"),
+        ("xxSTOPyySTOPzz", "STOP", 11, "xxSTOPyy"),
+        ("xxSTOPyySTOPzz", "STOP", 12, "xxSTOPyySTOPzz"),
+        ("aaaa", "a", 2, "aa"),
+        ("aaaa", "aa", 2, "a"),
+    ],
+)
+def test_a_stop_string_counts_from_the_first_token_that_may_end_it(
+    tokenizer: Tokenizer, text: str, stop: str, min_tokens: int, want: str
+) -> None:
+    """min_tokens: the token that completes the string is the one that counts, wherever the string began."""
+    detokenizer = Detokenizer(tokenizer, [], stop_strings=(stop,))
+    for count, token in enumerate(tokenizer.encode(text).ids, start=1):
+        if detokenizer.push(token, may_stop=count > min_tokens):
+            break
+    detokenizer.finish()
+    assert detokenizer.text == want
+    assert detokenizer.stop_string == (None if want == text else stop)
+
+
+def test_a_short_stop_string_that_was_passed_over_is_not_found_beside_a_long_one(tokenizer: Tokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer, [], stop_strings=("b", "LONGER"))
+    for count, token in enumerate(tokenizer.encode("abcd").ids):
+        assert not detokenizer.push(token, may_stop=count > 1)
+    assert detokenizer.text == "abcd"
 
 
 def test_text_that_only_begins_like_a_stop_string_is_shown_at_the_end(tokenizer: Tokenizer) -> None:

@@ -65,6 +65,7 @@ class ModelDrafter:
         self._reuse_cache = reuse_cache
         self._target_vocab_size = target_vocab_size
         self._vocab_size = engine.info.vocab_size
+        self._has_all_tokens = self._vocab_size >= target_vocab_size
         longest_guess = min(lookup.num_tokens, engine.info.max_draft_len) if lookup else 0
         self._max_context = engine.info.max_num_tokens - longest_guess
         self._slots: dict[int, _Slot] = {}
@@ -87,7 +88,8 @@ class ModelDrafter:
         drafts = []
         for slot, tokens, num_tokens in rows:
             draft = self._slots[slot].held.tokens[len(tokens) : len(tokens) + num_tokens].copy()
-            drafts.append(_before(draft, self._target_vocab_size))
+            has_same_tokens = self._vocab_size == self._target_vocab_size
+            drafts.append(draft if has_same_tokens else _before(draft, self._target_vocab_size))
         return drafts
 
     def release(self, slot: int) -> None:
@@ -156,7 +158,10 @@ class ModelDrafter:
         if state.index is None or self._lookup is None:
             return NO_TOKENS
         num_tokens = min(self._lookup.num_tokens, state.wanted - len(state.held) - 1, longest)
-        return _before(state.index.propose(num_tokens), self._vocab_size) if num_tokens > 0 else NO_TOKENS
+        if num_tokens <= 0:
+            return NO_TOKENS
+        guess = state.index.propose(num_tokens)
+        return guess if self._has_all_tokens else _before(guess, self._vocab_size)
 
     def _run(self, slots: list[int], contexts: list[IntArray], guesses: list[IntArray]) -> list[tuple[int, int]]:
         """Steps the slots from the first to the last of `slots`; those between them that are not asked for write where
@@ -168,8 +173,9 @@ class ModelDrafter:
             for slot in range(first, last + 1):
                 step.set_row(slot - first, self._slots[slot].num_cached if slot in self._slots else 0, IDLE_CONTEXT)
         for slot, context, guess in zip(slots, contexts, guesses, strict=True):
-            known = np.minimum(context, self._vocab_size - 1)
-            step.set_row(slot - first, self._slots[slot].num_cached, known, guess)
+            if not self._has_all_tokens:
+                context = np.minimum(context, self._vocab_size - 1)
+            step.set_row(slot - first, self._slots[slot].num_cached, context, guess)
         self._engine.run(step)
         results = []
         for slot, context in zip(slots, contexts, strict=True):

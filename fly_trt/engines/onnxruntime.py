@@ -83,7 +83,7 @@ class OnnxRuntimeEngine:
         self._model = model
         self._num_slots = num_slots
         self._capacity = 0
-        self._num_held = np.zeros(num_slots, np.int64)  # tokens of each slot that a resize keeps
+        self._num_held = [0] * num_slots  # tokens of each slot that a resize keeps
         self._generation = 0  # of the cache arrays: a step bound to older ones is bound again
         self._caches: list[np.ndarray] = []
         self._steps: OrderedDict[tuple[int, int, int, bool], Step] = OrderedDict()
@@ -106,11 +106,11 @@ class OnnxRuntimeEngine:
         return step
 
     def run(self, step: Step) -> None:
-        ends = step.write_indices + step.input_ids.shape[1]
-        needed = int(ends.max())
-        if needed > self._capacity:
+        batch_size, num_tokens = step.input_ids.shape
+        ends = [cached + num_tokens for cached in step.write_indices.tolist()]
+        if (needed := max(ends)) > self._capacity:
             self._resize(needed)
-        self._num_held[step.first_slot : step.first_slot + len(ends)] = ends
+        self._num_held[step.first_slot : step.first_slot + batch_size] = ends
         if step.binding is None or step.binding[0] != self._generation:
             step.binding = (self._generation, self._bind(step))
         self._session.run_with_iobinding(step.binding[1])
@@ -121,7 +121,7 @@ class OnnxRuntimeEngine:
             cache[target, :, :num_tokens] = cache[source, :, :num_tokens]
 
     def swap_slots(self, first: int, second: int, num_tokens: int) -> None:
-        self._num_held[[first, second]] = num_tokens
+        self._num_held[first] = self._num_held[second] = num_tokens
         for cache in self._caches:
             held = cache[first, :, :num_tokens].copy()
             cache[first, :, :num_tokens] = cache[second, :, :num_tokens]
@@ -180,11 +180,11 @@ class OnnxRuntimeEngine:
         model = self._model
         self._capacity = _whole_blocks(num_tokens)
         self._generation += 1
-        np.minimum(self._num_held, self._capacity, out=self._num_held)
+        self._num_held = [min(held, self._capacity) for held in self._num_held]
         shape = (self._num_slots, model.num_kv_heads, self._capacity, model.head_dim)
         for index in range(2 * model.num_layers):
             resized = np.zeros(shape, CACHE_DTYPES[model.kv_cache_dtype])
-            for slot, held in enumerate(self._num_held.tolist()):
+            for slot, held in enumerate(self._num_held):
                 if held:
                     resized[slot, :, :held] = self._caches[index][slot, :, :held]
             self._caches[index : index + 1] = [resized]

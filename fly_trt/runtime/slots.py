@@ -102,8 +102,9 @@ class SlotTable:
     def trim(self) -> None:
         """Lets the engines shrink to the longest running sequence and the one that ended last."""
         last = max(self.table, key=lambda slot: slot.freed_at)
-        needed = (max(len(request.sequence), request.num_cached) for request in self.active)  # with an open round's draft
-        longest = max([len(last.kept), *needed])
+        # An open round's draft may be cached beyond the sequence.
+        needed = (max(len(request.sequence), request.num_cached) for request in self.active)
+        longest = max([1, len(last.kept), *needed])  # an idle engine keeps its smallest caches
         held = self._target.trim(longest)
         for slot in self.table:
             slot.kept = slot.kept[:held]

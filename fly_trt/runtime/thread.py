@@ -121,10 +121,10 @@ class EngineThread:
     def _forget(self, group: RequestGroup) -> None:
         """A failed group's other sequences end with it."""
         with self._changed:
+            del self._groups[group.request_id]  # first: whatever fails from here on, its caller is done
             for request in group.requests:
-                self._loop.abort(request)
                 del self._group_of[request]
-            del self._groups[group.request_id]
+                self._loop.abort(request)
 
     def _fail(self, error: Exception) -> None:
         reason = " ".join(str(error).split()) or type(error).__name__

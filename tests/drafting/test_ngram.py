@@ -4,6 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fly_trt.drafting import DraftRow
 from fly_trt.drafting.ngram import NgramDrafter, NgramIndex
 
 MAX_N, MIN_N = 4, 1
@@ -60,10 +61,44 @@ def test_any_history_of_additions_and_rewinds_finds_what_a_scan_finds(data: st.D
         assert len(index) == len(tokens)
 
 
+def propose(drafter: NgramDrafter, slot: int, tokens: list[int], num_tokens: int) -> list[int]:
+    (draft,) = drafter.propose([DraftRow(slot, np.array(tokens), num_tokens)])
+    return draft.tolist()
+
+
 def test_each_slot_has_its_own_sequence_until_it_is_released() -> None:
     drafter = NgramDrafter(4, 1)
-    assert drafter.propose(0, np.array([1, 2, 3, 1]), 2).tolist() == [2, 3]
-    assert drafter.propose(1, np.array([7, 8, 7]), 2).tolist() == [8, 7]
+    rows = [DraftRow(0, np.array([1, 2, 3, 1]), 2), DraftRow(1, np.array([7, 8, 7]), 2)]
+    assert [draft.tolist() for draft in drafter.propose(rows)] == [[2, 3], [8, 7]]
     drafter.release(0)
-    assert drafter.propose(0, np.array([4, 1]), 2).tolist() == []
-    assert drafter.propose(1, np.array([7, 8, 7, 9, 8]), 1).tolist() == [7]
+    assert propose(drafter, 0, [4, 1], 2) == []
+    assert propose(drafter, 1, [7, 8, 7, 9, 8], 1) == [7]
+
+
+def test_sequences_that_change_slots_take_their_matches_along() -> None:
+    drafter = NgramDrafter(4, 1)
+    assert propose(drafter, 0, [1, 2, 3, 1], 1) == [2]
+    assert propose(drafter, 2, [7, 8, 7], 1) == [8]
+    drafter.swap(0, 2)
+    assert propose(drafter, 2, [1, 2, 3, 1, 2], 1) == [3]
+    assert propose(drafter, 0, [7, 8, 7, 8], 1) == [7]
+    drafter.swap(0, 1)
+    assert propose(drafter, 1, [7, 8, 7, 8, 9, 8], 1) == [7]
+    assert propose(drafter, 0, [5, 6, 5], 1) == [6]
+    drafter.swap(0, 3)
+    assert propose(drafter, 3, [5, 6, 5], 1) == [6]
+
+
+def test_a_copied_beginning_is_matched_like_ones_own() -> None:
+    drafter = NgramDrafter(4, 1)
+    propose(drafter, 0, [1, 2, 3, 4], 1)
+    drafter.copy(0, 1, 3)
+    assert propose(drafter, 1, [1, 2, 3, 9, 1, 2], 2) == [3, 9]
+
+
+def test_preparing_changes_no_proposal() -> None:
+    drafter = NgramDrafter(4, 1)
+    row = DraftRow(0, np.array([1, 2, 3, 1]), 2)
+    drafter.prepare([row])
+    drafter.prepare([row])
+    assert drafter.propose([row])[0].tolist() == [2, 3]

@@ -75,14 +75,79 @@ def test_the_cache_grows_in_blocks_and_keeps_what_it_holds(engine: Engine) -> No
     np.testing.assert_allclose(np.concatenate(fresh), whole, atol=1e-3)
 
 
-def test_a_short_sequence_after_a_long_one_costs_no_more_than_before(demo_engine: Path, manifest: Manifest) -> None:
-    engine = load_engine(demo_engine, manifest, manifest.target, num_slots=1)
+def test_growing_for_one_slot_keeps_what_the_others_hold(engine: Engine) -> None:
+    want = [logits(engine, 0, TOKENS[at : at + 30], slot=at // 10) for at in (0, 10)]
+    logits(engine, 0, np.resize(TOKENS, 2 * CACHE_BLOCK_TOKENS), slot=2)
+    assert engine.capacity == 2 * CACHE_BLOCK_TOKENS
+    for slot, at in enumerate((0, 10)):
+        got = logits(engine, 20, TOKENS[at + 20 : at + 30], slot=slot)
+        np.testing.assert_allclose(got, want[slot][20:], atol=1e-4)
+
+
+def test_a_slot_that_was_never_used_is_right_after_the_cache_grew(engine: Engine) -> None:
+    want = logits(engine, 0, TOKENS[:20])
+    logits(engine, 0, np.resize(TOKENS, 2 * CACHE_BLOCK_TOKENS))
+    np.testing.assert_allclose(logits(engine, 0, TOKENS[:20], slot=1), want, atol=1e-4)
+
+
+def test_trimming_gives_back_the_room_of_long_sequences(demo_engine: Path, manifest: Manifest) -> None:
+    engine = load_engine(demo_engine, manifest, manifest.target, num_slots=2)
     want = logits(engine, 0, TOKENS)
     small = engine.capacity
-    logits(engine, 0, np.resize(TOKENS, 6 * CACHE_BLOCK_TOKENS))
+    logits(engine, 0, np.resize(TOKENS, 6 * CACHE_BLOCK_TOKENS), slot=1)
     assert engine.capacity >= 6 * CACHE_BLOCK_TOKENS
+    assert engine.trim(len(TOKENS)) == engine.capacity == small == CACHE_BLOCK_TOKENS
     np.testing.assert_array_equal(logits(engine, 0, TOKENS), want)
-    assert engine.capacity == small == CACHE_BLOCK_TOKENS
+    assert engine.capacity == CACHE_BLOCK_TOKENS
+
+
+def test_trimming_keeps_what_is_still_needed(engine: Engine) -> None:
+    whole = logits(engine, 0, TOKENS)
+    logits(engine, 0, TOKENS[:40], slot=1)
+    logits(engine, 0, np.resize(TOKENS, 6 * CACHE_BLOCK_TOKENS), slot=0)
+    engine.trim(40)
+    np.testing.assert_allclose(logits(engine, 40, TOKENS[40:], slot=1), whole[40:], atol=1e-4)
+    held = engine.trim(40)
+    np.testing.assert_allclose(logits(engine, 50, TOKENS[50:], slot=0), whole[50:], atol=1e-4)
+    assert held == CACHE_BLOCK_TOKENS
+
+
+def test_a_little_too_much_room_is_not_given_back(engine: Engine) -> None:
+    logits(engine, 0, np.resize(TOKENS, 3 * CACHE_BLOCK_TOKENS))
+    assert engine.trim(5) == engine.capacity == 3 * CACHE_BLOCK_TOKENS
+
+
+def test_a_copied_slot_goes_on_as_its_source_does(engine: Engine) -> None:
+    whole = logits(engine, 0, TOKENS)
+    logits(engine, 0, TOKENS[:50][::-1], slot=2)
+    engine.copy_slot(0, 2, 40)
+    np.testing.assert_array_equal(logits(engine, 40, TOKENS[40:], slot=2), logits(engine, 40, TOKENS[40:], slot=0))
+    np.testing.assert_allclose(logits(engine, 40, TOKENS[40:], slot=2), whole[40:], atol=1e-4)
+
+
+def test_what_was_copied_or_swapped_survives_growth(engine: Engine) -> None:
+    whole = logits(engine, 0, TOKENS)
+    engine.copy_slot(0, 1, 40)
+    engine.swap_slots(1, 2, 40)
+    logits(engine, 0, np.resize(TOKENS, 2 * CACHE_BLOCK_TOKENS))
+    np.testing.assert_allclose(logits(engine, 40, TOKENS[40:], slot=2), whole[40:], atol=1e-4)
+
+
+def test_swapped_slots_go_on_in_each_others_place(engine: Engine) -> None:
+    texts = TOKENS[:30], TOKENS[30:60]
+    for slot, text in zip((0, 2), texts, strict=True):
+        logits(engine, 0, text[:20], slot=slot)
+    want = [logits(engine, 20, text[20:], slot=slot) for slot, text in zip((0, 2), texts, strict=True)]
+    engine.swap_slots(0, 2, 20)
+    for slot, text, expected in zip((2, 0), texts, want, strict=True):
+        np.testing.assert_array_equal(logits(engine, 20, text[20:], slot=slot), expected)
+
+
+def test_a_slot_is_swapped_with_one_that_was_never_used(engine: Engine) -> None:
+    logits(engine, 0, TOKENS[:20])
+    want = logits(engine, 20, TOKENS[20:30])
+    engine.swap_slots(0, 1, 20)
+    np.testing.assert_array_equal(logits(engine, 20, TOKENS[20:30], slot=1), want)
 
 
 def test_a_step_that_was_made_long_ago_still_reaches_the_cache(engine: Engine) -> None:

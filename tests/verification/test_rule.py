@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fly_trt.engines.base import EXACT, AcceptancePolicy
 from fly_trt.errors import ConfigError
@@ -90,6 +92,67 @@ def test_a_stop_token_is_never_loosened_whoever_proposes_it() -> None:
     wanted[3] = 1
     verdict = accept(draft_with_mismatches(), wanted, UNCERTAIN, REFERENCE, STOPS)
     assert (verdict.num_accepted, verdict.next_token) == (3, 1)
+
+
+@st.composite
+def whole_rounds(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, AcceptancePolicy]:
+    """A draft of n tokens that mostly matches, the n + 1 choices and gates, and any policy."""
+    n = draw(st.integers(0, 12))
+    choices = draw(st.lists(st.integers(1, 9), min_size=n + 1, max_size=n + 1))
+    changes = draw(st.lists(st.sampled_from([0, 0, 0, 1]), min_size=n, max_size=n))
+    draft = [1 + (token + change) % 9 if change else token for token, change in zip(choices, changes, strict=False)]
+    gate = draw(st.lists(st.sampled_from([0.1, 0.3, 1.0, math.nan]), min_size=n + 1, max_size=n + 1))
+    policy = draw(
+        st.one_of(
+            st.sampled_from([EXACT, *PRESETS.values()]),
+            st.builds(
+                AcceptancePolicy,
+                entropy_threshold=st.sampled_from([0.0, 0.3, math.inf]),
+                use_full_entropy=st.just(False),
+                window=st.integers(0, 8),
+                lookahead=st.integers(0, 8),
+            ),
+        )
+    )
+    return np.array(draft, np.int64), np.array(choices, np.int64), np.array(gate, np.float32), policy
+
+
+@settings(max_examples=150, deadline=None)
+@given(whole_rounds())
+def test_a_verdict_on_a_beginning_never_contradicts_the_whole(round_: tuple) -> None:
+    draft, choices, gate, policy = round_
+    n = len(draft)
+    whole = accept(draft, choices, gate, policy, STOPS)
+    assert whole.next_token == choices[whole.num_accepted], "the whole is decided"
+    for d in range(n + 1):
+        furthest = 0
+        for v in range(n + 2):
+            part = accept(draft[:d], choices[:v], gate[:v], policy, STOPS, num_draft=n)
+            assert part.num_accepted <= whole.num_accepted
+            assert part.next_token is None or part == whole
+            assert part.num_accepted <= min(d, v), "nothing stands that was not compared"
+            assert part.num_accepted >= furthest, "more knowledge takes nothing back"
+            furthest = part.num_accepted
+    assert accept(draft, choices, gate, policy, STOPS, num_draft=n) == whole
+
+
+def test_a_beginning_decides_as_soon_as_it_can() -> None:
+    draft = draft_with_mismatches(2)
+    open_after = [
+        accept(draft[:d], TARGET[:d], UNCERTAIN[:d], REFERENCE, STOPS, num_draft=16).num_accepted for d in range(17)
+    ]
+    assert open_after == [0, 1, 2, 2, 2, 2, 2, 2, *range(8, 17)]
+    verdict = accept(draft[:3], TARGET[:3], CERTAIN[:3], REFERENCE, STOPS, num_draft=16)
+    assert (verdict.num_accepted, verdict.next_token) == (2, 102)
+    again = draft_with_mismatches(2, 4)
+    verdict = accept(again[:5], TARGET[:5], UNCERTAIN[:5], REFERENCE, STOPS, num_draft=16)
+    assert (verdict.num_accepted, verdict.next_token) == (2, 102)
+
+
+def test_a_beginning_leaves_the_bonus_token_open_until_it_was_chosen() -> None:
+    draft = draft_with_mismatches(n=4)
+    assert accept(draft, TARGET[:4], CERTAIN[:4], EXACT, STOPS, num_draft=4).next_token is None
+    assert accept(draft, TARGET[:5], CERTAIN[:5], EXACT, STOPS, num_draft=4).next_token == 104
 
 
 def test_loosened_tokens_are_the_accepted_ones_that_differ() -> None:

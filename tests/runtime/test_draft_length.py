@@ -1,0 +1,214 @@
+"""How many draft tokens a step verifies, from costs and acceptance rates that are given here instead of measured."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fly_trt.runtime.draft_length import FIRST_RATE, AcceptanceRate, CostCurve, DraftLength
+
+K = 15
+
+Cost = Callable[[int], float]
+
+
+def measured(cost: Cost, upto: int = 512) -> CostCurve:
+    curve = CostCurve()
+    for exponent in range(upto.bit_length()):
+        curve.observe(2**exponent, cost(2**exponent))
+    return curve
+
+
+def chosen(cost: Cost, rates: Sequence[float], *, draft_seconds: float = 0.0, num_context: int = 1) -> int:
+    lengths = DraftLength(K, adaptive=True)
+    lengths.target_cost = measured(cost)
+    if draft_seconds:
+        for num_rows in range(1, 33):
+            lengths.observe_drafting(num_rows, 10, 10 * draft_seconds)
+    return lengths.choose(rates, num_context)
+
+
+def proportional(positions: int) -> float:
+    return 0.01 * positions
+
+
+def free(positions: int) -> float:
+    return 0.01
+
+
+def at(curve: CostCurve, *positions: int) -> list[float]:
+    return curve(np.array(positions)).tolist()
+
+
+# --- the cost of a step -----------------------------------------------------------------------------------------------
+
+
+def test_a_cost_between_measured_ones_is_interpolated() -> None:
+    curve = CostCurve()
+    curve.observe(2, 0.010)
+    curve.observe(8, 0.040)
+    assert at(curve, 2, 5, 8) == pytest.approx([0.010, 0.025, 0.040])
+
+
+def test_fewer_positions_than_measured_cost_what_the_fewest_do() -> None:
+    curve = CostCurve()
+    curve.observe(4, 0.010)
+    assert at(curve, 1, 4) == pytest.approx([0.010, 0.010])
+
+
+def test_more_positions_than_measured_cost_in_proportion() -> None:
+    curve = CostCurve()
+    curve.observe(4, 0.010)
+    curve.observe(16, 0.030)
+    assert at(curve, 32, 64) == pytest.approx([0.060, 0.120])
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 600), st.floats(1e-4, 1.0)), min_size=1, max_size=30),
+    st.lists(st.integers(1, 2000), min_size=2, max_size=20),
+)
+def test_more_positions_never_cost_less_whatever_was_measured(
+    measurements: list[tuple[int, float]], asked: list[int]
+) -> None:
+    curve = CostCurve()
+    for positions, seconds in measurements:
+        curve.observe(positions, seconds)
+    costs = at(curve, *sorted(asked))
+    assert costs == sorted(costs)
+    assert costs[0] >= min(seconds for _, seconds in measurements) * (1 - 1e-9)
+
+
+def test_a_cost_follows_new_measurements() -> None:
+    curve = CostCurve()
+    for seconds in [0.1] + [0.01] * 60:
+        curve.observe(8, seconds)
+    assert at(curve, 8) == pytest.approx([0.01], rel=0.01)
+
+
+def test_a_single_slow_step_changes_little() -> None:
+    curve = measured(free)
+    curve.observe(8, 0.1)
+    assert at(curve, 8)[0] < 0.03
+
+
+# --- the acceptance of drafts -----------------------------------------------------------------------------------------
+
+
+def test_a_new_request_starts_from_what_others_saw() -> None:
+    assert AcceptanceRate(0.35).value == pytest.approx(0.35)
+
+
+def test_a_rate_follows_the_recent_rounds() -> None:
+    rate = AcceptanceRate(0.8)
+    for _ in range(30):
+        rate.observe(0, was_rejected=True)
+    assert rate.value < 0.05
+    for _ in range(30):
+        rate.observe(15, was_rejected=False)
+    assert rate.value > 0.95
+
+
+def test_a_rate_ages_towards_the_first_guess_without_drafts() -> None:
+    rate = AcceptanceRate(0.8)
+    for _ in range(30):
+        rate.observe(0, was_rejected=True)
+    before = rate.value
+    for _ in range(200):
+        rate.fade()
+    assert before < rate.value == pytest.approx(FIRST_RATE, abs=0.01)
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_drafted_when_a_position_costs_as_much_as_a_step() -> None:
+    assert chosen(proportional, [0.3]) == 0
+    assert chosen(proportional, [0.9] * 8) == 0
+
+
+def test_the_maximum_is_drafted_when_positions_are_free() -> None:
+    for rate in (0.2, 0.5, 0.99):
+        assert chosen(free, [rate]) == K
+
+
+def test_a_draft_model_that_costs_more_than_it_brings_is_left_alone() -> None:
+    assert chosen(free, [0.6], draft_seconds=0.02) == 0
+    assert chosen(free, [0.6], draft_seconds=0.00001) >= 8
+
+
+def test_better_acceptance_never_drafts_less() -> None:
+    numbers = [chosen(lambda p: 0.01 + 0.002 * p, [rate], draft_seconds=0.0005) for rate in np.linspace(0, 0.99, 30)]
+    assert numbers == sorted(numbers)
+    assert numbers[0] == 0
+    assert numbers[-1] == K
+
+
+def test_more_rows_draft_less_when_positions_cost() -> None:
+    cost: Cost = lambda positions: max(0.02, 0.002 * positions)  # noqa: E731
+    numbers = [chosen(cost, [0.7] * num_rows) for num_rows in (1, 2, 4, 8, 16)]
+    assert numbers == sorted(numbers, reverse=True)
+    assert numbers[0] > 5
+    assert numbers[-1] == 0
+
+
+def test_a_row_that_drafts_well_outvotes_one_that_does_not() -> None:
+    cost: Cost = lambda positions: 0.01 + 0.001 * positions  # noqa: E731
+    alone, mixed = chosen(cost, [0.1]), chosen(cost, [0.1, 0.95])
+    assert alone < mixed
+
+
+@given(
+    rates=st.lists(st.floats(0, 1), min_size=1, max_size=16),
+    base=st.floats(1e-5, 0.1),
+    each=st.floats(0, 0.01),
+    draft=st.floats(0, 0.01),
+    num_context=st.integers(1, 4),
+)
+def test_the_choice_is_always_a_number_of_draft_tokens(
+    rates: list[float], base: float, each: float, draft: float, num_context: int
+) -> None:
+    choice = chosen(lambda p: base + each * p, rates, draft_seconds=draft, num_context=num_context)
+    assert 0 <= choice <= K
+
+
+def test_switched_off_the_maximum_is_drafted_whatever_it_costs() -> None:
+    lengths = DraftLength(K, adaptive=False)
+    lengths.target_cost = measured(proportional)
+    assert lengths.choose([0.01] * 8, 1) == K
+
+
+def test_before_anything_was_measured_the_maximum_is_drafted() -> None:
+    assert DraftLength(K, adaptive=True).choose([0.5], 1) == K
+
+
+def test_without_a_drafter_nothing_is_drafted() -> None:
+    lengths = DraftLength(0, adaptive=True)
+    lengths.target_cost = measured(free)
+    assert lengths.choose([0.9], 1) == 0
+
+
+def test_speculation_gets_another_chance() -> None:
+    """A slow first measurement of the draft model, or a bad beginning of a text, is not for ever."""
+    lengths = DraftLength(K, adaptive=True)
+    lengths.target_cost = measured(lambda positions: 0.01 + 0.0001 * positions)
+    lengths.observe_drafting(1, 10, 0.2)
+    rate = AcceptanceRate(0.8)
+    for _ in range(20):
+        rate.observe(0, was_rejected=True)
+    num_steps = 0
+    while lengths.choose([rate.value], 1) == 0:
+        rate.fade()
+        lengths.fade()
+        num_steps += 1
+        assert num_steps < 1000
+    assert num_steps > 10
+
+
+def test_what_requests_saw_is_what_new_ones_start_from() -> None:
+    lengths = DraftLength(K, adaptive=True)
+    assert lengths.usual_rate == FIRST_RATE
+    for _ in range(30):
+        lengths.observe_rate(0.2)
+    assert lengths.usual_rate == pytest.approx(0.2, abs=0.01)

@@ -1,0 +1,100 @@
+"""Two thousand requests of every kind, many of them cut off: nothing leaks and nothing grows."""
+
+import asyncio
+import dataclasses
+import gc
+import random
+from pathlib import Path
+
+from eval_checks import load_eval_prompts
+from fly_trt import AcceptanceParams, AsyncLLM, RequestOutputKind, SamplingParams
+from fly_trt.runtime.invariants import check_invariants
+
+NUM_REQUESTS = 2000
+NUM_CLIENTS = 24
+NUM_SETTLED = 200  # requests after which memory must not grow
+MAX_GROWTH_BYTES = 32 << 20
+TEXTS = [record["prompt"] for record in load_eval_prompts()]
+
+
+def resident_bytes() -> int:
+    gc.collect()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS:"))
+
+
+def random_params(rng: random.Random) -> SamplingParams:
+    params = SamplingParams(max_tokens=rng.randint(1, 24), output_kind=rng.choice(list(RequestOutputKind)))
+    changes = [
+        {"temperature": rng.uniform(0.2, 1.5), "top_p": rng.uniform(0.3, 1.0), "n": rng.randint(1, 3)},
+        {"acceptance": AcceptanceParams(acceptance="exact")},
+        {"stop": ["a", "number"], "include_stop_str_in_output": True},
+        {"repetition_penalty": 1.3, "min_tokens": 1, "logit_bias": {5: -100.0}, "bad_words": ["the"]},
+        {"logprobs": 3, "prompt_logprobs": 1},
+        {"ignore_eos": True, "stop_token_ids": [rng.randrange(896)]},
+        {},
+        {},
+    ]
+    return dataclasses.replace(params, **rng.choice(changes))
+
+
+async def serve(llm: AsyncLLM, rng: random.Random, counts: dict[str, int]) -> None:
+    prompt = (
+        rng.choice(TEXTS) if rng.random() < 0.5 else {"prompt_token_ids": rng.choices(range(896), k=rng.randint(1, 90))}
+    )
+    leave_after = rng.randint(1, 3) if rng.random() < 0.2 else None
+    num_seen = 0
+    async for output in llm.generate(prompt, random_params(rng)):
+        num_seen += 1
+        if output.finished:
+            counts["finished"] += 1
+        elif num_seen == leave_after:
+            counts["left"] += 1
+            return
+
+
+async def client(llm: AsyncLLM, rng: random.Random, pending: list[int], counts: dict[str, int]) -> None:
+    while pending:
+        pending.pop()
+        if rng.random() < 0.1:
+            try:
+                await asyncio.wait_for(serve(llm, rng, counts), rng.uniform(0.001, 0.2))
+            except TimeoutError:
+                counts["cancelled"] += 1
+        else:
+            await serve(llm, rng, counts)
+
+
+async def serve_all(llm: AsyncLLM, num_requests: int, seed: int) -> dict[str, int]:
+    counts = {"finished": 0, "left": 0, "cancelled": 0}
+    pending = list(range(num_requests))
+    await asyncio.gather(*(client(llm, random.Random(seed + i), pending, counts) for i in range(NUM_CLIENTS)))
+    return counts
+
+
+def test_two_thousand_requests_leave_no_slot_taken_and_no_memory_behind(demo_engine: Path) -> None:
+    async def run() -> None:
+        async with AsyncLLM(demo_engine) as llm:
+            await serve_all(llm, NUM_SETTLED, seed=0)
+            settled = resident_bytes()
+            counts = await serve_all(llm, NUM_REQUESTS - NUM_SETTLED, seed=1000)
+            grown = resident_bytes() - settled
+            assert sum(counts.values()) == NUM_REQUESTS - NUM_SETTLED
+            assert min(counts.values()) > 20, counts
+            assert grown < MAX_GROWTH_BYTES, f"{grown >> 20} MiB"
+            thread = llm._service.thread
+            for _ in range(100):
+                if not thread._groups:
+                    break
+                await asyncio.sleep(0.1)
+            assert not thread._groups
+            assert not thread._group_of
+            loop = thread._loop
+            check_invariants(loop)
+            assert not loop.scheduler.running
+            assert not loop.scheduler.waiting
+            assert all(slot.request is None for slot in loop.scheduler.slots.table)
+            metrics = llm.metrics()
+            assert metrics["fly_trt:num_requests_running"] == metrics["fly_trt:num_requests_waiting"] == 0
+
+    asyncio.run(run())
