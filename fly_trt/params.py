@@ -223,6 +223,12 @@ class SamplingParams:
         if self.n > 1 and self.temperature == 0:
             raise RequestError(f"n {self.n}: greedy completions are all the same: use n=1 or a temperature above 0")
 
+    @property
+    def changes_scores(self) -> bool:
+        """Whether anything but temperature and truncation changes which token is the most probable."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        return bool(penalties or self.logit_bias or self.bad_words or self.min_tokens)
+
     def _check_whole(self, name: str, least: int, or_else: str = "") -> None:
         value = getattr(self, name)
         if not (_is_whole(value) and value >= least):

@@ -18,6 +18,7 @@ import numpy as np
 from fly_trt.chat import ChatMessage, ChatTemplate
 from fly_trt.drafting import Drafter, Lookup, ModelDrafter, NgramDrafter
 from fly_trt.engines import Engine, load_engine
+from fly_trt.engines.base import AcceptancePolicy
 from fly_trt.errors import ConfigError, RequestError
 from fly_trt.manifest import Manifest, read_manifest
 from fly_trt.metrics import Metrics
@@ -180,21 +181,6 @@ class Service:
         self._check_token_ids("stop_token_ids", own_stops)
         self._check_token_ids("logit_bias", params.logit_bias or ())
         ends = own_stops if params.ignore_eos else own_stops | self._info.stop_token_ids
-        processor = LogitsProcessor(
-            vocab_size=self._info.vocab_size,
-            prompt_token_ids=token_ids,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            repetition_penalty=params.repetition_penalty,
-            logit_bias=params.logit_bias or {},
-            bad_words=self._bad_words(params.bad_words or ()),
-            min_tokens=params.min_tokens,
-            end_token_ids=ends,
-        )
-        sampler = None
-        if params.temperature > 0 or processor.changes_scores:
-            uniforms = UniformStream(seed, index)
-            sampler = Sampler(params, processor, uniforms, policy, self._info.entropy_top_k)
         request = Request(
             request_id=request_id,
             prompt_token_ids=token_ids,
@@ -211,11 +197,36 @@ class Service:
                 skip_special_tokens=params.skip_special_tokens,
             ),
             sequence=TokenSequence(token_ids),
-            sampler=sampler,
+            sampler=self._make_sampler(params, policy, token_ids, ends, seed, index),
             index=index,
         )
         request.metrics.num_prompt_tokens = len(token_ids)
         return request
+
+    def _make_sampler(
+        self,
+        params: SamplingParams,
+        policy: AcceptancePolicy,
+        token_ids: list[int],
+        end_token_ids: frozenset[int],
+        seed: int,
+        index: int,
+    ) -> Sampler | None:
+        """None where the engine's argmax is the choice."""
+        if not (params.temperature > 0 or params.changes_scores):
+            return None
+        processor = LogitsProcessor(
+            vocab_size=self._info.vocab_size,
+            prompt_token_ids=token_ids,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            repetition_penalty=params.repetition_penalty,
+            logit_bias=params.logit_bias or {},
+            bad_words=self._bad_words(params.bad_words or ()),
+            min_tokens=params.min_tokens,
+            end_token_ids=end_token_ids,
+        )
+        return Sampler(params, processor, UniformStream(seed, index), policy, self._info.entropy_top_k)
 
     def _check_token_ids(self, name: str, token_ids: Iterable[int]) -> None:
         unknown = sorted(token for token in token_ids if not 0 <= token < self._info.vocab_size)

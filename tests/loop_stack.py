@@ -25,6 +25,7 @@ from table_engine import STOP_TOKEN, VOCAB_SIZE, Entropy, Logits, NextToken, Tab
 
 PROMPT = [3, 4, 5, 3, 4]
 NUM_DRAFT_TOKENS = 15
+SHORT_WINDOW = AcceptancePolicy(entropy_threshold=0.1, use_full_entropy=False, window=2, lookahead=2)
 DRAFTERS = ("none", "ngram", "draft_model", "multi_level")
 LOOKUP = Lookup(max_n=4, min_n=1, num_tokens=6)
 

@@ -3,7 +3,8 @@
 tests/assets/golden holds what their program emitted (float32, greedy, up to 160 tokens, cut after the first
 end-of-sequence). Every sequence must be reproduced token for token, in batches and with draft lengths that follow the
 load. Loose rounds are then also as many as theirs. Exact ones are cut where the load asks for it, and in a batch the
-first token comes without a draft, so that they are counted with a fixed length, one request at a time.
+first token comes without a draft, so that they are counted with a fixed length, one request at a time. A fixed length
+is tried on every third sequence.
 """
 
 import json
@@ -51,6 +52,8 @@ def test_every_sequence_is_the_authors(file: str, config: str, adaptive: bool, r
     fixture, num_rows = PAIRS[file]
     rows = rows_of(file, config)
     assert len(rows) == num_rows
+    if not adaptive:
+        rows = rows[::3]
     counts_rounds = rows[0]["config"]["fly"] or not adaptive
     batch_size = 8 if rows[0]["config"]["fly"] or adaptive else 1
     prompts = [{"prompt_token_ids": row["prompt_token_ids"]} for row in rows]

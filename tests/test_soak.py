@@ -24,7 +24,7 @@ def resident_bytes() -> int:
 
 
 def random_params(rng: random.Random) -> SamplingParams:
-    params = SamplingParams(max_tokens=rng.randint(1, 24), output_kind=rng.choice(list(RequestOutputKind)))
+    params = SamplingParams(max_tokens=rng.randint(1, 12), output_kind=rng.choice(list(RequestOutputKind)))
     changes = [
         {"temperature": rng.uniform(0.2, 1.5), "top_p": rng.uniform(0.3, 1.0), "n": rng.randint(1, 3)},
         {"acceptance": AcceptanceParams(acceptance="exact")},
@@ -40,7 +40,7 @@ def random_params(rng: random.Random) -> SamplingParams:
 
 async def serve(llm: AsyncLLM, rng: random.Random, counts: dict[str, int]) -> None:
     prompt = (
-        rng.choice(TEXTS) if rng.random() < 0.5 else {"prompt_token_ids": rng.choices(range(896), k=rng.randint(1, 90))}
+        rng.choice(TEXTS) if rng.random() < 0.5 else {"prompt_token_ids": rng.choices(range(896), k=rng.randint(1, 40))}
     )
     leave_after = rng.randint(1, 3) if rng.random() < 0.2 else None
     num_seen = 0

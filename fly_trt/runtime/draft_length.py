@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fly_trt.engines.base import FloatArray
-
 SMOOTHING = 0.2  # weight of a new measurement
 FIRST_RATE = 0.8  # acceptance of a draft token before any was seen
 MEMORY = 0.9  # what a round leaves of the evidence before it
 FADING = 0.97  # the same for a step without drafts: after some forty of them speculation gets another chance
+RENEWAL = 8  # steps for which looked-up costs are used again
+MAX_KNOWN_STEPS = 256
 COST_FADING = 0.995
 PRIOR_TOKENS = 4.0
 
@@ -23,11 +23,13 @@ class CostCurve:
     """Seconds of a step by its positions (rows x tokens), from measurements, interpolated between powers of two."""
 
     def __init__(self) -> None:
+        self.num_observed = 0
         self._positions: dict[int, float] = {}
         self._seconds: dict[int, float] = {}
         self._curve: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None = None
 
     def observe(self, num_positions: int, seconds: float) -> None:
+        self.num_observed += 1
         bucket = (num_positions - 1).bit_length()
         if bucket not in self._seconds:
             self._positions[bucket], self._seconds[bucket] = num_positions, seconds
@@ -86,6 +88,8 @@ class DraftLength:
         self.target_cost = CostCurve()
         self._draft_seconds: dict[int, float] = {}  # of one more draft token, by rows
         self._lengths = np.arange(max_draft_tokens + 1)
+        self._num_fadings = 0
+        self._known_seconds: dict[tuple[int, int], tuple[int, list[float]]] = {}
 
     def observe_drafting(self, num_rows: int, num_tokens: int, seconds: float) -> None:
         """`seconds` to draft up to `num_tokens` tokens for each of `num_rows` rows."""
@@ -95,6 +99,7 @@ class DraftLength:
 
     def fade(self) -> None:
         """A step without drafts: a cost that is not measured again is doubted more and more, until it is."""
+        self._num_fadings += 1
         for rows in self._draft_seconds:
             self._draft_seconds[rows] *= COST_FADING
 
@@ -106,18 +111,31 @@ class DraftLength:
         number with the most expected tokens per second, where rates are the rows' acceptance rates."""
         if not self.adaptive or not len(self.target_cost) or not self.max_draft_tokens:
             return self.max_draft_tokens
-        tokens = self._expected_tokens(rates)
-        num_rows = len(rates)
-        seconds = (
-            self.target_cost(num_rows * (num_context + self._lengths)) + self._draft_cost(num_rows) * self._lengths
-        )
-        return int((tokens / seconds).argmax())
+        seconds = self._step_seconds(len(rates), num_context)
+        expected = float(len(rates))  # tokens: the accepted prefixes and the target's own
+        best, best_speed = 0, expected / seconds[0]
+        powers = list(rates)
+        for length in range(1, self.max_draft_tokens + 1):
+            expected += sum(powers)
+            powers = [power * rate for power, rate in zip(powers, rates, strict=True)]
+            if expected > best_speed * seconds[length]:
+                best, best_speed = length, expected / seconds[length]
+        return best
 
-    def _expected_tokens(self, rates: Sequence[float]) -> FloatArray:
-        """[max_draft_tokens + 1]: the accepted prefix and the target's own token, summed over the rows."""
-        powers = np.array(rates)[:, None] ** self._lengths
-        expected: FloatArray = powers.cumsum(axis=1).sum(axis=0)
-        return expected
+    def _step_seconds(self, num_rows: int, num_context: int) -> list[float]:
+        """Expected seconds of drafting and verifying 0 .. max_draft_tokens tokens; looked up for a few steps, because
+        one measurement more hardly changes them."""
+        num_changes = self.target_cost.num_observed + self._num_fadings
+        known = self._known_seconds.get((num_rows, num_context))
+        if known is not None and num_changes - known[0] < RENEWAL:
+            return known[1]
+        drafting = self._draft_cost(num_rows) * self._lengths
+        verifying = self.target_cost(num_rows * (num_context + self._lengths))
+        seconds: list[float] = (verifying + drafting).tolist()
+        if len(self._known_seconds) > MAX_KNOWN_STEPS:
+            self._known_seconds.clear()
+        self._known_seconds[num_rows, num_context] = num_changes, seconds
+        return seconds
 
     def _draft_cost(self, num_rows: int) -> float:
         if not self._draft_seconds:

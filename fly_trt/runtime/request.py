@@ -96,6 +96,7 @@ class Request:
             self.metrics.time_to_first_token = time.perf_counter() - self.arrival
         for count, token in enumerate(tokens, start=1):
             self.output_token_ids.append(token)
+            self.metrics.num_output_tokens += 1
             if logprobs is not None:
                 self.logprobs.append(logprobs[count - 1])
             if self._ends_with(token):
@@ -107,7 +108,7 @@ class Request:
         self.state = RequestState.FINISHED
         self.finish_reason = reason
         self.stop_reason = stop_reason
-        self.metrics.num_output_tokens = len(self.output_token_ids)
+        self.metrics.num_cached_tokens = self.num_prefix_hits
         self.metrics.latency = time.perf_counter() - self.arrival
 
     def fail(self, error: FlyError) -> None:

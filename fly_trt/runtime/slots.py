@@ -63,7 +63,9 @@ class SlotTable:
         if length < MIN_PREFIX_TOKENS or would_lose_more:
             source = min(free, key=lambda index: self.table[index].freed_at)
             length = 0
-        self._swap(place, source)
+            self._move_kept(place, source)
+        else:
+            self._swap(place, source)
         self.table[place].request = request
         self.table[place].kept = NO_TOKENS
         request.slot = place
@@ -124,6 +126,17 @@ class SlotTable:
         }
         source = max(lengths, key=lambda index: lengths[index], default=0)
         return source, lengths.get(source, 0)
+
+    def _move_kept(self, source: int, target: int) -> None:
+        """What a free slot keeps replaces what another one keeps."""
+        kept = self.table[source].kept
+        if source == target or not len(kept):
+            return
+        self._target.copy_slot(source, target, len(kept))
+        if self._drafter is not None:
+            self._drafter.copy(source, target, len(kept))
+        self.table[target].kept = kept
+        self.table[target].freed_at = self.table[source].freed_at
 
     def _swap(self, first: int, second: int) -> None:
         if first == second:

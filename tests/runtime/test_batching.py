@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from fly_trt.engines.base import EXACT, AcceptancePolicy
 from fly_trt.runtime.request import Request
 from fly_trt.verification import PRESETS
-from loop_stack import DRAFTERS, Stack, make_drafter, make_request, make_stack, random_prompt, text_of
+from loop_stack import DRAFTERS, SHORT_WINDOW, Stack, make_drafter, make_request, make_stack, random_prompt, text_of
 from table_engine import greedy, most_probable, sometimes_differs, sometimes_uncertain, spread_logits
 
 TEXTS = [random_prompt(seed, 60) for seed in range(2)]
 ALONE = {"num_slots": 1, "max_num_tokens": 100, "draft_lengths": [], "adaptive_draft_length": False}
-POLICIES = {"exact": EXACT, **PRESETS}
+POLICIES = {"exact": EXACT, "short": SHORT_WINDOW, **PRESETS}
 SAMPLING: list[dict[str, Any]] = [
     {},
     {},

@@ -18,6 +18,7 @@ from loop_stack import (
     make_drafter,
     make_request,
     make_stack,
+    random_prompt,
     text_of,
 )
 from table_engine import (
@@ -227,6 +228,29 @@ def test_a_step_returns_the_requests_that_emitted_or_ended_and_no_others() -> No
         assert set(map(id, changed)) == set(map(id, emitted))
         seen += changed
     assert short in seen
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("num_slots", [1, 2, 4])
+def test_warming_up_measures_small_and_full_steps_and_changes_no_result(drafter: str, num_slots: int) -> None:
+    language = hashed(12, 4)
+    stack = make_stack(language, make_drafter(drafter, language), num_slots=num_slots, max_num_tokens=64)
+    stack.loop.warm_up()
+    stack.check()
+    measured = {rows * tokens for _, rows, tokens in stack.target.shapes}
+    full = NUM_DRAFT_TOKENS + 1 if drafter != "none" else 1
+    assert {1, num_slots, full, num_slots * full} <= measured
+    assert len(stack.loop.draft_length.target_cost) > 0
+    request = make_request(random_prompt(0, 30))
+    stack.run(request)
+    assert request.output_token_ids == greedy(language, request.prompt_token_ids, 40)
+
+
+def test_warming_up_takes_no_step_beyond_max_num_tokens() -> None:
+    language = hashed(12, 4)
+    stack = make_stack(language, make_drafter("draft_model", language), num_slots=4, max_num_tokens=20)
+    stack.loop.warm_up()
+    assert max(rows * tokens for _, rows, tokens in stack.target.shapes) <= 20
 
 
 @pytest.mark.parametrize("length", [0, 511, 512, 513, 2000])

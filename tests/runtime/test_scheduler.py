@@ -8,7 +8,7 @@ from fly_trt.errors import QueueFullError
 from fly_trt.runtime.request import Request, RequestState
 from fly_trt.verification import PRESETS
 from loop_stack import DRAFTERS, Stack, make_drafter, make_request, make_stack, random_prompt
-from table_engine import greedy, hashed, sometimes_differs
+from table_engine import greedy, hashed, sometimes_differs, sometimes_uncertain
 
 LANGUAGE = hashed(12, 3)
 
@@ -125,16 +125,23 @@ def test_no_cache_moves_when_a_waiting_request_fills_the_gap() -> None:
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_a_sequence_that_moves_goes_on_as_if_it_had_not(drafter: str) -> None:
-    draft = sometimes_differs(LANGUAGE, 1)
-    stack = make_stack(LANGUAGE, make_drafter(drafter, draft), num_slots=4, max_num_tokens=256)
-    first, *others = requests_of(3, 30, 20, 40)
-    stack.run(first, *others)
-    assert stack.target.swaps
-    for request in others:
-        alone = make_request(request.prompt_token_ids, max_tokens=request.max_tokens)
-        make_stack(LANGUAGE, make_drafter(drafter, draft), max_num_tokens=256).run(alone)
+    def serve(*requests: Request, num_slots: int) -> Stack:
+        draft = make_drafter(drafter, sometimes_differs(LANGUAGE, 1))
+        stack = make_stack(LANGUAGE, draft, num_slots=num_slots, max_num_tokens=256, entropy=sometimes_uncertain(1))
+        stack.run(*requests)
+        return stack
+
+    policy = PRESETS["reference"]
+    prompts = [random_prompt(seed, 20) for seed in range(4)]
+    together = [
+        make_request(prompt, policy=policy, max_tokens=n) for prompt, n in zip(prompts, (3, 30, 20, 40), strict=True)
+    ]
+    assert serve(*together, num_slots=4).target.swaps
+    for request in together:
+        alone = make_request(request.prompt_token_ids, policy=policy, max_tokens=request.max_tokens)
+        serve(alone, num_slots=1)
         assert request.output_token_ids == alone.output_token_ids
-        assert request.metrics.num_accepted_tokens == alone.metrics.num_accepted_tokens
+        assert request.metrics.acceptance_histogram == alone.metrics.acceptance_histogram
 
 
 @pytest.mark.parametrize("drafter", ["none", "ngram", "multi_level"])
