@@ -131,6 +131,18 @@ def test_a_stop_string_ends_the_text_before_it_wherever_a_round_ends() -> None:
         assert (request.finish_reason, request.stop_reason) == ("stop", stop)
 
 
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("min_tokens", [0, 8, 9, 10, 28, 29, 40])
+def test_a_stop_string_counts_only_after_min_tokens(drafter: str, min_tokens: int) -> None:
+    language = lambda tokens: 2 + len(tokens) % 20  # noqa: E731
+    plain = greedy(language, PROMPT, 40)
+    request = make_request(stop=text_of(plain[6:9]), min_tokens=min_tokens)
+    make_stack(language, make_drafter(drafter, language)).run(request)
+    length = next((end for end in (9, 29) if end > min_tokens), 40)
+    assert request.output_token_ids == plain[:length]
+    assert request.finish_reason == ("stop" if length < 40 else "length")
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     salt=st.integers(0, 1000),

@@ -92,7 +92,6 @@ def test_conversations_in_turn_all_keep_their_caches() -> None:
         for index, last in enumerate(talks):
             talks[index] = answered(stack, conversation(last, [index + 3, turn + 2]))
             assert talks[index].num_prefix_hits == len(last.prompt_token_ids) + len(last.output_token_ids) - 1
-    assert stack.target.copies == []
 
 
 def test_the_cache_that_was_free_the_longest_goes_first() -> None:
