@@ -47,11 +47,12 @@ ALIASES = {"max_num_seqs": "max_batch_size", "max_model_len": "max_seq_len"}
 class ServiceConfig:
     """How an engine directory is served. None means: as it was built.
 
-    max_batch_size: requests in flight. max_seq_len: tokens of a sequence, prompt and output. max_num_tokens: tokens
-    that one iteration processes; less keeps the pauses of running requests short while a long prompt is read, more
-    reads it faster. max_queue_size: requests that may wait. enable_prefix_caching: a prompt starts from the cache of
-    another that begins alike. num_threads: CPU threads, shared by all engines of the process; None means all cores.
-    verify_hashes: check every file against the manifest's sha256 first.
+    max_batch_size: requests in flight. max_seq_len: tokens of a sequence, prompt and output. max_num_tokens: prompt
+    tokens that one iteration reads, and tokens that its verification step has; less keeps the pauses of running
+    requests short while a long prompt is read, more reads it faster. max_queue_size: requests that may wait.
+    enable_prefix_caching: a prompt starts from the cache of another that begins alike. num_threads: CPU threads, shared
+    by all engines of the process; None means all cores. verify_hashes: check every file against the manifest's sha256
+    first.
     """
 
     max_batch_size: int | None = None

@@ -62,8 +62,8 @@ def gauge(llm: AsyncLLM, name: str) -> float:
     return llm.metrics()[f"fly_trt:{name}"]
 
 
-async def wait_until_idle(llm: AsyncLLM, seconds: float = 10.0) -> None:
-    await wait_until(lambda: gauge(llm, "num_requests_running") == gauge(llm, "num_requests_waiting") == 0, seconds)
+async def wait_until_idle(llm: AsyncLLM) -> None:
+    await wait_until(lambda: gauge(llm, "num_requests_running") == gauge(llm, "num_requests_waiting") == 0)
 
 
 async def start(llm: AsyncLLM, params: SamplingParams = LONG, request_id: str | None = None) -> asyncio.Task:
@@ -95,7 +95,7 @@ def test_cumulative_outputs_grow_to_what_generate_returns(llm: AsyncLLM, referen
 def test_delta_outputs_join_to_the_final_one(llm: AsyncLLM, params: SamplingParams) -> None:
     (whole,) = asyncio.run(collect(llm, params=with_kind(params, RequestOutputKind.FINAL_ONLY)))
     deltas = asyncio.run(collect(llm, params=with_kind(params, RequestOutputKind.DELTA)))
-    assert len(deltas) > 2
+    assert len(deltas) > 1
     for index, want in enumerate(whole.outputs):
         parts = [part for delta in deltas for part in delta.outputs if part.index == index]
         assert "".join(part.text for part in parts) == want.text
@@ -196,14 +196,14 @@ def test_a_timeout_frees_the_slot(llm: AsyncLLM) -> None:
 
 def test_an_abort_ends_the_iteration_with_what_there_is(llm: AsyncLLM) -> None:
     async def main(kind: RequestOutputKind) -> list[RequestOutput]:
-        task = await start(llm, with_kind(LONG, kind), "mine")
-        await llm.abort("mine")
+        task = await start(llm, with_kind(LONG, kind), f"mine {kind.value}")
+        await llm.abort(f"mine {kind.value}")
         return await task
 
     for kind in RequestOutputKind:
         outputs = asyncio.run(main(kind))
         last = outputs[-1]
-        assert (last.request_id, last.finished) == ("mine", True)
+        assert (last.request_id, last.finished) == (f"mine {kind.value}", True)
         assert last.outputs[0].finish_reason == "abort"
         parts = outputs if kind is RequestOutputKind.DELTA else outputs[-1:]
         tokens = [token for part in parts for token in part.outputs[0].token_ids]
@@ -306,12 +306,17 @@ def test_one_event_loop_after_another_may_use_it(llm: AsyncLLM, reference: dict)
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_event_loop_that_closes_in_the_middle_frees_its_requests(llm: AsyncLLM, reference: dict) -> None:
+    def num_aborted() -> float:
+        return llm.metrics().get('fly_trt:request_success_total{finished_reason="abort"}', 0)
+
+    before = num_aborted()
     loop = asyncio.new_event_loop()
     stream = llm.generate(PROMPTS[0], LONG)
     loop.run_until_complete(anext(stream))
     loop.close()
     assert asyncio.run(collect(llm, PROMPTS[1]))[-1].outputs[0] == reference[PROMPTS[1]]
-    asyncio.run(wait_until_idle(llm, seconds=1))
+    asyncio.run(wait_until_idle(llm))
+    assert num_aborted() == before + 1
     del stream
     gc.collect()
 

@@ -1,5 +1,6 @@
 """One prompt with its n sequences, and the outputs that its caller gets."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -7,6 +8,8 @@ from fly_trt.errors import FlyError
 from fly_trt.outputs import CompletionOutput, RequestOutput
 from fly_trt.params import RequestOutputKind
 from fly_trt.runtime.request import Request
+
+logger = logging.getLogger(__name__)
 
 Sink = Callable[[RequestOutput | FlyError], None]
 """Takes outputs in the engine's thread, so it must only hand them on. An error or a finished output is the last."""
@@ -38,14 +41,21 @@ class RequestGroup:
             return
         self.is_done = all(request.is_finished for request in self.requests)
         if self.output_kind is RequestOutputKind.DELTA:
-            self.sink(self._output([self._delta(request) for request in changed]))
+            self._send(self._output([self._delta(request) for request in changed]))
         elif self.output_kind is RequestOutputKind.CUMULATIVE or self.is_done:
-            self.sink(self._output([request.completion() for request in self.requests]))
+            self._send(self._output([request.completion() for request in self.requests]))
 
     def fail(self, error: FlyError) -> None:
         """Ends the group for its caller; the loop still has to be told."""
         self.is_done = True
-        self.sink(error)
+        self._send(error)
+
+    def _send(self, output: RequestOutput | FlyError) -> None:
+        try:
+            self.sink(output)
+        except Exception:  # whoever does not take outputs gets no more of them; the others are served on
+            logger.exception("request %s: its sink failed", self.request_id)
+            self.is_done = True
 
     def _delta(self, request: Request) -> CompletionOutput:
         index = request.index

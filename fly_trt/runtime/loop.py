@@ -31,8 +31,8 @@ WARM_UP_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class LoopConfig:
-    """Sizes in requests and tokens: num_slots rows at most, num_draft_tokens per round, max_num_tokens per iteration,
-    max_queue_size waiting requests."""
+    """Sizes in requests and tokens: num_slots rows at most, num_draft_tokens per round, max_num_tokens of prompts
+    and again of verification per iteration, max_queue_size waiting requests."""
 
     num_slots: int
     num_draft_tokens: int
@@ -165,11 +165,11 @@ class GenerationLoop:
         fed = [self._fill(step, row, request, num_tokens) for row, request in enumerate(rows)]
         self._run(step)
         for row, request in enumerate(rows):
-            if request.round is None:
-                self._advance_prompt(request, step, row, fed[row])
-                continue
             try:
-                self._settle(request, request.round, step, row, fed[row])
+                if request.round is None:
+                    self._advance_prompt(request, step, row, fed[row])
+                else:
+                    self._settle(request, request.round, step, row, fed[row])
             except FlyError as error:  # this request's settings leave no token: the others go on
                 request.fail(error)
                 self._changed[request] = None
@@ -218,9 +218,6 @@ class GenerationLoop:
             assert round_ is not None
             draft = np.concatenate([round_.draft[: round_.num_committed], proposal])
             round_.set_draft(draft, round_.num_committed + count)
-            if round_.num_missing <= 0 and not request.num_context:
-                request.num_cached -= 1  # nothing is left to feed: the last token once more
-                round_.drop_last()
 
     def _propose(self, rows: list[DraftRow]) -> list[IntArray]:
         assert self._drafter is not None
@@ -260,7 +257,9 @@ class GenerationLoop:
             verdict = Verdict(int(step.num_accepted[row]), int(step.next_token[row]))
         else:
             choices, gates = self._choices(request, round_, step, row, positions, logits)
-            round_.add(choices, gates, logits if request.params.logprobs is not None else None)
+            wanted = None if logits is None or request.params.logprobs is None else logits[: len(choices)]
+            round_.add(choices, gates, wanted)
+            request.num_cached = min(request.num_cached, round_.start + round_.num_fed)  # a sampler may choose fewer
             verdict = round_.verdict(request.policy, request.end_token_ids | self._target.info.stop_token_ids)
         self._commit(request, round_, verdict)
 

@@ -59,10 +59,6 @@ class Round:
         if logits is not None:
             self.logits = np.concatenate([self.logits, logits])
 
-    def drop_last(self) -> None:
-        """Forgets the last position, to verify it again."""
-        self.choices, self.gates, self.logits = self.choices[:-1], self.gates[:-1], self.logits[:-1]
-
     def verdict(self, policy: AcceptancePolicy, stop_token_ids: frozenset[int]) -> Verdict:
         return accept(self.draft, self.choices, self.gates, policy, stop_token_ids, self.num_draft)
 

@@ -26,7 +26,9 @@ class Sampler:
     def choose(
         self, logits: FloatArray, output: IntArray, undecided: IntArray, draft: IntArray
     ) -> tuple[IntArray, FloatArray]:
-        """Choices int64 [m] and gate entropies float32 [m] (nats) at m positions.
+        """Choices int64 [m] and gate entropies float32 [m] (nats) at m positions, or at those before the first one that
+        no token is left for: it may lie behind a rejected draft token, where nobody asks. Raises RequestError when the
+        first position is such a one.
 
         logits float32 [m, V]; output int64 [k], the committed output tokens; undecided int64 [u], draft tokens after
         them that were verified in an earlier step, so that the first position is k + u; draft int64 [m - 1 or more],
@@ -36,6 +38,7 @@ class Sampler:
             ahead = len(undecided)
             padded = np.concatenate([np.zeros((ahead, logits.shape[1]), np.float32), logits]) if ahead else logits
             logits = self.processor.process(padded, output, np.concatenate([undecided, draft]))[ahead:]
+            logits = _before_dead_end(logits)
         params = self.params
         if params.temperature < sampling.MIN_TEMPERATURE:
             choices = sampling.greedy(logits)
@@ -51,6 +54,11 @@ class Sampler:
             return np.zeros(num_positions, np.float32)
         full, topk = sampling.gate_entropy(probabilities, self.entropy_top_k)
         return full if self.policy.use_full_entropy else topk
+
+
+def _before_dead_end(scores: FloatArray) -> FloatArray:
+    dead = np.flatnonzero(scores.max(axis=1) == -np.inf)
+    return scores[: dead[0]] if len(dead) and dead[0] else scores
 
 
 def draw_seed() -> int:

@@ -7,12 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fly_trt.drafting import ModelDrafter
 from fly_trt.engines.base import AcceptancePolicy
 from fly_trt.errors import RequestError
 from fly_trt.runtime.request import Request
 from fly_trt.verification import PRESETS
 from loop_stack import DRAFTERS, NUM_DRAFT_TOKENS, PROMPT, SHORT_WINDOW, Stack, make_drafter, make_request, make_stack
-from table_engine import VOCAB_SIZE, greedy, most_probable, sometimes_differs, sometimes_uncertain, spread_logits
+from table_engine import (
+    VOCAB_SIZE,
+    TableEngine,
+    greedy,
+    most_probable,
+    sometimes_differs,
+    sometimes_uncertain,
+    spread_logits,
+)
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.8},
@@ -193,3 +202,12 @@ def test_logits_leave_the_engine_for_those_who_need_them_only() -> None:
     assert not any(asked)
     stack.run(make_request(temperature=1.0, max_tokens=2))
     assert any(asked)
+
+
+def test_a_draft_token_that_leaves_no_token_after_it_does_no_harm() -> None:
+    """The draft always says 20, after which every token is a bad word; the target never says it."""
+    language = lambda tokens: 2 + len(tokens) % 17  # noqa: E731
+    bad_words = [[20, token] for token in range(VOCAB_SIZE)]
+    stack = make_stack(language, ModelDrafter(TableEngine(lambda tokens: 20), VOCAB_SIZE))
+    request = served(stack, bad_word_ids=bad_words, max_tokens=12)
+    assert request.output_token_ids == greedy(language, request.prompt_token_ids, 12)

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator
 from itertools import chain, pairwise
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -423,6 +423,26 @@ def test_shutdown_ends_what_is_served_with_abort_and_closes_the_engines() -> Non
     assert all(inbox.is_empty() for inbox in inboxes)
 
 
+@pytest.mark.parametrize("kind", list(RequestOutputKind))
+def test_a_sink_that_raises_ends_its_own_request_only(
+    thread: EngineThread, engine: SteppedEngine, kind: RequestOutputKind
+) -> None:
+    calls = []
+
+    def refuse(output: RequestOutput | FlyError) -> None:
+        calls.append(output)
+        raise ValueError("gone")
+
+    refused = make_group([3, 4, 5], Inbox(), "refused", kind, n=2, temperature=1.0)
+    refused.sink = refuse
+    other = Inbox()
+    thread.submit([refused, make_group([3, 4], other, "other", max_tokens=60)])
+    assert other.all()[-1].outputs[0].token_ids == greedy(LANGUAGE, [3, 4], 60)
+    assert is_over(thread, engine)
+    assert len(calls) == 1
+    assert all(request.is_finished for request in refused.requests)
+
+
 def test_a_sink_may_shut_the_engine_down(engine: SteppedEngine) -> None:
     thread = EngineThread(make_loop(engine), engine.close)
     inbox = Inbox()
@@ -439,12 +459,13 @@ def test_a_sink_may_shut_the_engine_down(engine: SteppedEngine) -> None:
     assert is_over(thread, engine)
 
 
-def test_an_idle_engine_does_nothing(thread: EngineThread, engine: SteppedEngine) -> None:
-    inbox = Inbox()
-    thread.submit([make_group([3, 4, 5], inbox)])
-    inbox.all()
-    num_runs = engine.num_runs
-    with pytest.raises(Empty):
-        inbox._queue.get(timeout=0.05)
-    assert engine.num_runs == num_runs
+def test_an_idle_engine_runs_no_steps(thread: EngineThread, engine: SteppedEngine) -> None:
+    num_runs = []
+    for number in range(3):
+        inbox = Inbox()
+        thread.submit([make_group([3, 4, 5], inbox, str(number))])
+        inbox.all()
+        num_runs.append(engine.num_runs)
     assert is_over(thread, engine)
+    assert num_runs == [num_runs[0], 2 * num_runs[0], 3 * num_runs[0]]
+    assert engine.num_runs == num_runs[-1]
