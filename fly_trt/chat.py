@@ -61,6 +61,9 @@ class ChatTemplate:
         well_formed = isinstance(messages, Sequence) and all(isinstance(m, dict) and "role" in m for m in messages)
         if not messages or not well_formed:
             raise RequestError(f"messages {messages!r}: expected a list of {{'role': ..., 'content': ...}}")
+        for name in ("chat_template", "continue_final_message"):
+            if name in variables:
+                raise RequestError(f"{name}: not supported: the model's own template is applied to whole messages")
         # Templates may rely on these names being there.
         variables = {"tools": None, "documents": None, **self._tokens, **variables}
         try:

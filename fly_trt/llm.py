@@ -171,9 +171,10 @@ class LLM:
             try:
                 self._service.thread.submit([waiting[0]])
             except QueueFullError:
-                if not num_running + num_submitted:
-                    raise
-                break
+                if num_running + num_submitted:
+                    break
+                self._service.thread.wait_for_room(len(waiting[0].requests))  # others hold all places
+                continue
             waiting.popleft()
             num_submitted += 1
         return num_submitted

@@ -219,7 +219,7 @@ def test_an_abort_of_an_unknown_request_does_nothing(llm: AsyncLLM) -> None:
 def test_a_request_id_in_use_is_refused_and_free_again_afterwards(llm: AsyncLLM) -> None:
     async def main() -> None:
         task = await start(llm, request_id="mine")
-        with pytest.raises(ConfigError, match="request_id 'mine': already in use: give each request its own"):
+        with pytest.raises(RequestError, match="request_id 'mine': already in use: give each request its own"):
             await collect(llm, request_id="mine")
         assert not task.done(), "the one that has the id is not disturbed"
         await llm.abort("mine")

@@ -1,7 +1,7 @@
 """Compares FLy with exact speculation and with autoregressive decoding of the same engine, in one interleaved run.
 
 usage: tools/compare.py ENGINE_DIR [--prompts 24] [--rounds 3] [--max-tokens 160] [--modes ar exact fly]
-                        [--in-flight 1 4 8 16] [--json]
+                        [--in-flight 1 4 8 16] [--ignore-eos] [--json]
 
 Every round runs every prompt in every mode, one mode right after the other, so that a machine that slows down slows
 all modes; tokens/s are medians over the rounds. With N in flight, N requests are kept running until the prompts are
@@ -66,13 +66,12 @@ class Result:
 
 
 def compare(
-    engine_dir: str, modes: list[str], num_prompts: int, rounds: int, max_tokens: int, in_flight: int
+    engine_dir: str, modes: list[str], num_prompts: int, rounds: int, params: SamplingParams, in_flight: int
 ) -> list[dict]:
     records = load_eval_prompts()[:num_prompts]
     prompts = [record["prompt"] for record in records]
     # One at a time, the modes take turns prompt by prompt; in flight, they take turns with all prompts.
     shares = [[prompt] for prompt in prompts] if in_flight == 1 else [prompts]
-    params = SamplingParams(max_tokens=max_tokens)
     llms = {
         mode: LLM(engine_dir, speculative_config=MODES[mode][1], max_batch_size=in_flight, enable_prefix_caching=False)
         for mode in modes
@@ -108,13 +107,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=160)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["ar", "exact", "fly"])
+    parser.add_argument(
+        "--ignore-eos", action="store_true", help="always max-tokens, so that decoding outweighs prefill"
+    )
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1], metavar="N")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    params = SamplingParams(max_tokens=args.max_tokens, ignore_eos=args.ignore_eos)
     rows = []
     try:
         for in_flight in args.in_flight:
-            rows += compare(args.engine_dir, args.modes, args.prompts, args.rounds, args.max_tokens, in_flight)
+            rows += compare(args.engine_dir, args.modes, args.prompts, args.rounds, params, in_flight)
     except FlyError as error:
         parser.exit(2, f"compare: {error}\n")
     if args.json:

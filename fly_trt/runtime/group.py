@@ -31,6 +31,11 @@ class RequestGroup:
         self._sent_tokens = [0] * len(self.requests)
         self._sent_characters = [0] * len(self.requests)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the next update is the last one."""
+        return any(r.error is not None for r in self.requests) or all(r.is_finished for r in self.requests)
+
     def update(self, changed: list[Request]) -> None:
         """Tells the caller what the changed sequences of this group emitted."""
         if self.is_done:

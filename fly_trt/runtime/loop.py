@@ -79,7 +79,7 @@ class GenerationLoop:
         self._remove_finished()
         rows = self.scheduler.schedule() if any(r.is_finished for r in rows) else rows
         decoding = [request for request in rows if request.state is RequestState.DECODE]
-        if decoding:
+        if not self._changed.keys() >= set(decoding):  # what a prompt's own step emitted is delivered first
             num_context = max(1, *(request.num_context for request in decoding))  # an open round feeds one token more
             self._row_tokens = self._verify(rows, self._choose_draft_length(decoding, num_context, len(rows)))
         self._remove_finished()

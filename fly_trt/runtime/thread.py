@@ -6,10 +6,11 @@ the thread, and every caller is told.
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
-from fly_trt.errors import ConfigError, EngineError, FlyError, QueueFullError
+from fly_trt.errors import ConfigError, EngineError, FlyError, QueueFullError, RequestError
 from fly_trt.runtime.group import RequestGroup
 from fly_trt.runtime.loop import GenerationLoop
 from fly_trt.runtime.request import Request
@@ -17,6 +18,7 @@ from fly_trt.runtime.request import Request
 logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 60.0
+ROOM_POLL_SECONDS = 0.02
 
 
 class EngineThread:
@@ -35,14 +37,14 @@ class EngineThread:
         self._thread.start()
 
     def submit(self, groups: list[RequestGroup]) -> None:
-        """Queues the groups, all or none. Raises QueueFullError when they do not fit, ConfigError for a request id in
+        """Queues the groups, all or none. Raises QueueFullError when they do not fit, RequestError for a request id in
         use or after shutdown, and EngineError after a failure."""
         with self._changed:
             self.check_running()
             by_id: dict[str, RequestGroup] = {}
             for group in groups:
                 if group.request_id in self._groups or group.request_id in by_id:
-                    raise ConfigError(f"request_id {group.request_id!r}: already in use: give each request its own")
+                    raise RequestError(f"request_id {group.request_id!r}: already in use: give each request its own")
                 by_id[group.request_id] = group
             by_request = {request: group for group in groups for request in group.requests}
             # Known before they are queued: a step that runs now may serve them at once.
@@ -57,6 +59,12 @@ class EngineThread:
                     del self._group_of[request]
                 raise
             self._changed.notify()
+
+    def wait_for_room(self, num_requests: int) -> None:
+        """Blocks until the queue has that many places, which others may take before the caller does."""
+        while self._loop.scheduler.num_free_places < num_requests:
+            self.check_running()
+            time.sleep(ROOM_POLL_SECONDS)
 
     def abort(self, request_id: str) -> None:
         """Ends a request if it is still served; its last output has finish_reason "abort"."""
@@ -114,17 +122,23 @@ class EngineThread:
         for request in changed:
             by_group.setdefault(self._group_of[request], []).append(request)
         for group, requests in by_group.items():
+            is_over = group.is_over
+            if is_over:
+                self._forget(group)  # first: a caller who sees the last output finds the request id free
             group.update(requests)
-            if group.is_done:
+            if not group.is_done:
+                continue
+            if not is_over:  # its sink failed
                 self._forget(group)
+            with self._changed:  # a failed group's other sequences end with it
+                for request in group.requests:
+                    self._loop.abort(request)
 
     def _forget(self, group: RequestGroup) -> None:
-        """A failed group's other sequences end with it."""
         with self._changed:
-            del self._groups[group.request_id]  # first: whatever fails from here on, its caller is done
+            del self._groups[group.request_id]
             for request in group.requests:
                 del self._group_of[request]
-                self._loop.abort(request)
 
     def _fail(self, error: Exception) -> None:
         reason = " ".join(str(error).split()) or type(error).__name__

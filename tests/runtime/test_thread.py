@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fly_trt.errors import ConfigError, EngineError, FlyError, QueueFullError, RequestError
+from fly_trt.errors import EngineError, FlyError, QueueFullError, RequestError
 from fly_trt.outputs import RequestOutput
 from fly_trt.params import RequestOutputKind
 from fly_trt.runtime.group import RequestGroup
@@ -274,7 +274,7 @@ def test_a_request_id_in_use_is_refused_and_free_again_afterwards(thread: Engine
     engine.is_free = False
     inbox, refused = Inbox(), Inbox()
     thread.submit([make_group([3, 4, 5], inbox, "mine")])
-    with pytest.raises(ConfigError, match="request_id 'mine': already in use: give each request its own"):
+    with pytest.raises(RequestError, match="request_id 'mine': already in use: give each request its own"):
         thread.submit([make_group([3, 4, 5], refused, "mine")])
     engine.let_go()
     inbox.all()
@@ -285,7 +285,7 @@ def test_a_request_id_in_use_is_refused_and_free_again_afterwards(thread: Engine
 
 def test_two_requests_of_one_call_need_their_own_ids_too(thread: EngineThread) -> None:
     inbox = Inbox()
-    with pytest.raises(ConfigError, match="request_id 'same': already in use"):
+    with pytest.raises(RequestError, match="request_id 'same': already in use"):
         thread.submit([make_group([3, 4, 5], inbox, "same"), make_group([3, 4, 5], inbox, "same")])
     thread.submit([make_group([3, 4, 5], inbox, "same")])
     assert inbox.all()[-1].outputs[0].finish_reason == "length"
