@@ -107,9 +107,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=160)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["ar", "exact", "fly"])
-    parser.add_argument(
-        "--ignore-eos", action="store_true", help="always max-tokens, so that decoding outweighs prefill"
-    )
+    parser.add_argument("--ignore-eos", action="store_true", help="always max-tokens: decoding outweighs prefill")
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1], metavar="N")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

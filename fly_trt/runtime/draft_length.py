@@ -89,6 +89,9 @@ class DraftLength:
         self._draft_seconds: dict[int, float] = {}  # of one more draft token, by rows
         self._lengths = np.arange(max_draft_tokens + 1)
         self._num_fadings = 0
+        # A loose round is verified whole or in equal parts: a short rest would be padded to the other rows' length.
+        whole = max_draft_tokens + 1
+        self._parts = {-(-whole // num_parts) - 1 for num_parts in range(1, whole + 1)}
         self._known_seconds: dict[tuple[int, int], tuple[int, list[float]]] = {}
 
     def observe_drafting(self, num_rows: int, num_tokens: int, seconds: float) -> None:
@@ -118,7 +121,7 @@ class DraftLength:
         for length in range(1, self.max_draft_tokens + 1):
             expected += sum(powers)
             powers = [power * rate for power, rate in zip(powers, rates, strict=True)]
-            if expected > best_speed * seconds[length]:
+            if length in self._parts and expected > best_speed * seconds[length]:
                 best, best_speed = length, expected / seconds[length]
         return best
 
