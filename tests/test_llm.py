@@ -2,8 +2,6 @@
 
 import gc
 import itertools
-import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,13 +18,11 @@ from fly_trt import (
     LLM,
     AcceptanceParams,
     ConfigError,
-    EngineError,
     RequestError,
     RequestOutput,
     SamplingParams,
     SpeculativeConfig,
 )
-from fly_trt.service import resolve_speculative_config
 
 PROMPTS = [record["prompt"] for record in load_eval_prompts()[:6]]
 LONG = SamplingParams(max_tokens=1500, ignore_eos=True)
@@ -235,35 +231,6 @@ def test_smaller_sizes_than_built_give_the_same_tokens(llm: LLM, demo_engine: Pa
             small.generate({"prompt_token_ids": [5] * 256})
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"max_batch_size": 9}, "max_batch_size 9: demo was built for 8: rebuild with --max-batch-size 9"),
-        ({"max_num_seqs": 9}, "max_batch_size 9: demo was built for 8: rebuild with --max-batch-size 9"),
-        ({"max_seq_len": 2049}, "max_seq_len 2049: demo was built for 2048: rebuild with --max-seq-len 2049"),
-        ({"max_model_len": 4096}, "max_seq_len 4096: demo was built for 2048: rebuild with --max-seq-len 4096"),
-        ({"max_num_tokens": 513}, "max_num_tokens 513: demo was built for 512: rebuild with --max-num-tokens 513"),
-        ({"max_num_tokens": 7}, "max_num_tokens 7: less than one token for each of max_batch_size 8 requests"),
-        ({"max_num_seqs": 2, "max_batch_size": 2}, "the same setting as max_batch_size: give one of them"),
-        ({"gpu_memory_utilization": 0.9}, "unknown setting 'gpu_memory_utilization': expected one of max_batch_size"),
-        ({"max_batch_size": 0}, "max_batch_size 0: expected a whole number, at least 1"),
-        ({"max_model_len": "2k"}, "max_seq_len '2k': expected a whole number, at least 1"),
-        ({"max_queue_size": -1}, "max_queue_size -1: expected a whole number, at least 1"),
-        ({"max_queue_size": None}, "max_queue_size None: expected a whole number, at least 1"),
-        ({"num_threads": 0}, "num_threads 0: expected a whole number, at least 1"),
-        ({"enable_prefix_caching": "no"}, "enable_prefix_caching 'no': expected True or False"),
-        ({"verify_hashes": 1}, "verify_hashes 1: expected True or False"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused_in_one_line(demo_engine: Path, settings: dict, message: str) -> None:
-    threads = engine_threads()
-    with pytest.raises(ConfigError) as raised:
-        LLM(demo_engine, **settings)
-    assert message in str(raised.value)
-    assert "\n" not in str(raised.value)
-    assert engine_threads() <= threads, "nothing was started"
-
-
 def test_metrics_are_a_flat_dict_of_numbers(llm: LLM) -> None:
     values = llm.metrics()
     assert all(name.startswith("fly_trt:") for name in values)
@@ -358,83 +325,3 @@ def test_a_program_that_never_calls_shutdown_exits_cleanly(demo_engine: Path, en
     command = [sys.executable, "-c", code, str(demo_engine), PROMPTS[0]]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (0, "True\n", "")
-
-
-def test_a_fly_setting_that_would_have_no_effect_is_refused(llm: LLM, demo_engine: Path) -> None:
-    with pytest.raises(ConfigError, match=r"fly_entropy_threshold 0.1: has no effect with acceptance 'exact'"):
-        LLM(demo_engine, speculative_config={"method": "ngram", "fly_entropy_threshold": 0.1})
-    with pytest.raises(ConfigError, match="fly_window_size 4: has no effect"):
-        llm.generate(PROMPTS[0], SamplingParams(acceptance=AcceptanceParams(acceptance="exact", fly_window_size=4)))
-
-
-def test_another_preset_drops_the_engines_threshold_which_is_in_another_unit(llm: LLM) -> None:
-    manifest = llm.manifest.model_copy(update={"speculative": {"preset": "paper", "fly_entropy_threshold": 0.2}})
-    assert resolve_speculative_config(manifest, {}).fly_entropy_threshold == 0.2
-    assert resolve_speculative_config(manifest, {"preset": "vllm"}).fly_entropy_threshold is None
-
-
-def test_a_stop_token_outside_the_vocabulary_is_refused(llm: LLM) -> None:
-    with pytest.raises(RequestError, match="stop_token_ids: 896 is not a token id, expected 0 to 895"):
-        llm.generate(PROMPTS[0], SamplingParams(stop_token_ids=[896]))
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        ("", "the prompt is empty"),
-        ({"prompt_token_ids": []}, "the prompt is empty"),
-        ({"prompt_token_ids": [0, 896]}, "896 is not a token id, expected 0 to 895"),
-        ({"prompt_token_ids": [0, -1]}, "-1 is not a token id"),
-        ({"prompt_token_ids": [0, 1.5]}, "expected a flat list of whole numbers"),
-        ({"prompt_token_ids": [[0], [1]]}, "expected a flat list of whole numbers"),
-        ({"prompt_token_ids": "abc"}, "expected a flat list of whole numbers"),
-        ({"tokens": [1]}, "expected text or {'prompt_token_ids': [...]}"),
-        (3, "prompt of type int"),
-        ({"prompt_token_ids": [5] * 2048}, "prompt has 2048 tokens, max_seq_len is 2048 with the output: shorten it"),
-        ({"prompt_token_ids": [5] * 9000}, "prompt has 9000 tokens"),
-    ],
-)
-def test_a_wrong_prompt_is_refused_in_one_line_and_nothing_runs(llm: LLM, prompt: object, message: str) -> None:
-    with pytest.raises(RequestError) as raised:
-        llm.generate([PROMPTS[0], prompt])
-    assert message in str(raised.value)
-    assert str(raised.value).startswith("prompts[1]: ")
-    assert "\n" not in str(raised.value)
-    assert llm.generate(PROMPTS[0])[0].finished
-
-
-def test_params_are_one_for_all_or_one_for_each(llm: LLM) -> None:
-    with pytest.raises(RequestError, match="2 sampling_params for 3 prompts"):
-        llm.generate(PROMPTS[:3], [SamplingParams()] * 2)
-    outputs = llm.generate(PROMPTS[:2], [SamplingParams(max_tokens=3), SamplingParams(max_tokens=5)])
-    assert [len(output.outputs[0].token_ids) for output in outputs] == [3, 5]
-
-
-def test_a_shut_down_llm_says_so(demo_engine: Path) -> None:
-    llm = LLM(demo_engine)
-    llm.shutdown()
-    llm.shutdown()
-    with pytest.raises(ConfigError, match="shut down"):
-        llm.generate(PROMPTS[0])
-
-
-def test_a_draft_method_without_a_draft_names_the_fix(target_only_engine: Path) -> None:
-    with pytest.raises(ConfigError, match="built without one: use method='ngram' or rebuild with --draft"):
-        LLM(target_only_engine, speculative_config=SpeculativeConfig())
-    with LLM(target_only_engine) as llm:
-        assert llm.speculative_config.method == "ngram"
-        assert llm.generate(PROMPTS[0])[0].finished
-
-
-def test_more_draft_tokens_than_built_for_names_the_fix(demo_engine: Path) -> None:
-    with pytest.raises(ConfigError, match="built for max_draft_len 32: rebuild with --max-draft-len 33"):
-        LLM(demo_engine, speculative_config={"num_speculative_tokens": 33})
-
-
-def test_an_engine_of_another_backend_is_refused(demo_engine: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "engine"
-    shutil.copytree(demo_engine, copy)
-    manifest = json.loads((copy / "fly.json").read_text())
-    (copy / "fly.json").write_text(json.dumps(manifest | {"backend": "tensorrt"}))
-    with pytest.raises(EngineError, match="built for backend 'tensorrt'"):
-        LLM(copy)

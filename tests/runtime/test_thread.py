@@ -1,113 +1,20 @@
-"""The engine thread: callers hand over requests and get their outputs, whatever happens to the engine."""
+"""The engine thread: callers hand over requests and get their outputs."""
 
 import threading
 from collections.abc import Iterator
 from itertools import chain, pairwise
-from queue import SimpleQueue
 from typing import Any
 
 import pytest
 
-from fly_trt.errors import EngineError, FlyError, QueueFullError, RequestError
+from fly_trt.errors import QueueFullError, RequestError
 from fly_trt.outputs import RequestOutput
 from fly_trt.params import RequestOutputKind
-from fly_trt.runtime.group import RequestGroup
-from fly_trt.runtime.loop import GenerationLoop, LoopConfig
+from fly_trt.runtime.loop import GenerationLoop
 from fly_trt.runtime.thread import EngineThread
-from loop_stack import letters, make_drafter, make_request, random_prompt, text_of
-from table_engine import VOCAB_SIZE, TableEngine, greedy, hashed
-
-LANGUAGE = hashed(12, 3)
-SECONDS = 20.0  # nothing here takes nearly as long
-CUMULATIVE, DELTA, FINAL_ONLY = RequestOutputKind
-
-
-class SteppedEngine(TableEngine):
-    """Runs as many steps as were allowed, and then waits; raises or is slow to close where told to."""
-
-    def __init__(self, *, num_slots: int = 4, is_free: bool = True) -> None:
-        super().__init__(LANGUAGE, max_batch_size=num_slots)
-        self.is_free = is_free
-        self.failure: Exception | None = None
-        self.num_trims = 1000  # that work
-        self.arrived = threading.Semaphore(0)  # once for each step that is about to run
-        self._allowed = threading.Semaphore(0)
-
-    def allow(self, num_steps: int) -> None:
-        self._allowed.release(num_steps)
-
-    def let_go(self) -> None:
-        self.is_free = True
-        self._allowed.release(1000)
-
-    def run(self, step: Any) -> None:
-        self.arrived.release()
-        if not self.is_free:
-            assert self._allowed.acquire(timeout=SECONDS), "the test allows every step"
-        if self.failure is not None:
-            raise self.failure
-        super().run(step)
-
-    def trim(self, num_tokens: int) -> int:
-        self.num_trims -= 1
-        if self.num_trims < 0:
-            raise RuntimeError("no memory")
-        return super().trim(num_tokens)
-
-
-class Inbox:
-    """A caller's end: what its sink was given, in order."""
-
-    def __init__(self) -> None:
-        self._queue: SimpleQueue[RequestOutput | FlyError] = SimpleQueue()
-        self.put = self._queue.put
-
-    def next(self) -> RequestOutput:
-        output = self._queue.get(timeout=SECONDS)
-        assert isinstance(output, RequestOutput), output
-        return output
-
-    def error(self) -> FlyError:
-        while isinstance(output := self._queue.get(timeout=SECONDS), RequestOutput):
-            assert not output.finished
-        return output
-
-    def all(self) -> list[RequestOutput]:
-        """Every output up to the last."""
-        outputs = [self.next()]
-        while not outputs[-1].finished:
-            outputs.append(self.next())
-        return outputs
-
-    def is_empty(self) -> bool:
-        return self._queue.empty()
-
-
-def make_group(
-    prompt: list[int],
-    inbox: Inbox,
-    request_id: str = "0",
-    kind: RequestOutputKind = CUMULATIVE,
-    n: int = 1,
-    **params: Any,
-) -> RequestGroup:
-    requests = [make_request(prompt, request_id=request_id, index=i, **params) for i in range(n)]
-    return RequestGroup(
-        request_id=request_id,
-        prompt=None,
-        prompt_token_ids=prompt,
-        output_kind=kind,
-        requests=requests,
-        sink=inbox.put,
-    )
-
-
-def make_loop(engine: TableEngine, loop_class: type[GenerationLoop] = GenerationLoop, **sizes: Any) -> GenerationLoop:
-    num_slots = len(engine.slots)
-    config = LoopConfig(
-        **({"num_slots": num_slots, "num_draft_tokens": 4, "max_num_tokens": 64, "max_queue_size": 100} | sizes)
-    )
-    return loop_class(engine, make_drafter("ngram", LANGUAGE), config, letters())
+from loop_stack import random_prompt, text_of
+from stepped_engine import DELTA, FINAL_ONLY, LANGUAGE, SECONDS, Inbox, SteppedEngine, make_group, make_loop
+from table_engine import VOCAB_SIZE, greedy
 
 
 @pytest.fixture
@@ -346,126 +253,3 @@ def test_a_request_may_come_in_the_middle_of_a_step() -> None:
     assert outputs[0].outputs[0].token_ids
     assert late.all()[-1].outputs[0].token_ids == greedy(LANGUAGE, [7], 9)
     assert is_over(thread, engine)
-
-
-# --- the end ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("failure", "message"),
-    [
-        (RuntimeError("out of\n  memory"), "the engine failed: out of memory"),
-        (ValueError(), "the engine failed: ValueError"),
-        (EngineError("the device is gone"), "the device is gone"),
-    ],
-)
-def test_when_the_engine_fails_every_caller_is_told(failure: Exception, message: str) -> None:
-    engine = SteppedEngine(num_slots=1, is_free=False)
-    thread = EngineThread(make_loop(engine), engine.close)
-    inboxes = [Inbox() for _ in range(3)]
-    for number, inbox in enumerate(inboxes):
-        thread.submit([make_group([3, 4, 5], inbox, str(number), n=2, temperature=1.0)])
-    engine.allow(2)
-    for _ in range(3):
-        assert engine.arrived.acquire(timeout=SECONDS)
-    engine.failure = failure
-    engine.let_go()
-    for inbox in inboxes:
-        error = inbox.error()
-        assert isinstance(error, EngineError)
-        assert str(error) == message
-    assert is_over(thread, engine)
-    with pytest.raises(EngineError, match=r"the engine stopped after an error \(.*\): make a new one") as raised:
-        thread.submit([make_group([3, 4, 5], Inbox(), "later")])
-    assert message.removeprefix("the engine failed: ") in str(raised.value)
-    assert all(inbox.is_empty() for inbox in inboxes)
-    thread.abort("0")
-    thread.shutdown()
-
-
-def test_a_caller_that_has_its_last_output_is_not_told_of_a_later_failure() -> None:
-    """The engine fails while the other sequences of a failed request are taken out."""
-    engine = SteppedEngine(is_free=False)
-    thread = EngineThread(make_loop(engine), engine.close)
-    failing, other = Inbox(), Inbox()
-    impossible = [[token] for token in range(VOCAB_SIZE)]
-    group = make_group([3, 4, 5], failing, "failing", n=2, temperature=1.0, bad_word_ids=impossible)
-    group.requests[1] = make_request([3, 4, 5], request_id="failing", index=1, max_tokens=200)
-    thread.submit([group, make_group([3, 4], other, "other", max_tokens=200)])
-    assert engine.arrived.acquire(timeout=SECONDS)
-    engine.num_trims = 1
-    engine.let_go()
-    assert isinstance(failing.error(), RequestError)
-    assert str(other.error()) == "the engine failed: no memory"
-    assert is_over(thread, engine)
-    assert failing.is_empty()
-    assert other.is_empty()
-
-
-def test_shutdown_ends_what_is_served_with_abort_and_closes_the_engines() -> None:
-    engine = SteppedEngine(num_slots=1, is_free=False)
-    thread = EngineThread(make_loop(engine), engine.close)
-    inboxes = [Inbox() for _ in range(3)]
-    for number, inbox in enumerate(inboxes):
-        thread.submit([make_group([3, 4, 5], inbox, str(number), kind=list(RequestOutputKind)[number], max_tokens=200)])
-    assert engine.arrived.acquire(timeout=SECONDS)
-    stopping = threading.Thread(target=thread.shutdown)
-    stopping.start()
-    engine.allow(1000)
-    for inbox in inboxes:
-        assert inbox.all()[-1].outputs[0].finish_reason == "abort"
-    stopping.join(SECONDS)
-    assert engine.closed
-    assert engine.num_runs < 100
-    with pytest.raises(FlyError, match="was shut down: make a new one"):
-        thread.submit([make_group([3, 4, 5], Inbox(), "later")])
-    thread.shutdown()
-    assert all(inbox.is_empty() for inbox in inboxes)
-
-
-@pytest.mark.parametrize("kind", list(RequestOutputKind))
-def test_a_sink_that_raises_ends_its_own_request_only(
-    thread: EngineThread, engine: SteppedEngine, kind: RequestOutputKind
-) -> None:
-    calls = []
-
-    def refuse(output: RequestOutput | FlyError) -> None:
-        calls.append(output)
-        raise ValueError("gone")
-
-    refused = make_group([3, 4, 5], Inbox(), "refused", kind, n=2, temperature=1.0)
-    refused.sink = refuse
-    other = Inbox()
-    thread.submit([refused, make_group([3, 4], other, "other", max_tokens=60)])
-    assert other.all()[-1].outputs[0].token_ids == greedy(LANGUAGE, [3, 4], 60)
-    assert is_over(thread, engine)
-    assert len(calls) == 1
-    assert all(request.is_finished for request in refused.requests)
-
-
-def test_a_sink_may_shut_the_engine_down(engine: SteppedEngine) -> None:
-    thread = EngineThread(make_loop(engine), engine.close)
-    inbox = Inbox()
-    group = make_group([3, 4, 5], inbox, max_tokens=200)
-    put = group.sink
-
-    def stop(output: RequestOutput | FlyError) -> None:
-        put(output)
-        thread.shutdown()
-
-    group.sink = stop
-    thread.submit([group])
-    assert inbox.all()[-1].outputs[0].finish_reason == "abort"
-    assert is_over(thread, engine)
-
-
-def test_an_idle_engine_runs_no_steps(thread: EngineThread, engine: SteppedEngine) -> None:
-    num_runs = []
-    for number in range(3):
-        inbox = Inbox()
-        thread.submit([make_group([3, 4, 5], inbox, str(number))])
-        inbox.all()
-        num_runs.append(engine.num_runs)
-    assert is_over(thread, engine)
-    assert num_runs == [num_runs[0], 2 * num_runs[0], 3 * num_runs[0]]
-    assert engine.num_runs == num_runs[-1]
