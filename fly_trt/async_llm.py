@@ -1,19 +1,18 @@
 """`AsyncLLM`: the runtime for a server that runs on asyncio. Requests of all clients share one in-flight batch."""
 
 import asyncio
-import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from fly_trt.chat import ChatMessage
 from fly_trt.errors import FlyError
+from fly_trt.facade import Facade
 from fly_trt.outputs import RequestOutput
-from fly_trt.params import SamplingParams, SpeculativeConfig
-from fly_trt.service import Prompt, Service, ServiceConfig, TokensPrompt
+from fly_trt.params import SamplingParams
+from fly_trt.service import Prompt
 
 
-class AsyncLLM:
+class AsyncLLM(Facade):
     """Serves requests that arrive at any time.
 
         async with AsyncLLM("engines/pair") as llm:
@@ -22,18 +21,6 @@ class AsyncLLM:
 
     Arguments as LLM's. Loading takes the calling thread's time; everything else happens in the engine thread.
     """
-
-    def __init__(
-        self,
-        engine_dir: str | os.PathLike[str],
-        *,
-        speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
-        **settings: Any,
-    ) -> None:
-        self._service = Service(engine_dir, speculative_config, ServiceConfig.from_dict(settings))
-        self.manifest = self._service.manifest
-        self.speculative_config = self._service.speculative_config
-        self.tokenizer = self._service.tokenizer
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
@@ -69,26 +56,9 @@ class AsyncLLM:
             if not group.is_done:  # else the request id may be another request's by now
                 thread.abort(request_id)
 
-    def render_chat(self, messages: Sequence[ChatMessage], **template_variables: Any) -> TokensPrompt:
-        """A conversation as a prompt for `generate`, by the model's own chat template."""
-        return self._service.render_chat(messages, **template_variables)
-
     async def abort(self, request_id: str) -> None:
         """Ends a request that is still served; its iterator yields a last output with finish_reason "abort"."""
         self._service.thread.abort(request_id)
-
-    def metrics(self) -> dict[str, float]:
-        """Counters, gauges and histogram buckets since the start, by Prometheus name."""
-        return self._service.metrics.as_dict()
-
-    @property
-    def registry(self) -> Any:
-        """The prometheus_client registry behind `metrics`, for an exporter."""
-        return self._service.metrics.registry
-
-    def shutdown(self) -> None:
-        """Aborts what is served and releases the engines. Safe to call twice."""
-        self._service.shutdown()
 
     async def __aenter__(self) -> Self:
         return self

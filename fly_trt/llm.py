@@ -1,8 +1,7 @@
 """`LLM`: an engine directory, ready to generate. The synchronous face of the runtime; `AsyncLLM` is the other one."""
 
-import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
@@ -11,13 +10,14 @@ from tqdm import tqdm
 
 from fly_trt.chat import ChatMessage
 from fly_trt.errors import FlyError, QueueFullError, RequestError
+from fly_trt.facade import Facade
 from fly_trt.outputs import RequestOutput
-from fly_trt.params import RequestOutputKind, SamplingParams, SpeculativeConfig
+from fly_trt.params import RequestOutputKind, SamplingParams
 from fly_trt.runtime.group import RequestGroup
-from fly_trt.service import Prompt, Service, ServiceConfig, TokensPrompt
+from fly_trt.service import Prompt
 
 
-class LLM:
+class LLM(Facade):
     """Loads the engines of `engine_dir` and generates text with them.
 
         with LLM("engines/pair") as llm:
@@ -28,18 +28,6 @@ class LLM:
     directory that cannot be used and ConfigError for settings that do not fit it. Any number of threads may use an LLM;
     their requests share its batch.
     """
-
-    def __init__(
-        self,
-        engine_dir: str | os.PathLike[str],
-        *,
-        speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
-        **settings: Any,
-    ) -> None:
-        self._service = Service(engine_dir, speculative_config, ServiceConfig.from_dict(settings))
-        self.manifest = self._service.manifest
-        self.speculative_config = self._service.speculative_config
-        self.tokenizer = self._service.tokenizer
 
     def generate(
         self,
@@ -91,10 +79,6 @@ class LLM:
         prompts: list[Prompt] = [self.render_chat(one, **template_variables) for one in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
-    def render_chat(self, messages: Sequence[ChatMessage], **template_variables: Any) -> TokensPrompt:
-        """A conversation as a prompt for `generate` or `stream`, by the model's own chat template."""
-        return self._service.render_chat(messages, **template_variables)
-
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Completes one prompt and yields an output whenever there is something new, as params.output_kind says; the
         last one is finished. Leaving the iteration early aborts the request."""
@@ -115,19 +99,6 @@ class LLM:
     def abort(self, request_id: str) -> None:
         """Ends a request that is still served; what it has emitted is returned with finish_reason "abort"."""
         self._service.thread.abort(request_id)
-
-    def metrics(self) -> dict[str, float]:
-        """Counters, gauges and histogram buckets since the start, by Prometheus name."""
-        return self._service.metrics.as_dict()
-
-    @property
-    def registry(self) -> Any:
-        """The prometheus_client registry behind `metrics`, for an exporter."""
-        return self._service.metrics.registry
-
-    def shutdown(self) -> None:
-        """Aborts what is served and releases the engines. Safe to call twice."""
-        self._service.shutdown()
 
     def __enter__(self) -> Self:
         return self

@@ -9,6 +9,7 @@ from fly_trt.outputs import RequestOutput
 from fly_trt.params import RequestOutputKind
 from fly_trt.runtime.group import RequestGroup
 from fly_trt.runtime.loop import GenerationLoop, LoopConfig
+from fly_trt.runtime.thread import EngineThread
 from loop_stack import letters, make_drafter, make_request
 from table_engine import TableEngine, hashed
 
@@ -103,3 +104,10 @@ def make_loop(engine: TableEngine, loop_class: type[GenerationLoop] = Generation
         **({"num_slots": num_slots, "num_draft_tokens": 4, "max_num_tokens": 64, "max_queue_size": 100} | sizes)
     )
     return loop_class(engine, make_drafter("ngram", LANGUAGE), config, letters())
+
+
+def is_over(thread: EngineThread, engine: SteppedEngine) -> bool:
+    """Whether the engine thread has ended; waits for it."""
+    engine.let_go()
+    thread.shutdown()
+    return engine.closed

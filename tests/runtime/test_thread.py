@@ -1,7 +1,6 @@
 """The engine thread: callers hand over requests and get their outputs."""
 
 import threading
-from collections.abc import Iterator
 from itertools import chain, pairwise
 from typing import Any
 
@@ -13,29 +12,8 @@ from fly_trt.params import RequestOutputKind
 from fly_trt.runtime.loop import GenerationLoop
 from fly_trt.runtime.thread import EngineThread
 from loop_stack import random_prompt, text_of
-from stepped_engine import DELTA, FINAL_ONLY, LANGUAGE, SECONDS, Inbox, SteppedEngine, make_group, make_loop
+from stepped_engine import DELTA, FINAL_ONLY, LANGUAGE, SECONDS, Inbox, SteppedEngine, is_over, make_group, make_loop
 from table_engine import VOCAB_SIZE, greedy
-
-
-@pytest.fixture
-def engine() -> SteppedEngine:
-    return SteppedEngine()
-
-
-@pytest.fixture
-def thread(engine: SteppedEngine) -> Iterator[EngineThread]:
-    running = EngineThread(make_loop(engine), engine.close)
-    yield running
-    engine.let_go()
-    running.shutdown()
-
-
-def is_over(thread: EngineThread, engine: SteppedEngine) -> bool:
-    """Whether the engine thread has ended; waits for it."""
-    engine.let_go()
-    thread.shutdown()
-    return engine.closed
-
 
 # --- outputs ----------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,6 @@
 """The end of the engine thread: failures, shutdown, and callers that fail."""
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -10,28 +9,8 @@ from fly_trt.outputs import RequestOutput
 from fly_trt.params import RequestOutputKind
 from fly_trt.runtime.thread import EngineThread
 from loop_stack import make_request
-from stepped_engine import LANGUAGE, SECONDS, Inbox, SteppedEngine, make_group, make_loop
+from stepped_engine import LANGUAGE, SECONDS, Inbox, SteppedEngine, is_over, make_group, make_loop
 from table_engine import VOCAB_SIZE, greedy
-
-
-@pytest.fixture
-def engine() -> SteppedEngine:
-    return SteppedEngine()
-
-
-@pytest.fixture
-def thread(engine: SteppedEngine) -> Iterator[EngineThread]:
-    running = EngineThread(make_loop(engine), engine.close)
-    yield running
-    engine.let_go()
-    running.shutdown()
-
-
-def is_over(thread: EngineThread, engine: SteppedEngine) -> bool:
-    """Whether the engine thread has ended; waits for it."""
-    engine.let_go()
-    thread.shutdown()
-    return engine.closed
 
 
 @pytest.mark.parametrize(

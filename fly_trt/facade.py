@@ -1,0 +1,48 @@
+"""What `LLM` and `AsyncLLM` have in common: loading, chat templates, metrics and shutdown."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fly_trt.chat import ChatMessage
+from fly_trt.params import SpeculativeConfig
+from fly_trt.service import Service, ServiceConfig, TokensPrompt
+
+
+class Facade:
+    """An engine directory that is being served.
+
+    speculative_config: None means the engine directory's defaults, a dict changes some of them, a SpeculativeConfig
+    replaces them; method None decodes without drafts. settings: the fields of ServiceConfig. Raises EngineError for a
+    directory that cannot be used and ConfigError for settings that do not fit it.
+    """
+
+    def __init__(
+        self,
+        engine_dir: str | os.PathLike[str],
+        *,
+        speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        self._service = Service(engine_dir, speculative_config, ServiceConfig.from_dict(settings))
+        self.manifest = self._service.manifest
+        self.speculative_config = self._service.speculative_config
+        self.tokenizer = self._service.tokenizer
+
+    def render_chat(self, messages: Sequence[ChatMessage], **template_variables: Any) -> TokensPrompt:
+        """A conversation as a prompt for `generate`, by the model's own chat template; `template_variables` go to the
+        template (add_generation_prompt is True by default)."""
+        return self._service.render_chat(messages, **template_variables)
+
+    def metrics(self) -> dict[str, float]:
+        """Counters, gauges and histogram buckets since the start, by Prometheus name."""
+        return self._service.metrics.as_dict()
+
+    @property
+    def registry(self) -> Any:
+        """The prometheus_client registry behind `metrics`, for an exporter."""
+        return self._service.metrics.registry
+
+    def shutdown(self) -> None:
+        """Aborts what is served and releases the engines. Safe to call twice."""
+        self._service.shutdown()
