@@ -142,9 +142,13 @@ class SlotTable:
         if first == second:
             return
         a, b = self.table[first], self.table[second]
-        num_tokens = max(slot.request.num_cached if slot.request else len(slot.kept) for slot in (a, b))
-        if num_tokens:
-            self._target.swap_slots(first, second, num_tokens)
+        in_first, in_second = (slot.request.num_cached if slot.request else len(slot.kept) for slot in (a, b))
+        if in_first and in_second:
+            self._target.swap_slots(first, second, max(in_first, in_second))
+        elif in_second:
+            self._target.copy_slot(second, first, in_second)
+        elif in_first:
+            self._target.copy_slot(first, second, in_first)
         if self._drafter is not None:
             self._drafter.swap(first, second)
         self.table[first], self.table[second] = b, a
