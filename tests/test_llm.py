@@ -271,9 +271,13 @@ def test_an_interrupt_leaves_nothing_running_and_the_llm_usable(llm: LLM) -> Non
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     interrupter = threading.Thread(target=interrupt)
-    interrupter.start()
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate(PROMPTS * 4, LONG)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        interrupter.start()
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(PROMPTS * 4, LONG)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     interrupter.join()
     wait_until(lambda: is_idle(llm), seconds=5)
     assert token_ids(llm.generate(PROMPTS[:2])) == want
