@@ -19,6 +19,7 @@ HASH_BLOCK_BYTES = 1 << 22
 Backend = Literal["onnxruntime", "tensorrt", "tensorrt-llm"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8", "int4"]
+TensorRTLibrary = Literal["tensorrt", "tensorrt_rtx"]
 
 
 class _Record(BaseModel):
@@ -58,6 +59,35 @@ class Source(_Record):
     num_parameters: int
 
 
+class LayerSummary(_Record):
+    """Layers of a TensorRT network before the builder fuses them. Attention is native where a dedicated kernel computes
+    it, decomposed where the builder or the graph writes it out as matrix products and a softmax."""
+
+    total: int
+    native_attention: int
+    decomposed_attention: int
+    kv_cache_update: int
+    plugin: int
+
+
+class TensorRTPlan(_Record):
+    """What a serialised TensorRT engine fits to, and how it was built.
+
+    `compute_capability` is that of the one GPU that it runs on ("9.0") or, for tensorrt_rtx, of the oldest ("8.0").
+    A slot has `cache_tokens` tokens of cache. Steps of several rows have at most `max_row_tokens` tokens a row. The
+    verification head is made of plugins or of the graph's own functions; `plugin_library` lies in the engine directory.
+    """
+
+    library: TensorRTLibrary
+    version: str
+    compute_capability: str
+    cache_tokens: int = Field(gt=0)
+    max_row_tokens: int = Field(gt=0)
+    head: Literal["plugins", "functions"]
+    plugin_library: str | None
+    layers: LayerSummary
+
+
 class ModelEngine(_Record):
     """One decoder graph. `dtype` is the type of the stored weights, `kv_cache_dtype` that of the cache tensors."""
 
@@ -70,6 +100,7 @@ class ModelEngine(_Record):
     dtype: Dtype
     quantization: Quantization
     kv_cache_dtype: Dtype
+    tensorrt: TensorRTPlan | None = None
 
     def kv_bytes_per_token(self) -> int:
         width = 4 if self.kv_cache_dtype == "float32" else 2

@@ -82,14 +82,17 @@ class Checkpoint:
 
     @cached_property
     def empty_model(self) -> Any:
+        return self.make_empty_model(torch.float32)
+
+    def make_empty_model(self, dtype: torch.dtype) -> Any:
         """The model with its structure but no values: parameters are allocated and never touched, so they cost
-        address space and no memory. Buffers such as rotary frequencies are real."""
+        address space and no memory. Buffers such as rotary frequencies are real, and float32 in any dtype."""
         # Of transformers' ways to run a mixture of experts, the one that has an ONNX form.
         experts = {"experts_implementation": "batched_mm"} if self.is_mixture_of_experts else {}
         try:
             with no_init_weights():
                 model = AutoModelForCausalLM.from_config(
-                    self.config, dtype=torch.float32, attn_implementation=ATTENTION_NAME, **experts
+                    self.config, dtype=dtype, attn_implementation=ATTENTION_NAME, **experts
                 )
         except (KeyError, ValueError, TypeError) as error:  # such as an unknown rope type or activation
             raise CheckpointError(

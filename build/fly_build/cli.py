@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from fly_trt.errors import FlyError
-from fly_trt.manifest import Backend, Dtype, Manifest, Quantization
+from fly_trt.manifest import Backend, Dtype, Manifest, Quantization, TensorRTLibrary
 
 EXAMPLES = """
 \b
@@ -21,6 +21,7 @@ Examples:
   fly-build --target org/target --draft org/draft -o engines/pair
   fly-build llama-3.1-70b --dtype bfloat16 -o engines/llama-70b
   fly-build demo --quantization int8 -o engines/pair-int8
+  fly-build demo --backend tensorrt --dtype float16 -o engines/demo-rtx
   fly-build --target ./checkpoint -o engines/single        # n-gram or plain decoding
   fly-build demo --dry-run
 """
@@ -33,7 +34,7 @@ Examples:
 @click.option("--draft", metavar="CKPT", help="Draft checkpoint. Without one: n-gram or plain decoding.")
 @click.option("--draft-revision", metavar="REV", help="Hub revision of the draft.")
 @click.option("--backend", type=click.Choice(get_args(Backend)), help="[onnxruntime]")
-@click.option("--dtype", type=click.Choice(get_args(Dtype)), help="Type of stored weights. [float32]")
+@click.option("--dtype", type=click.Choice(get_args(Dtype)), help="Type of the weights. [float32; tensorrt: bfloat16]")
 @click.option("--quantization", type=click.Choice(get_args(Quantization)), help="Of the linear layers. [none]")
 @click.option("--max-batch-size", type=int, metavar="N", help="Requests in flight. [8]")
 @click.option(
@@ -42,6 +43,11 @@ Examples:
 @click.option("--max-draft-len", type=int, metavar="N", help="Draft tokens per step. [32]")
 @click.option("--max-num-tokens", type=int, metavar="N", help="Tokens per step, so the prefill chunk. [512]")
 @click.option("--entropy-top-k", type=int, metavar="K", help="Probabilities that the entropy gate looks at. [3]")
+@click.option(
+    "--tensorrt-library", type=click.Choice(get_args(TensorRTLibrary)), help="Of backend tensorrt. [what is installed]"
+)
+@click.option("--plugin-library", metavar="FILE", help="libfly_plugins.so for the head. [the graph's own functions]")
+@click.option("--timing-cache", metavar="FILE", help="Kernel timings kept between builds. [in ~/.cache/fly-trt]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Engine directory. [engines/NAME]")
 @click.option("--overwrite", is_flag=True, help="Replace an engine directory that exists.")
 @click.option("--dry-run", is_flag=True, help="Print the plan with sizes and build nothing.")
@@ -126,7 +132,7 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         )
     Console().print(table)
     click.echo(
-        f"backend {plan.recipe.backend}, {plan.recipe.dtype}, quantization {plan.recipe.quantization}, "
+        f"backend {plan.recipe.backend}, {plan.recipe.stored_dtype}, quantization {plan.recipe.quantization}, "
         f"max_batch_size {limits.max_batch_size} (slots), max_seq_len {limits.max_seq_len}, "
         f"max_draft_len {limits.max_draft_len}, stop tokens {plan.head.stop_token_ids}"
     )

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 
 from fly_build.checkpoint import LENGTH_DEPENDENT_ROPE, Checkpoint
-from fly_build.operators import OPSET_VERSION, onnx_operators, trace_step
+from fly_build.operators import OPSET_VERSION, AttentionForm, onnx_operators, trace_step
 from fly_trt.errors import CheckpointError
 
 
@@ -56,28 +56,35 @@ class _Decoder(torch.nn.Module):
         return trace_step(self.model, input_ids, write_indices, past)
 
 
-def export_decoder(checkpoint: Checkpoint, max_seq_len: int) -> DecoderGraph:
+def export_decoder(
+    checkpoint: Checkpoint,
+    max_seq_len: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: AttentionForm = "lengths",
+) -> DecoderGraph:
     """Traces the decoder. Inputs input_ids, write_indices, past_key.i, past_value.i; outputs logits and present_*.
 
-    `max_seq_len` decides whether a sliding window can ever be outgrown. Raises CheckpointError when torch cannot
-    export the model.
+    `max_seq_len` decides whether a sliding window can ever be outgrown, `dtype` is that of arithmetic, parameters and
+    cache (norms and softmax stay float32). Raises CheckpointError when torch cannot export the model.
     """
     if max_seq_len > checkpoint.max_seq_len:
         raise CheckpointError(
             f"{checkpoint.name}: positions beyond {checkpoint.max_seq_len} are not supported, "
             f"asked for max_seq_len {max_seq_len}: use --max-seq-len {checkpoint.max_seq_len} or less"
         )
-    model = checkpoint.empty_model
+    model = checkpoint.empty_model if dtype == torch.float32 else checkpoint.make_empty_model(dtype)
     parameters = dict(model.state_dict(keep_vars=True).items())
     unique = {id(value): name for name, value in reversed(parameters.items())}
     names = [name for name in parameters if unique[id(parameters[name])] == name]
     num_layers = checkpoint.config.num_hidden_layers
     cache_shape = (2, checkpoint.num_kv_heads, 64, checkpoint.head_dim)
-    past = [torch.zeros(cache_shape) for _ in range(2 * num_layers)]
+    past = [torch.zeros(cache_shape, dtype=dtype) for _ in range(2 * num_layers)]
     batch, length, slot = (torch.export.Dim(name) for name in ("B", "T", "S"))
     arguments = (torch.ones(2, 5, dtype=torch.int64), torch.tensor([3, 7]), past, [parameters[name] for name in names])
     shapes = ({0: batch, 1: length}, {0: batch}, [{0: batch, 2: slot} for _ in past], [None] * len(names))
-    with onnx_operators(model, checkpoint.head_dim, max_seq_len), _fixed_rotary(model), _quiet(), torch.no_grad():
+    operators = onnx_operators(model, checkpoint.head_dim, max_seq_len, attention)
+    with operators, _fixed_rotary(model), _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 _ParameterInputs(model, names).eval(),

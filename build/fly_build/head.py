@@ -21,6 +21,8 @@ HEAD_INPUTS = {
     "window": ir.DataType.INT64,
     "lookahead": ir.DataType.INT64,
 }
+# How TensorRT's ONNX parser finds the plugin of a node; the plugin's fields are attributes too.
+PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
 GATE_OUTPUTS = ("argmax", "entropy", "entropy_topk", "argmax_logprob", "token_logprob")
 
 op = Opset("", OPSET_VERSION)
@@ -29,16 +31,23 @@ fly = Opset(DOMAIN, 1)
 
 @script(fly, default_opset=op)
 def EntropyGate(logits, next_tokens, top_k):
-    """logits [B, T, V], next_tokens int64 [B, T], top_k int64 [1] -> five [B, T] tensors, entropies in nats."""
+    """logits [B, T, V], next_tokens int64 [B, T], top_k int64 [1] -> five [B, T] tensors, entropies in nats.
+
+    A logit of -inf has no share in the entropies. A row with NaN or +inf has NaN entropies and argmax_logprob, so it
+    never loosens, and the runtime reports it.
+    """
     last = op.Constant(value_ints=[-1])
     scores = op.Cast(logits, to=1)
     log_sum = op.ReduceLogSumExp(scores, last, keepdims=1)
     log_probs = scores - log_sum
     probs = op.Exp(log_probs)
-    entropy = op.Neg(op.ReduceSum(probs * log_probs, last, keepdims=0))
+    impossible = op.Constant(value_float=0.0)
+    entropy = op.Neg(op.ReduceSum(op.Where(probs == impossible, impossible, probs * log_probs), last, keepdims=0))
     top_scores, top_tokens = op.TopK(scores, top_k, axis=-1, largest=1, sorted=1)
     top_log_probs = top_scores - log_sum
-    entropy_topk = op.Neg(op.ReduceSum(op.Exp(top_log_probs) * top_log_probs, last, keepdims=0))
+    top_probs = op.Exp(top_log_probs)
+    top_terms = op.Where(top_probs == impossible, impossible, top_probs * top_log_probs)
+    entropy_topk = op.Neg(op.ReduceSum(top_terms, last, keepdims=0))
     first = op.Constant(value_int=0)
     argmax = op.Gather(top_tokens, first, axis=-1)
     argmax_logprob = op.Gather(top_log_probs, first, axis=-1)
@@ -99,16 +108,18 @@ def LooseWindowAccept(
     return num_accepted, next_token
 
 
-def append_head(model: ir.Model, entropy_top_k: int, stop_token_ids: list[int]) -> None:
+def append_head(
+    model: ir.Model, entropy_top_k: int, stop_token_ids: list[int], *, use_plugins: bool = False
+) -> None:
     """Adds the head's inputs, nodes, functions and outputs to a decoder graph with `input_ids` and `logits`, in place.
 
-    `stop_token_ids` (end-of-sequence and end-of-turn tokens) are never loosened; -1 stands for "none".
+    `stop_token_ids` (end-of-sequence and end-of-turn tokens) are never loosened; -1 stands for "none". With
+    `use_plugins` the functions are left out, for a local function wins over a TensorRT plugin of the same name.
     """
     graph = model.graph
     graph.opset_imports[DOMAIN] = 1
-    for function in (EntropyGate, LooseWindowAccept):
-        converted = ir.serde.deserialize_function(function.to_function_proto())
-        model.functions[converted.identifier()] = converted
+    if not use_plugins:
+        _add_functions(model)
 
     def constant(name: str, values: list[int]) -> ir.Value:
         value = ir.Value(name=name, const_value=ir.tensor(values, dtype=ir.DataType.INT64, name=name))
@@ -133,9 +144,13 @@ def append_head(model: ir.Model, entropy_top_k: int, stop_token_ids: list[int]) 
     shifted = ir.node("Slice", [input_ids, shift_from, shift_to, axis])
     next_tokens = ir.node("Pad", [shifted.outputs[0], pad])
     stop_tokens = constant("fly.stop_token_ids", stop_token_ids or [-1])
+    gate_inputs = [logits, next_tokens.outputs[0]]
+    if not use_plugins:
+        gate_inputs.append(constant("fly.entropy_top_k", [entropy_top_k]))
     gate = ir.node(
         "EntropyGate",
-        [logits, next_tokens.outputs[0], constant("fly.entropy_top_k", [entropy_top_k])],
+        gate_inputs,
+        PLUGIN_ATTRIBUTES | {"top_k": entropy_top_k} if use_plugins else {},
         domain=DOMAIN,
         num_outputs=len(GATE_OUTPUTS),
     )
@@ -143,6 +158,7 @@ def append_head(model: ir.Model, entropy_top_k: int, stop_token_ids: list[int]) 
     accept = ir.node(
         "LooseWindowAccept",
         [next_tokens.outputs[0], argmax, entropy, entropy_topk, *head_inputs.values(), stop_tokens],
+        PLUGIN_ATTRIBUTES if use_plugins else {},
         domain=DOMAIN,
         num_outputs=2,
     )
@@ -155,3 +171,11 @@ def append_head(model: ir.Model, entropy_top_k: int, stop_token_ids: list[int]) 
         value.type = ir.TensorType(ir.DataType.INT64 if integer else ir.DataType.FLOAT)
         value.shape = ir.Shape([batch, length][:rank])
         graph.outputs.insert(at, value)
+
+
+def _add_functions(model: ir.Model) -> None:
+    for function in (EntropyGate, LooseWindowAccept):
+        converted = ir.serde.deserialize_function(function.to_function_proto())
+        for node in converted:
+            node.name = f"{function.name}.{node.name}"  # TensorRT wants names that are unique in the whole network
+        model.functions[converted.identifier()] = converted

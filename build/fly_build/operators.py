@@ -9,7 +9,7 @@ the operator computes the same function; what the probe does not recognise is ex
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.onnx.ops import symbolic
@@ -20,6 +20,12 @@ from transformers.modeling_utils import AttentionInterface
 OPSET_VERSION = 24
 ATTENTION_NAME = "fly_onnx"
 PROBE_TOLERANCE = 1e-5
+
+# How attention says which keys a query sees. "lengths": the operator's causal attribute and count of valid keys, for
+# ONNX Runtime. "mask": a boolean tensor [B, 1, T, S], for TensorRT, whose parser drops the count without a word and
+# anchors the causal triangle at the first key (seen in tensorrt_rtx 1.7.1); it refuses a soft cap, so attention with one
+# is written out.
+AttentionForm = Literal["lengths", "mask"]
 
 
 class SlotCache(Cache):
@@ -75,6 +81,7 @@ class _TracedStep:
 
     cache: SlotCache
     max_seq_len: int
+    form: AttentionForm
 
 
 def _attention(
@@ -87,27 +94,66 @@ def _attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    attrs: dict[str, Any] = {"is_causal": 1, "scale": float(query.shape[-1] ** -0.5 if scaling is None else scaling)}
-    if softcap:
-        attrs["softcap"] = float(softcap)
-    output = symbolic(
+    scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if _TracedStep.form == "lengths":
+        attrs: dict[str, Any] = {"is_causal": 1, "scale": scale}
+        if softcap:
+            attrs["softcap"] = float(softcap)
+        output = _attention_operator(query, key, value, attention_mask, _TracedStep.cache.kv_length, attrs)
+    else:
+        assert attention_mask is not None
+        query = (query.float() * scale).to(query.dtype)  # TensorRT would scale the whole key cache in every step
+        if softcap:
+            output = _written_out_attention(query, key, value, attention_mask, float(softcap))
+        else:
+            output = _attention_operator(query, key, value, attention_mask, None, {"scale": 1.0})
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _attention_operator(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    kv_length: torch.Tensor | None,
+    attrs: dict[str, Any],
+) -> torch.Tensor:
+    return symbolic(
         "Attention",
-        (query, key, value, attention_mask, None, None, _TracedStep.cache.kv_length),
+        (query, key, value, mask, None, None, kv_length),
         attrs=attrs,
         dtype=query.dtype,
         shape=query.shape,
         version=OPSET_VERSION,
     )
-    return output.transpose(1, 2).contiguous(), None
+
+
+def _written_out_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, softcap: float
+) -> torch.Tensor:
+    """Attention with a soft cap of standard operators; the softmax in float32. Query heads that share a key-value head
+    get a dimension of their own, so that keys and values are broadcast, not repeated."""
+    batch, num_heads, length, head_dim = query.shape
+    num_kv_heads = key.shape[1]
+    grouped = query.reshape(batch, num_kv_heads, num_heads // num_kv_heads, length, head_dim)
+    scores = torch.matmul(grouped, key[:, :, None].transpose(-1, -2)).float()
+    scores = softcap * torch.tanh(scores / softcap)
+    scores = torch.where(mask[:, :, None], scores, torch.finfo(torch.float32).min)
+    weights = torch.softmax(scores, dim=-1).to(value.dtype)
+    return torch.matmul(weights, value[:, :, None]).reshape(batch, num_heads, length, head_dim)
 
 
 def _mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """Causal masking is an attribute of the operator; only a window that the sequence can outgrow needs a tensor."""
-    if local_size is None or local_size >= _TracedStep.max_seq_len:
+    """bool [B, 1, T, S], or None where the operator's causal attribute says it all: where it counts the valid keys and
+    the sequence cannot outgrow a window."""
+    is_windowed = local_size is not None and local_size < _TracedStep.max_seq_len
+    if _TracedStep.form == "lengths" and not is_windowed:
         return None
     key_positions = torch.arange(_TracedStep.cache.past[0].shape[2])
     distance = _TracedStep.cache.positions[:, None, :, None] - key_positions[None, None, None, :]
-    return distance < local_size
+    if _TracedStep.form == "lengths":
+        return distance < local_size
+    return (distance >= 0) & (distance < local_size) if is_windowed else distance >= 0
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)
@@ -189,9 +235,12 @@ def _is_half_rotation(function: Callable[..., Any], head_dim: int) -> bool:
 
 
 @contextlib.contextmanager
-def onnx_operators(model: torch.nn.Module, head_dim: int, max_seq_len: int) -> Iterator[None]:
+def onnx_operators(
+    model: torch.nn.Module, head_dim: int, max_seq_len: int, attention: AttentionForm
+) -> Iterator[None]:
     """While open, `model` traces to Attention, TensorScatter, RMSNormalization and RotaryEmbedding operators."""
     _TracedStep.max_seq_len = max_seq_len
+    _TracedStep.form = attention
     replaced: list[tuple[Any, str, Any]] = []
     norms = []
     for module in model.modules():
@@ -217,10 +266,10 @@ def onnx_operators(model: torch.nn.Module, head_dim: int, max_seq_len: int) -> I
 
 def _norm_forward(module: torch.nn.Module, offset: float, epsilon: float) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(x: torch.Tensor) -> torch.Tensor:
-        weight: Any = module.weight
+        weight: Any = module.weight.float()
         if offset:
             weight = weight + offset
-        return rms_normalization(x, weight, epsilon)
+        return rms_normalization(x.float(), weight, epsilon).to(x.dtype)
 
     return forward
 

@@ -1,4 +1,5 @@
-"""The build: plan -> trace -> head -> weights -> tokenizer -> manifest, in a temporary folder that is renamed last."""
+"""The build: plan -> trace -> head -> weights -> compile -> tokenizer -> manifest, in a temporary folder that is renamed
+last."""
 
 import importlib.metadata
 import json
@@ -14,14 +15,25 @@ import onnx_ir as ir
 import fly_trt
 from fly_build.attention import make_shape_invariant
 from fly_build.checkpoint import Checkpoint, check_same_tokenizer, open_checkpoint, stop_token_ids
-from fly_build.export import export_decoder
+from fly_build.export import DecoderGraph, export_decoder
 from fly_build.head import append_head
 from fly_build.recipe import Recipe
-from fly_build.weights import WeightWriter
+from fly_build.tensorrt import (
+    MAX_PLUGIN_TOP_K,
+    PLUGIN_LIBRARY,
+    EngineBuilder,
+    Sizes,
+    attention_names,
+    default_timing_cache,
+    fix_cache_length,
+)
+from fly_build.weights import DTYPES, WeightWriter
+from fly_trt.engines.tensorrt_library import Library, import_library
 from fly_trt.errors import ConfigError
 from fly_trt.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
+    Dtype,
     Head,
     Limits,
     Manifest,
@@ -33,6 +45,7 @@ from fly_trt.manifest import (
 
 DEFAULT_MAX_SEQ_LEN = 8192
 MODEL_FILE = "model.onnx"
+PLAN_FILE = "model.plan"
 INLINE_BYTES = 1024
 ALIGNMENT = 64
 LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
@@ -72,12 +85,12 @@ class Plan:
     limits: Limits
     head: Head
     models: list[ModelPlan]
+    library: Library | None  # of TensorRT
 
 
 def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
     """Reads configurations and tokenizers, refuses what cannot work, and touches no weight and no file."""
-    if recipe.backend != "onnxruntime":
-        raise ConfigError(f"backend {recipe.backend!r} cannot be built by this version: use --backend onnxruntime")
+    library = _tensorrt(recipe)
     if output.exists() and not overwrite:
         raise ConfigError(f"{output}: already exists: choose another -o or pass --overwrite")
     if output.exists() and not (output / MANIFEST_NAME).is_file():
@@ -105,12 +118,32 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
     models = [
         ModelPlan(folder, checkpoint, _engine(folder, checkpoint, recipe)) for folder, checkpoint in checkpoints.items()
     ]
-    return Plan(recipe, output, limits, head, models)
+    return Plan(recipe, output, limits, head, models, library)
+
+
+def _tensorrt(recipe: Recipe) -> Library | None:
+    """The library to compile with, its plugins loaded. Raises what would fail late otherwise."""
+    if recipe.backend == "tensorrt-llm":
+        raise ConfigError("backend 'tensorrt-llm' cannot be built by this version: use onnxruntime or tensorrt")
+    if recipe.backend != "tensorrt":
+        return None
+    library = import_library(recipe.tensorrt_library)
+    if recipe.plugin_library is not None:
+        if library.name == "tensorrt_rtx":
+            raise ConfigError("plugin_library: tensorrt_rtx has no plugin layers: leave it out, or use tensorrt")
+        if recipe.entropy_top_k > MAX_PLUGIN_TOP_K:
+            raise ConfigError(
+                f"entropy_top_k {recipe.entropy_top_k}: the plugins look at {MAX_PLUGIN_TOP_K} at most: "
+                "leave --plugin-library out"
+            )
+        library.load_plugins(Path(recipe.plugin_library))
+    return library
 
 
 def _engine(folder: str, checkpoint: Checkpoint, recipe: Recipe) -> ModelEngine:
+    is_compiled = recipe.backend == "tensorrt"
     return ModelEngine(
-        model=f"{folder}/{MODEL_FILE}",
+        model=f"{folder}/{PLAN_FILE if is_compiled else MODEL_FILE}",
         source=Source(
             checkpoint=checkpoint.name,
             revision=checkpoint.revision,
@@ -121,9 +154,9 @@ def _engine(folder: str, checkpoint: Checkpoint, recipe: Recipe) -> ModelEngine:
         num_layers=checkpoint.config.num_hidden_layers,
         num_kv_heads=checkpoint.num_kv_heads,
         head_dim=checkpoint.head_dim,
-        dtype=recipe.dtype,
+        dtype=recipe.stored_dtype,
         quantization=recipe.quantization,
-        kv_cache_dtype="float32",
+        kv_cache_dtype=recipe.stored_dtype if is_compiled else "float32",
     )
 
 
@@ -136,23 +169,59 @@ def build(plan: Plan, report: Report) -> Manifest:
     output.parent.mkdir(parents=True, exist_ok=True)
     workspace = Path(tempfile.mkdtemp(prefix=f".{output.name}.building-", dir=output.parent))
     try:
-        for model in plan.models:
-            _build_model(model, plan, workspace, report)
-        manifest = _finish(plan, workspace, report)
+        engines = {model.folder: _build_model(model, plan, workspace, report) for model in plan.models}
+        manifest = _finish(plan, engines, workspace, report)
         _move_into_place(workspace, output)
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
     return manifest
 
 
-def _build_model(model: ModelPlan, plan: Plan, workspace: Path, report: Report) -> None:
+def _build_model(model: ModelPlan, plan: Plan, workspace: Path, report: Report) -> ModelEngine:
+    (workspace / model.folder).mkdir()
+    if plan.library is not None:
+        return _compile_model(model, plan, plan.library, workspace, report)
     report(f"{model.folder}: trace", 0.0)
     decoder = export_decoder(model.checkpoint, plan.limits.max_seq_len)
-    # For the kernels of ONNX Runtime, which is the only backend; another one gets a pass of its own, or none.
     make_shape_invariant(decoder.model, model.checkpoint.config.num_attention_heads, model.checkpoint.num_kv_heads)
     append_head(decoder.model, plan.head.entropy_top_k, plan.head.stop_token_ids)
     report(f"{model.folder}: trace", 1.0)
+    _save_graph(model, decoder, "float32", workspace / model.engine.model, report)
+    return model.engine
 
+
+def _compile_model(model: ModelPlan, plan: Plan, library: Library, workspace: Path, report: Report) -> ModelEngine:
+    """A TensorRT engine. The graph computes in the stored dtype, and is only an intermediate file."""
+    recipe, dtype = plan.recipe, model.engine.dtype
+    report(f"{model.folder}: trace", 0.0)
+    decoder = export_decoder(model.checkpoint, plan.limits.max_seq_len, dtype=DTYPES[dtype][0], attention="mask")
+    has_plugins = recipe.plugin_library is not None
+    append_head(decoder.model, plan.head.entropy_top_k, plan.head.stop_token_ids, use_plugins=has_plugins)
+    sizes = Sizes.of(plan.limits)
+    fix_cache_length(decoder.model, sizes.cache_tokens)
+    report(f"{model.folder}: trace", 1.0)
+
+    plan_path = workspace / model.engine.model
+    onnx_path = plan_path.with_name(MODEL_FILE)
+    _save_graph(model, decoder, dtype, onnx_path, report)
+    if recipe.plugin_library is not None:
+        shutil.copy(recipe.plugin_library, workspace / PLUGIN_LIBRARY)
+    timing_cache = Path(recipe.timing_cache) if recipe.timing_cache else default_timing_cache(library)
+    builder = EngineBuilder(library, sizes, dtype, PLUGIN_LIBRARY if has_plugins else None, timing_cache)
+    step = f"{model.folder}: compile"
+    report(step, 0.0)
+    serialised, record = builder.build(
+        onnx_path, attention_names(decoder.model), model.engine.num_layers, lambda fraction: report(step, fraction)
+    )
+    plan_path.write_bytes(serialised)
+    for path in onnx_path.parent.glob(f"{MODEL_FILE}*"):
+        path.unlink()
+    report(step, 1.0)
+    return model.engine.model_copy(update={"tensorrt": record})
+
+
+def _save_graph(model: ModelPlan, decoder: DecoderGraph, compute_dtype: Dtype, path: Path, report: Report) -> None:
+    """Writes the graph with its weights as external data."""
     report(f"{model.folder}: load weights", 0.0)
     tensors = model.checkpoint.load_weights()
     report(f"{model.folder}: load weights", 1.0)
@@ -164,10 +233,9 @@ def _build_model(model: ModelPlan, plan: Plan, workspace: Path, report: Report) 
         dtype=model.engine.dtype,
         quantization=model.engine.quantization,
         output_name="lm_head.weight" if "lm_head.weight" in decoder.parameters else "model.embed_tokens.weight",
+        compute_dtype=compute_dtype,
     )
     writer.attach(decoder.parameters)
-    path = workspace / model.engine.model
-    path.parent.mkdir()
     ir.save(
         decoder.model,
         path,
@@ -181,19 +249,21 @@ def _build_model(model: ModelPlan, plan: Plan, workspace: Path, report: Report) 
     report(step, 1.0)
 
 
-def _finish(plan: Plan, workspace: Path, report: Report) -> Manifest:
+def _finish(plan: Plan, engines: dict[str, ModelEngine], workspace: Path, report: Report) -> Manifest:
     report("tokenizer and manifest", 0.0)
     target = plan.models[0].checkpoint
     target.load_tokenizer().save_pretrained(workspace / "tokenizer")
     generation = target.load_generation_config().to_diff_dict()
     (workspace / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    engines = {model.folder: model.engine for model in plan.models}
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    if plan.library is not None:
+        versions[plan.library.name] = plan.library.version
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         backend=plan.recipe.backend,
         name=plan.recipe.name or plan.output.name,
         fly_trt_version=fly_trt.__version__,
-        library_versions={name: importlib.metadata.version(name) for name in LIBRARIES},
+        library_versions=versions,
         limits=plan.limits,
         head=plan.head,
         speculative=plan.recipe.speculative,

@@ -38,9 +38,9 @@ class _Linear:
 class WeightWriter:
     """Turns the parameters of one traced graph into initializers, in place.
 
-    `dtype` is how unquantised weights are stored; the graph computes in float32, since ONNX Runtime's CPU provider has
-    no bfloat16 arithmetic and emulates float16. `output_name` is the parameter of the vocabulary projection, which
-    4-bit models keep in 8 bits.
+    `dtype` is how unquantised weights are stored, `compute_dtype` what the graph was traced in: float32 for ONNX
+    Runtime, whose CPU provider has no bfloat16 arithmetic and emulates float16. `output_name` is the parameter of the
+    vocabulary projection, which 4-bit models keep in 8 bits.
     """
 
     graph: ir.Graph
@@ -48,8 +48,13 @@ class WeightWriter:
     dtype: Dtype
     quantization: Quantization
     output_name: str
+    compute_dtype: Dtype = "float32"
     _quantized_inputs: dict[ir.Value, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
     _constants: dict[str, ir.Value] = field(default_factory=dict)
+
+    @property
+    def _computed(self) -> ir.DataType:
+        return DTYPES[self.compute_dtype][1]
 
     def attach(self, parameters: dict[str, ir.Value]) -> None:
         for name, value in parameters.items():
@@ -66,12 +71,13 @@ class WeightWriter:
             self.graph.opset_imports[CONTRIB_DOMAIN] = 1
 
     def _store(self, name: str, value: ir.Value) -> None:
-        """The parameter as it is; in half precision a Cast follows it, or follows the Gather that picks rows of it."""
+        """The parameter as it is; where the graph computes in another dtype a Cast follows it, or follows the Gather
+        that picks rows of it."""
         _, stored = DTYPES[self.dtype]
         shape = tuple(self.tensors[name].shape)
         initializer = self._initializer(name, stored, shape, lambda: self._as_stored(self.tensors[name]))
         for node, index in list(value.uses()):
-            if stored == ir.DataType.FLOAT:
+            if stored == self._computed:
                 node.replace_input_with(index, initializer)
             elif node.op_type == "Gather":
                 node.replace_input_with(index, initializer)
@@ -85,7 +91,7 @@ class WeightWriter:
         shape = (tensor.shape[1], tensor.shape[0])
         name = linear.name
         initializer = self._initializer(name, stored, shape, lambda: self._as_stored(self.tensors[name].t()))
-        value = initializer if stored == ir.DataType.FLOAT else self._cast_before(linear.matmul, initializer)
+        value = initializer if stored == self._computed else self._cast_before(linear.matmul, initializer)
         linear.matmul.replace_input_with(1, value)
         self.graph.remove(linear.transpose, safe=True)
 
@@ -155,13 +161,13 @@ class WeightWriter:
         self.graph.remove([linear.matmul, linear.transpose], safe=True)
 
     def _cast_before(self, node: ir.Node, value: ir.Value) -> ir.Value:
-        cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
+        cast = ir.node("Cast", [value], {"to": int(self._computed)})
         self.graph.insert_before(node, cast)
         return cast.outputs[0]
 
     def _cast_after(self, node: ir.Node) -> None:
         output = node.outputs[0]
-        cast = ir.node("Cast", [output], {"to": int(ir.DataType.FLOAT)})
+        cast = ir.node("Cast", [output], {"to": int(self._computed)})
         ir.convenience.replace_all_uses_with(output, cast.outputs[0])
         cast.replace_input_with(0, output)
         cast.outputs[0].shape, cast.outputs[0].type = output.shape, output.type

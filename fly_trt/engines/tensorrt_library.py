@@ -1,0 +1,82 @@
+"""TensorRT or TensorRT-RTX as one library: the two have the same API, from building a network to running an engine.
+
+This module imports whichever is there, sends its log to Python's logging, and loads the plugin library. It knows nothing
+of models; fly_build compiles with it and the runtime runs with it.
+"""
+
+import importlib
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from fly_trt.errors import EngineError
+from fly_trt.manifest import TensorRTLibrary
+
+logger = logging.getLogger(__name__)
+
+EXTRAS: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
+
+
+@dataclass
+class Library:
+    """`trt` is the module; `errors` collects what it logged as an error since the last `take_errors`."""
+
+    name: TensorRTLibrary
+    trt: Any
+    errors: list[str] = field(default_factory=list)
+    log: Any = None
+
+    def __post_init__(self) -> None:
+        self.log = _make_log(self.trt, self.errors)
+
+    @property
+    def version(self) -> str:
+        return str(self.trt.__version__)
+
+    def take_errors(self) -> str:
+        """The first error in one line, or "no reason given"."""
+        first = " ".join(self.errors[0].split()) if self.errors else "no reason given"
+        self.errors.clear()
+        return first
+
+    def load_plugins(self, path: Path) -> None:
+        """Registers the creators of `libfly_plugins.so`. Raises EngineError when it does not load."""
+        if not path.is_file():
+            raise EngineError(f"{path}: no such plugin library: build it with plugins/CMakeLists.txt")
+        registry = self.trt.get_plugin_registry()
+        if registry.load_library(str(path.resolve())) is None:
+            raise EngineError(
+                f"{path}: {self.name} {self.version} cannot load it ({self.take_errors()}): build it against the headers "
+                "of this version"
+            )
+
+
+def import_library(name: TensorRTLibrary | None = None) -> Library:
+    """The library of this name, or the first that is installed. Raises EngineError with the extra to install."""
+    names: tuple[TensorRTLibrary, ...] = (name,) if name else get_args(TensorRTLibrary)
+    for candidate in names:
+        try:
+            return Library(candidate, importlib.import_module(candidate))
+        except ImportError as error:
+            logger.debug("%s: %s", candidate, error)
+    wanted = " or ".join(f"pip install 'fly-trt[{EXTRAS[candidate]}]'" for candidate in names)
+    raise EngineError(f"{' and '.join(names)}: not installed: {wanted}")
+
+
+def _make_log(trt: Any, errors: list[str]) -> Any:
+    """An ILogger; the library's warnings are mostly about bindings that are right, so they are INFO here."""
+    levels = {trt.ILogger.WARNING: logging.INFO, trt.ILogger.INFO: logging.DEBUG, trt.ILogger.VERBOSE: logging.DEBUG}
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            level = levels.get(severity)
+            if level is None:
+                errors.append(message)
+                level = logging.DEBUG  # it becomes an exception, which says it once
+            logger.log(level, "%s", message)
+
+    return Log()
