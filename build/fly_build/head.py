@@ -108,9 +108,7 @@ def LooseWindowAccept(
     return num_accepted, next_token
 
 
-def append_head(
-    model: ir.Model, entropy_top_k: int, stop_token_ids: list[int], *, use_plugins: bool = False
-) -> None:
+def append_head(model: ir.Model, entropy_top_k: int, stop_token_ids: list[int], *, use_plugins: bool = False) -> None:
     """Adds the head's inputs, nodes, functions and outputs to a decoder graph with `input_ids` and `logits`, in place.
 
     `stop_token_ids` (end-of-sequence and end-of-turn tokens) are never loosened; -1 stands for "none". With

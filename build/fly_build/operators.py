@@ -23,7 +23,7 @@ PROBE_TOLERANCE = 1e-5
 
 # How attention says which keys a query sees. "lengths": the operator's causal attribute and count of valid keys, for
 # ONNX Runtime. "mask": a boolean tensor [B, 1, T, S], for TensorRT, whose parser drops the count without a word and
-# anchors the causal triangle at the first key (seen in tensorrt_rtx 1.7.1); it refuses a soft cap, so attention with one
+# anchors the causal triangle at the first key (seen in tensorrt_rtx 1.7.1); it refuses a soft cap, so there attention
 # is written out.
 AttentionForm = Literal["lengths", "mask"]
 
@@ -146,14 +146,14 @@ def _written_out_attention(
 def _mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
     """bool [B, 1, T, S], or None where the operator's causal attribute says it all: where it counts the valid keys and
     the sequence cannot outgrow a window."""
-    is_windowed = local_size is not None and local_size < _TracedStep.max_seq_len
-    if _TracedStep.form == "lengths" and not is_windowed:
+    window = local_size if local_size is not None and local_size < _TracedStep.max_seq_len else None
+    if _TracedStep.form == "lengths" and window is None:
         return None
     key_positions = torch.arange(_TracedStep.cache.past[0].shape[2])
     distance = _TracedStep.cache.positions[:, None, :, None] - key_positions[None, None, None, :]
-    if _TracedStep.form == "lengths":
-        return distance < local_size
-    return (distance >= 0) & (distance < local_size) if is_windowed else distance >= 0
+    if window is None:
+        return distance >= 0
+    return distance < window if _TracedStep.form == "lengths" else (distance >= 0) & (distance < window)
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)
@@ -235,9 +235,7 @@ def _is_half_rotation(function: Callable[..., Any], head_dim: int) -> bool:
 
 
 @contextlib.contextmanager
-def onnx_operators(
-    model: torch.nn.Module, head_dim: int, max_seq_len: int, attention: AttentionForm
-) -> Iterator[None]:
+def onnx_operators(model: torch.nn.Module, head_dim: int, max_seq_len: int, attention: AttentionForm) -> Iterator[None]:
     """While open, `model` traces to Attention, TensorScatter, RMSNormalization and RotaryEmbedding operators."""
     _TracedStep.max_seq_len = max_seq_len
     _TracedStep.form = attention

@@ -1,5 +1,6 @@
-"""The build: plan -> trace -> head -> weights -> compile -> tokenizer -> manifest, in a temporary folder that is renamed
-last."""
+"""The build: plan -> trace -> head -> weights -> compile -> tokenizer -> manifest.
+
+It happens in a temporary folder that is renamed into place last."""
 
 import importlib.metadata
 import json

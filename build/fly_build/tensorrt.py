@@ -1,7 +1,7 @@
 """Compiles a decoder graph into a TensorRT engine, with `tensorrt` or with `tensorrt_rtx`, which needs no GPU for it.
 
 The ONNX parser makes the network; attention layers are then made anew through the network's API, since the parser can
-say neither how many keys of the cache are valid nor that an attention may be decomposed. Everything else is the graph's.
+say neither how many keys of the cache are valid nor that an attention may be decomposed. The rest is the graph's own.
 """
 
 import logging
@@ -126,8 +126,8 @@ class EngineBuilder:
             builder = trt.Builder(self.library.log)
         except TypeError:  # what pybind makes of a null pointer
             raise EngineError(
-                f"{self.library.name} {self.library.version} does not start: {self.library.take_errors()}: it needs a GPU "
-                "also to build; tensorrt_rtx does not: use --tensorrt-library tensorrt_rtx"
+                f"{self.library.name} {self.library.version} does not start: {self.library.take_errors()}: it needs a "
+                "GPU also to build; tensorrt_rtx does not: use --tensorrt-library tensorrt_rtx"
             ) from None
         # TensorRT 11 and TensorRT-RTX know no other networks than strongly typed ones.
         flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -251,19 +251,19 @@ def _make_profile(
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        # The first dimension of every input is B; the only other one that varies is input_ids' T.
-        shapes = [
-            tuple(size if known == -1 else known for known, size in zip(tensor.shape, (rows, tokens, 0, 0), strict=False))
-            for rows, tokens in (least, best, most)
-        ]
-        profile.set_shape(tensor.name, *shapes)
+        profile.set_shape(tensor.name, *(_shape(tuple(tensor.shape), *sizes) for sizes in (least, best, most)))
     return profile
+
+
+def _shape(shape: tuple[int, ...], batch_size: int, num_tokens: int) -> tuple[int, ...]:
+    """The first dimension of every input is B; the only other one that varies is T of input_ids."""
+    return (batch_size, *(num_tokens if size == -1 else size for size in shape[1:]))
 
 
 def _make_monitor(trt: Any, report: Callable[[float], None]) -> Any:
     """Follows the outermost phase of the builder. Ctrl-C ends the build at the next step."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.is_interrupted = False

@@ -13,22 +13,29 @@ def load_engine(
     directory: Path, manifest: Manifest, model: ModelEngine, *, num_slots: int, num_threads: int | None = None
 ) -> Engine:
     """Loads the target or the draft of an engine directory with the library that it was built for."""
-    if manifest.backend != "onnxruntime":
+    if manifest.backend == "tensorrt-llm":
         raise EngineError(
-            f"{directory}: built for backend {manifest.backend!r}, this version runs 'onnxruntime': "
-            "rebuild with --backend onnxruntime"
+            f"{directory}: built for backend 'tensorrt-llm', this version runs onnxruntime and tensorrt: rebuild it"
         )
     if num_slots > manifest.limits.max_batch_size:
         raise EngineError(
             f"{directory}: built for max_batch_size {manifest.limits.max_batch_size}, asked for {num_slots}: "
             f"rebuild with --max-batch-size {num_slots}"
         )
-    from fly_trt.engines.onnxruntime import OnnxRuntimeEngine
-
     info = EngineInfo(
         **manifest.limits.model_dump(),
         vocab_size=model.vocab_size,
         entropy_top_k=manifest.head.entropy_top_k,
         stop_token_ids=frozenset(manifest.head.stop_token_ids),
     )
-    return OnnxRuntimeEngine(directory / model.model, model, info, num_slots=num_slots, num_threads=num_threads)
+    path = directory / model.model
+    if manifest.backend == "tensorrt":
+        from fly_trt.engines.tensorrt import TensorRTEngine
+
+        plugins = model.tensorrt.plugin_library if model.tensorrt else None
+        return TensorRTEngine(
+            path, model, info, num_slots=num_slots, plugin_library=directory / plugins if plugins else None
+        )
+    from fly_trt.engines.onnxruntime import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine(path, model, info, num_slots=num_slots, num_threads=num_threads)

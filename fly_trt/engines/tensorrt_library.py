@@ -1,7 +1,7 @@
 """TensorRT or TensorRT-RTX as one library: the two have the same API, from building a network to running an engine.
 
-This module imports whichever is there, sends its log to Python's logging, and loads the plugin library. It knows nothing
-of models; fly_build compiles with it and the runtime runs with it.
+This module imports whichever is there, sends its log to Python's logging, and loads the plugin library. It knows
+nothing of models; fly_build compiles with it and the runtime runs with it.
 """
 
 import importlib
@@ -47,8 +47,8 @@ class Library:
         registry = self.trt.get_plugin_registry()
         if registry.load_library(str(path.resolve())) is None:
             raise EngineError(
-                f"{path}: {self.name} {self.version} cannot load it ({self.take_errors()}): build it against the headers "
-                "of this version"
+                f"{path}: {self.name} {self.version} cannot load it ({self.take_errors()}): build it against the "
+                "headers of this version"
             )
 
 

@@ -1,0 +1,373 @@
+"""TensorRT and TensorRT-RTX on a GPU behind the engine contract.
+
+The KV caches of all slots are allocated once and updated in place; a step reads them from its first slot on. What a
+step needs from the host travels in one copy from pinned memory and what it says in one copy back; the logits stay on
+the device unless asked for. From its second run on, a step of one shape is one CUDA graph: both copies and the engine.
+
+Lengths are padded to a few sizes, so that few graphs serve all steps: padding writes behind the sequence, where the
+next step overwrites it, and no output that is read depends on it.
+"""
+
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fly_trt.engines import cuda
+from fly_trt.engines.base import EngineInfo, Step
+from fly_trt.engines.tensorrt_library import Library, import_library
+from fly_trt.errors import EngineError
+from fly_trt.manifest import Dtype, ModelEngine, TensorRTPlan
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT = 256  # of tensor addresses, as TensorRT asks for
+MAX_BOUND_SHAPES = 64
+MAX_STEPS = 256
+ROW_TOKENS = (1, 2, 4, 8)  # padded lengths of steps that verify; from there on multiples of the last
+PREFILL_TOKENS_MULTIPLE = 64
+DECODE, VERIFICATION, PREFILL = range(3)  # optimisation profiles, in the order in which fly_build adds them
+
+INPUTS: dict[str, type[np.generic]] = {
+    "input_ids": np.int64,
+    "write_indices": np.int64,
+    "num_context": np.int64,
+    "num_draft": np.int64,
+    "entropy_threshold": np.float32,
+    "use_full_entropy": np.bool_,
+    "window": np.int64,
+    "lookahead": np.int64,
+}
+OUTPUTS: dict[str, type[np.generic]] = {
+    "num_accepted": np.int64,
+    "next_token": np.int64,
+    "argmax": np.int64,
+    "entropy": np.float32,
+    "entropy_topk": np.float32,
+    "argmax_logprob": np.float32,
+    "token_logprob": np.float32,
+}
+PER_ROW = frozenset(INPUTS) - {"input_ids"} | {"num_accepted", "next_token"}
+ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class _Block:
+    """Small tensors of one direction side by side, on the host and on the device, so that one copy moves them all."""
+
+    def __init__(self, tensors: dict[str, type[np.generic]], batch_size: int, num_tokens: int) -> None:
+        shapes = {name: (batch_size,) if name in PER_ROW else (batch_size, num_tokens) for name in tensors}
+        offset = 0
+        self.offsets = {}
+        for name, dtype in tensors.items():
+            self.offsets[name] = offset
+            offset += _round_up(int(np.prod(shapes[name])) * np.dtype(dtype).itemsize, ALIGNMENT)
+        self.num_bytes = offset
+        self.host = cuda.PinnedBuffer(offset)
+        self.device = cuda.DeviceBuffer(offset)
+        self.arrays: dict[str, npt.NDArray[Any]] = {}
+        for name, dtype in tensors.items():
+            begin, shape = self.offsets[name], shapes[name]
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            self.arrays[name] = self.host.array[begin : begin + size].view(dtype).reshape(shape)
+
+
+@dataclass
+class _Bound:
+    """One padded shape at one first slot: its buffers, its execution context, and its graph once it ran."""
+
+    inputs: _Block
+    outputs: _Block
+    context: Any
+    graph: cuda.Graph | None = None
+    is_capturable: bool = True
+
+
+class TensorRTEngine:
+    """One compiled decoder with its slots.
+
+    Raises EngineError when the plan was built for another library version or GPU, or when memory does not suffice.
+    """
+
+    def __init__(
+        self,
+        plan_path: Path,
+        model: ModelEngine,
+        info: EngineInfo,
+        *,
+        num_slots: int,
+        plugin_library: Path | None = None,
+    ) -> None:
+        if model.tensorrt is None:
+            raise EngineError(f"{plan_path}: the manifest has no TensorRT record: rebuild the engine with fly-build")
+        self.info = info
+        self._model = model
+        self._plan = model.tensorrt
+        self._num_slots = num_slots
+        self._library = library = import_library(self._plan.library)
+        check_compatibility(plan_path, self._plan, library, cuda.compute_capability())
+        if plugin_library is not None:
+            library.load_plugins(plugin_library)
+        self._stream = cuda.Stream()
+        self._runtime = library.trt.Runtime(library.log)
+        self._engine = self._runtime.deserialize_cuda_engine(np.memmap(plan_path, np.uint8, "r"))
+        if self._engine is None:
+            raise EngineError(f"{plan_path}: {library.name} {library.version} cannot load it: {library.take_errors()}")
+        self._scratch = cuda.DeviceBuffer(int(self._engine.device_memory_size_v2))
+        item_bytes = ITEM_BYTES[model.kv_cache_dtype]
+        self._token_bytes = model.head_dim * item_bytes
+        self._slot_bytes = model.num_kv_heads * self._plan.cache_tokens * self._token_bytes
+        self._caches = [cuda.DeviceBuffer(num_slots * self._slot_bytes) for _ in range(2 * model.num_layers)]
+        for cache in self._caches:
+            self._stream.clear(cache)  # a masked key counts nothing only while it is a number
+        self._swapped = cuda.DeviceBuffer(self._slot_bytes)
+        longest = max(num_slots * self._plan.max_row_tokens, _round_up(info.max_num_tokens, PREFILL_TOKENS_MULTIPLE))
+        self._logits = cuda.DeviceBuffer(longest * model.vocab_size * item_bytes)
+        self._blocks: dict[tuple[int, int], tuple[_Block, _Block]] = {}
+        self._bound: OrderedDict[tuple[int, int, int], _Bound] = OrderedDict()
+        self._prefill_context: Any = None
+        self._steps: OrderedDict[tuple[int, int, int, bool], Step] = OrderedDict()
+        self._stream.synchronize()
+
+    def step(self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False) -> Step:
+        key = (first_slot, batch_size, num_tokens, with_logits)
+        step = self._steps.get(key)
+        if step is None:
+            step = self._steps[key] = self._make_step(first_slot, batch_size, num_tokens, with_logits)
+            if len(self._steps) > MAX_STEPS:
+                self._steps.popitem(last=False)
+        else:
+            self._steps.move_to_end(key)
+        return step
+
+    def run(self, step: Step) -> None:
+        batch_size, num_tokens = step.input_ids.shape
+        if not self._fits(batch_size, num_tokens):
+            self._run_rows(step)
+            return
+        bound = self._bind(step.first_slot, batch_size, self._padded(num_tokens))
+        if bound.graph is not None:
+            bound.graph.launch()
+        else:
+            self._enqueue(bound)
+            self._capture(bound)
+        if step.logits is None:
+            self._stream.synchronize()
+        else:
+            self._read_logits(step)
+
+    def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
+        for cache in self._caches:
+            self._copy_tokens(self._slot(cache, target), self._slot(cache, source), num_tokens)
+        self._stream.synchronize()
+
+    def swap_slots(self, first: int, second: int, num_tokens: int) -> None:
+        for cache in self._caches:
+            one, other = self._slot(cache, first), self._slot(cache, second)
+            self._copy_tokens(self._swapped.address, one, num_tokens)
+            self._copy_tokens(one, other, num_tokens)
+            self._copy_tokens(other, self._swapped.address, num_tokens)
+        self._stream.synchronize()
+
+    def trim(self, num_tokens: int) -> int:
+        """The caches keep their size: the cost of a step does not follow it."""
+        return self._plan.cache_tokens
+
+    def close(self) -> None:
+        self._stream.synchronize()
+        self._steps.clear()
+        self._bound.clear()
+        self._prefill_context = None
+        self._blocks.clear()
+        self._caches.clear()
+        del self._engine, self._runtime, self._scratch, self._logits, self._swapped
+
+    def _fits(self, batch_size: int, num_tokens: int) -> bool:
+        """Whether one step can have this shape; the profiles let only a single row be long."""
+        return batch_size == 1 or num_tokens <= self._plan.max_row_tokens
+
+    def _padded(self, num_tokens: int) -> int:
+        if num_tokens > self._plan.max_row_tokens:
+            longest = max(self.info.max_num_tokens, self._plan.max_row_tokens)
+            return max(num_tokens, min(_round_up(num_tokens, PREFILL_TOKENS_MULTIPLE), longest))
+        return next((size for size in ROW_TOKENS if size >= num_tokens), _round_up(num_tokens, ROW_TOKENS[-1]))
+
+    def _make_step(self, first_slot: int, batch_size: int, num_tokens: int, with_logits: bool) -> Step:
+        if first_slot + batch_size > self._num_slots:
+            raise EngineError(f"slots {first_slot} to {first_slot + batch_size - 1}: the engine has {self._num_slots}")
+        if self._fits(batch_size, num_tokens):
+            inputs, outputs = self._io(batch_size, self._padded(num_tokens))
+            arrays = inputs.arrays | outputs.arrays
+        else:
+            arrays = {
+                name: np.zeros((batch_size,) if name in PER_ROW else (batch_size, num_tokens), dtype)
+                for name, dtype in (INPUTS | OUTPUTS).items()
+            }
+        views = {name: array if name in PER_ROW else array[:, :num_tokens] for name, array in arrays.items()}
+        logits = np.zeros((batch_size, num_tokens, self.info.vocab_size), np.float32) if with_logits else None
+        return Step(first_slot=first_slot, logits=logits, **views)
+
+    def _io(self, batch_size: int, num_tokens: int) -> tuple[_Block, _Block]:
+        """The blocks of one padded shape, which all its slots and lengths share."""
+        blocks = self._blocks.get((batch_size, num_tokens))
+        if blocks is None:
+            blocks = _Block(INPUTS, batch_size, num_tokens), _Block(OUTPUTS, batch_size, num_tokens)
+            self._blocks[batch_size, num_tokens] = blocks
+        return blocks
+
+    def _bind(self, first_slot: int, batch_size: int, num_tokens: int) -> _Bound:
+        if num_tokens > self._plan.max_row_tokens:
+            return self._bind_prefill(first_slot, num_tokens)
+        key = (first_slot, batch_size, num_tokens)
+        bound = self._bound.get(key)
+        if bound is None:
+            # Each graph has a context of its own, since a context must not change under a graph that was captured from
+            # it; all of them share the scratch memory, for only one runs at a time.
+            context = self._make_context(DECODE if num_tokens == 1 else VERIFICATION)
+            bound = self._bound[key] = _Bound(*self._io(batch_size, num_tokens), context)
+            self._set_tensors(bound, first_slot, batch_size)
+            if len(self._bound) > MAX_BOUND_SHAPES:
+                self._bound.popitem(last=False)
+        else:
+            self._bound.move_to_end(key)
+        return bound
+
+    def _bind_prefill(self, first_slot: int, num_tokens: int) -> _Bound:
+        """One row of a prompt: every such step has the same context, and no graph, for lengths and slots vary."""
+        if self._prefill_context is None:
+            self._prefill_context = self._make_context(PREFILL)
+        bound = _Bound(*self._io(1, num_tokens), self._prefill_context, is_capturable=False)
+        self._set_tensors(bound, first_slot, 1)
+        return bound
+
+    def _make_context(self, profile: int) -> Any:
+        trt = self._library.trt
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._library.name == "tensorrt_rtx":
+            config = self._engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            # The fallback kernels that a lazy context starts with must not end up in a graph.
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            context = self._engine.create_execution_context(config)
+        else:
+            context = self._engine.create_execution_context(strategy)
+        if context is None:
+            raise EngineError(f"{self._library.name}: no execution context: {self._library.take_errors()}")
+        context.set_device_memory(self._scratch.address, self._scratch.num_bytes)
+        if not context.set_optimization_profile_async(profile, self._stream.handle):
+            raise EngineError(f"{self._library.name}: profile {profile}: {self._library.take_errors()}")
+        return context
+
+    def _set_tensors(self, bound: _Bound, first_slot: int, batch_size: int) -> None:
+        model, context = self._model, bound.context
+        for name, array in bound.inputs.arrays.items():
+            self._require(context.set_input_shape(name, array.shape), name)
+        for block in (bound.inputs, bound.outputs):
+            for name, offset in block.offsets.items():
+                self._require(context.set_tensor_address(name, block.device.address + offset), name)
+        self._require(context.set_tensor_address("logits", self._logits.address), "logits")
+        cache_shape = (batch_size, model.num_kv_heads, self._plan.cache_tokens, model.head_dim)
+        for index, cache in enumerate(self._caches):
+            name = f"{('key', 'value')[index % 2]}.{index // 2}"
+            address = self._slot(cache, first_slot)
+            self._require(context.set_input_shape(f"past_{name}", cache_shape), name)
+            self._require(context.set_tensor_address(f"past_{name}", address), name)
+            self._require(context.set_tensor_address(f"present_{name}", address), name)
+
+    def _require(self, is_done: bool, what: str) -> None:
+        if not is_done:
+            raise EngineError(f"{self._library.name}: {what}: {self._library.take_errors()}")
+
+    def _enqueue(self, bound: _Bound) -> None:
+        inputs, outputs = bound.inputs, bound.outputs
+        self._stream.copy(inputs.device.address, inputs.host.address, inputs.num_bytes)
+        self._require(bound.context.execute_async_v3(self._stream.handle), "execution")
+        self._stream.copy(outputs.host.address, outputs.device.address, outputs.num_bytes)
+
+    def _capture(self, bound: _Bound) -> None:
+        """The first run made the engine ready for this shape; what it did is recorded for the next ones."""
+        if not bound.is_capturable:
+            return
+        self._stream.synchronize()
+        try:
+            bound.graph = self._stream.capture(lambda: self._enqueue(bound))
+        except EngineError as error:
+            bound.is_capturable = False
+            logger.warning("steps of %s run without a CUDA graph: %s", bound.inputs.arrays["input_ids"].shape, error)
+
+    def _run_rows(self, step: Step) -> None:
+        """One row at a time, for steps with long rows."""
+        for row in range(len(step.input_ids)):
+            part = self.step(step.first_slot + row, 1, step.input_ids.shape[1], with_logits=step.logits is not None)
+            for name in INPUTS:
+                getattr(part, name)[0] = getattr(step, name)[row]
+            self.run(part)
+            for name in OUTPUTS:
+                getattr(step, name)[row] = getattr(part, name)[0]
+            if step.logits is not None and part.logits is not None:
+                step.logits[row] = part.logits[0]
+
+    def _read_logits(self, step: Step) -> None:
+        """Copies the step's rows of logits and widens them to float32."""
+        assert step.logits is not None
+        batch_size, num_tokens, vocab_size = step.logits.shape
+        item_bytes = ITEM_BYTES[self._model.kv_cache_dtype]
+        if step.binding is None:
+            step.binding = cuda.PinnedBuffer(step.logits.size * item_bytes)
+        row_bytes = num_tokens * vocab_size * item_bytes
+        pitch = self._padded(num_tokens) * vocab_size * item_bytes
+        self._stream.copy_rows((step.binding.address, row_bytes), (self._logits.address, pitch), row_bytes, batch_size)
+        self._stream.synchronize()
+        _widen(step.binding.array, self._model.kv_cache_dtype, step.logits)
+
+    def _slot(self, cache: cuda.DeviceBuffer, slot: int) -> int:
+        return cache.address + slot * self._slot_bytes
+
+    def _copy_tokens(self, target: int, source: int, num_tokens: int) -> None:
+        """The first tokens of a slot of one cache tensor [Hkv, S, D]."""
+        if num_tokens:
+            pitch = self._plan.cache_tokens * self._token_bytes
+            num_bytes = num_tokens * self._token_bytes
+            self._stream.copy_rows((target, pitch), (source, pitch), num_bytes, self._model.num_kv_heads)
+
+
+def check_compatibility(path: Path, plan: TensorRTPlan, library: Library, compute_capability: str) -> None:
+    """Raises EngineError unless this library version and GPU can run the plan. A plan of full TensorRT belongs to one
+    kind of GPU, one of TensorRT-RTX to all from a certain compute capability on."""
+    if library.version != plan.version:
+        raise EngineError(
+            f"{path}: built with {plan.library} {plan.version}, found {library.version}: install {plan.library}=="
+            f"{plan.version} or rebuild with fly-build"
+        )
+    is_portable = plan.library == "tensorrt_rtx"
+    fits = (
+        _numbers(compute_capability) >= _numbers(plan.compute_capability)
+        if is_portable
+        else compute_capability == plan.compute_capability
+    )
+    if not fits:
+        wanted = f"{plan.compute_capability} or later" if is_portable else plan.compute_capability
+        raise EngineError(
+            f"{path}: built for compute capability {wanted}, this GPU has {compute_capability}: rebuild with fly-build "
+            "on this machine"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
+def _widen(raw: cuda.Bytes, dtype: Dtype, target: npt.NDArray[np.float32]) -> None:
+    """Raw logits of any dtype as float32; a bfloat16 is the upper half of one."""
+    if dtype == "bfloat16":
+        np.left_shift(raw.view(np.uint16).reshape(target.shape), 16, out=target.view(np.uint32), dtype=np.uint32)
+    else:
+        stored = np.float32 if dtype == "float32" else np.float16
+        np.copyto(target, raw.view(stored).reshape(target.shape))
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
