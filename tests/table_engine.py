@@ -10,8 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from fly_trt.engines.base import AcceptancePolicy, EngineInfo, Step
-from fly_trt.engines.onnxruntime import ROW_INPUTS, TOKEN_OUTPUTS
+from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, AcceptancePolicy, EngineInfo, Step
 from fly_trt.verification import accept
 
 VOCAB_SIZE = 32

@@ -47,7 +47,9 @@ Examples:
     "--tensorrt-library", type=click.Choice(get_args(TensorRTLibrary)), help="Of backend tensorrt. [what is installed]"
 )
 @click.option("--plugin-library", metavar="FILE", help="libfly_plugins.so for the head. [the graph's own functions]")
-@click.option("--timing-cache", metavar="FILE", help="Kernel timings kept between builds. [in ~/.cache/fly-trt]")
+@click.option(
+    "--timing-cache", metavar="FILE", help="Of tensorrt: kernel timings kept between builds. [in ~/.cache/fly-trt]"
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Engine directory. [engines/NAME]")
 @click.option("--overwrite", is_flag=True, help="Replace an engine directory that exists.")
 @click.option("--dry-run", is_flag=True, help="Print the plan with sizes and build nothing.")
@@ -100,6 +102,8 @@ def _run(
         click.echo(manifest.model_dump_json(indent=2))
         return
     Console().print(_summary(manifest))
+    for warning in _warnings(manifest):
+        click.echo(f"warning: {warning}", err=True)
     click.echo(f"{plan.output} is ready after {time.perf_counter() - started:.1f} s")
 
 
@@ -155,6 +159,18 @@ def _summary(manifest: Manifest) -> Table:
                 _bytes(size),
             )
     return table
+
+
+def _warnings(manifest: Manifest) -> list[str]:
+    found = []
+    for role, engine in (("target", manifest.target), ("draft", manifest.draft)):
+        if engine is not None and engine.tensorrt is not None and engine.tensorrt.layers.decomposed_attention:
+            number = engine.tensorrt.layers.decomposed_attention
+            found.append(
+                f"{role}: no kernel computes the attention of {number} of {engine.num_layers} layers whole (float32, a soft "
+                "cap, or a head size that has none): slower than it could be"
+            )
+    return found
 
 
 def _count(number: int) -> str:

@@ -129,9 +129,12 @@ def _tensorrt(recipe: Recipe) -> Library | None:
     if recipe.backend != "tensorrt":
         return None
     library = import_library(recipe.tensorrt_library)
-    if recipe.plugin_library is not None:
-        if library.name == "tensorrt_rtx":
+    if library.name == "tensorrt_rtx":
+        if recipe.plugin_library is not None:
             raise ConfigError("plugin_library: tensorrt_rtx has no plugin layers: leave it out, or use tensorrt")
+        if recipe.timing_cache is not None:
+            raise ConfigError("timing_cache: tensorrt_rtx times nothing while it builds: leave it out, or use tensorrt")
+    if recipe.plugin_library is not None:
         if recipe.entropy_top_k > MAX_PLUGIN_TOP_K:
             raise ConfigError(
                 f"entropy_top_k {recipe.entropy_top_k}: the plugins look at {MAX_PLUGIN_TOP_K} at most: "

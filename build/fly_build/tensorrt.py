@@ -116,7 +116,7 @@ class EngineBuilder:
             if plan is not None:
                 return plan, self._record(layers)
             reason = self.library.take_errors()
-            logger.warning("%s: not built with decomposable=%s: %s", onnx_path, decomposable, reason)
+            logger.info("%s: decomposable=%s: %s", onnx_path, decomposable, reason)
         raise EngineError(f"{self.library.name} {self.library.version} cannot build the engine: {reason}")
 
     def _parse(self, onnx_path: Path) -> tuple[Any, Any]:
@@ -134,8 +134,10 @@ class EngineBuilder:
         network = builder.create_network(0 if flag is None else 1 << int(flag))
         parser = trt.OnnxParser(network, self.library.log)
         if not parser.parse_from_file(str(onnx_path)):
-            errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
-            reason = " ".join(errors[0].split()) if errors else self.library.take_errors()
+            reason = self.library.take_errors()
+            if parser.num_errors:
+                first = parser.get_error(0)
+                reason = f"{first.node_operator()}: {' '.join(first.desc().split())}"
             raise EngineError(f"{self.library.name} {self.library.version} cannot parse the graph: {reason}")
         return network, builder
 
@@ -203,7 +205,10 @@ class EngineBuilder:
         os.replace(file.name, self.timing_cache)
 
 
-def default_timing_cache(library: Library) -> Path:
+def default_timing_cache(library: Library) -> Path | None:
+    """None for tensorrt_rtx, which compiles kernels where it runs and times none while it builds."""
+    if library.name == "tensorrt_rtx":
+        return None
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "fly-trt" / f"{library.name}-{library.version}.timing"
 

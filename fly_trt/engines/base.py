@@ -17,6 +17,24 @@ FloatArray = npt.NDArray[np.float32]
 
 NO_TOKENS: IntArray = np.empty(0, np.int64)
 
+# The tensors of a step and their types: per row [B], and per position [B, T] of the verification head.
+ROW_INPUTS: dict[str, type[np.generic]] = {
+    "write_indices": np.int64,
+    "num_context": np.int64,
+    "num_draft": np.int64,
+    "entropy_threshold": np.float32,
+    "use_full_entropy": np.bool_,
+    "window": np.int64,
+    "lookahead": np.int64,
+}
+TOKEN_OUTPUTS: dict[str, type[np.generic]] = {
+    "argmax": np.int64,
+    "entropy": np.float32,
+    "entropy_topk": np.float32,
+    "argmax_logprob": np.float32,
+    "token_logprob": np.float32,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class AcceptancePolicy:
@@ -64,7 +82,7 @@ class Step:
     Inputs: input_ids int64 [B, T]; write_indices, num_context, num_draft, window, lookahead int64 [B];
     entropy_threshold float32 [B] in nats; use_full_entropy bool [B].
     Outputs: num_accepted, next_token int64 [B]; argmax int64 [B, T]; the others float32 [B, T], in nats; logits
-    float32 [B, T, V], or None unless asked for.
+    float32 [B, T, V], or None unless asked for. Where a position's logits hold NaN or +inf its entropies are NaN.
     """
 
     first_slot: int

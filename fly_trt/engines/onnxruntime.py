@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from fly_trt.engines.base import EngineInfo, Step
+from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, Step
 from fly_trt.errors import EngineError
 from fly_trt.manifest import ModelEngine
 
@@ -23,22 +23,6 @@ logger = logging.getLogger(__name__)
 CACHE_BLOCK_TOKENS = 256
 SHRINK_FACTOR = 4
 MAX_BOUND_SHAPES = 256
-ROW_INPUTS = {
-    "write_indices": np.int64,
-    "num_context": np.int64,
-    "num_draft": np.int64,
-    "entropy_threshold": np.float32,
-    "use_full_entropy": np.bool_,
-    "window": np.int64,
-    "lookahead": np.int64,
-}
-TOKEN_OUTPUTS = {
-    "argmax": np.int64,
-    "entropy": np.float32,
-    "entropy_topk": np.float32,
-    "argmax_logprob": np.float32,
-    "token_logprob": np.float32,
-}
 CACHE_DTYPES = {"float32": np.float32, "float16": np.float16}
 
 

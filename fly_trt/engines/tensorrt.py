@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fly_trt.engines import cuda
-from fly_trt.engines.base import EngineInfo, Step
+from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, Step
 from fly_trt.engines.tensorrt_library import Library, import_library
 from fly_trt.errors import EngineError
 from fly_trt.manifest import Dtype, ModelEngine, TensorRTPlan
@@ -32,26 +32,9 @@ ROW_TOKENS = (1, 2, 4, 8)  # padded lengths of steps that verify; from there on 
 PREFILL_TOKENS_MULTIPLE = 64
 DECODE, VERIFICATION, PREFILL = range(3)  # optimisation profiles, in the order in which fly_build adds them
 
-INPUTS: dict[str, type[np.generic]] = {
-    "input_ids": np.int64,
-    "write_indices": np.int64,
-    "num_context": np.int64,
-    "num_draft": np.int64,
-    "entropy_threshold": np.float32,
-    "use_full_entropy": np.bool_,
-    "window": np.int64,
-    "lookahead": np.int64,
-}
-OUTPUTS: dict[str, type[np.generic]] = {
-    "num_accepted": np.int64,
-    "next_token": np.int64,
-    "argmax": np.int64,
-    "entropy": np.float32,
-    "entropy_topk": np.float32,
-    "argmax_logprob": np.float32,
-    "token_logprob": np.float32,
-}
-PER_ROW = frozenset(INPUTS) - {"input_ids"} | {"num_accepted", "next_token"}
+INPUTS = {"input_ids": np.int64} | ROW_INPUTS
+OUTPUTS = {"num_accepted": np.int64, "next_token": np.int64} | TOKEN_OUTPUTS
+PER_ROW = frozenset(ROW_INPUTS) | {"num_accepted", "next_token"}
 ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 

@@ -35,10 +35,10 @@ class Library:
         return str(self.trt.__version__)
 
     def take_errors(self) -> str:
-        """The first error in one line, or "no reason given"."""
-        first = " ".join(self.errors[0].split()) if self.errors else "no reason given"
+        """The last error in one line; earlier ones are often about a GPU that is not needed."""
+        last = " ".join(self.errors[-1].split()) if self.errors else "no reason given"
         self.errors.clear()
-        return first
+        return last
 
     def load_plugins(self, path: Path) -> None:
         """Registers the creators of `libfly_plugins.so`. Raises EngineError when it does not load."""

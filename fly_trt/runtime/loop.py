@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from fly_trt.drafting import Drafter, DraftRow
 from fly_trt.engines.base import Engine, FloatArray, IntArray, Step
-from fly_trt.errors import FlyError
+from fly_trt.errors import EngineError, FlyError
 from fly_trt.metrics import Metrics
 from fly_trt.runtime.draft_length import AcceptanceRate, DraftLength
 from fly_trt.runtime.request import Request, RequestState
@@ -247,6 +247,11 @@ class GenerationLoop:
         """Takes a step's outputs for one decoding row, decides what they decide, and commits it."""
         begin = request.num_context - 1 if not len(round_.choices) else 0
         positions = slice(begin, num_fed)
+        if np.isnan(step.entropy_topk[row, positions].sum()):
+            raise EngineError(
+                f"request {request.request_id}: the target's logits after {request.num_cached} tokens are not numbers: "
+                "its arithmetic overflows: rebuild with --dtype bfloat16 or float32"
+            )
         logits = None if step.logits is None else step.logits[row, positions]
         if request.needs_prompt_logits:
             self._collect_prompt_logprobs(request, step, row, num_fed)

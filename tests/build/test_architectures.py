@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
@@ -16,10 +15,8 @@ import transformers
 from fly_build.checkpoint import SUPPORTED_MODEL_TYPES, open_checkpoint
 from fly_build.export import export_decoder
 from fly_trt.errors import CheckpointError
-from tiny_models import SHAPE, Runner, count_operators, reference_logits, save_tiny, tiny_runner
+from tiny_models import SHAPE, Runner, check_against_transformers, count_operators, save_tiny, tiny_runner
 
-TOLERANCE = 1e-4
-PREFILL, CONTINUED, REWOUND = 40, 46, 25
 WINDOW = 12
 HEAD_DIM = {"head_dim": 16}
 SLIDING = {"sliding_window": WINDOW}
@@ -112,27 +109,7 @@ def test_every_supported_model_type_is_tested_here() -> None:
 
 
 def test_logits_agree_with_transformers_when_rows_prefill_continue_and_rewind(exported: Exported) -> None:
-    """Both rows prefill; then row 0 continues while row 1 rewinds to an earlier position and takes other tokens."""
-    rng = np.random.default_rng(0)
-    rows = rng.integers(3, SHAPE["vocab_size"], (2, CONTINUED))
-    step = CONTINUED - PREFILL
-    rewound = np.concatenate([rows[1, :REWOUND], rng.integers(3, SHAPE["vocab_size"], step + 1)])
-    continued = np.append(rows[0], 5)
-    first, second = reference_logits(exported.reference, continued, rewound)
-    (before_rewind,) = reference_logits(exported.reference, rows[1, :PREFILL])
-    assert first.std() > 0.3, "logits too flat to tell a wrong graph from a right one"
-
-    run = exported.runner.step
-    prefill = run(rows[:, :PREFILL], [0, 0])["logits"]
-    middle = run([rows[0, PREFILL:], rewound[REWOUND : REWOUND + step]], [PREFILL, REWOUND])["logits"]
-    last = run([continued[-1:], rewound[-1:]], [CONTINUED, REWOUND + step])["logits"]
-
-    np.testing.assert_allclose(prefill[0], first[:PREFILL], atol=TOLERANCE, rtol=0)
-    np.testing.assert_allclose(prefill[1], before_rewind, atol=TOLERANCE, rtol=0)
-    np.testing.assert_allclose(middle[0], first[PREFILL:CONTINUED], atol=TOLERANCE, rtol=0)
-    np.testing.assert_allclose(middle[1], second[REWOUND : REWOUND + step], atol=TOLERANCE, rtol=0)
-    np.testing.assert_allclose(last[0], first[-1:], atol=TOLERANCE, rtol=0)
-    np.testing.assert_allclose(last[1], second[-1:], atol=TOLERANCE, rtol=0)
+    check_against_transformers(exported.reference, exported.runner)
 
 
 def test_cache_norms_and_rotation_are_single_operators(exported: Exported) -> None:

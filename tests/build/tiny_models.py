@@ -21,12 +21,15 @@ from fly_build.attention import make_shape_invariant
 from fly_build.checkpoint import Checkpoint, open_checkpoint
 from fly_build.export import DecoderGraph, export_decoder
 from fly_build.head import append_head
+from fly_build.operators import AttentionForm
 from fly_build.weights import WeightWriter
 from fly_trt.engines.onnxruntime import session_options
 from fly_trt.manifest import Dtype, Quantization
 
 PAIR = Path(__file__).resolve().parents[1] / "assets" / "pair"
 MAX_SEQ_LEN = 64
+PREFILL, CONTINUED, REWOUND = 40, 46, 25
+TOLERANCE = 1e-4
 SILENT_BELOW_ERROR = 3
 SHAPE: dict[str, Any] = {
     "vocab_size": 160,
@@ -90,9 +93,15 @@ def build_graph(
 
 
 def finish_graph(
-    decoder: DecoderGraph, checkpoint: Checkpoint, path: Path, dtype: Dtype, quantization: Quantization
+    decoder: DecoderGraph,
+    checkpoint: Checkpoint,
+    path: Path,
+    dtype: Dtype,
+    quantization: Quantization,
+    attention: AttentionForm = "lengths",
 ) -> ir.Model:
-    make_shape_invariant(decoder.model, checkpoint.config.num_attention_heads, checkpoint.num_kv_heads)
+    if attention == "lengths":  # as for ONNX Runtime
+        make_shape_invariant(decoder.model, checkpoint.config.num_attention_heads, checkpoint.num_kv_heads)
     tied = "lm_head.weight" not in decoder.parameters
     output_name = "model.embed_tokens.weight" if tied else "lm_head.weight"
     writer = WeightWriter(decoder.model.graph, checkpoint.load_weights(), dtype, quantization, output_name)
@@ -144,10 +153,41 @@ class Runner:
 
 
 def tiny_runner(
-    config: Any, folder: Path, *, dtype: Dtype = "float32", quantization: Quantization = "none", batch_size: int = 2
+    config: Any,
+    folder: Path,
+    *,
+    dtype: Dtype = "float32",
+    quantization: Quantization = "none",
+    batch_size: int = 2,
+    attention: AttentionForm = "lengths",
 ) -> tuple[torch.nn.Module, Runner, ir.Model]:
     """The reference model, the runner and the graph of one configuration."""
     model = save_tiny(config, folder)
     checkpoint = open_checkpoint(str(folder))
-    graph = build_graph(checkpoint, folder / "model.onnx", dtype=dtype, quantization=quantization)
+    decoder = export_decoder(checkpoint, MAX_SEQ_LEN, attention=attention)
+    graph = finish_graph(decoder, checkpoint, folder / "model.onnx", dtype, quantization, attention)
     return model, Runner(folder / "model.onnx", checkpoint, batch_size), graph
+
+
+def check_against_transformers(model: torch.nn.Module, runner: Runner) -> None:
+    """Both rows prefill; then row 0 continues while row 1 rewinds to an earlier position and takes other tokens."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(3, SHAPE["vocab_size"], (2, CONTINUED))
+    step = CONTINUED - PREFILL
+    rewound = np.concatenate([rows[1, :REWOUND], rng.integers(3, SHAPE["vocab_size"], step + 1)])
+    continued = np.append(rows[0], 5)
+    first, second = reference_logits(model, continued, rewound)
+    (before_rewind,) = reference_logits(model, rows[1, :PREFILL])
+    assert first.std() > 0.3, "logits too flat to tell a wrong graph from a right one"
+
+    run = runner.step
+    prefill = run(rows[:, :PREFILL], [0, 0])["logits"]
+    middle = run([rows[0, PREFILL:], rewound[REWOUND : REWOUND + step]], [PREFILL, REWOUND])["logits"]
+    last = run([continued[-1:], rewound[-1:]], [CONTINUED, REWOUND + step])["logits"]
+
+    np.testing.assert_allclose(prefill[0], first[:PREFILL], atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(prefill[1], before_rewind, atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(middle[0], first[PREFILL:CONTINUED], atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(middle[1], second[REWOUND : REWOUND + step], atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(last[0], first[-1:], atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(last[1], second[-1:], atol=TOLERANCE, rtol=0)
