@@ -167,8 +167,8 @@ def _warnings(manifest: Manifest) -> list[str]:
         if engine is not None and engine.tensorrt is not None and engine.tensorrt.layers.decomposed_attention:
             number = engine.tensorrt.layers.decomposed_attention
             found.append(
-                f"{role}: no kernel computes the attention of {number} of {engine.num_layers} layers whole (float32, a soft "
-                "cap, or a head size that has none): slower than it could be"
+                f"{role}: no kernel computes the attention of {number} of {engine.num_layers} layers whole (float32, a "
+                "soft cap, or a head size that has none): slower than it could be"
             )
     return found
 

@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fly_trt.drafting import ModelDrafter, NgramDrafter
+from fly_trt.engines.base import EXACT, AcceptancePolicy
+from fly_trt.errors import EngineError
 from fly_trt.runtime.request import Request, RequestState
 from fly_trt.sequence import TokenSequence
 from fly_trt.verification import PRESETS
@@ -273,3 +275,24 @@ def test_a_sequence_holds_what_was_appended(length: int) -> None:
     sequence.truncate(1)
     sequence.append(np.array([9]))
     assert sequence.tokens.tolist() == [1, 9]
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("policy", [EXACT, PRESETS["reference"]])
+def test_a_target_whose_logits_are_not_numbers_ends_that_request_alone(drafter: str, policy: AcceptancePolicy) -> None:
+    """The head gives NaN entropies there; the request keeps what it emitted before."""
+    language = hashed(12, 3)
+    broken = make_request(policy=policy, ignore_eos=True)
+    other = make_request([7, 8, 9], ignore_eos=True, max_tokens=30)
+    after = [*broken.prompt_token_ids, *greedy(language, broken.prompt_token_ids, 10)]
+
+    def entropy(tokens: tuple[int, ...]) -> float:
+        return float("nan") if list(tokens) == after else 0.0
+
+    make_stack(language, make_drafter(drafter, language), entropy=entropy).run(other, broken)
+    assert isinstance(broken.error, EngineError)
+    assert "are not numbers: its arithmetic overflows: rebuild with --dtype bfloat16" in str(broken.error)
+    assert broken.finish_reason == "abort"
+    assert broken.output_token_ids == after[len(broken.prompt_token_ids) :][: len(broken.output_token_ids)]
+    assert other.error is None
+    assert other.output_token_ids == greedy(language, [7, 8, 9], 30)

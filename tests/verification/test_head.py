@@ -146,14 +146,40 @@ def test_ties_go_to_the_lower_token(session: ort.InferenceSession) -> None:
     assert (run(session, batch)["argmax"] == 13).all()
 
 
-def test_a_row_of_nan_is_never_loosened(session: ort.InferenceSession) -> None:
-    length = 12
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("tokens", [[13], range(VOCAB_SIZE)])
+@pytest.mark.parametrize("use_full_entropy", [False, True])
+def test_a_position_that_is_not_a_number_is_never_loosened_and_says_so(
+    session: ort.InferenceSession, value: float, tokens: list[int], use_full_entropy: bool
+) -> None:
+    """Draft token 6 differs from the choice everywhere, so a number there would be loosened at any entropy."""
+    length, broken = 12, 4
+    logits = np.zeros((1, length, VOCAB_SIZE), np.float32)
+    logits[..., 9] = 1
+    logits[0, broken, tokens] = value
     ids = np.full((1, length), 9)
-    logits = np.full((1, length, VOCAB_SIZE), np.nan, np.float32)
-    loose = AcceptancePolicy(0.0, use_full_entropy=False, window=0, lookahead=0)
-    batch = Batch(logits, ids, np.array([1]), np.array([length - 1]), [loose])
+    ids[0, broken + 1] = 6
+    loose = AcceptancePolicy(0.0, use_full_entropy=use_full_entropy, window=0, lookahead=0)
+    got = run(session, Batch(logits, ids, np.array([1]), np.array([length - 1]), [loose]))
+    assert got["num_accepted"][0] == broken
+    for name in ("entropy", "entropy_topk", "argmax_logprob"):
+        assert np.isnan(got[name][0]).nonzero()[0].tolist() == [broken]
+    assert 0 <= got["argmax"][0, broken] < VOCAB_SIZE
+
+    logits[0, broken] = logits[0, 0]
+    assert run(session, Batch(logits, ids, np.array([1]), np.array([length - 1]), [loose]))["num_accepted"][0] == 11
+
+
+def test_an_impossible_token_has_no_share_in_the_entropies(session: ort.InferenceSession) -> None:
+    batch = Batch.random(np.random.default_rng(7))
+    few = batch.logits[..., :2].copy()
+    batch.logits[..., 2:] = -np.inf
     got = run(session, batch)
-    assert got["num_accepted"][0] == 0 or (got["argmax"][0, : got["num_accepted"][0]] == 9).all()
+    log_probs = log_softmax(few)
+    want = -(np.exp(log_probs) * log_probs).sum(-1)
+    np.testing.assert_allclose(got["entropy"], want, rtol=1e-5, atol=5e-6)
+    np.testing.assert_allclose(got["entropy_topk"], want, rtol=1e-5, atol=5e-6)
+    np.testing.assert_array_equal(got["argmax"], few.argmax(-1))
 
 
 def test_without_stop_tokens_every_token_may_be_loosened() -> None:
