@@ -49,6 +49,7 @@ class TableEngine:
             entropy_top_k=3,
             stop_token_ids=frozenset({STOP_TOKEN}),
         )
+        self.num_preparations = 0
         self.closed = False
         self._trim_block = trim_block
         self._next_token = next_token
@@ -73,7 +74,9 @@ class TableEngine:
         return self._steps[key]
 
     def run(self, step: Step) -> None:
-        self.shapes.append((step.first_slot, *step.input_ids.shape))
+        shape = (step.first_slot, *step.input_ids.shape)
+        self.num_preparations += shape not in self.shapes  # as engines bind a shape when they meet it
+        self.shapes.append(shape)
         for row, ids in enumerate(step.input_ids):
             self._run_row(step, row, ids.tolist())
 

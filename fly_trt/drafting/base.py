@@ -23,6 +23,11 @@ class Drafter(Protocol):
     is_free: bool
     """A proposal costs nothing worth saving, so that a whole draft may be asked for before any of it is needed."""
 
+    @property
+    def num_preparations(self) -> int:
+        """That of its engine, or 0 without one."""
+        ...
+
     def prepare(self, rows: Sequence[DraftRow]) -> None:
         """Reads what the rows' sequences have that the drafter has not seen, so that `propose` costs what drafting
         costs. Optional: `propose` does it too."""

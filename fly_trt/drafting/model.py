@@ -70,6 +70,10 @@ class ModelDrafter:
         self._max_context = engine.info.max_num_tokens - longest_guess
         self._slots: dict[int, _Slot] = {}
 
+    @property
+    def num_preparations(self) -> int:
+        return self._engine.num_preparations
+
     def prepare(self, rows: Sequence[DraftRow]) -> None:
         for slot, tokens, num_tokens in rows:
             state = self._slots.get(slot)

@@ -68,6 +68,7 @@ class NgramDrafter:
     """Drafts without a model: what followed the last few tokens where they occurred first."""
 
     is_free = True
+    num_preparations = 0
 
     def __init__(self, max_n: int, min_n: int) -> None:
         self._max_n = max_n

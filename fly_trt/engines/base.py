@@ -126,6 +126,9 @@ class Engine(Protocol):
     """A target or a draft model. Not thread-safe: one loop owns it."""
 
     info: EngineInfo
+    num_preparations: int
+    """One-time work done so far: shapes bound, graphs captured, caches resized. The time of a step in which this rises
+    says nothing of the next ones."""
 
     def step(self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False) -> Step:
         """The buffers for slots first_slot .. first_slot + batch_size - 1 and T = num_tokens; made once per shape."""

@@ -119,13 +119,18 @@ class Stream:
         runtime = self._runtime
         mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         _check(runtime.cudaStreamBeginCapture(self.handle, mode))
+        graph = None
         try:
-            work()
+            try:
+                work()
+            finally:
+                error, graph = runtime.cudaStreamEndCapture(self.handle)
+            _check((error,))
+            executable = _check(runtime.cudaGraphInstantiate(graph, 0))
         except BaseException:
-            runtime.cudaStreamEndCapture(self.handle)
-            runtime.cudaGetLastError()  # forgets the failed capture
+            runtime.cudaGetLastError()  # or TensorRT would take the failure for one of its own
             raise
-        graph = _check(runtime.cudaStreamEndCapture(self.handle))
-        executable = _check(runtime.cudaGraphInstantiate(graph, 0))
-        _check(runtime.cudaGraphDestroy(graph))
+        finally:
+            if graph is not None:
+                runtime.cudaGraphDestroy(graph)
         return Graph(runtime, executable, self.handle)

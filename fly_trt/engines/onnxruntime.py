@@ -64,6 +64,7 @@ class OnnxRuntimeEngine:
         self, model_path: Path, model: ModelEngine, info: EngineInfo, *, num_slots: int, num_threads: int | None = None
     ) -> None:
         self.info = info
+        self.num_preparations = 0
         self._model = model
         self._num_slots = num_slots
         self._capacity = 0
@@ -96,6 +97,7 @@ class OnnxRuntimeEngine:
             self._resize(needed)
         self._num_held[step.first_slot : step.first_slot + batch_size] = ends
         if step.binding is None or step.binding[0] != self._generation:
+            self.num_preparations += 1
             step.binding = (self._generation, self._bind(step))
         self._session.run_with_iobinding(step.binding[1])
 

@@ -87,6 +87,7 @@ class TensorRTEngine:
         if model.tensorrt is None:
             raise EngineError(f"{plan_path}: the manifest has no TensorRT record: rebuild the engine with fly-build")
         self.info = info
+        self.num_preparations = 0
         self._model = model
         self._plan = model.tensorrt
         self._num_slots = num_slots
@@ -136,7 +137,8 @@ class TensorRTEngine:
             bound.graph.launch()
         else:
             self._enqueue(bound)
-            self._capture(bound)
+            if bound.is_capturable:
+                self._capture(bound)
         if step.logits is None:
             self._stream.synchronize()
         else:
@@ -272,8 +274,7 @@ class TensorRTEngine:
 
     def _capture(self, bound: _Bound) -> None:
         """The first run made the engine ready for this shape; what it did is recorded for the next ones."""
-        if not bound.is_capturable:
-            return
+        self.num_preparations += 1
         self._stream.synchronize()
         try:
             bound.graph = self._stream.capture(lambda: self._enqueue(bound))

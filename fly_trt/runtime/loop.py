@@ -101,7 +101,7 @@ class GenerationLoop:
         full = self._num_draft_tokens + 1
         token = np.zeros(1, np.int64)
         for num_rows in sorted({1, min(4, self.num_slots), self.num_slots}):
-            for num_tokens in (1, 1, full):
+            for num_tokens in (1, 1, full, full):  # the first run of a shape is not measured
                 if num_rows * num_tokens > self._max_num_tokens or time.perf_counter() - started > WARM_UP_SECONDS:
                     return
                 step = self._target.step(0, num_rows, num_tokens)
@@ -222,10 +222,11 @@ class GenerationLoop:
     def _propose(self, rows: list[DraftRow]) -> list[IntArray]:
         assert self._drafter is not None
         self._drafter.prepare(rows)
-        started = time.perf_counter()
+        prepared, started = self._drafter.num_preparations, time.perf_counter()
         proposals = self._drafter.propose(rows)
-        longest = max(row.num_tokens for row in rows)
-        self.draft_length.observe_drafting(len(rows), longest, time.perf_counter() - started)
+        if self._drafter.num_preparations == prepared:
+            longest = max(row.num_tokens for row in rows)
+            self.draft_length.observe_drafting(len(rows), longest, time.perf_counter() - started)
         return proposals
 
     def _fill(self, step: Step, row: int, request: Request, num_tokens: int) -> int:
@@ -333,9 +334,10 @@ class GenerationLoop:
         request.prompt_logprobs += found if request.prompt_logprobs else [None, *found]
 
     def _run(self, step: Step) -> None:
-        started = time.perf_counter()
+        prepared, started = self._target.num_preparations, time.perf_counter()
         self._target.run(step)
-        self.draft_length.target_cost.observe(step.input_ids.size, time.perf_counter() - started)
+        if self._target.num_preparations == prepared:
+            self.draft_length.target_cost.observe(step.input_ids.size, time.perf_counter() - started)
 
     def _remove_finished(self) -> None:
         for request in self._changed:

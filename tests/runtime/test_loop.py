@@ -245,6 +245,17 @@ def test_a_step_returns_the_requests_that_emitted_or_ended_and_no_others() -> No
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
+def test_a_step_in_which_the_engine_prepares_itself_is_not_measured(drafter: str) -> None:
+    """Compiling kernels or capturing a graph takes long once; measured, it would stop speculation for long."""
+    language = hashed(12, 4)
+    stack = make_stack(language, make_drafter(drafter, language), num_slots=2)
+    stack.run(make_request([7, 8, 9]), make_request(random_prompt(0, 30)))
+    shapes = stack.target.shapes
+    assert len(set(shapes)) > 2
+    assert stack.loop.draft_length.target_cost.num_observed == len(shapes) - len(set(shapes))
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("num_slots", [1, 2, 4])
 def test_warming_up_measures_small_and_full_steps_and_changes_no_result(drafter: str, num_slots: int) -> None:
     language = hashed(12, 4)
