@@ -153,14 +153,18 @@ def append_head(model: ir.Model, entropy_top_k: int, stop_token_ids: list[int], 
         num_outputs=len(GATE_OUTPUTS),
     )
     argmax, entropy, entropy_topk, *_ = gate.outputs
+    row_inputs, casts = head_inputs, []
+    if use_plugins:  # TensorRT hands plugins no bool
+        casts = [ir.node("Cast", [head_inputs["use_full_entropy"]], {"to": int(ir.DataType.INT32)})]
+        row_inputs = head_inputs | {"use_full_entropy": casts[0].outputs[0]}
     accept = ir.node(
         "LooseWindowAccept",
-        [next_tokens.outputs[0], argmax, entropy, entropy_topk, *head_inputs.values(), stop_tokens],
+        [next_tokens.outputs[0], argmax, entropy, entropy_topk, *row_inputs.values(), stop_tokens],
         PLUGIN_ATTRIBUTES if use_plugins else {},
         domain=DOMAIN,
         num_outputs=2,
     )
-    graph.extend([shifted, next_tokens, gate, accept])
+    graph.extend([shifted, next_tokens, gate, *casts, accept])
     outputs = [(accept.outputs[0], "num_accepted", 1), (accept.outputs[1], "next_token", 1)]
     outputs += [(value, name, 2) for value, name in zip(gate.outputs, GATE_OUTPUTS, strict=True)]
     for at, (value, name, rank) in enumerate(outputs):

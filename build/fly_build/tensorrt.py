@@ -144,6 +144,8 @@ class EngineBuilder:
     def _serialise(self, builder: Any, network: Any, report: Callable[[float], None]) -> Any:
         trt = self.library.trt
         config = builder.create_builder_config()
+        config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32
+        config.set_flag(trt.BuilderFlag.STRICT_NANS)  # logits that are not numbers must be seen in the head
         if self._is_portable:
             config.num_compute_capabilities = 1
             config.set_compute_capability(trt.ComputeCapability.SM80, 0)

@@ -1,0 +1,173 @@
+#!/usr/bin/env python3
+"""Runs the demo pair through TensorRT on this machine's GPU and compares its tokens with ONNX Runtime's on the CPU.
+
+usage: plugins/check/engines.py [--library tensorrt_rtx] [--dtypes float32 float16 bfloat16] [--prompts 60]
+                                [--engines DIR] [--build-only] [--json]
+
+Engines that DIR does not hold yet are built into it: the pair in float32 for ONNX Runtime, and in every dtype for
+TensorRT. TensorRT-RTX builds them on any machine, so that DIR can be made on one (--build-only) and checked on another.
+Then the same evaluation prompts are decoded plainly, with exact speculation and with FLy.
+
+It passes (exit status 0) when TensorRT answers at least 99 % as many prompts right as ONNX Runtime in every mode, and
+in float32 also emits the same tokens for at least 99 % of the prompts; half precision breaks near ties otherwise.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from eval_checks import is_right, load_eval_prompts  # noqa: E402
+from fly_trt import LLM, FlyError, RequestOutput, SamplingParams  # noqa: E402
+
+MODES: dict[str, dict[str, Any]] = {"plain": {"method": None}, "exact": {"acceptance": "exact"}, "FLy": {}}
+DTYPES = ["float32", "float16", "bfloat16"]
+REFERENCE = "onnxruntime-float32"
+MAX_TOKENS = 160
+LEAST_SHARE = 0.99
+
+
+@dataclass
+class Row:
+    """One engine in one mode; `num_same` counts prompts with the reference's tokens, `first_difference` is the position
+    of the first token that differs in any prompt."""
+
+    engine: str
+    mode: str
+    num_prompts: int
+    num_right: int
+    num_same: int
+    first_difference: int | None
+    mean_acceptance_length: float
+    tokens_per_second: float
+    passes: bool = True
+
+
+def build_engines(folder: Path, library: str, dtypes: list[str]) -> dict[str, Path]:
+    """The engine directories by name, the reference first; those that are missing are built."""
+    wanted = {REFERENCE: ("onnxruntime", "float32", None)}
+    wanted |= {f"{library}-{dtype}": ("tensorrt", dtype, library) for dtype in dtypes}
+    for name, (backend, dtype, of_library) in wanted.items():
+        if not (folder / name / "fly.json").is_file():
+            from fly_build.pipeline import build, make_plan
+            from fly_build.recipe import load_recipe
+
+            print(f"building {folder / name}", file=sys.stderr)
+            recipe = load_recipe("demo", {"backend": backend, "dtype": dtype, "tensorrt_library": of_library})
+            build(make_plan(recipe, folder / name), lambda step, fraction: None)
+    return {name: folder / name for name in wanted}
+
+
+def check(engines: dict[str, Path], num_prompts: int) -> list[Row]:
+    records = load_eval_prompts()[:num_prompts]
+    rows = []
+    for mode, settings in MODES.items():
+        reference: Row | None = None
+        expected: list[RequestOutput] = []
+        for name, directory in engines.items():
+            outputs, seconds = _generate(directory, settings, [record["prompt"] for record in records])
+            if reference is None:
+                expected = outputs
+            row = _row(name, mode, records, outputs, expected, seconds)
+            reference = reference or row
+            row.passes = row.num_right >= LEAST_SHARE * reference.num_right
+            if name.endswith("float32"):
+                row.passes &= row.num_same >= LEAST_SHARE * row.num_prompts
+            rows.append(row)
+    return rows
+
+
+def _generate(directory: Path, settings: dict[str, Any], prompts: list[str]) -> tuple[list[RequestOutput], float]:
+    params = SamplingParams(max_tokens=MAX_TOKENS)
+    with LLM(directory, speculative_config=settings) as llm:
+        llm.generate(prompts, params)  # kernels are compiled and graphs captured
+        started = time.perf_counter()
+        return llm.generate(prompts, params), time.perf_counter() - started
+
+
+def _row(
+    name: str,
+    mode: str,
+    records: list[dict[str, Any]],
+    outputs: list[RequestOutput],
+    expected: list[RequestOutput],
+    seconds: float,
+) -> Row:
+    differences = [_first_difference(a, b) for a, b in zip(outputs, expected, strict=True)]
+    found = [position for position in differences if position is not None]
+    metrics = [output.metrics for output in outputs]
+    steps = sum(m.num_spec_steps for m in metrics)
+    return Row(
+        engine=name,
+        mode=mode,
+        num_prompts=len(records),
+        num_right=sum(is_right(r["check"], o.outputs[0].text) for r, o in zip(records, outputs, strict=True)),
+        num_same=len(records) - len(found),
+        first_difference=min(found, default=None),
+        mean_acceptance_length=1 + sum(m.num_accepted_tokens for m in metrics) / steps if steps else 1.0,
+        tokens_per_second=sum(m.num_output_tokens for m in metrics) / seconds,
+    )
+
+
+def _first_difference(output: RequestOutput, expected: RequestOutput) -> int | None:
+    ours, theirs = output.outputs[0].token_ids, expected.outputs[0].token_ids
+    if ours == theirs:
+        return None
+    pairs = zip(ours, theirs, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
+
+
+def _print(rows: list[Row]) -> None:
+    table = Table(title="The demo pair against ONNX Runtime in float32")
+    for column in ("engine", "mode", "right", "same tokens", "first difference", "acceptance length", "tok/s", ""):
+        table.add_column(column, justify="left" if column in ("engine", "mode") else "right")
+    for row in rows:
+        table.add_row(
+            row.engine,
+            row.mode,
+            f"{row.num_right} of {row.num_prompts}",
+            f"{row.num_same} of {row.num_prompts}",
+            "" if row.first_difference is None else str(row.first_difference),
+            f"{row.mean_acceptance_length:.2f}",
+            f"{row.tokens_per_second:.0f}",
+            "ok" if row.passes else "FAILED",
+        )
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", choices=["tensorrt_rtx", "tensorrt"], default="tensorrt_rtx")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--prompts", type=int, default=60)
+    parser.add_argument("--engines", type=Path, metavar="DIR", help="where engines are kept [a temporary folder]")
+    parser.add_argument("--build-only", action="store_true", help="build into --engines and stop; needs no GPU")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if args.build_only and args.engines is None:
+        parser.error("--build-only: give --engines DIR to build into")
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            engines = build_engines(args.engines or Path(temporary), args.library, args.dtypes)
+            rows = [] if args.build_only else check(engines, args.prompts)
+    except FlyError as error:
+        parser.exit(2, f"engines: {error}\n")
+    if args.json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+    elif rows:
+        _print(rows)
+    sys.exit(not all(row.passes for row in rows))
+
+
+if __name__ == "__main__":
+    main()

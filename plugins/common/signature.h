@@ -1,0 +1,69 @@
+// What a plugin looks like from outside, as data: its tensors (name, types, shape) and its fields. Everything that
+// TensorRT asks about types, formats and shapes is answered from this table, so the two plugins answer alike and a
+// plugin class holds no more than its launch.
+#pragma once
+
+#include <NvInferRuntime.h>
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace fly {
+
+inline constexpr char const* kNamespace = "fly";
+inline constexpr char const* kVersion = "1";
+
+struct TensorSpec {
+    char const* name;
+    std::vector<nvinfer1::DataType> types;  // any of these; an output has exactly one
+    char const* shape;                     // a capital letter per dimension; the same letter means the same size
+};
+
+struct IntegerField {
+    char const* name;
+    int32_t defaultValue;
+    int32_t minimum;
+    int32_t maximum;
+};
+
+struct Signature {
+    char const* name;
+    std::vector<TensorSpec> inputs;
+    std::vector<TensorSpec> outputs;
+    std::vector<IntegerField> fields;
+};
+
+// The sizes of a call, by the letters of the signature.
+class Sizes {
+public:
+    int64_t operator[](char letter) const {
+        return mSizes[index(letter)];
+    }
+    // Takes the sizes of one tensor. Throws when its rank or a size contradicts what is known already.
+    void add(TensorSpec const& tensor, nvinfer1::Dims const& dims);
+    // Takes the largest size of each letter, for tensors whose bounds may differ.
+    void grow(TensorSpec const& tensor, nvinfer1::Dims const& dims);
+
+private:
+    static size_t index(char letter) {
+        return static_cast<size_t>(letter - 'A');
+    }
+    std::array<int64_t, 26> mSizes{};
+    std::array<char const*, 26> mFrom{};  // the tensor that a size came from; null while unknown
+};
+
+char const* nameOf(nvinfer1::DataType type);
+bool isOneOf(nvinfer1::DataType type, std::vector<nvinfer1::DataType> const& types);
+
+// Each throws, with what was got and what was expected, when the tensors do not fit the signature.
+void checkCount(std::vector<TensorSpec> const& tensors, int32_t count, char const* kind);
+void checkType(TensorSpec const& tensor, nvinfer1::DataType type);
+void checkRank(TensorSpec const& tensor, int32_t rank);
+
+// One value per field of the signature, from INT32 or INT64 plugin fields; a missing field gets its default. Throws on
+// a field that the signature does not have, another type or length, and a value out of range.
+std::vector<int32_t> readFields(Signature const& signature, nvinfer1::PluginFieldCollection const* fields);
+
+}  // namespace fly

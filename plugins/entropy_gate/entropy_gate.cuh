@@ -1,0 +1,336 @@
+// The kernels of EntropyGate: one block reduces a chunk of a row, then one warp per row merges the chunks.
+//
+// A chunk is what 128 threads hold in registers: eight 16-byte vectors each, all in flight at once, 16 KiB per block.
+// That is small enough that 16 rows of 128,256 bfloat16 logits make 256 blocks and fill every SM of a large GPU, and
+// large enough that reducing a chunk costs a small part of reading it. The chunks of a row, the thread of an element
+// and the order of every sum follow from the vocabulary size and the type of the logits, never from the number of
+// rows or a row's alignment. Hence the same row gives the same bits in any batch.
+//
+// With a chunk in registers the block's maximum m is known before the first exponential, so nothing is ever rescaled
+// inside a block. With t = (x - m) log2 e, s = sum 2^t and w = sum 2^t t, the entropy is log2 s - w / s bits. That is
+// one FFMA, one exponential, one FADD and one FFMA per element; whether a row has a softmax at all shows in s.
+//
+// The largest k values are kept by a branch-free insertion into sorted lists of packed pairs: 2k - 1 instructions for
+// two elements. Skipping by comparison with the k-th value would save little, since a thread sees only 64 elements
+// and a warp all of the lists' early changes. The first index of the maximum is looked up afterwards, by the threads
+// that hold it.
+#pragma once
+
+#include "logits.cuh"
+
+#include <cmath>
+
+namespace fly::entropy_gate {
+
+inline constexpr int32_t kWarpSize = 32;
+inline constexpr int32_t kThreads = 128;
+inline constexpr int32_t kWarps = kThreads / kWarpSize;
+inline constexpr int32_t kVectorsPerThread = 8;
+inline constexpr int32_t kVectorsPerChunk = kThreads * kVectorsPerThread;
+inline constexpr int32_t kRowsPerMergeBlock = kThreads / kWarpSize;
+// 72 registers, the fewest without spills, and 112 KiB of loads in flight per SM.
+inline constexpr int32_t kBlocksPerSm = 7;
+inline constexpr uint32_t kAllLanes = 0xffffffffu;
+inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
+inline constexpr float kHighestMaximum = 1e38f;  // products with log2 e stay finite up to here
+// 2^x is 0 in float32 from here on. Bounding an exponent from below keeps 0 * -inf out of the merged sums.
+inline constexpr float kLowestExponent = -1000.0f;
+// An index of the maximum competes by its value; one that is not a NaN's has this bit and loses against any that is.
+inline constexpr uint32_t kNotNan = 0x80000000u;
+inline constexpr uint32_t kNoIndex = 0xffffffffu;
+
+// What a block finds in its chunk. `peak` is the chunk's maximum and `index` its first index, or a NaN and its first
+// index; the sums are relative to the maximum. `top` holds the largest values in falling order, filled up with -inf.
+template <int32_t kTop>
+struct alignas(16) ChunkResult {
+    float peak;
+    float sum;
+    float weighted;
+    int32_t index;
+    float top[kTop];
+};
+
+__device__ __forceinline__ float negativeInfinity() { return __uint_as_float(0xff800000u); }
+__device__ __forceinline__ float notANumber() { return __uint_as_float(0x7fc00000u); }
+
+// 2^x for x <= 0 to a few units in the last place; 0 below -126.
+__device__ __forceinline__ float fastExp2(float x) {
+#ifdef __CUDA_ARCH__
+    // exp2f() would guard results below 2^-126, which are zero here, with three more instructions.
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#else
+    return exp2f(x);
+#endif
+}
+
+// What exponents are relative to, in units of log2. It is this rounded product on both sides of every subtraction, so
+// its rounding cancels. A maximum too low to be told from the values that mask logits contributes nothing.
+template <typename Type>
+__device__ __forceinline__ float reference(float maximum) {
+    return maximum < Type::kLowestMaximum ? 0.0f : maximum * kLog2E;
+}
+
+// Unsigned integers in the order of the floats; -0 counts as +0 and a positive NaN is above everything.
+__device__ __forceinline__ uint32_t orderedKey(float value) {
+    uint32_t const bits = __float_as_uint(value + 0.0f);
+    return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float keyValue(uint32_t key) {
+    return __uint_as_float((key & 0x80000000u) != 0 ? key & 0x7fffffffu : ~key);
+}
+
+__device__ __forceinline__ float warpSum(float value) {
+#pragma unroll
+    for (int32_t distance = kWarpSize / 2; distance > 0; distance /= 2) {
+        value += __shfl_xor_sync(kAllLanes, value, distance);
+    }
+    return value;
+}
+
+template <typename Type, int32_t kTop>
+__device__ __forceinline__ void insert(typename Type::Packed (&top)[kTop], typename Type::Packed value) {
+#pragma unroll
+    for (int32_t i = 0; i < kTop; ++i) {
+        typename Type::Packed const smaller = Type::smaller(top[i], value);
+        top[i] = Type::larger(top[i], value);
+        value = smaller;
+    }
+}
+
+// Replaces the lanes' sorted lists by the sorted list of the largest values of all lanes.
+template <int32_t kTop>
+__device__ __forceinline__ void warpTop(float (&top)[kTop], int32_t lane) {
+    float result[kTop];
+#pragma unroll
+    for (int32_t i = 0; i < kTop; ++i) {
+        uint32_t const key = orderedKey(top[0]);
+        uint32_t const largest = __reduce_max_sync(kAllLanes, key);
+        uint32_t const holders = __ballot_sync(kAllLanes, key == largest);
+        result[i] = keyValue(largest);
+        if (lane == __ffs(static_cast<int>(holders)) - 1) {
+#pragma unroll
+            for (int32_t j = 0; j + 1 < kTop; ++j) top[j] = top[j + 1];
+            top[kTop - 1] = negativeInfinity();
+        }
+    }
+#pragma unroll
+    for (int32_t i = 0; i < kTop; ++i) top[i] = result[i];
+}
+
+template <typename Type, int32_t kTop>
+__device__ __forceinline__ void threadTop(Vector<Type> const (&vectors)[kVectorsPerThread], float (&top)[kTop]) {
+    typename Type::Packed packed[kTop];
+#pragma unroll
+    for (int32_t i = 0; i < kTop; ++i) packed[i] = bitCast<typename Type::Packed>(Type::kNegativeInfinities);
+#pragma unroll
+    for (int32_t v = 0; v < kVectorsPerThread; ++v) {
+#pragma unroll
+        for (int32_t word = 0; word < kWordsPerVector; ++word) insert<Type>(packed, vectors[v].packed(word));
+    }
+#pragma unroll
+    for (int32_t i = 0; i < kTop; ++i) top[i] = Type::value(packed[i], 0);
+    if constexpr (Type::kPerWord == 2) {
+#pragma unroll
+        for (int32_t i = 0; i < kTop; ++i) insert<Float32>(top, Type::value(packed[i], 1));
+    }
+}
+
+// The first index at which a thread holds a NaN (kFindNan) or `wanted`, or kNoIndex.
+template <bool kFindNan, typename Type>
+__device__ __forceinline__ uint32_t firstIndex(
+    Vector<Type> const (&vectors)[kVectorsPerThread], uint32_t firstVector, float wanted) {
+    uint32_t place = kNoIndex;  // counted from firstVector, so that the candidates are constants
+#pragma unroll
+    for (int32_t v = kVectorsPerThread - 1; v >= 0; --v) {
+#pragma unroll
+        for (int32_t i = kPerVector<Type> - 1; i >= 0; --i) {
+            float const value = Type::value(vectors[v].packed(i / Type::kPerWord), i % Type::kPerWord);
+            bool const found = kFindNan ? value != value : value == wanted;
+            if (found) place = static_cast<uint32_t>(v * kThreads * kPerVector<Type> + i);
+        }
+    }
+    return place == kNoIndex ? kNoIndex : firstVector * kPerVector<Type> + place;
+}
+
+// Block b reduces chunk b % numChunks of row b / numChunks.
+template <typename Type, int32_t kTop>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) reduceChunks(
+    void const* __restrict__ logits, int32_t vocabSize, int32_t numChunks, ChunkResult<kTop>* __restrict__ results) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    // The merge may start as soon as the last blocks run; it waits there for this grid's results.
+    cudaTriggerProgrammaticLaunchCompletion();
+#endif
+    __shared__ float warpTops[kWarps][kTop];
+    __shared__ float warpSums[kWarps];
+    __shared__ float warpWeighted[kWarps];
+    __shared__ uint32_t warpIndices[kWarps];
+
+    int32_t const thread = static_cast<int32_t>(threadIdx.x);
+    int32_t const warp = thread / kWarpSize;
+    int32_t const lane = thread % kWarpSize;
+    int32_t const row = static_cast<int32_t>(blockIdx.x) / numChunks;
+    int32_t const chunk = static_cast<int32_t>(blockIdx.x) - row * numChunks;
+    int32_t const firstVector = chunk * kVectorsPerChunk + thread;
+
+    Vector<Type> vectors[kVectorsPerThread];
+    Row<Type>(logits, row, vocabSize).load(firstVector, kThreads, vectors);
+
+    float top[kTop];
+    threadTop<Type>(vectors, top);
+    float const threadMax = top[0];
+    warpTop(top, lane);
+    if (lane == 0) {
+#pragma unroll
+        for (int32_t i = 0; i < kTop; ++i) warpTops[warp][i] = top[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int32_t v = 0; v < kVectorsPerThread; ++v) vectors[v].forgetUnpacked();
+
+    float blockMax = warpTops[0][0];
+#pragma unroll
+    for (int32_t i = 1; i < kWarps; ++i) blockMax = fmaxf(blockMax, warpTops[i][0]);
+    float const subtrahend = reference<Type>(blockMax);
+    float sum = 0.0f;
+    float weighted = 0.0f;
+#pragma unroll
+    for (int32_t v = 0; v < kVectorsPerThread; ++v) {
+#pragma unroll
+        for (int32_t word = 0; word < kWordsPerVector; ++word) {
+            typename Type::Packed const packed = Type::raised(vectors[v].packed(word));
+#pragma unroll
+            for (int32_t i = 0; i < Type::kPerWord; ++i) {
+                float const exponent = fmaf(Type::value(packed, i), kLog2E, -subtrahend);
+                float const term = fastExp2(exponent);  // NaN for a NaN and for +inf, and so is the sum
+                sum += term;
+                weighted = fmaf(term, exponent, weighted);
+            }
+        }
+    }
+#pragma unroll
+    for (int32_t v = 0; v < kVectorsPerThread; ++v) vectors[v].forgetUnpacked();
+    uint32_t index = kNoIndex;
+    if (sum != sum) index = firstIndex<true>(vectors, static_cast<uint32_t>(firstVector), 0.0f);
+    if (index == kNoIndex && threadMax == blockMax) {
+        index = firstIndex<false>(vectors, static_cast<uint32_t>(firstVector), blockMax) | kNotNan;
+    }
+    sum = warpSum(sum);
+    weighted = warpSum(weighted);
+    index = __reduce_min_sync(kAllLanes, index);
+    if (lane == 0) {
+        warpSums[warp] = sum;
+        warpWeighted[warp] = weighted;
+        warpIndices[warp] = index;
+    }
+    __syncthreads();
+    if (warp != 0) return;
+
+#pragma unroll
+    for (int32_t i = 0; i < kTop; ++i) top[i] = lane < kWarps ? warpTops[lane][i] : negativeInfinity();
+    warpTop(top, lane);
+    if (lane != 0) return;
+#pragma unroll
+    for (int32_t i = 1; i < kWarps; ++i) {
+        sum += warpSums[i];
+        weighted += warpWeighted[i];
+        index = min(index, warpIndices[i]);
+    }
+    ChunkResult<kTop> result;
+    result.peak = (index & kNotNan) != 0 ? blockMax : notANumber();
+    result.sum = sum;
+    result.weighted = weighted;
+    result.index = static_cast<int32_t>(index & ~kNotNan);
+#pragma unroll
+    for (int32_t i = 0; i < kTop; ++i) result.top[i] = top[i];
+    results[blockIdx.x] = result;
+}
+
+struct MergeArgs {
+    void const* logits;
+    int64_t const* nextTokens;
+    int64_t* argmax;
+    float* entropy;
+    float* entropyTopk;
+    float* argmaxLogprob;
+    float* tokenLogprob;
+    int32_t numRows;
+    int32_t vocabSize;
+    int32_t numChunks;
+    int32_t topK;
+};
+
+// One warp per row; lane l takes chunks l, l + 32, ...
+template <typename Type, int32_t kTop>
+__global__ void __launch_bounds__(kThreads) mergeChunks(MergeArgs args, ChunkResult<kTop> const* results) {
+    int32_t const lane = static_cast<int32_t>(threadIdx.x) % kWarpSize;
+    int32_t const row =
+        static_cast<int32_t>(blockIdx.x) * kRowsPerMergeBlock + static_cast<int32_t>(threadIdx.x) / kWarpSize;
+    if (row >= args.numRows) return;
+    // Neither of these comes from reduceChunks, so they are on their way before its results are waited for.
+    int64_t const token = args.nextTokens[row];
+    float tokenLogit = notANumber();
+    if (token >= 0 && token < args.vocabSize) tokenLogit = Row<Type>(args.logits, row, args.vocabSize).value(token);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+#endif
+
+    ChunkResult<kTop> const* const chunks = results + static_cast<int64_t>(row) * args.numChunks;
+    float peak = negativeInfinity();  // NaN as soon as there is one
+    uint32_t index = kNoIndex;
+    float top[kTop];
+#pragma unroll
+    for (int32_t i = 0; i < kTop; ++i) top[i] = negativeInfinity();
+    for (int32_t chunk = lane; chunk < args.numChunks; chunk += kWarpSize) {
+        ChunkResult<kTop> const& result = chunks[chunk];
+        if (index == kNoIndex || orderedKey(result.peak) > orderedKey(peak)) {
+            peak = result.peak;
+            index = static_cast<uint32_t>(result.index);
+        }
+#pragma unroll
+        for (int32_t i = 0; i < kTop; ++i) insert<Float32>(top, result.top[i]);
+    }
+    uint32_t const peakKey = orderedKey(peak);
+    bool const holdsPeak = peakKey == __reduce_max_sync(kAllLanes, peakKey);
+    index = __reduce_min_sync(kAllLanes, holdsPeak ? index : kNoIndex);
+    warpTop(top, lane);
+
+    float const maximum = top[0];
+    float const subtrahend = reference<Type>(maximum);
+    float sum = 0.0f;
+    float weighted = 0.0f;
+    for (int32_t chunk = lane; chunk < args.numChunks; chunk += kWarpSize) {
+        ChunkResult<kTop> const& result = chunks[chunk];
+        float const difference = reference<Type>(result.top[0]) - subtrahend;
+        float const exponent = fminf(fmaxf(difference, kLowestExponent), 0.0f);
+        float const scale = fastExp2(exponent);
+        sum = fmaf(result.sum, scale, sum);
+        weighted = fmaf(fmaf(result.sum, exponent, result.weighted), scale, weighted);
+    }
+    sum = warpSum(sum);
+    weighted = warpSum(weighted);
+    if (lane != 0) return;
+
+    bool const hasSoftmax = sum > 0.0f && maximum <= kHighestMaximum;  // no: a NaN, +inf, or nothing above -inf
+    float const log2Sum = hasSoftmax ? log2f(sum) : notANumber();
+    // Relative to the maximum itself, not to its rounded product; at least 0 but for rounding.
+    float const logSum = (log2Sum - fmaf(maximum, kLog2E, -subtrahend)) * kLn2;
+    float const logNorm = logSum < 0.0f ? 0.0f : logSum;
+    float entropyTopk = 0.0f;
+#pragma unroll
+    for (int32_t i = 0; i < kTop; ++i) {
+        float const logProb = top[i] - maximum - logNorm;
+        if (i < args.topK) entropyTopk -= fastExp2(logProb * kLog2E) * fmaxf(logProb, kLowestExponent);
+    }
+    float const entropy = (log2Sum - weighted / sum) * kLn2;
+    args.argmax[row] = static_cast<int64_t>(index);
+    args.entropy[row] = entropy < 0.0f ? 0.0f : entropy;
+    args.entropyTopk[row] = entropyTopk;
+    args.argmaxLogprob[row] = -logNorm;
+    args.tokenLogprob[row] = tokenLogit - maximum - logNorm;
+}
+
+}  // namespace fly::entropy_gate

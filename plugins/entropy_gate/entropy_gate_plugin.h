@@ -1,0 +1,27 @@
+// EntropyGate as a TensorRT plugin: logits and the token that follows each position in, argmax, two entropies and two
+// log probabilities per position out. The kernels and the meaning of every number are in entropy_gate.h; here is only
+// what TensorRT needs to know.
+#pragma once
+
+#include "common/plugin.h"
+
+namespace fly {
+
+Signature const& entropyGateSignature();
+
+class EntropyGatePlugin final : public Plugin {
+public:
+    explicit EntropyGatePlugin(nvinfer1::PluginFieldCollection const* fields);
+
+private:
+    std::unique_ptr<Plugin> copy() const override;
+    void checkSize(TensorSpec const& tensor, char letter, int64_t size) const override;
+    size_t workspaceBytes(Sizes const& largest) const override;
+    cudaError_t launch(Call const& call) const override;
+
+    int32_t topK() const {
+        return fieldValue(0);
+    }
+};
+
+}  // namespace fly
