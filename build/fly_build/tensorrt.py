@@ -106,7 +106,7 @@ class EngineBuilder:
         """
         reason = ""
         for decomposable in (True,) if self.dtype == "float32" else (False, True):
-            network, builder = self._parse(onnx_path)
+            builder, network = self._parse(onnx_path)
             native = 0
             for attention in _replace_attentions(self.library.trt, network, attentions):
                 attention.decomposable = decomposable
@@ -139,7 +139,7 @@ class EngineBuilder:
                 first = parser.get_error(0)
                 reason = f"{first.node_operator()}: {' '.join(first.desc().split())}"
             raise EngineError(f"{self.library.name} {self.library.version} cannot parse the graph: {reason}")
-        return network, builder
+        return builder, network
 
     def _serialise(self, builder: Any, network: Any, report: Callable[[float], None]) -> Any:
         trt = self.library.trt

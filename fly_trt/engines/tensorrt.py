@@ -8,6 +8,7 @@ Lengths are padded to a few sizes, so that few graphs serve all steps: padding w
 next step overwrites it, and no output that is read depends on it.
 """
 
+import contextlib
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -162,7 +163,8 @@ class TensorRTEngine:
         return self._plan.cache_tokens
 
     def close(self) -> None:
-        self._stream.synchronize()
+        with contextlib.suppress(EngineError):  # of a GPU that failed: what is held is released all the same
+            self._stream.synchronize()
         self._steps.clear()
         self._bound.clear()
         self._prefill_context = None

@@ -4,6 +4,7 @@ This module imports whichever is there, sends its log to Python's logging, and l
 nothing of models; fly_build compiles with it and the runtime runs with it.
 """
 
+import ctypes
 import importlib
 import logging
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from fly_trt.manifest import TensorRTLibrary
 
 logger = logging.getLogger(__name__)
 
+# Both libraries look for a GPU at every turn and log this as an error where there is none.
+NO_DRIVER = "CUDA driver version is insufficient"
+PLUGIN, PLUGIN_VERSION, PLUGIN_NAMESPACE = "EntropyGate", "1", "fly"
 EXTRAS: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 
 
@@ -35,20 +39,30 @@ class Library:
         return str(self.trt.__version__)
 
     def take_errors(self) -> str:
-        """The last error in one line; earlier ones are often about a GPU that is not needed."""
-        last = " ".join(self.errors[-1].split()) if self.errors else "no reason given"
+        """The last error in one line, if possible one that is not about a GPU that may not be needed."""
+        relevant = [error for error in self.errors if NO_DRIVER not in error] or self.errors or ["no reason given"]
+        reason = " ".join(relevant[-1].split())
         self.errors.clear()
-        return last
+        return reason
 
     def load_plugins(self, path: Path) -> None:
-        """Registers the creators of `libfly_plugins.so`. Raises EngineError when it does not load."""
-        if not path.is_file():
-            raise EngineError(f"{path}: no such plugin library: build it with plugins/CMakeLists.txt")
+        """Registers the creators of `libfly_plugins.so`, once a process. Raises EngineError when it does not load."""
         registry = self.trt.get_plugin_registry()
+        if registry.get_creator(PLUGIN, PLUGIN_VERSION, PLUGIN_NAMESPACE) is not None:
+            return
+        fix = "build it with plugins/CMakeLists.txt"
+        if not path.is_file():
+            raise EngineError(f"{path}: no such plugin library: {fix}")
+        try:
+            has_entry = hasattr(ctypes.CDLL(str(path.resolve())), "getCreators")
+        except OSError as error:
+            raise EngineError(f"{path}: not a library of this system ({error}): {fix}") from None
+        if not has_entry:
+            raise EngineError(f"{path}: a library without TensorRT plugins, it exports no getCreators: {fix}")
         if registry.load_library(str(path.resolve())) is None:
             raise EngineError(
-                f"{path}: {self.name} {self.version} cannot load it ({self.take_errors()}): build it against the "
-                "headers of this version"
+                f"{path}: {self.name} {self.version} cannot load it ({self.take_errors()}): {fix} against the headers "
+                "of this version"
             )
 
 

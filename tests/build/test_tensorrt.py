@@ -115,12 +115,8 @@ def test_every_attention_of_the_network_has_its_mask_and_the_count_of_valid_keys
 def _parsed(tmp_path: Path) -> tuple[Any, Any, list[tensorrt.AttentionNames]]:
     graph = _fixed_graph(tmp_path)
     builder = tensorrt.EngineBuilder(import_library("tensorrt_rtx"), _sizes(), "float32", None, None)
-    network, kept = builder._parse(tmp_path / "fixed.onnx")
-    _KEEP.append(kept)
+    _, network = builder._parse(tmp_path / "fixed.onnx")
     return builder.library, network, tensorrt.attention_names(graph)
-
-
-_KEEP: list[Any] = []  # a network dies with its builder
 
 
 def _fixed_graph(tmp_path: Path) -> ir.Model:

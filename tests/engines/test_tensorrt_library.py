@@ -1,0 +1,58 @@
+"""The real TensorRT-RTX behind the wrapper that fly_build and the runtime share: its log and its plugin libraries."""
+
+import _ctypes  # an extension module: a library that has nothing to do with TensorRT
+import logging
+from pathlib import Path
+
+import pytest
+
+from fly_trt.engines.tensorrt_library import NO_DRIVER, Library, import_library
+from fly_trt.errors import EngineError
+
+pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.fixture
+def library() -> Library:
+    return import_library("tensorrt_rtx")
+
+
+def test_the_first_installed_library_serves_when_none_is_named(library: Library) -> None:
+    assert import_library().name in ("tensorrt", "tensorrt_rtx")
+    assert library.version == library.trt.__version__
+
+
+def test_errors_become_the_reason_of_an_exception_and_warnings_stay_in_the_log(
+    library: Library, caplog: pytest.LogCaptureFixture
+) -> None:
+    severity = library.trt.ILogger
+    with caplog.at_level(logging.INFO, "fly_trt.engines.tensorrt_library"):
+        library.log.log(severity.WARNING, "input_ids has an Int64 binding")
+        library.log.log(severity.ERROR, "first\n  reason")
+        library.log.log(severity.INTERNAL_ERROR, f"cudaError 35: {NO_DRIVER}")
+    assert [(record.levelno, record.message) for record in caplog.records] == [
+        (logging.INFO, "input_ids has an Int64 binding")
+    ]
+    assert library.take_errors() == "first reason"
+    assert library.take_errors() == "no reason given"
+    library.log.log(severity.ERROR, NO_DRIVER)
+    assert library.take_errors() == NO_DRIVER
+
+
+def test_the_library_itself_logs_there(library: Library) -> None:
+    builder = library.trt.Builder(library.log)
+    network = builder.create_network(0)  # a parser does not keep it alive
+    parser = library.trt.OnnxParser(network, library.log)
+    assert not parser.parse(b"no model")
+    assert "parse" in library.take_errors().lower()
+
+
+def test_what_is_no_plugin_library_is_refused_with_the_reason(library: Library, tmp_path: Path) -> None:
+    text = tmp_path / "libfly_plugins.so"
+    with pytest.raises(EngineError, match=r"no such plugin library: build it with plugins/CMakeLists\.txt"):
+        library.load_plugins(text)
+    text.write_text("no library")
+    with pytest.raises(EngineError, match="not a library of this system"):
+        library.load_plugins(text)
+    with pytest.raises(EngineError, match="without TensorRT plugins, it exports no getCreators"):
+        library.load_plugins(Path(_ctypes.__file__))
