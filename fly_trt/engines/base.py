@@ -6,11 +6,15 @@ knows slots and tokens; it knows nothing of requests, text or drafters.
 """
 
 import math
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from fly_trt.errors import EngineError
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -120,6 +124,32 @@ class Step:
         self.use_full_entropy[row] = policy.use_full_entropy
         self.window[row] = policy.window
         self.lookahead[row] = policy.lookahead
+
+
+class StepCache:
+    """The steps of an engine with `num_slots` slots, by shape: first slot, rows, tokens, with logits. Of more than
+    `max_steps` the one that was asked for longest ago is dropped."""
+
+    def __init__(self, num_slots: int, max_steps: int) -> None:
+        self._num_slots = num_slots
+        self._max_steps = max_steps
+        self._steps: OrderedDict[tuple[int, int, int, bool], Step] = OrderedDict()
+
+    def get(self, shape: tuple[int, int, int, bool], make: Callable[[int, int, int, bool], Step]) -> Step:
+        step = self._steps.get(shape)
+        if step is not None:
+            self._steps.move_to_end(shape)
+            return step
+        first_slot, batch_size, *_ = shape
+        if first_slot + batch_size > self._num_slots:
+            raise EngineError(f"slots {first_slot} to {first_slot + batch_size - 1}: the engine has {self._num_slots}")
+        step = self._steps[shape] = make(*shape)
+        if len(self._steps) > self._max_steps:
+            self._steps.popitem(last=False)
+        return step
+
+    def clear(self) -> None:
+        self._steps.clear()
 
 
 class Engine(Protocol):

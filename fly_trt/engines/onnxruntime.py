@@ -7,14 +7,13 @@ blocks, and shrink when the long sequences are gone.
 
 import logging
 import os
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, Step
+from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, Step, StepCache
 from fly_trt.errors import EngineError
 from fly_trt.manifest import ModelEngine
 
@@ -71,7 +70,7 @@ class OnnxRuntimeEngine:
         self._num_held = [0] * num_slots  # tokens of each slot that a resize keeps
         self._generation = 0  # of the cache arrays: a step bound to older ones is bound again
         self._caches: list[np.ndarray] = []
-        self._steps: OrderedDict[tuple[int, int, int, bool], Step] = OrderedDict()
+        self._steps = StepCache(num_slots, MAX_BOUND_SHAPES)
         try:
             options = session_options(num_threads)
             self._session = ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
@@ -80,15 +79,7 @@ class OnnxRuntimeEngine:
             raise EngineError(f"{model_path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from None
 
     def step(self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False) -> Step:
-        key = (first_slot, batch_size, num_tokens, with_logits)
-        step = self._steps.get(key)
-        if step is None:
-            step = self._steps[key] = self._make_step(first_slot, batch_size, num_tokens, with_logits)
-            if len(self._steps) > MAX_BOUND_SHAPES:
-                self._steps.popitem(last=False)
-        else:
-            self._steps.move_to_end(key)
-        return step
+        return self._steps.get((first_slot, batch_size, num_tokens, with_logits), self._make_step)
 
     def run(self, step: Step) -> None:
         batch_size, num_tokens = step.input_ids.shape
@@ -129,8 +120,6 @@ class OnnxRuntimeEngine:
         del self._session
 
     def _make_step(self, first_slot: int, batch_size: int, num_tokens: int, with_logits: bool) -> Step:
-        if first_slot + batch_size > self._num_slots:
-            raise EngineError(f"slots {first_slot} to {first_slot + batch_size - 1}: the engine has {self._num_slots}")
         rows: dict[str, Any] = {name: np.zeros(batch_size, dtype) for name, dtype in ROW_INPUTS.items()}
         shape = (batch_size, num_tokens)
         tokens: dict[str, Any] = {name: np.zeros(shape, dtype) for name, dtype in TOKEN_OUTPUTS.items()}

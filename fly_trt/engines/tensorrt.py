@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fly_trt.engines import cuda
-from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, Step
+from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, Step, StepCache
 from fly_trt.engines.tensorrt_library import Library, import_library
 from fly_trt.errors import EngineError
 from fly_trt.manifest import Dtype, ModelEngine, TensorRTPlan
@@ -91,7 +91,6 @@ class TensorRTEngine:
         self.num_preparations = 0
         self._model = model
         self._plan = model.tensorrt
-        self._num_slots = num_slots
         self._library = library = import_library(self._plan.library)
         check_compatibility(plan_path, self._plan, library, cuda.compute_capability())
         if plugin_library is not None:
@@ -114,19 +113,11 @@ class TensorRTEngine:
         self._blocks: dict[tuple[int, int], tuple[_Block, _Block]] = {}
         self._bound: OrderedDict[tuple[int, int, int], _Bound] = OrderedDict()
         self._prefill_context: Any = None
-        self._steps: OrderedDict[tuple[int, int, int, bool], Step] = OrderedDict()
+        self._steps = StepCache(num_slots, MAX_STEPS)
         self._stream.synchronize()
 
     def step(self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False) -> Step:
-        key = (first_slot, batch_size, num_tokens, with_logits)
-        step = self._steps.get(key)
-        if step is None:
-            step = self._steps[key] = self._make_step(first_slot, batch_size, num_tokens, with_logits)
-            if len(self._steps) > MAX_STEPS:
-                self._steps.popitem(last=False)
-        else:
-            self._steps.move_to_end(key)
-        return step
+        return self._steps.get((first_slot, batch_size, num_tokens, with_logits), self._make_step)
 
     def run(self, step: Step) -> None:
         batch_size, num_tokens = step.input_ids.shape
@@ -183,8 +174,6 @@ class TensorRTEngine:
         return next((size for size in ROW_TOKENS if size >= num_tokens), _round_up(num_tokens, ROW_TOKENS[-1]))
 
     def _make_step(self, first_slot: int, batch_size: int, num_tokens: int, with_logits: bool) -> Step:
-        if first_slot + batch_size > self._num_slots:
-            raise EngineError(f"slots {first_slot} to {first_slot + batch_size - 1}: the engine has {self._num_slots}")
         if self._fits(batch_size, num_tokens):
             inputs, outputs = self._io(batch_size, self._padded(num_tokens))
             arrays = inputs.arrays | outputs.arrays

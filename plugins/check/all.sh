@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The check of the plugins on a machine with a GPU, nvcc, Python and PyTorch, in one command: the kernels against NumPy,
+# their speed beside a device copy and PyTorch, and the plugin classes through TensorRT's interfaces. Arguments go to
+# kernels.py; with --cpu nothing needs a GPU.
+#
+#   TENSORRT_ROOT=/opt/tensorrt plugins/check/all.sh [--json] [--cpu]
+#
+# Without TensorRT's headers the part on the plugin classes says that it is skipped.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+"${PYTHON:-python3}" "$here/kernels.py" "$@"
+"$here/plugins.sh"
