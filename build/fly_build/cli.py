@@ -113,7 +113,7 @@ def _print_plan(plan: Any, as_json: bool) -> None:
             {
                 **model.engine.model_dump(),
                 "weight_bytes": model.weight_bytes(),
-                "kv_bytes_per_slot": model.engine.kv_bytes_per_token() * plan.limits.max_seq_len,
+                "kv_bytes_per_slot": model.engine.kv_bytes_per_token() * plan.cache_tokens,
             }
             for model in plan.models
         ]
@@ -131,8 +131,8 @@ def _print_plan(plan: Any, as_json: bool) -> None:
             _count(model.engine.source.num_parameters),
             _bytes(model.weight_bytes()),
             _bytes(per_token),
-            _bytes(per_token * limits.max_seq_len),
-            _bytes(per_token * limits.max_seq_len * limits.max_batch_size),
+            _bytes(per_token * plan.cache_tokens),
+            _bytes(per_token * plan.cache_tokens * limits.max_batch_size),
         )
     Console().print(table)
     click.echo(

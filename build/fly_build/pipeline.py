@@ -88,6 +88,11 @@ class Plan:
     models: list[ModelPlan]
     library: Library | None  # of TensorRT
 
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens of cache that a slot takes at most."""
+        return self.limits.max_seq_len if self.library is None else Sizes.of(self.limits).cache_tokens
+
 
 def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
     """Reads configurations and tokenizers, refuses what cannot work, and touches no weight and no file."""
@@ -201,8 +206,7 @@ def _compile_model(model: ModelPlan, plan: Plan, library: Library, workspace: Pa
     decoder = export_decoder(model.checkpoint, plan.limits.max_seq_len, dtype=DTYPES[dtype][0], attention="mask")
     has_plugins = recipe.plugin_library is not None
     append_head(decoder.model, plan.head.entropy_top_k, plan.head.stop_token_ids, use_plugins=has_plugins)
-    sizes = Sizes.of(plan.limits)
-    fix_cache_length(decoder.model, sizes.cache_tokens)
+    fix_cache_length(decoder.model, plan.cache_tokens)
     report(f"{model.folder}: trace", 1.0)
 
     plan_path = workspace / model.engine.model
@@ -211,7 +215,9 @@ def _compile_model(model: ModelPlan, plan: Plan, library: Library, workspace: Pa
     if recipe.plugin_library is not None:
         shutil.copy(recipe.plugin_library, workspace / PLUGIN_LIBRARY)
     timing_cache = Path(recipe.timing_cache) if recipe.timing_cache else default_timing_cache(library)
-    builder = EngineBuilder(library, sizes, dtype, PLUGIN_LIBRARY if has_plugins else None, timing_cache)
+    builder = EngineBuilder(
+        library, Sizes.of(plan.limits), dtype, PLUGIN_LIBRARY if has_plugins else None, timing_cache
+    )
     step = f"{model.folder}: compile"
     report(step, 0.0)
     serialised, record = builder.build(

@@ -3,6 +3,7 @@
 The KV caches of all slots are allocated once and updated in place; a step reads them from its first slot on. What a
 step needs from the host travels in one copy from pinned memory and what it says in one copy back; the logits stay on
 the device unless asked for. From its second run on, a step of one shape is one CUDA graph: both copies and the engine.
+All work is put on one stream, in order, and the host waits for nothing but the outputs of a step.
 
 Lengths are padded to a few sizes, so that few graphs serve all steps: padding writes behind the sequence, where the
 next step overwrites it, and no output that is read depends on it.
@@ -113,8 +114,8 @@ class TensorRTEngine:
         self._blocks: dict[tuple[int, int], tuple[_Block, _Block]] = {}
         self._bound: OrderedDict[tuple[int, int, int], _Bound] = OrderedDict()
         self._prefill_context: Any = None
+        self._prefill_lengths: set[int] = set()
         self._steps = StepCache(num_slots, MAX_STEPS)
-        self._stream.synchronize()
 
     def step(self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False) -> Step:
         return self._steps.get((first_slot, batch_size, num_tokens, with_logits), self._make_step)
@@ -139,7 +140,6 @@ class TensorRTEngine:
     def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
         for cache in self._caches:
             self._copy_tokens(self._slot(cache, target), self._slot(cache, source), num_tokens)
-        self._stream.synchronize()
 
     def swap_slots(self, first: int, second: int, num_tokens: int) -> None:
         for cache in self._caches:
@@ -147,7 +147,6 @@ class TensorRTEngine:
             self._copy_tokens(self._swapped.address, one, num_tokens)
             self._copy_tokens(one, other, num_tokens)
             self._copy_tokens(other, self._swapped.address, num_tokens)
-        self._stream.synchronize()
 
     def trim(self, num_tokens: int) -> int:
         """The caches keep their size: the cost of a step does not follow it."""
@@ -215,6 +214,9 @@ class TensorRTEngine:
         """One row of a prompt: every such step has the same context, and no graph, for lengths and slots vary."""
         if self._prefill_context is None:
             self._prefill_context = self._make_context(PREFILL)
+        if num_tokens not in self._prefill_lengths:
+            self._prefill_lengths.add(num_tokens)
+            self.num_preparations += 1  # TensorRT-RTX compiles kernels for it
         bound = _Bound(*self._io(1, num_tokens), self._prefill_context, is_capturable=False)
         self._set_tensors(bound, first_slot, 1)
         return bound
@@ -266,7 +268,6 @@ class TensorRTEngine:
     def _capture(self, bound: _Bound) -> None:
         """The first run made the engine ready for this shape; what it did is recorded for the next ones."""
         self.num_preparations += 1
-        self._stream.synchronize()
         try:
             bound.graph = self._stream.capture(lambda: self._enqueue(bound))
         except EngineError as error:

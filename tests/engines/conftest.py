@@ -1,0 +1,30 @@
+"""The simulated GPU, and the demo pair as an engine directory for it, built once for all tests."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import simulated_engine as simulation
+from fly_trt.engines import Engine
+from simulated_cuda import SimulatedCuda
+from simulated_tensorrt import install
+
+
+@pytest.fixture(scope="session")
+def simulated_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulation.build(tmp_path_factory.mktemp("engines") / "simulated")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedCuda]:
+    """A GPU on which nothing may go wrong unless the test takes it off the list."""
+    cuda = install(monkeypatch)
+    yield cuda
+    assert cuda.faults == []
+
+
+@pytest.fixture
+def engine(gpu: SimulatedCuda, simulated_engine: Path) -> Engine:
+    """The demo draft with three slots."""
+    return simulation.load(simulated_engine)

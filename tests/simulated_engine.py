@@ -1,0 +1,98 @@
+"""The demo pair built for TensorRT as far as that goes without its builder, with plans that the simulated GPU runs, and
+what the tests of the TensorRT engine do with it. The demo draft stands for both models.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import pytest
+
+from fly_build.export import export_decoder
+from fly_build.head import append_head
+from fly_build.pipeline import ModelPlan, Plan, _finish, make_plan
+from fly_build.recipe import load_recipe
+from fly_build.tensorrt import Sizes, fix_cache_length
+from fly_build.weights import WeightWriter
+from fly_trt.engines import Engine, load_engine
+from fly_trt.engines.base import Step
+from fly_trt.manifest import LayerSummary, ModelEngine, TensorRTPlan, read_manifest
+from simulated_tensorrt import VERSION, install, serialise
+
+PAIR = Path(__file__).parent / "assets" / "pair"
+LIBRARY = "tensorrt_rtx"
+MAX_SEQ_LEN = 300
+LONGEST = 100  # tokens of a step
+LONGEST_ROW = 24  # tokens of a row in a step of several: the drafts and 8 more
+LIMITS = {"max_batch_size": 6, "max_seq_len": MAX_SEQ_LEN, "max_draft_len": 16, "max_num_tokens": LONGEST}
+TOKENS = np.random.default_rng(0).integers(2, 880, LONGEST)
+
+
+def build(output: Path) -> Path:
+    """The demo pair in float32, for TensorRT-RTX. What fly_build.pipeline does, but for the compilation."""
+    flags = {"backend": "tensorrt", "tensorrt_library": LIBRARY, "dtype": "float32", **LIMITS}
+    recipe = load_recipe(None, {"target": str(PAIR / "target"), "draft": str(PAIR / "draft"), **flags})
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch)
+        plan = make_plan(recipe, output)
+    _finish(plan, {model.folder: _build_model(model, plan, output) for model in plan.models}, output, lambda *_: None)
+    return output
+
+
+def _build_model(model: ModelPlan, plan: Plan, output: Path) -> ModelEngine:
+    decoder = export_decoder(model.checkpoint, plan.limits.max_seq_len, attention="mask")
+    append_head(decoder.model, plan.head.entropy_top_k, plan.head.stop_token_ids)
+    sizes = Sizes.of(plan.limits)
+    fix_cache_length(decoder.model, sizes.cache_tokens)
+    weights = model.checkpoint.load_weights()
+    WeightWriter(decoder.model.graph, weights, "float32", "none", "lm_head.weight").attach(decoder.parameters)
+    path = output / model.engine.model
+    path.parent.mkdir(parents=True)
+    limits = [(least, most) for least, _, most in sizes.profiles()]
+    path.write_bytes(serialise(ir.to_proto(decoder.model).SerializeToString(), LIBRARY, limits))
+    record = TensorRTPlan(
+        library=LIBRARY,
+        version=VERSION,
+        compute_capability="8.0",
+        cache_tokens=sizes.cache_tokens,
+        max_row_tokens=sizes.max_row_tokens,
+        head="functions",
+        plugin_library=None,
+        layers=LayerSummary(total=1, native_attention=0, decomposed_attention=1, kv_cache_update=2, plugin=0),
+    )
+    return model.engine.model_copy(update={"tensorrt": record})
+
+
+def load(built: Path, *, num_slots: int = 3, folder: Path | None = None, **changes: Any) -> Engine:
+    """The draft of the engine directory `built`. `changes` are made to its record in the manifest, or to the record of
+    its plan; `folder` is where changed files lie."""
+    manifest = read_manifest(built)
+    model = manifest.draft
+    of_plan = {name: changes.pop(name) for name in list(changes) if name in TensorRTPlan.model_fields}
+    plan = model.tensorrt.model_copy(update=of_plan)
+    changed = model.model_copy(update={"tensorrt": plan, **changes})
+    return load_engine(folder or built, manifest, changed, num_slots=num_slots)
+
+
+def run(engine: Engine, cached: int, tokens: npt.ArrayLike, slot: int = 0, *, with_logits: bool = True) -> Step:
+    tokens = np.asarray(tokens)
+    step = engine.step(slot, 1, len(tokens), with_logits=with_logits)
+    step.set_row(0, cached, tokens)
+    engine.run(step)
+    return step
+
+
+def logits(engine: Engine, cached: int, tokens: npt.ArrayLike, slot: int = 0) -> npt.NDArray[np.float32]:
+    """Memory that nobody wrote reads as NaN, so every logit must be a number."""
+    return numbers(run(engine, cached, tokens, slot).logits[0])
+
+
+def numbers(found: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    assert np.isfinite(found).all()
+    return found.copy()
+
+
+def same(got: npt.NDArray[Any], want: npt.NDArray[Any], atol: float = 1e-4) -> None:
+    np.testing.assert_allclose(numbers(got), want, atol=atol)

@@ -1,0 +1,286 @@
+"""TensorRT's runtime without a GPU, as far as fly_trt calls it, on the memory and streams of simulated_cuda.py.
+
+A plan holds an ONNX graph in the form that fly_build makes for TensorRT; ONNX Runtime computes it in place, at the
+addresses that were bound. What TensorRT or the GPU would refuse, or get wrong without a word, ends up in the GPU's
+`faults`: a shape outside the profile, a tensor without an address, a cache that is not updated in place, scratch memory
+in use twice, a context that changed after its graph was captured. Names are those of `tensorrt_rtx`.
+"""
+
+import enum
+import functools
+import json
+import sys
+import types
+import weakref
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from fly_trt.engines.onnxruntime import session_options
+from simulated_cuda import ALIGNMENT, UNWRITTEN, Error, Failure, SimulatedCuda, Stream, Work
+
+SILENT_BELOW_ERROR = 3
+BFLOAT16 = 16  # of onnx.TensorProto
+SCRATCH_BYTES = 4096
+VERSION = "1.7.1.116"
+DTYPES = {
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(bfloat16)": np.uint16,  # its bits
+}
+
+
+class ILogger:
+    Severity = enum.IntEnum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"], start=0)
+    INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = Severity
+
+    def __init__(self) -> None: ...
+
+
+ExecutionContextAllocationStrategy = enum.Enum(
+    "ExecutionContextAllocationStrategy", ["STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED"], start=0
+)
+DynamicShapesKernelSpecializationStrategy = enum.Enum(
+    "DynamicShapesKernelSpecializationStrategy", ["LAZY", "EAGER", "NONE"], start=0
+)
+
+
+class IRuntimeConfig:
+    __slots__ = ("_allocation", "dynamic_shapes_kernel_specialization_strategy")
+
+    def __init__(self) -> None:
+        self._allocation = ExecutionContextAllocationStrategy.STATIC
+        self.dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self._allocation = strategy
+
+
+class IPluginRegistry:
+    """There are no plugins here."""
+
+    def get_creator(self, type: str, version: str, plugin_namespace: str = "") -> None: ...
+
+    def load_library(self, plugin_path: str) -> None: ...
+
+
+def serialise(onnx_model: bytes, library: str, profiles: list[Any]) -> bytes:
+    """A plan: an ONNX model, and for which library and which least and most (B, T) it was built."""
+    return json.dumps({"library": library, "profiles": profiles}).encode() + b"\n" + onnx_model
+
+
+def deserialise(plan: bytes) -> tuple[bytes, str, list[Any]]:
+    """What `serialise` was given. Raises ValueError for anything else."""
+    header, _, onnx_model = plan.partition(b"\n")
+    record = json.loads(header)
+    return onnx_model, record["library"], record["profiles"]
+
+
+@functools.cache
+def _session(onnx_model: bytes) -> ort.InferenceSession:
+    options = session_options()
+    options.log_severity_level = SILENT_BELOW_ERROR
+    return ort.InferenceSession(onnx_model, options, providers=["CPUExecutionProvider"])
+
+
+class Runtime:
+    def __init__(self, logger: ILogger) -> None:
+        self._cuda, self._logger = sys.modules["cuda.bindings"].runtime, logger
+
+    def deserialize_cuda_engine(self, serialized_engine: Any) -> "ICudaEngine | None":
+        try:
+            onnx_model, library, profiles = deserialise(bytes(serialized_engine))
+            return ICudaEngine(self._cuda, self._logger, library, profiles, _session(onnx_model))
+        except Exception as error:  # ONNX Runtime raises a class of its own for each status code
+            self._logger.log(ILogger.ERROR, f"IRuntime::deserializeCudaEngine: Error Code 1: Serialization\n({error})")
+            return None
+
+
+class ICudaEngine:
+    device_memory_size_v2 = SCRATCH_BYTES
+
+    def __init__(
+        self, cuda: SimulatedCuda, logger: Any, library: str, profiles: Any, session: ort.InferenceSession
+    ) -> None:
+        self._cuda, self._logger, self._library, self._profiles = cuda, logger, library, profiles
+        self._session = session
+        self._inputs = {value.name: value for value in session.get_inputs()}
+        self._tensors = self._inputs | {value.name: value for value in session.get_outputs()}
+
+    def create_runtime_config(self) -> IRuntimeConfig:
+        return IRuntimeConfig()
+
+    def create_execution_context(self, strategy: Any = None) -> "IExecutionContext":
+        eager = DynamicShapesKernelSpecializationStrategy.EAGER
+        has_final_kernels = self._library == "tensorrt"
+        if isinstance(strategy, IRuntimeConfig):
+            has_final_kernels = strategy.dynamic_shapes_kernel_specialization_strategy is eager
+            strategy = strategy._allocation
+        if strategy is not ExecutionContextAllocationStrategy.USER_MANAGED:
+            raise NotImplementedError("contexts with memory of their own")
+        return IExecutionContext(self, has_final_kernels)
+
+
+class IExecutionContext:
+    def __init__(self, engine: ICudaEngine, has_final_kernels: bool) -> None:
+        self._engine, self._has_final_kernels = engine, has_final_kernels
+        self._scratch = (0, 0)
+        self._profile: int | None = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+        self._version = 0  # of all that a captured graph depends on
+        self._executed_shapes: dict[str, tuple[int, ...]] = {}
+        engine._cuda.contexts.add(self)
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        self._scratch = (memory, size)
+        self._version += 1
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: Any) -> bool:
+        if not 0 <= profile_index < len(self._engine._profiles):
+            return self._refuse(f"profile {profile_index} of {len(self._engine._profiles)}")
+        self._profile = profile_index
+        self._shapes.clear()
+        self._version += 1
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        if name not in self._engine._inputs:
+            return self._refuse(f"{name} is no input")
+        if self._profile is None:
+            return self._refuse(f"{name}: a shape before a profile")
+        limits = dict(zip("BT", zip(*self._engine._profiles[self._profile], strict=True), strict=True))
+        for got, size in zip(shape, self._engine._inputs[name].shape, strict=True):
+            least, most = limits.get(size, (size, size))
+            if not least <= got <= most:
+                return self._refuse(f"{name}: shape {shape} lies outside of profile {self._profile}")
+        if self._shapes.get(name) != shape:
+            self._shapes[name] = shape
+            self._version += 1
+        return True
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        if name not in self._engine._tensors:
+            return self._refuse(f"{name} is no tensor")
+        if self._addresses.get(name) != memory:
+            self._addresses[name] = memory
+            self._version += 1
+        return True
+
+    def execute_async_v3(self, stream_handle: Any) -> bool:
+        cuda = self._engine._cuda
+        try:
+            arguments = self._check()
+            self._prepare_for(cuda.stream(stream_handle))
+            is_captured = cuda.stream(stream_handle).captured is not None
+            context, version = weakref.ref(self), self._version
+            engine, scratch = self._engine, self._scratch
+
+            def run() -> None:
+                if is_captured and (context() is None or context()._version != version):
+                    raise Failure(Error.cudaErrorLaunchFailure, "the context changed after its graph was captured")
+                _execute(engine, arguments, scratch)
+
+            cuda.enqueue(stream_handle, Work(run, scratch[0]))
+        except Failure as failure:
+            return self._refuse(failure.reason)
+        self._executed_shapes = dict(self._shapes)
+        return True
+
+    def _prepare_for(self, stream: Stream) -> None:
+        cuda = self._engine._cuda
+        if cuda.last_error:
+            raise Failure(cuda.last_error, f"{cuda.last_error.name} of an earlier call was never taken")
+        if stream.captured is None:
+            return
+        stream.is_capture_valid &= cuda.captures_of_engines != "are spoiled"
+        if cuda.captures_of_engines == "are refused":
+            raise Failure(Error.cudaErrorStreamCaptureUnsupported)
+        if self._executed_shapes != self._shapes:
+            raise Failure(Error.cudaErrorLaunchFailure, "captured before these shapes ran once")
+        if not self._has_final_kernels:
+            raise Failure(Error.cudaErrorLaunchFailure, "captured kernels that will be replaced")
+
+    def _check(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Address and shape of every tensor, which are those of now also when the work runs later."""
+        engine, illegal = self._engine, Error.cudaErrorInvalidValue
+        if missing := sorted(engine._inputs.keys() - self._shapes.keys()):
+            raise Failure(illegal, f"no shape for {missing}")
+        if missing := sorted(engine._tensors.keys() - self._addresses.keys()):
+            raise Failure(illegal, f"no address for {missing}")
+        address, size = self._scratch
+        if size < engine.device_memory_size_v2 or address % ALIGNMENT:
+            raise Failure(illegal, f"{size} bytes of device memory at {address:#x}")
+        sizes: dict[Any, int] = {}
+        for name, shape in self._shapes.items():
+            for dimension, got in zip(engine._inputs[name].shape, shape, strict=True):
+                if sizes.setdefault(dimension, got) != got:
+                    raise Failure(illegal, f"{name}: {dimension} is {got} here and {sizes[dimension]} elsewhere")
+        arguments = {}
+        for name, value in engine._tensors.items():
+            address = self._addresses[name]
+            shape = tuple(sizes.get(size, size) for size in value.shape)
+            num_bytes = int(np.prod(shape)) * np.dtype(DTYPES[value.type]).itemsize
+            if address % ALIGNMENT or not engine._cuda.find(address, num_bytes).is_device:
+                raise Failure(illegal, f"{name}: {address:#x} is not aligned, or not on the device")
+            if name.startswith("past_") and address != self._addresses[name.replace("past", "present", 1)]:
+                raise Failure(illegal, f"{name}: the cache is not updated in place")
+            arguments[name] = (address, shape)
+        return arguments
+
+    def _refuse(self, reason: str) -> bool:
+        if reason:
+            self._engine._cuda.faults.append(reason)
+        self._engine._logger.log(ILogger.ERROR, f"IExecutionContext: Error Code 3: API Usage Error ({reason})")
+        return False
+
+
+def _execute(engine: ICudaEngine, arguments: dict[str, tuple[int, tuple[int, ...]]], scratch: tuple[int, int]) -> None:
+    engine._cuda.view(*scratch).fill(UNWRITTEN)
+    binding = engine._session.io_binding()
+    arrays = {}
+    for name, (address, shape) in arguments.items():
+        dtype = np.dtype(DTYPES[engine._tensors[name].type])
+        arrays[name] = engine._cuda.view(address, int(np.prod(shape)) * dtype.itemsize).view(dtype).reshape(shape)
+    if (arrays["write_indices"] + arrays["input_ids"].shape[1] > arrays["past_key.0"].shape[2]).any():
+        raise Failure(Error.cudaErrorIllegalAddress, f"written at {arrays['write_indices']}, behind the cache's end")
+    if not np.isin(arrays["input_ids"], range(arrays["logits"].shape[2])).all():
+        raise Failure(Error.cudaErrorLaunchFailure, "a token that is not in the vocabulary")
+    for name, array in arrays.items():
+        if engine._tensors[name].type == "tensor(bfloat16)":
+            value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
+        else:
+            value = ort.OrtValue.ortvalue_from_numpy(array)
+        if name in engine._inputs:
+            binding.bind_ortvalue_input(name, value)
+        else:
+            binding.bind_ortvalue_output(name, value)
+    try:
+        engine._session.run_with_iobinding(binding)
+    except Exception as error:  # ONNX Runtime raises a class of its own for each status code
+        raise Failure(Error.cudaErrorLaunchFailure, " ".join(str(error).split())) from None
+
+
+def install(patch: pytest.MonkeyPatch, library: str = "tensorrt_rtx") -> SimulatedCuda:
+    """Makes this the process's only GPU and TensorRT library, until the patch is undone."""
+    cuda = SimulatedCuda()
+    trt = types.ModuleType(library)
+    names = [ILogger, Runtime, ICudaEngine, IExecutionContext, IPluginRegistry, ExecutionContextAllocationStrategy]
+    if library == "tensorrt_rtx":
+        names += [IRuntimeConfig, DynamicShapesKernelSpecializationStrategy]
+    vars(trt).update({part.__name__: part for part in names}, __version__=VERSION, get_plugin_registry=IPluginRegistry)
+    bindings: Any = types.ModuleType("cuda.bindings")
+    bindings.runtime = cuda
+    for other in ("tensorrt", "tensorrt_rtx"):
+        patch.setitem(sys.modules, other, trt if other == library else None)
+    for name, module in (
+        ("cuda", types.ModuleType("cuda")),
+        ("cuda.bindings", bindings),
+        ("cuda.bindings.runtime", cuda),
+    ):
+        patch.setitem(sys.modules, name, module)
+    return cuda
