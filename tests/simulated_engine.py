@@ -73,7 +73,8 @@ def load(built: Path, *, num_slots: int = 3, folder: Path | None = None, **chang
     of_plan = {name: changes.pop(name) for name in list(changes) if name in TensorRTPlan.model_fields}
     plan = model.tensorrt.model_copy(update=of_plan)
     changed = model.model_copy(update={"tensorrt": plan, **changes})
-    return load_engine(folder or built, manifest, changed, num_slots=num_slots)
+    files = manifest.files | {changed.model: manifest.files[model.model]}
+    return load_engine(folder or built, manifest.model_copy(update={"files": files}), changed, num_slots=num_slots)
 
 
 def run(engine: Engine, cached: int, tokens: npt.ArrayLike, slot: int = 0, *, with_logits: bool = True) -> Step:

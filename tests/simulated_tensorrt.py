@@ -49,15 +49,42 @@ DynamicShapesKernelSpecializationStrategy = enum.Enum(
 )
 
 
-class IRuntimeConfig:
-    __slots__ = ("_allocation", "dynamic_shapes_kernel_specialization_strategy")
+class IRuntimeCache:
+    """Knows the shapes that kernels were compiled for."""
 
     def __init__(self) -> None:
+        self._shapes: set[str] = set()
+
+    def serialize(self) -> bytes:
+        return json.dumps([VERSION, sorted(self._shapes)]).encode()
+
+    def deserialize(self, blob: Any) -> bool:
+        try:
+            version, shapes = json.loads(bytes(blob))
+        except ValueError:
+            return False
+        if version == VERSION:
+            self._shapes.update(shapes)
+        return bool(version == VERSION)
+
+
+class IRuntimeConfig:
+    __slots__ = ("_allocation", "_cache", "dynamic_shapes_kernel_specialization_strategy")
+
+    def __init__(self) -> None:
+        self._cache = IRuntimeCache()
         self._allocation = ExecutionContextAllocationStrategy.STATIC
         self.dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
 
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
         self._allocation = strategy
+
+    def create_runtime_cache(self) -> IRuntimeCache:
+        return IRuntimeCache()
+
+    def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
+        self._cache = cache
+        return True
 
 
 class IPluginRegistry:
@@ -116,18 +143,18 @@ class ICudaEngine:
 
     def create_execution_context(self, strategy: Any = None) -> "IExecutionContext":
         eager = DynamicShapesKernelSpecializationStrategy.EAGER
-        has_final_kernels = self._library == "tensorrt"
+        has_final_kernels, kernels = self._library == "tensorrt", None
         if isinstance(strategy, IRuntimeConfig):
             has_final_kernels = strategy.dynamic_shapes_kernel_specialization_strategy is eager
-            strategy = strategy._allocation
+            strategy, kernels = strategy._allocation, strategy._cache
         if strategy is not ExecutionContextAllocationStrategy.USER_MANAGED:
             raise NotImplementedError("contexts with memory of their own")
-        return IExecutionContext(self, has_final_kernels)
+        return IExecutionContext(self, has_final_kernels, kernels)
 
 
 class IExecutionContext:
-    def __init__(self, engine: ICudaEngine, has_final_kernels: bool) -> None:
-        self._engine, self._has_final_kernels = engine, has_final_kernels
+    def __init__(self, engine: ICudaEngine, has_final_kernels: bool, kernels: IRuntimeCache | None) -> None:
+        self._engine, self._has_final_kernels, self._kernels = engine, has_final_kernels, kernels
         self._scratch = (0, 0)
         self._profile: int | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -189,6 +216,9 @@ class IExecutionContext:
         except Failure as failure:
             return self._refuse(failure.reason)
         self._executed_shapes = dict(self._shapes)
+        if self._kernels is not None and (shape := str(self._shapes["input_ids"])) not in self._kernels._shapes:
+            self._kernels._shapes.add(shape)
+            cuda.calls["compile kernels"] += 1
         return True
 
     def _prepare_for(self, stream: Stream) -> None:
@@ -271,7 +301,7 @@ def install(patch: pytest.MonkeyPatch, library: str = "tensorrt_rtx") -> Simulat
     trt = types.ModuleType(library)
     names = [ILogger, Runtime, ICudaEngine, IExecutionContext, IPluginRegistry, ExecutionContextAllocationStrategy]
     if library == "tensorrt_rtx":
-        names += [IRuntimeConfig, DynamicShapesKernelSpecializationStrategy]
+        names += [IRuntimeCache, IRuntimeConfig, DynamicShapesKernelSpecializationStrategy]
     vars(trt).update({part.__name__: part for part in names}, __version__=VERSION, get_plugin_registry=IPluginRegistry)
     bindings: Any = types.ModuleType("cuda.bindings")
     bindings.runtime = cuda

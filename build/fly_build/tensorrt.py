@@ -5,8 +5,6 @@ say neither how many keys of the cache are valid nor that an attention may be de
 """
 
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from fly_trt.engines.tensorrt_library import Library
+from fly_trt.engines.tensorrt_library import Library, cache_folder, write_aside
 from fly_trt.errors import EngineError
 from fly_trt.manifest import Dtype, LayerSummary, Limits, TensorRTPlan
 
@@ -157,8 +155,8 @@ class EngineBuilder:
         plan = builder.build_serialized_network(network, config)
         if monitor.is_interrupted:
             raise KeyboardInterrupt
-        if plan is not None and timings is not None:
-            self._write_timing_cache(timings)
+        if plan is not None and timings is not None and self.timing_cache is not None:
+            write_aside(self.timing_cache, timings.serialize())
         return plan
 
     @property
@@ -199,20 +197,12 @@ class EngineBuilder:
             config.set_timing_cache(cache, False)
         return cache
 
-    def _write_timing_cache(self, cache: Any) -> None:
-        assert self.timing_cache is not None
-        self.timing_cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self.timing_cache.parent, delete=False) as file:
-            file.write(cache.serialize())
-        os.replace(file.name, self.timing_cache)
-
 
 def default_timing_cache(library: Library) -> Path | None:
     """None for tensorrt_rtx, which compiles kernels where it runs and times none while it builds."""
     if library.name == "tensorrt_rtx":
         return None
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "fly-trt" / f"{library.name}-{library.version}.timing"
+    return cache_folder() / f"{library.name}-{library.version}.timing"
 
 
 def _replace_attentions(trt: Any, network: Any, attentions: list[AttentionNames]) -> list[Any]:

@@ -31,10 +31,16 @@ def load_engine(
     path = directory / model.model
     if manifest.backend == "tensorrt":
         from fly_trt.engines.tensorrt import TensorRTEngine
+        from fly_trt.engines.tensorrt_library import cache_folder
 
         plugins = model.tensorrt.plugin_library if model.tensorrt else None
         return TensorRTEngine(
-            path, model, info, num_slots=num_slots, plugin_library=directory / plugins if plugins else None
+            path,
+            model,
+            info,
+            num_slots=num_slots,
+            plugin_library=directory / plugins if plugins else None,
+            kernel_cache=cache_folder() / f"{manifest.files[model.model].sha256[:16]}.kernels",
         )
     from fly_trt.engines.onnxruntime import OnnxRuntimeEngine
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from fly_trt.engines import cuda
 from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, Step, StepCache
+from fly_trt.engines.kernel_cache import KernelCache
 from fly_trt.engines.tensorrt_library import Library, import_library
 from fly_trt.errors import EngineError
 from fly_trt.manifest import Dtype, ModelEngine, TensorRTPlan
@@ -74,7 +75,8 @@ class _Bound:
 class TensorRTEngine:
     """One compiled decoder with its slots.
 
-    Raises EngineError when the plan was built for another library version or GPU, or when memory does not suffice.
+    `kernel_cache` is the file in which TensorRT-RTX's kernels are kept between processes. Raises EngineError when the
+    plan was built for another library version or GPU, or when memory does not suffice.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class TensorRTEngine:
         *,
         num_slots: int,
         plugin_library: Path | None = None,
+        kernel_cache: Path | None = None,
     ) -> None:
         if model.tensorrt is None:
             raise EngineError(f"{plan_path}: the manifest has no TensorRT record: rebuild the engine with fly-build")
@@ -101,6 +104,11 @@ class TensorRTEngine:
         self._engine = self._runtime.deserialize_cuda_engine(np.memmap(plan_path, np.uint8, "r"))
         if self._engine is None:
             raise EngineError(f"{plan_path}: {library.name} {library.version} cannot load it: {library.take_errors()}")
+        self._kernels: KernelCache | None = None
+        self._context_settings: Any = library.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if library.name == "tensorrt_rtx":
+            self._kernels = KernelCache(library.trt, self._engine, kernel_cache)
+            self._context_settings = self._kernels.config
         self._scratch = cuda.DeviceBuffer(int(self._engine.device_memory_size_v2))
         item_bytes = ITEM_BYTES[model.kv_cache_dtype]
         self._token_bytes = model.head_dim * item_bytes
@@ -155,12 +163,22 @@ class TensorRTEngine:
     def close(self) -> None:
         with contextlib.suppress(EngineError):  # of a GPU that failed: what is held is released all the same
             self._stream.synchronize()
+            if self._kernels is not None and self.num_preparations:
+                self._kernels.save()
         self._steps.clear()
         self._bound.clear()
         self._prefill_context = None
         self._blocks.clear()
         self._caches.clear()
-        del self._engine, self._runtime, self._scratch, self._logits, self._swapped
+        del (
+            self._kernels,
+            self._context_settings,
+            self._engine,
+            self._runtime,
+            self._scratch,
+            self._logits,
+            self._swapped,
+        )
 
     def _fits(self, batch_size: int, num_tokens: int) -> bool:
         """Whether one step can have this shape; the profiles let only a single row be long."""
@@ -222,16 +240,7 @@ class TensorRTEngine:
         return bound
 
     def _make_context(self, profile: int) -> Any:
-        trt = self._library.trt
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self._library.name == "tensorrt_rtx":
-            config = self._engine.create_runtime_config()
-            config.set_execution_context_allocation_strategy(strategy)
-            # The fallback kernels that a lazy context starts with must not end up in a graph.
-            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-            context = self._engine.create_execution_context(config)
-        else:
-            context = self._engine.create_execution_context(strategy)
+        context = self._engine.create_execution_context(self._context_settings)
         if context is None:
             raise EngineError(f"{self._library.name}: no execution context: {self._library.take_errors()}")
         context.set_device_memory(self._scratch.address, self._scratch.num_bytes)

@@ -7,6 +7,8 @@ nothing of models; fly_build compiles with it and the runtime runs with it.
 import ctypes
 import importlib
 import logging
+import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -76,6 +78,19 @@ def import_library(name: TensorRTLibrary | None = None) -> Library:
             logger.debug("%s: %s", candidate, error)
     wanted = " or ".join(f"pip install 'fly-trt[{EXTRAS[candidate]}]'" for candidate in names)
     raise EngineError(f"{' and '.join(names)}: not installed: {wanted}")
+
+
+def cache_folder() -> Path:
+    """Where both libraries' timings and kernels are kept between processes."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fly-trt"
+
+
+def write_aside(path: Path, content: Any) -> None:
+    """Writes a buffer to a file beside `path` and renames it, so that nobody ever reads a half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.replace(file.name, path)
 
 
 def _make_log(trt: Any, errors: list[str]) -> Any:

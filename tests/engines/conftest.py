@@ -17,7 +17,14 @@ def simulated_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedCuda]:
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where compiled kernels are kept, instead of the user's home."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "fly-trt"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, kernels: Path) -> Iterator[SimulatedCuda]:
     """A GPU on which nothing may go wrong unless the test takes it off the list."""
     cuda = install(monkeypatch)
     yield cuda

@@ -16,7 +16,15 @@ FUNCTIONS = [
     name for name, value in vars(SimulatedCuda).items() if name.startswith("cuda") and inspect.isfunction(value)
 ]
 ENUMS = [name for name, value in vars(SimulatedCuda).items() if name.startswith("cuda") and isinstance(value, type)]
-CLASSES = ["ILogger", "Runtime", "ICudaEngine", "IExecutionContext", "IRuntimeConfig", "IPluginRegistry"]
+CLASSES = [
+    "ILogger",
+    "Runtime",
+    "ICudaEngine",
+    "IExecutionContext",
+    "IRuntimeConfig",
+    "IRuntimeCache",
+    "IPluginRegistry",
+]
 STRATEGIES = ["ExecutionContextAllocationStrategy", "DynamicShapesKernelSpecializationStrategy"]
 CAPTURE = SimulatedCuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
 DEFAULT = SimulatedCuda.cudaMemcpyKind.cudaMemcpyDefault
@@ -69,7 +77,8 @@ def test_classes_have_only_what_tensorrt_has(name: str) -> None:
 def numbers_of_parameters(documentation: str, name: str) -> list[int]:
     """Of every overload that pybind11 wrote down."""
     signatures = re.findall(rf"^(?:\d+\. )?({name}\(self.*)$", documentation, re.MULTILINE)
-    code = [f"def {re.sub('<[^>]*>', 'None', signature)}: ..." for signature in signatures]
+    plain = [re.sub("<[^>]*>", "None", signature).replace("::", ".") for signature in signatures]
+    code = [f"def {signature}: ..." for signature in plain]
     return [len(ast.parse(text).body[0].args.args) for text in code]
 
 

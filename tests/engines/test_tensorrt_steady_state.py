@@ -175,3 +175,49 @@ def test_buffers_of_a_step_outlive_the_engine(gpu: SimulatedCuda, simulated_engi
     engine.close()
     for got, want in zip((step.argmax, step.entropy), found, strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+def compiled(gpu: SimulatedCuda, built: Path, lengths: list[int]) -> int:
+    """Kernels that an engine compiles that runs steps of these lengths and is closed."""
+    before = gpu.calls["compile kernels"]
+    engine = load(built)
+    for length in lengths:
+        run(engine, 0, TOKENS[:length])
+    engine.close()
+    return gpu.calls["compile kernels"] - before
+
+
+def test_compiled_kernels_are_shared_by_slots_and_kept_for_the_next_process(
+    simulated_engine: Path, gpu: SimulatedCuda, kernels: Path
+) -> None:
+    engine = load(simulated_engine)
+    for slot in range(3):
+        run(engine, 0, TOKENS[:5], slot)
+    assert gpu.calls["compile kernels"] == 1
+    engine.close()
+    (kept,) = kernels.iterdir()
+    assert compiled(gpu, simulated_engine, [5, 1]) == 1
+    assert compiled(gpu, simulated_engine, [5, 1]) == 0
+    assert list(kernels.iterdir()) == [kept]
+
+
+def test_kept_kernels_that_do_not_fit_are_replaced(
+    simulated_engine: Path, gpu: SimulatedCuda, kernels: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled(gpu, simulated_engine, [5])
+    (kept,) = kernels.iterdir()
+    content = kept.read_bytes()
+    kept.write_bytes(b"of another version")
+    with caplog.at_level(logging.INFO):
+        assert compiled(gpu, simulated_engine, [5]) == 1
+    assert "kernels of another version or GPU: they are compiled anew" in caplog.text
+    assert kept.read_bytes() == content
+
+
+def test_an_engine_that_cannot_keep_its_kernels_runs_all_the_same(
+    simulated_engine: Path, gpu: SimulatedCuda, kernels: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernels.write_text("a file where the folder should be")
+    with caplog.at_level(logging.INFO):
+        assert compiled(gpu, simulated_engine, [5]) == 1
+    assert "the compiled kernels are not kept" in caplog.text
