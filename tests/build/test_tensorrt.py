@@ -34,6 +34,7 @@ CONFIGS = {
     "mistral": ("MistralConfig", WINDOW),
     "phi3": ("Phi3Config", {}),
     "gemma2": ("Gemma2Config", HEAD_DIM | WINDOW | {"query_pre_attn_scalar": 40}),
+    "olmo2": ("Olmo2Config", {}),  # rotates in float32
 }
 NUM_LAYERS = TINY["num_hidden_layers"]
 
