@@ -172,8 +172,8 @@ def rms_normalization(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> 
 
 
 def rotary_embedding(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [B, H, T, D]; cos and sin [B, T, R], whose two halves are equal, R <= D. The operator has one dtype: that of cos
-    and sin, since olmo2 rotates half precision in float32."""
+    """x [B, H, T, D]; cos and sin [B, T, R], whose two halves are equal, R <= D. The operator has one dtype, that of
+    cos and sin, since olmo2 rotates half precision in float32."""
     if cos.dtype != x.dtype:
         return rotary_embedding(x.to(cos.dtype), cos, sin).to(x.dtype)
     half = cos.shape[-1] // 2
