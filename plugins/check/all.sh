@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The check of the plugins on a machine with a GPU, nvcc, Python and PyTorch, in one command: the kernels against NumPy,
-# their speed beside a device copy and PyTorch, and the plugin classes through TensorRT's interfaces. Arguments go to
-# kernels.py; with --cpu nothing needs a GPU.
+# The check of the plugins on a machine with a GPU, nvcc, and Python with NumPy and PyTorch, in one command: the kernels
+# against NumPy, their speed beside device copies and PyTorch, and the plugin classes through TensorRT's interfaces.
+# Arguments go to kernels.py; with --cpu it needs g++ and NumPy in place of GPU, nvcc and PyTorch.
 #
 #   TENSORRT_ROOT=/opt/tensorrt plugins/check/all.sh [--json] [--cpu]
 #

@@ -6,6 +6,9 @@
 //
 // Prints what failed and a summary; the exit status is 0 when all held, 1 when a check failed, 2 when it could not run.
 #include "check/harness_driver.h"
+#include "check/harness_launches.h"
+
+#include <functional>
 
 namespace fly::check {
 namespace {
@@ -75,11 +78,20 @@ int32_t run(char const* libraryPath, bool withGpu) {
         report.expect(!logger.tookError(""), std::string("no error is logged before ") + name + " is used");
     }
     checkFields(library, logger, report);
-    for (Case const& item : allCases()) {
+    auto const reported = [&report](Case const& item, char const* kind, std::function<void()> const& check) {
         int32_t const failedBefore = report.numFailed();
-        drive(item, *library.creator(item.plugin), logger, report, withGpu);
-        std::printf("%s  %s, %s\n", report.numFailed() == failedBefore ? "ok    " : "FAILED", item.plugin.c_str(),
-            item.name.c_str());
+        check();
+        std::printf("%s  %s, %s%s\n", report.numFailed() == failedBefore ? "ok    " : "FAILED", item.plugin.c_str(),
+            item.name.c_str(), kind);
+    };
+    for (Case const& item : allCases()) {
+        reported(item, "", [&] { drive(item, *library.creator(item.plugin), logger, report, withGpu); });
+    }
+    if (withGpu) {
+        for (CasePair const& pair : pairsForOneWorkspace()) {
+            reported(pair.first, ", two launches with one workspace",
+                [&] { checkSharedWorkspace(pair, *library.creator(pair.first.plugin), report); });
+        }
     }
     std::printf("%d checks, %d failed, built for TensorRT %d.%d%s\n", report.numChecks(), report.numFailed(),
         NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR, withGpu ? "" : ", launches skipped (--no-gpu)");

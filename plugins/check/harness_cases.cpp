@@ -53,11 +53,11 @@ std::vector<DataType> logitsTypes(DataType first) {
     return types;
 }
 
-Case entropyGateCase(DataType type, int32_t const& topK, int64_t vocabSize) {
+Case entropyGateCase(DataType type, int32_t const& topK, int64_t vocabSize, uint32_t seed = 0) {
     int64_t const batchSize = 2;
     int64_t const numTokens = 3;
     int64_t const numRows = batchSize * numTokens;
-    std::mt19937 random(static_cast<uint32_t>(vocabSize + topK));
+    std::mt19937 random(static_cast<uint32_t>(vocabSize + topK) + seed);
     std::vector<float> logits(static_cast<size_t>(numRows * vocabSize));
     for (float& logit : logits) {
         logit = (static_cast<float>(random() % 65) - 32.0F) / 4.0F;
@@ -104,6 +104,8 @@ Case entropyGateCase(DataType type, int32_t const& topK, int64_t vocabSize) {
     };
     return result;
 }
+
+constexpr int32_t kTopKs[]{3, 1, 8};  // not local: plugin fields point at them
 
 struct Row {
     std::vector<int64_t> nextTokens, argmax;
@@ -196,16 +198,25 @@ Case looseWindowAcceptCase(std::vector<int64_t> const& stopTokens) {
 }  // namespace
 
 std::vector<Case> allCases() {
-    static int32_t const topKs[]{3, 1, 8};  // static: plugin fields point at them
     std::vector<Case> cases;
     for (DataType const type : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16}) {
-        cases.push_back(entropyGateCase(type, topKs[0], 5003));
+        cases.push_back(entropyGateCase(type, kTopKs[0], 5003));
     }
-    cases.push_back(entropyGateCase(DataType::kFLOAT, topKs[1], 128256));
-    cases.push_back(entropyGateCase(DataType::kBF16, topKs[2], 896));
+    cases.push_back(entropyGateCase(DataType::kFLOAT, kTopKs[1], 128256));
+    cases.push_back(entropyGateCase(DataType::kBF16, kTopKs[2], 896));
     cases.push_back(looseWindowAcceptCase({-1}));
     cases.push_back(looseWindowAcceptCase({2, 5, 11}));
     return cases;
+}
+
+std::vector<CasePair> pairsForOneWorkspace() {
+    std::vector<CasePair> pairs;
+    auto const add = [&pairs](DataType type, int32_t const& topK) {
+        pairs.push_back({entropyGateCase(type, topK, 128256), entropyGateCase(type, topK, 128256, 1)});
+    };
+    add(DataType::kFLOAT, kTopKs[0]);
+    add(DataType::kBF16, kTopKs[2]);
+    return pairs;
 }
 
 }  // namespace fly::check

@@ -30,4 +30,12 @@ struct Case {
 // EntropyGate for each type of logits and several values of top_k, LooseWindowAccept with and without stop tokens.
 std::vector<Case> allCases();
 
+struct CasePair {
+    Case first;
+    Case second;  // with other values in the same shapes
+};
+
+// Of EntropyGate, which has a workspace.
+std::vector<CasePair> pairsForOneWorkspace();
+
 }  // namespace fly::check

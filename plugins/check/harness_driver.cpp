@@ -1,10 +1,9 @@
 // See harness_driver.h. The order is the one in which a builder and then a runtime call a plugin.
 #include "check/harness_driver.h"
 
+#include "check/harness_launches.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <map>
 #include <memory>
 
@@ -13,65 +12,11 @@ namespace {
 
 using namespace nvinfer1;
 
-struct Plugin {
-    explicit Plugin(IPluginV3* made) : owner(made) {
-        if (made == nullptr) {
-            throw std::runtime_error("no plugin was made");
-        }
-        core = static_cast<IPluginV3OneCore*>(made->getCapabilityInterface(PluginCapabilityType::kCORE));
-        build = static_cast<IPluginV3OneBuild*>(made->getCapabilityInterface(PluginCapabilityType::kBUILD));
-        runtime = static_cast<IPluginV3OneRuntime*>(made->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
-        if (core == nullptr || build == nullptr || runtime == nullptr) {
-            throw std::runtime_error("a plugin lacks its core, build or runtime interface");
-        }
-    }
-    std::unique_ptr<IPluginV3> owner;
-    IPluginV3OneCore* core;
-    IPluginV3OneBuild* build;
-    IPluginV3OneRuntime* runtime;
-};
-
 PluginFieldCollection collection(std::vector<PluginField> const& fields) {
     PluginFieldCollection result{};
     result.nbFields = static_cast<int32_t>(fields.size());
     result.fields = fields.data();
     return result;
-}
-
-PluginTensorDesc describe(Tensor const& tensor) {
-    PluginTensorDesc desc{};
-    desc.dims.nbDims = static_cast<int32_t>(tensor.sizes.size());
-    std::copy(tensor.sizes.begin(), tensor.sizes.end(), desc.dims.d);
-    desc.type = tensor.types.front();
-    desc.format = TensorFormat::kLINEAR;
-    desc.scale = -1.0F;
-    return desc;
-}
-
-std::vector<PluginTensorDesc> describe(std::vector<Tensor> const& tensors) {
-    std::vector<PluginTensorDesc> descs;
-    for (Tensor const& tensor : tensors) {
-        descs.push_back(describe(tensor));
-    }
-    return descs;
-}
-
-// As a builder gives them: sizes unknown, with bounds of a profile that ends at the sizes of the case.
-std::vector<DynamicPluginTensorDesc> describeDynamic(std::vector<Tensor> const& tensors) {
-    std::vector<DynamicPluginTensorDesc> descs;
-    for (Tensor const& tensor : tensors) {
-        DynamicPluginTensorDesc dynamic{};
-        dynamic.desc = describe(tensor);
-        dynamic.min = dynamic.opt = dynamic.max = dynamic.desc.dims;
-        for (size_t axis = 0; axis < tensor.sizes.size(); ++axis) {
-            if (tensor.shape[axis] == 'B' || tensor.shape[axis] == 'T') {
-                dynamic.desc.dims.d[axis] = -1;
-                dynamic.min.d[axis] = 1;
-            }
-        }
-        descs.push_back(dynamic);
-    }
-    return descs;
 }
 
 class Driver {
@@ -92,6 +37,11 @@ public:
         checkShapeChange(plugin);
         Plugin const copied(plugin.owner->clone());
         checkIdentity(copied);
+        if (!mCase.fields.empty()) {
+            void const* const values = plugin.runtime->getFieldsToSerialize()->fields[0].data;
+            void const* const copiedValues = copied.runtime->getFieldsToSerialize()->fields[0].data;
+            expect(values != copiedValues, "a copy serialises its own values");
+        }
         Plugin const restored = restore(copied);
         checkIdentity(restored);
         Plugin const attached(restored.runtime->attachToContext(nullptr));
@@ -99,7 +49,7 @@ public:
         std::string const name(plugin.build->getMetadataString());
         expect(restored.build->getMetadataString() == name, "the restored plugin was made the same way: " + name);
         if (withGpu) {
-            checkLaunches(plugin, attached);
+            checkLaunches(mCase, plugin, attached, mReport);
         }
     }
 
@@ -115,6 +65,9 @@ private:
         expect(plugin.core->getPluginName() == mCase.plugin && plugin.core->getPluginVersion() == std::string("1")
                 && plugin.core->getPluginNamespace() == std::string("fly"),
             "name, version and namespace");
+        std::string const fields(plugin.build->getMetadataString());
+        std::string const timingCacheId = mCase.plugin + (fields.empty() ? "" : ";") + fields;
+        expect(plugin.build->getTimingCacheID() == timingCacheId, "the timing cache's key is " + timingCacheId);
     }
 
     void checkTypes(Plugin const& plugin) {
@@ -221,6 +174,7 @@ private:
             desc.max = desc.min;
         }
         expect(workspace() <= largest, "a smaller problem needs no more workspace");
+        checkUnboundedWorkspace(plugin, largest > 0);
         inputs = describeDynamic(mCase.inputs);
         inputs[1].desc.type = DataType::kFP8;
         expectRefusal(configure() != 0, mCase.inputs[1].name + " is", "a configuration with a wrong type");
@@ -228,6 +182,25 @@ private:
         size_t const lastAxis = mCase.inputs[0].sizes.size() - 1;  // of logits the vocabulary, of next_tokens T
         inputs[0].max.d[lastAxis] = 0;
         expectRefusal(configure() != 0, "expected at least", "a configuration with an empty last dimension");
+    }
+
+    void checkUnboundedWorkspace(Plugin const& plugin, bool needsWorkspace) {
+        std::vector<DynamicPluginTensorDesc> inputs = describeDynamic(mCase.inputs);
+        std::vector<DynamicPluginTensorDesc> const outputs = describeDynamic(mCase.outputs);
+        auto const workspace
+            = [&] { return plugin.build->getWorkspaceSize(inputs.data(), mNumInputs, outputs.data(), mNumOutputs); };
+        size_t const bounded = workspace();
+        inputs[0].max.d[0] = -1;
+        expect(workspace() == bounded, "the workspace when another input bounds B");
+        for (DynamicPluginTensorDesc& desc : inputs) {
+            desc.max.d[0] = -1;
+        }
+        bool const empty = workspace() == 0;
+        if (needsWorkspace) {
+            expectRefusal(empty, "set a maximum shape in the optimization profile", "a workspace without bounds");
+        } else {
+            expect(empty && !mLogger.tookError(""), "without a workspace no bounds are needed");
+        }
     }
 
     void checkShapeChange(Plugin const& plugin) {
@@ -247,77 +220,8 @@ private:
         PluginFieldCollection const* const fields = plugin.runtime->getFieldsToSerialize();
         bool const complete = fields != nullptr && fields->nbFields == mCreator.getFieldNames()->nbFields;
         expect(complete, "all fields are serialised");
+        expect(plugin.runtime->getFieldsToSerialize() == fields, "a second serialisation gives the same fields");
         return Plugin(mCreator.createPlugin("layer", fields, TensorRTPhase::kRUNTIME));
-    }
-
-    // One launch on fresh memory; captured into a CUDA graph and replayed when `inGraph`. Returns the output bytes.
-    std::vector<std::vector<char>> launch(Plugin const& plugin, bool inGraph) {
-        std::vector<DeviceBuffer> buffers;
-        std::vector<void const*> inputs;
-        std::vector<void*> outputs;
-        for (Tensor const& tensor : mCase.inputs) {
-            buffers.emplace_back(tensor.bytes.size()).upload(tensor.bytes);
-            inputs.push_back(buffers.back().data());
-        }
-        for (Tensor const& tensor : mCase.outputs) {
-            outputs.push_back(buffers.emplace_back(tensor.bytes.size()).data());
-        }
-        auto const dynamicInputs = describeDynamic(mCase.inputs);
-        auto const dynamicOutputs = describeDynamic(mCase.outputs);
-        DeviceBuffer const workspace(plugin.build->getWorkspaceSize(
-            dynamicInputs.data(), mNumInputs, dynamicOutputs.data(), mNumOutputs));
-        cudaStream_t stream{};
-        checkCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
-        if (inGraph) {
-            checkCuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "cudaStreamBeginCapture");
-        }
-        int32_t const status = plugin.runtime->enqueue(
-            mInputs.data(), mOutputs.data(), inputs.data(), outputs.data(), workspace.data(), stream);
-        expect(status == 0, inGraph ? "a launch under capture" : "a launch");
-        if (inGraph) {
-            cudaGraph_t graph{};
-            cudaGraphExec_t executable{};
-            checkCuda(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
-            checkCuda(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
-            checkCuda(cudaGraphLaunch(executable, stream), "cudaGraphLaunch");
-            checkCuda(cudaGraphLaunch(executable, stream), "cudaGraphLaunch again");
-            checkCuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
-            checkCuda(cudaGraphExecDestroy(executable), "cudaGraphExecDestroy");
-            checkCuda(cudaGraphDestroy(graph), "cudaGraphDestroy");
-        }
-        checkCuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
-        checkCuda(cudaStreamDestroy(stream), "cudaStreamDestroy");
-        std::vector<std::vector<char>> results;
-        for (size_t i = 0; i < outputs.size(); ++i) {
-            results.push_back(buffers[mCase.inputs.size() + i].download());
-        }
-        return results;
-    }
-
-    void checkLaunches(Plugin const& plugin, Plugin const& attached) {
-        std::vector<std::vector<char>> const results = launch(plugin, false);
-        for (size_t i = 0; i < results.size(); ++i) {
-            Tensor const& expected = mCase.outputs[i];
-            expect(agree(results[i], expected), "values of " + expected.name);
-        }
-        expect(launch(attached, false) == results, "the serialised, restored and attached plugin gives the same bits");
-        expect(launch(attached, true) == results, "a CUDA graph gives the same bits");
-    }
-
-    bool agree(std::vector<char> const& got, Tensor const& expected) const {
-        if (expected.types.front() != DataType::kFLOAT) {
-            return got == expected.bytes;
-        }
-        for (size_t at = 0; at < got.size(); at += sizeof(float)) {
-            float a{};
-            float b{};
-            std::memcpy(&a, got.data() + at, sizeof(float));
-            std::memcpy(&b, expected.bytes.data() + at, sizeof(float));
-            if (!(std::abs(static_cast<double>(a) - b) <= mCase.tolerance)) {
-                return false;
-            }
-        }
-        return true;
     }
 
     Case const& mCase;

@@ -174,7 +174,8 @@ inline void checkCuda(cudaError_t status, char const* what) {
     }
 }
 
-// Device memory filled with 0xff, so that what a kernel leaves unwritten is seen.
+// Device memory filled with 0xff, so that what a kernel leaves unwritten is seen. The filling and an upload may still
+// be under way when their calls return: a launch on a non-blocking stream needs a cudaDeviceSynchronize() before it.
 class DeviceBuffer {
 public:
     explicit DeviceBuffer(size_t numBytes) : mNumBytes(numBytes) {

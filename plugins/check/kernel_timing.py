@@ -1,14 +1,18 @@
-"""How fast the kernels run on this machine's GPU, next to a device copy and to PyTorch operations of the same results.
+"""How fast the kernels run on this machine's GPU, next to device copies and to PyTorch operations of the same results.
 
 Each figure is the median over replays of a CUDA graph of many launches, divided by their number. The launches of a
 graph read different buffers in turn, many times what the L2 cache holds, so that they read DRAM. The kernel's GB/s
-count the bytes of the logits, once; the copy's count what it reads and what it writes. Launches in a graph follow each
-other closely: what a lone launch costs on the host is not in these figures.
+count the bytes of the logits, once; a copy's count what it reads and what it writes. A copy of the size of the logits
+pays the same start and end as the kernel, which are most of a short launch; a copy of 1 GiB shows what DRAM gives. Of
+each the faster of two counts, by the driver's memory copy and by a kernel. Launches in a graph follow each other
+closely: what a lone launch costs on the host is not in these figures.
 """
 
 import ctypes
 import math
 import statistics
+import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +20,13 @@ from typing import Any
 from kernel_library import ACCEPT_INPUTS, ACCEPT_OUTPUTS, GATE_OUTPUTS, AcceptArgs, GateArgs, Kernels
 
 REPLAYS = 21
-LAUNCHES_PER_GRAPH = 16
+PROBE_LAUNCHES = 16  # of the graph that finds out how many launches last GRAPH_MS
+GRAPH_MS = 6.0
+WARM_UP_S = 0.2  # an idle GPU clocks low
 CACHES_READ = 16  # how often the buffers of a graph fill the L2 cache, which may keep the oldest of streamed data
+FLUSH_BYTES = 2**30
+FLUSHES = 4  # together longer than the CPU takes to launch a graph
+LARGE_COPY_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -41,29 +50,114 @@ ACCEPT_SHAPES = [(16, 26), (256, 26), (16, 400)]
 
 def measure(kernels: Kernels) -> dict[str, Any]:
     torch = kernels.memory.torch  # type: ignore[attr-defined]
+    stopwatch = Stopwatch(torch)
+    clock_before = stopwatch.sm_clock_mhz()
+    large_copy_rate = _large_copy_rate(stopwatch)
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "entropy_gate": [_time_shape(kernels, torch, shape) for shape in SHAPES],
-        "loose_window_accept": [_time_accept(kernels, torch, *shape) for shape in ACCEPT_SHAPES],
+        "large_copy_gb_s": large_copy_rate,
+        "entropy_gate": [_time_shape(kernels, stopwatch, shape, large_copy_rate) for shape in SHAPES],
+        "loose_window_accept": [_time_accept(kernels, stopwatch, *shape) for shape in ACCEPT_SHAPES],
+        "sm_clock_mhz": [clock_before, stopwatch.sm_clock_mhz()],
     }
 
 
 def show(report: dict[str, Any]) -> None:
+    before, after = (f"{clock} MHz" if clock else "unknown" for clock in report["sm_clock_mhz"])
     print(f"\n{report['device']}, torch {report['torch']}; medians of {REPLAYS} graph replays")
-    print("EntropyGate: GB/s of the kernel are bytes of logits / time, of the copy bytes read and written / time")
-    print(f"{'logits':>26} top kernel us   GB/s  copy us   GB/s  share  torch us")
+    print(f"SM clock under load: {before} before, {after} after; copy of 1 GiB: {report['large_copy_gb_s']:.0f} GB/s")
+    print("EntropyGate: GB/s of the kernel are bytes of logits / time, of a copy bytes read and written / time;")
+    print("the kernel's GB/s as a share of those of a copy of the same size and of the copy of 1 GiB")
+    print(f"{'logits':>26} top kernel us   GB/s  copy us   GB/s  same 1 GiB  torch us")
     for row in report["entropy_gate"]:
         name = f"{row['rows']} x {row['vocab_size']} {row['dtype']}"
         print(
             f"{name:>26} {row['top_k']:>3} {row['kernel_us']:9.1f} {row['kernel_gb_s']:6.0f} {row['copy_us']:8.1f} "
-            f"{row['copy_gb_s']:6.0f} {row['share_of_copy']:6.0%} {row['torch_us']:9.1f}"
+            f"{row['copy_gb_s']:6.0f} {row['share_of_copy']:5.0%} {row['share_of_large_copy']:5.0%} "
+            f"{row['torch_us']:9.1f}"
         )
     for row in report["loose_window_accept"]:
         print(f"LooseWindowAccept {row['rows']} x {row['tokens']}: {row['kernel_us']:.1f} us")
 
 
-def _time_shape(kernels: Kernels, torch: Any, shape: Shape) -> dict[str, Any]:
+class Stopwatch:
+    """Times calls on a warm GPU whose L2 cache holds nothing of theirs."""
+
+    def __init__(self, torch: Any) -> None:
+        self.torch = torch
+        self._flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+    def microseconds(self, call: Callable[[int], Any], num_buffers: int = 1) -> float:
+        """The median time of a call, over graphs that call it for each buffer in turn."""
+        with self.torch.cuda.stream(self.torch.cuda.Stream()):  # modules are loaded before the capture
+            call(0)
+        self.torch.cuda.synchronize()
+        num_calls = num_buffers * math.ceil(PROBE_LAUNCHES / num_buffers)
+        probe = self._capture(call, num_buffers, num_calls)
+        call_ms = min(self._replay_ms(probe) for _ in range(3)) / num_calls
+        num_calls = num_buffers * math.ceil(GRAPH_MS / call_ms / num_buffers)
+        graph = self._capture(call, num_buffers, num_calls)
+        return 1e3 * statistics.median(self._replay_ms(graph) for _ in range(REPLAYS)) / num_calls
+
+    def sm_clock_mhz(self) -> int | None:
+        """The clock while the GPU is busy, if torch or nvidia-smi knows it."""
+        for _ in range(1000):  # a quarter of a second or more, still under way when the clock is read
+            self._flushed.zero_()
+        try:
+            return int(self.torch.cuda.clock_rate())
+        except Exception:  # without pynvml; what torch raises then differs between its versions
+            return self._sm_clock_of_nvidia_smi()
+        finally:
+            self.torch.cuda.synchronize()
+
+    def _sm_clock_of_nvidia_smi(self) -> int | None:
+        uuid = getattr(self.torch.cuda.get_device_properties(0), "uuid", None)  # tells which of several GPUs
+        device = [] if uuid is None else [f"--id=GPU-{uuid}"]
+        command = ["nvidia-smi", *device, "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+        try:
+            return int(subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).splitlines()[0])
+        except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+            return None
+
+    def _capture(self, call: Callable[[int], Any], num_buffers: int, num_calls: int) -> Any:
+        """A graph of the calls, after WARM_UP_S of replays."""
+        graph = self.torch.cuda.CUDAGraph()
+        with self.torch.cuda.graph(graph):
+            for i in range(num_calls):
+                call(i % num_buffers)
+        end = time.monotonic() + WARM_UP_S
+        while time.monotonic() < end:
+            graph.replay()
+            self.torch.cuda.synchronize()
+        return graph
+
+    def _replay_ms(self, graph: Any) -> float:
+        start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(FLUSHES):  # the GPU is still busy when the graph is launched, or the launch would be timed too
+            self._flushed.zero_()
+        start.record()
+        graph.replay()
+        end.record()
+        self.torch.cuda.synchronize()
+        return float(start.elapsed_time(end))
+
+
+def _copy_microseconds(stopwatch: Stopwatch, sources: Any, copies: Any) -> float:
+    """Of copying one buffer: the faster of a memory copy, which a graph may run in a way of its own, and a kernel."""
+    by_driver = stopwatch.microseconds(lambda i: copies[i].copy_(sources[i]), len(sources))
+    by_kernel = stopwatch.microseconds(lambda i: stopwatch.torch.mul(sources[i], 1, out=copies[i]), len(sources))
+    return min(by_driver, by_kernel)
+
+
+def _large_copy_rate(stopwatch: Stopwatch) -> float:
+    sources = stopwatch.torch.ones(1, LARGE_COPY_BYTES // 4, device="cuda")
+    copies = stopwatch.torch.empty_like(sources)
+    return 2 * LARGE_COPY_BYTES / _copy_microseconds(stopwatch, sources, copies) / 1e3
+
+
+def _time_shape(kernels: Kernels, stopwatch: Stopwatch, shape: Shape, large_copy_rate: float) -> dict[str, Any]:
+    torch = stopwatch.torch
     dtype = getattr(torch, shape.dtype)
     num_bytes = shape.rows * shape.vocab_size * dtype.itemsize
     cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -72,16 +166,22 @@ def _time_shape(kernels: Kernels, torch: Any, shape: Shape) -> dict[str, Any]:
     for buffer in logits:
         buffer.copy_(torch.randn(shape.rows, shape.vocab_size, device="cuda") * 3)
     tokens = torch.randint(shape.vocab_size, (shape.rows,), device="cuda")
-    copies = torch.empty_like(logits)
     kernel = _kernel_call(kernels, torch, shape, logits, tokens)
     times = {
-        "kernel_us": _microseconds(torch, kernel, num_buffers),
-        "copy_us": _microseconds(torch, lambda i: copies[i].copy_(logits[i]), num_buffers),
-        "torch_us": _microseconds(torch, lambda i: _torch_results(torch, logits[i], tokens, shape.top_k), num_buffers),
+        "kernel_us": stopwatch.microseconds(kernel, num_buffers),
+        "copy_us": _copy_microseconds(stopwatch, logits, torch.empty_like(logits)),
+        "torch_us": stopwatch.microseconds(
+            lambda i: _torch_results(torch, logits[i], tokens, shape.top_k), num_buffers
+        ),
     }
     kernel_rate = num_bytes / times["kernel_us"] / 1e3
     copy_rate = 2 * num_bytes / times["copy_us"] / 1e3
-    rates = {"kernel_gb_s": kernel_rate, "copy_gb_s": copy_rate, "share_of_copy": kernel_rate / copy_rate}
+    rates = {
+        "kernel_gb_s": kernel_rate,
+        "copy_gb_s": copy_rate,
+        "share_of_copy": kernel_rate / copy_rate,
+        "share_of_large_copy": kernel_rate / large_copy_rate,
+    }
     return {**vars(shape), **times, **rates}
 
 
@@ -112,7 +212,9 @@ def _torch_results(torch: Any, logits: Any, tokens: Any, top_k: int) -> tuple[An
     return places[:, 0], entropy, entropy_topk, top[:, 0], log_probs.gather(-1, tokens[:, None])[:, 0]
 
 
-def _time_accept(kernels: Kernels, torch: Any, rows: int, tokens: int) -> dict[str, Any]:
+def _time_accept(kernels: Kernels, stopwatch: Stopwatch, rows: int, tokens: int) -> dict[str, Any]:
+    torch = stopwatch.torch
+
     def filled(name: str) -> Any:
         if name in ("next_tokens", "argmax"):
             return torch.randint(2, (rows, tokens), device="cuda")
@@ -128,28 +230,5 @@ def _time_accept(kernels: Kernels, torch: Any, rows: int, tokens: int) -> dict[s
     buffers = [filled(name) for name in ACCEPT_INPUTS]
     buffers += [torch.empty(rows, dtype=torch.int64, device="cuda") for _ in ACCEPT_OUTPUTS]
     args = AcceptArgs(rows, tokens, 1, *(ctypes.c_void_p(buffer.data_ptr()) for buffer in buffers))
-    microseconds = _microseconds(torch, lambda i: kernels.launch_loose_window_accept(args), 1)
+    microseconds = stopwatch.microseconds(lambda i: kernels.launch_loose_window_accept(args))
     return {"rows": rows, "tokens": tokens, "kernel_us": microseconds}
-
-
-def _microseconds(torch: Any, call: Callable[[int], Any], num_buffers: int) -> float:
-    """The median time of a call, over graphs that call it for each buffer in turn."""
-    num_calls = num_buffers * math.ceil(LAUNCHES_PER_GRAPH / num_buffers)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):  # modules are loaded before the capture
-        call(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(num_calls):
-            call(i % num_buffers)
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / num_calls)
-    return statistics.median(times)

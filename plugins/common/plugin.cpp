@@ -4,8 +4,8 @@
 
 #include "common/log.h"
 
-#include <algorithm>
 #include <array>
+#include <utility>
 
 namespace fly {
 
@@ -33,10 +33,19 @@ PluginFieldCollection collectionOf(std::vector<PluginField> const& fields) {
 }  // namespace
 
 Plugin::Plugin(Signature const& signature, PluginFieldCollection const* fields)
-    : mSignature(signature), mFieldValues(readFields(signature, fields)) {
+    : Plugin(signature, readFields(signature, fields)) {}
+
+Plugin::Plugin(Plugin const& other) : Plugin(other.mSignature, other.mFieldValues) {}
+
+Plugin::Plugin(Signature const& signature, std::vector<int32_t> fieldValues)
+    : mSignature(signature), mFieldValues(std::move(fieldValues)) {
     for (size_t i = 0; i < mFieldValues.size(); ++i) {
-        mMetadata += std::string(i == 0 ? "" : ",") + signature.fields[i].name + "=" + std::to_string(mFieldValues[i]);
+        char const* const name = signature.fields[i].name;
+        mMetadata += std::string(i == 0 ? "" : ",") + name + "=" + std::to_string(mFieldValues[i]);
+        mSerialized.emplace_back(name, &mFieldValues[i], PluginFieldType::kINT32, 1);
     }
+    mSerializedCollection = collectionOf(mSerialized);
+    mTimingCacheId = std::string(signature.name) + (mMetadata.empty() ? "" : ";") + mMetadata;
 }
 
 nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept {
@@ -162,13 +171,33 @@ size_t Plugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t n
         for (int32_t i = 0; i < nbInputs; ++i) {
             largest.grow(mSignature.inputs[i], inputs[i].max);
         }
-        return workspaceBytes(largest);
+        std::string unbounded;
+        for (int32_t i = 0; i < nbInputs; ++i) {
+            TensorSpec const& tensor = mSignature.inputs[i];
+            for (int32_t axis = 0; axis < inputs[i].max.nbDims; ++axis) {
+                char const letter = tensor.shape[axis];
+                if (inputs[i].max.d[axis] >= 0) {
+                    checkSize(tensor, letter, inputs[i].max.d[axis]);
+                } else if (largest[letter] == 0) {
+                    unbounded += std::string(unbounded.empty() ? "" : ", ") + letter + " of " + tensor.name;
+                    largest.grow(letter, 1);
+                }
+            }
+        }
+        size_t const numBytes = workspaceBytes(largest);
+        // Without a bound 0 bytes would be reserved, and only a launch would fail, with nothing about the cause.
+        if (numBytes > 0 && !unbounded.empty()) {
+            fail("the workspace needs an upper bound for ", unbounded,
+                ", and there is none: set a maximum shape in the optimization profile");
+        }
+        return numBytes;
     });
 }
 
-// The shapes and types are part of TensorRT's own key already; what is left is how the plugin was made.
+// TensorRT's own key holds the shapes and types. That it holds the plugin's name is not documented, so the name is
+// here, with how the plugin was made.
 char const* Plugin::getTimingCacheID() noexcept {
-    return mMetadata.c_str();
+    return mTimingCacheId.c_str();
 }
 
 char const* Plugin::getMetadataString() noexcept {
@@ -216,14 +245,7 @@ nvinfer1::IPluginV3* Plugin::attachToContext(nvinfer1::IPluginResourceContext* /
 }
 
 PluginFieldCollection const* Plugin::getFieldsToSerialize() noexcept {
-    return guarded<PluginFieldCollection const*>(mSignature.name, nullptr, [this] {
-        mSerialized.clear();
-        for (size_t i = 0; i < mFieldValues.size(); ++i) {
-            mSerialized.emplace_back(mSignature.fields[i].name, &mFieldValues[i], PluginFieldType::kINT32, 1);
-        }
-        mSerializedCollection = collectionOf(mSerialized);
-        return &mSerializedCollection;
-    });
+    return &mSerializedCollection;
 }
 
 Creator::Creator(Signature const& signature, Make make) : mSignature(signature), mMake(make) {

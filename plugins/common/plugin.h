@@ -74,13 +74,16 @@ public:
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept final;
 
 protected:
-    Plugin(Plugin const&) = default;
+    // Not the default one: the serialised fields point at the values of their own plugin.
+    Plugin(Plugin const& other);
 
     int32_t fieldValue(size_t index) const {
         return mFieldValues[index];
     }
 
 private:
+    Plugin(Signature const& signature, std::vector<int32_t> fieldValues);
+
     virtual std::unique_ptr<Plugin> copy() const = 0;
     // Throws when an input's dimension cannot have this size; called whenever one is known, in building and execution.
     virtual void checkSize(TensorSpec const& tensor, char letter, int64_t size) const = 0;
@@ -94,8 +97,10 @@ private:
     Sizes sizesOf(nvinfer1::PluginTensorDesc const* inputs) const;
 
     Signature const& mSignature;
+    // Nothing of a plugin changes after its construction, so threads may share it.
     std::vector<int32_t> mFieldValues;
     std::string mMetadata;
+    std::string mTimingCacheId;
     std::vector<nvinfer1::PluginField> mSerialized;
     nvinfer1::PluginFieldCollection mSerializedCollection{};
 };

@@ -72,9 +72,13 @@ void Sizes::add(TensorSpec const& tensor, nvinfer1::Dims const& dims) {
 void Sizes::grow(TensorSpec const& tensor, nvinfer1::Dims const& dims) {
     checkRank(tensor, dims.nbDims);
     for (int32_t axis = 0; axis < dims.nbDims; ++axis) {
-        int64_t& size = mSizes[index(tensor.shape[axis])];
-        size = std::max(size, static_cast<int64_t>(dims.d[axis]));
+        grow(tensor.shape[axis], dims.d[axis]);
     }
+}
+
+void Sizes::grow(char letter, int64_t size) {
+    int64_t& largest = mSizes[index(letter)];
+    largest = std::max(largest, size);
 }
 
 char const* nameOf(nvinfer1::DataType type) {

@@ -45,6 +45,7 @@ public:
     void add(TensorSpec const& tensor, nvinfer1::Dims const& dims);
     // Takes the largest size of each letter, for tensors whose bounds may differ.
     void grow(TensorSpec const& tensor, nvinfer1::Dims const& dims);
+    void grow(char letter, int64_t size);
 
 private:
     static size_t index(char letter) {
