@@ -21,6 +21,7 @@ import numpy as np
 from kernel_library import GATE_OUTPUTS, Array, Kernels, load_cpu_kernels, load_gpu_kernels
 
 RELATIVE, ABSOLUTE = 1e-3, 1e-5
+HIGHEST_MAXIMUM = 5e8  # EntropyGate's limit
 MAX_TOP_K = 8
 
 
@@ -29,7 +30,8 @@ def encode(values: Array, dtype: str) -> Array:
     if dtype != "bfloat16":
         with np.errstate(over="ignore"):
             return values.astype(dtype)
-    bits = values.astype(np.float32).view(np.uint32)
+    with np.errstate(over="ignore"):
+        bits = values.astype(np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
@@ -44,9 +46,9 @@ def decode(logits: Array) -> Array:
 def entropy_gate(logits: Array, next_tokens: Array, top_k: int) -> dict[str, Array]:
     """What EntropyGate has to find, in float64: logits [R, V], next_tokens [R]."""
     values = decode(logits)
-    lowest = -6e4 if logits.dtype == np.float16 else -4e37
+    lowest = -6e4 if logits.dtype == np.float16 else -HIGHEST_MAXIMUM
     with np.errstate(invalid="ignore"):  # the maximum is NaN if there is one
-        has_no_softmax = ~((values.max(-1) >= lowest) & (values.max(-1) <= 1e38))
+        has_no_softmax = ~((values.max(-1) >= lowest) & (values.max(-1) <= HIGHEST_MAXIMUM))
     usable = np.where(has_no_softmax[:, None], 0.0, values)
     shifted = usable - usable.max(-1, keepdims=True)
     log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
@@ -110,7 +112,7 @@ class GateCase:
         vocab_size = int(np.exp(rng.uniform(0, np.log(max_vocab_size)))) + int(rng.integers(0, 8))
         num_rows = int(rng.integers(1, 6))
         values = rng.normal(size=(num_rows, vocab_size)) * rng.choice([0.01, 1, 3, 12]) + rng.choice([0, 0, 20, -50])
-        special = str(rng.choice(["none", "ties", "masked", "lowest", "bad", "equal", "confident"]))
+        special = str(rng.choice(["none", "ties", "masked", "lowest", "bad", "equal", "confident", "huge"]))
         for row in values:
             _spoil(rng, row, special, np.finfo(np.float16 if dtype == "float16" else np.float32).min)
         tokens = rng.integers(0, vocab_size, num_rows)
@@ -151,6 +153,8 @@ def _spoil(rng: np.random.Generator, row: Array, special: str, lowest: float) ->
         row[:] = row[0]
     elif special == "confident":
         row[rng.integers(len(row))] += 40
+    elif special == "huge":
+        row[:] = np.round(row + rng.choice([-20, 0, 20])) * 10 ** rng.uniform(3, rng.choice([9, 38]))
 
 
 def random_accept_inputs(rng: np.random.Generator, strange: bool) -> dict[str, Array]:

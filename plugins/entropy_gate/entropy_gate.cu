@@ -49,7 +49,7 @@ cudaError_t overlapsWithPredecessor(Kernel* kernel, bool& overlaps) {
 template <typename Type, int32_t kTop>
 cudaError_t launch(EntropyGateArgs const& args, void* workspace, size_t workspaceBytes, cudaStream_t stream) {
     int32_t const numChunks = numChunksOf<Type>(args.vocabSize);
-    if (args.numRows > INT_MAX / numChunks) return cudaErrorInvalidValue;
+    if (args.numRows > INT_MAX - kRowsPerMergeBlock) return cudaErrorInvalidValue;
     int32_t const numRows = static_cast<int32_t>(args.numRows);
     size_t const needed = sizeof(ChunkResult<kTop>) * static_cast<size_t>(numRows) * static_cast<size_t>(numChunks);
     if (workspace == nullptr || workspaceBytes < needed) return cudaErrorInvalidValue;
@@ -64,7 +64,8 @@ cudaError_t launch(EntropyGateArgs const& args, void* workspace, size_t workspac
     cudaLaunchConfig_t config{};
     config.stream = stream;
     config.blockDim = dim3(kThreads);
-    config.gridDim = dim3(static_cast<uint32_t>(numRows) * static_cast<uint32_t>(numChunks));
+    // In this order, because the second dimension is the smaller one: kMaxVocabSize keeps the chunks within it.
+    config.gridDim = dim3(static_cast<uint32_t>(numRows), static_cast<uint32_t>(numChunks));
     error = cudaLaunchKernelEx(&config, reduceChunks<Type, kTop>, args.logits, args.vocabSize, numChunks, results);
     if (error != cudaSuccess) return error;
 

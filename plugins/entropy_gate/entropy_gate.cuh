@@ -8,12 +8,14 @@
 //
 // With a chunk in registers the block's maximum m is known before the first exponential, so nothing is ever rescaled
 // inside a block. With t = (x - m) log2 e, s = sum 2^t and w = sum 2^t t, the entropy is log2 s - w / s bits. That is
-// one FFMA, one exponential, one FADD and one FFMA per element; whether a row has a softmax at all shows in s.
+// one FFMA, one exponential, one FADD and one FFMA per element; whether a row has a softmax at all shows in s. Where
+// w is NaN, which -inf makes it, a thread sums again with -inf raised to a finite number: only then, because a chunk
+// is bound by the instructions it issues, and raising takes one more for every word.
 //
 // The largest k values are kept by a branch-free insertion into sorted lists of packed pairs: 2k - 1 instructions for
-// two elements. Skipping by comparison with the k-th value would save little, since a thread sees only 64 elements
-// and a warp all of the lists' early changes. The first index of the maximum is looked up afterwards, by the threads
-// that hold it.
+// a pair. Skipping by comparison with the k-th value would save little, since a thread sees only 64 elements and a
+// warp all of the lists' early changes. The first index of the maximum is looked up afterwards, by the threads that
+// hold it.
 #pragma once
 
 #include "logits.cuh"
@@ -28,12 +30,13 @@ inline constexpr int32_t kWarps = kThreads / kWarpSize;
 inline constexpr int32_t kVectorsPerThread = 8;
 inline constexpr int32_t kVectorsPerChunk = kThreads * kVectorsPerThread;
 inline constexpr int32_t kRowsPerMergeBlock = kThreads / kWarpSize;
-// 72 registers, the fewest without spills, and 112 KiB of loads in flight per SM.
-inline constexpr int32_t kBlocksPerSm = 7;
+// 64 or 72 registers, the fewest without spills, and 128 or 112 KiB of loads in flight per SM.
+template <int32_t kTop>
+inline constexpr int32_t kBlocksPerSm = kTop <= 4 ? 8 : 7;
 inline constexpr uint32_t kAllLanes = 0xffffffffu;
 inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
-inline constexpr float kHighestMaximum = 1e38f;  // products with log2 e stay finite up to here
+inline constexpr float kHighestMaximum = 5e8f;  // see kLowestMaximum
 // 2^x is 0 in float32 from here on. Bounding an exponent from below keeps 0 * -inf out of the merged sums.
 inline constexpr float kLowestExponent = -1000.0f;
 // An index of the maximum competes by its value; one that is not a NaN's has this bit and loses against any that is.
@@ -42,19 +45,20 @@ inline constexpr uint32_t kNoIndex = 0xffffffffu;
 
 // What a block finds in its chunk. `peak` is the chunk's maximum and `index` its first index, or a NaN and its first
 // index; the sums are relative to the maximum. `top` holds the largest values in falling order, filled up with -inf.
+// It is made of whole 16-byte words, so that results are written and read in few instructions and without padding.
 template <int32_t kTop>
 struct alignas(16) ChunkResult {
     float peak;
     float sum;
     float weighted;
     int32_t index;
-    float top[kTop];
+    float top[(kTop + 3) / 4 * 4];
 };
 
 __device__ __forceinline__ float negativeInfinity() { return __uint_as_float(0xff800000u); }
 __device__ __forceinline__ float notANumber() { return __uint_as_float(0x7fc00000u); }
 
-// 2^x for x <= 0 to a few units in the last place; 0 below -126.
+// 2^x to a few units in the last place; 0 below -126.
 __device__ __forceinline__ float fastExp2(float x) {
 #ifdef __CUDA_ARCH__
     // exp2f() would guard results below 2^-126, which are zero here, with three more instructions.
@@ -67,7 +71,8 @@ __device__ __forceinline__ float fastExp2(float x) {
 }
 
 // What exponents are relative to, in units of log2. It is this rounded product on both sides of every subtraction, so
-// its rounding cancels. A maximum too low to be told from the values that mask logits contributes nothing.
+// its rounding cancels where it is small enough to be an exponent. A maximum too low to be told from the values that
+// mask logits contributes nothing.
 template <typename Type>
 __device__ __forceinline__ float reference(float maximum) {
     return maximum < Type::kLowestMaximum ? 0.0f : maximum * kLog2E;
@@ -139,26 +144,69 @@ __device__ __forceinline__ void threadTop(Vector<Type> const (&vectors)[kVectors
     }
 }
 
-// The first index at which a thread holds a NaN (kFindNan) or `wanted`, or kNoIndex.
-template <bool kFindNan, typename Type>
+// The first index at which a thread holds `wanted`, which it does hold.
+template <typename Type>
 __device__ __forceinline__ uint32_t firstIndex(
     Vector<Type> const (&vectors)[kVectorsPerThread], uint32_t firstVector, float wanted) {
-    uint32_t place = kNoIndex;  // counted from firstVector, so that the candidates are constants
+    typename Type::Packed const wantedPacked = Type::filled(wanted);
+    typename Type::Packed found = wantedPacked;
+    uint32_t place = 0;  // counted from firstVector, so that the candidates are constants
+#pragma unroll
+    for (int32_t v = kVectorsPerThread - 1; v >= 0; --v) {
+#pragma unroll
+        for (int32_t word = kWordsPerVector - 1; word >= 0; --word) {
+            typename Type::Packed const packed = vectors[v].packed(word);
+            if (!Type::anyEqual(packed, wantedPacked)) continue;
+            found = packed;
+            place = static_cast<uint32_t>(v * kThreads * kPerVector<Type> + word * Type::kPerWord);
+        }
+    }
+    uint32_t const inWord = Type::value(found, 0) == wanted ? 0 : 1;
+    return firstVector * kPerVector<Type> + place + inWord;
+}
+
+// The first index at which a thread holds a NaN, or kNoIndex.
+template <typename Type>
+__device__ __forceinline__ uint32_t firstNan(
+    Vector<Type> const (&vectors)[kVectorsPerThread], uint32_t firstVector) {
+    uint32_t place = kNoIndex;  // counted as above
 #pragma unroll
     for (int32_t v = kVectorsPerThread - 1; v >= 0; --v) {
 #pragma unroll
         for (int32_t i = kPerVector<Type> - 1; i >= 0; --i) {
             float const value = Type::value(vectors[v].packed(i / Type::kPerWord), i % Type::kPerWord);
-            bool const found = kFindNan ? value != value : value == wanted;
-            if (found) place = static_cast<uint32_t>(v * kThreads * kPerVector<Type> + i);
+            if (value != value) place = static_cast<uint32_t>(v * kThreads * kPerVector<Type> + i);
         }
     }
     return place == kNoIndex ? kNoIndex : firstVector * kPerVector<Type> + place;
 }
 
-// Block b reduces chunk b % numChunks of row b / numChunks.
+// The sums over a thread's elements. Without kRaise they are NaN if -inf or something near it is among the elements.
+template <bool kRaise, typename Type>
+__device__ __forceinline__ void threadSums(
+    Vector<Type> const (&vectors)[kVectorsPerThread], float subtrahend, float& sum, float& weighted) {
+    sum = 0.0f;
+    weighted = 0.0f;
+#pragma unroll
+    for (int32_t v = 0; v < kVectorsPerThread; ++v) {
+#pragma unroll
+        for (int32_t word = 0; word < kWordsPerVector; ++word) {
+            typename Type::Packed packed = vectors[v].packed(word);
+            if constexpr (kRaise) packed = Type::raised(packed);
+#pragma unroll
+            for (int32_t i = 0; i < Type::kPerWord; ++i) {
+                float const exponent = fmaf(Type::value(packed, i), kLog2E, -subtrahend);
+                float const term = fastExp2(exponent);  // NaN for a NaN and for +inf, and so is the sum
+                sum += term;
+                weighted = fmaf(term, exponent, weighted);
+            }
+        }
+    }
+}
+
+// Block (x, y) reduces chunk y of row x.
 template <typename Type, int32_t kTop>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) reduceChunks(
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<kTop>) reduceChunks(
     void const* __restrict__ logits, int32_t vocabSize, int32_t numChunks, ChunkResult<kTop>* __restrict__ results) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     // The merge may start as soon as the last blocks run; it waits there for this grid's results.
@@ -172,12 +220,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) reduceChunks(
     int32_t const thread = static_cast<int32_t>(threadIdx.x);
     int32_t const warp = thread / kWarpSize;
     int32_t const lane = thread % kWarpSize;
-    int32_t const row = static_cast<int32_t>(blockIdx.x) / numChunks;
-    int32_t const chunk = static_cast<int32_t>(blockIdx.x) - row * numChunks;
+    int32_t const row = static_cast<int32_t>(blockIdx.x);
+    int32_t const chunk = static_cast<int32_t>(blockIdx.y);
     int32_t const firstVector = chunk * kVectorsPerChunk + thread;
+    bool const isInside = (chunk + 1) * kVectorsPerChunk * kPerVector<Type> <= vocabSize;
 
     Vector<Type> vectors[kVectorsPerThread];
-    Row<Type>(logits, row, vocabSize).load(firstVector, kThreads, vectors);
+    Row<Type>(logits, row, vocabSize).load(firstVector, kThreads, isInside, vectors);
 
     float top[kTop];
     threadTop<Type>(vectors, top);
@@ -195,28 +244,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) reduceChunks(
 #pragma unroll
     for (int32_t i = 1; i < kWarps; ++i) blockMax = fmaxf(blockMax, warpTops[i][0]);
     float const subtrahend = reference<Type>(blockMax);
+    // Past the end of a row is -inf; elsewhere it is rare enough to be found by its result.
     float sum = 0.0f;
-    float weighted = 0.0f;
+    float weighted = notANumber();
+    if (isInside) threadSums<false>(vectors, subtrahend, sum, weighted);
+    if (weighted != weighted) {
 #pragma unroll
-    for (int32_t v = 0; v < kVectorsPerThread; ++v) {
-#pragma unroll
-        for (int32_t word = 0; word < kWordsPerVector; ++word) {
-            typename Type::Packed const packed = Type::raised(vectors[v].packed(word));
-#pragma unroll
-            for (int32_t i = 0; i < Type::kPerWord; ++i) {
-                float const exponent = fmaf(Type::value(packed, i), kLog2E, -subtrahend);
-                float const term = fastExp2(exponent);  // NaN for a NaN and for +inf, and so is the sum
-                sum += term;
-                weighted = fmaf(term, exponent, weighted);
-            }
-        }
+        for (int32_t v = 0; v < kVectorsPerThread; ++v) vectors[v].forgetUnpacked();
+        threadSums<true>(vectors, subtrahend, sum, weighted);
     }
 #pragma unroll
     for (int32_t v = 0; v < kVectorsPerThread; ++v) vectors[v].forgetUnpacked();
     uint32_t index = kNoIndex;
-    if (sum != sum) index = firstIndex<true>(vectors, static_cast<uint32_t>(firstVector), 0.0f);
+    if (sum != sum) index = firstNan(vectors, static_cast<uint32_t>(firstVector));
     if (index == kNoIndex && threadMax == blockMax) {
-        index = firstIndex<false>(vectors, static_cast<uint32_t>(firstVector), blockMax) | kNotNan;
+        index = firstIndex(vectors, static_cast<uint32_t>(firstVector), blockMax) | kNotNan;
     }
     sum = warpSum(sum);
     weighted = warpSum(weighted);
@@ -244,9 +286,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) reduceChunks(
     result.sum = sum;
     result.weighted = weighted;
     result.index = static_cast<int32_t>(index & ~kNotNan);
+    constexpr int32_t kStored = sizeof(result.top) / sizeof(float);
 #pragma unroll
-    for (int32_t i = 0; i < kTop; ++i) result.top[i] = top[i];
-    results[blockIdx.x] = result;
+    for (int32_t i = 0; i < kStored; ++i) result.top[i] = i < kTop ? top[i] : negativeInfinity();
+    results[static_cast<int64_t>(row) * numChunks + chunk] = result;
 }
 
 struct MergeArgs {
@@ -273,7 +316,7 @@ __global__ void __launch_bounds__(kThreads) mergeChunks(MergeArgs args, ChunkRes
     // Neither of these comes from reduceChunks, so they are on their way before its results are waited for.
     int64_t const token = args.nextTokens[row];
     float tokenLogit = notANumber();
-    if (token >= 0 && token < args.vocabSize) tokenLogit = Row<Type>(args.logits, row, args.vocabSize).value(token);
+    if (token >= 0 && token < args.vocabSize) tokenLogit = Row<Type>(args.logits, row, args.vocabSize).valueNow(token);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
 #endif
@@ -285,7 +328,7 @@ __global__ void __launch_bounds__(kThreads) mergeChunks(MergeArgs args, ChunkRes
 #pragma unroll
     for (int32_t i = 0; i < kTop; ++i) top[i] = negativeInfinity();
     for (int32_t chunk = lane; chunk < args.numChunks; chunk += kWarpSize) {
-        ChunkResult<kTop> const& result = chunks[chunk];
+        ChunkResult<kTop> const result = chunks[chunk];  // a copy: all of it is on its way before any is looked at
         if (index == kNoIndex || orderedKey(result.peak) > orderedKey(peak)) {
             peak = result.peak;
             index = static_cast<uint32_t>(result.index);
@@ -314,7 +357,8 @@ __global__ void __launch_bounds__(kThreads) mergeChunks(MergeArgs args, ChunkRes
     weighted = warpSum(weighted);
     if (lane != 0) return;
 
-    bool const hasSoftmax = sum > 0.0f && maximum <= kHighestMaximum;  // no: a NaN, +inf, or nothing above -inf
+    // The sum is not above 0 if there is a NaN. +inf and a row of nothing but -inf are beyond the maximum's limits.
+    bool const hasSoftmax = sum > 0.0f && maximum >= Type::kLowestMaximum && maximum <= kHighestMaximum;
     float const log2Sum = hasSoftmax ? log2f(sum) : notANumber();
     // Relative to the maximum itself, not to its rounded product; at least 0 but for rounding.
     float const logSum = (log2Sum - fmaf(maximum, kLog2E, -subtrahend)) * kLn2;

@@ -15,7 +15,7 @@ namespace fly {
 enum class LogitsType : int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
 inline constexpr int32_t kMaxTopK = 8;
-inline constexpr int32_t kMaxVocabSize = 1 << 30;
+inline constexpr int32_t kMaxVocabSize = 1 << 27;
 
 struct EntropyGateArgs {
     void const* logits;  // [numRows, vocabSize], dense; rows need no alignment beyond that of an element
@@ -32,7 +32,8 @@ struct EntropyGateArgs {
 };
 // Logits of -inf contribute nothing. A row that holds a NaN or +inf, or nothing but -inf, has no softmax: its four
 // float results are NaN, so that no threshold is ever reached and the host can report it. So are those of a row whose
-// maximum cannot be told from values that mask logits (below -6e4 for float16, -4e37 otherwise) or exceeds 1e38.
+// maximum cannot be told from values that mask logits (below -6e4 for float16, -5e8 otherwise) or exceeds 5e8: up to
+// there the results are within 1e-3 relative or 1e-5 absolute of the exact ones, beyond float32 would lose them.
 
 // Bytes of workspace that suffice for any number of rows up to maxNumRows, for logits of any type; 0 if an argument
 // is out of range.

@@ -21,17 +21,24 @@ __device__ __forceinline__ To bitCast(From from) {
 }
 
 // Each type says how its elements lie in a word and how two packed words are compared. larger() and smaller() ignore
-// a NaN unless both operands are NaN. raised() keeps every NaN and lifts -inf to a finite value that is still far
-// below kLowestMaximum, so that no sum meets 0 * -inf; for a pair it is one instruction.
+// a NaN unless both operands are NaN; to anyEqual() a NaN is equal to nothing. raised() keeps every NaN and lifts -inf
+// to a finite value that is still far below kLowestMaximum, so that no sum meets 0 * -inf.
+//
+// A row's maximum lies between kLowestMaximum and kHighestMaximum, or it has no results. For float32 that bounds the
+// rounding error of the maximum times log2 e by 32: it is an exponent that all terms have in common, and the results
+// lose as many units in the last place. Nor do neighbours below kLowestMaximum count beside a maximum above it; they
+// are 32 apart there, or more.
 struct Float32 {
     using Element = uint32_t;
     using Packed = float;
     static constexpr int32_t kPerWord = 1;
     static constexpr uint32_t kNegativeInfinities = 0xff800000u;
-    static constexpr float kLowestMaximum = -4e37f;
+    static constexpr float kLowestMaximum = -5e8f;
     static __device__ __forceinline__ Packed larger(Packed a, Packed b) { return fmaxf(a, b); }
     static __device__ __forceinline__ Packed smaller(Packed a, Packed b) { return fminf(a, b); }
     static __device__ __forceinline__ Packed raised(Packed a) { return a < -8e37f ? -8e37f : a; }
+    static __device__ __forceinline__ Packed filled(float value) { return value; }
+    static __device__ __forceinline__ bool anyEqual(Packed a, Packed b) { return a == b; }
     static __device__ __forceinline__ float value(Packed packed, int32_t) { return packed; }
 };
 
@@ -46,6 +53,8 @@ struct Float16 {
     static __device__ __forceinline__ Packed raised(Packed a) {
         return __hmax2_nan(a, bitCast<Packed>(0xfbfffbffu));  // -65504
     }
+    static __device__ __forceinline__ Packed filled(float value) { return __float2half2_rn(value); }
+    static __device__ __forceinline__ bool anyEqual(Packed a, Packed b) { return !__hbneu2(a, b); }
     static __device__ __forceinline__ float value(Packed packed, int32_t i) {
         return i == 0 ? __low2float(packed) : __high2float(packed);
     }
@@ -56,12 +65,14 @@ struct Bfloat16 {
     using Packed = __nv_bfloat162;
     static constexpr int32_t kPerWord = 2;
     static constexpr uint32_t kNegativeInfinities = 0xff80ff80u;
-    static constexpr float kLowestMaximum = -4e37f;
+    static constexpr float kLowestMaximum = -5e8f;
     static __device__ __forceinline__ Packed larger(Packed a, Packed b) { return __hmax2(a, b); }
     static __device__ __forceinline__ Packed smaller(Packed a, Packed b) { return __hmin2(a, b); }
     static __device__ __forceinline__ Packed raised(Packed a) {
         return __hmax2_nan(a, bitCast<Packed>(0xfe80fe80u));  // -2^126
     }
+    static __device__ __forceinline__ Packed filled(float value) { return __float2bfloat162_rn(value); }
+    static __device__ __forceinline__ bool anyEqual(Packed a, Packed b) { return !__hbneu2(a, b); }
     // The upper half of a float32; __high2float() takes an instruction more.
     static __device__ __forceinline__ float value(Packed packed, int32_t i) {
         uint32_t const word = bitCast<uint32_t>(packed);
@@ -122,8 +133,14 @@ public:
     }
 
     // Loads vectors begin, begin + stride, ... into `vectors`; all loads are in flight before the first is used.
+    // `isInside` says that the row has all of these vectors, which spares most chunks of an aligned row every check.
     template <int32_t kCount>
-    __device__ __forceinline__ void load(int32_t begin, int32_t stride, Vector<Type> (&vectors)[kCount]) const {
+    __device__ __forceinline__ void load(
+        int32_t begin, int32_t stride, bool isInside, Vector<Type> (&vectors)[kCount]) const {
+        if (shift_ == 0 && isInside) {
+            loadInside(begin, stride, vectors);
+            return;
+        }
         if (shift_ == 0) {
             loadAligned(begin, stride, vectors);
         } else {
@@ -132,8 +149,13 @@ public:
         loadEdges(begin, stride, vectors);
     }
 
-    __device__ __forceinline__ float value(int64_t index) const {
+    // For one element whose use is far away: any load but a volatile one would be moved down to its use.
+    __device__ __forceinline__ float valueNow(int64_t index) const {
+#ifdef __CUDA_ARCH__
+        uint32_t const word = *static_cast<Element const volatile*>(elements_ + index);
+#else
         uint32_t const word = __ldg(elements_ + index);
+#endif
         return Type::value(bitCast<typename Type::Packed>(word), 0);
     }
 
@@ -144,12 +166,21 @@ private:
     }
 
     template <int32_t kCount>
+    __device__ __forceinline__ void loadInside(int32_t begin, int32_t stride, Vector<Type> (&vectors)[kCount]) const {
+#pragma unroll
+        for (int32_t i = 0; i < kCount; ++i) {
+            uint4 const raw = __ldcs(aligned_ + begin + i * stride);  // read once: first to leave the caches
+            vectors[i] = {{raw.x, raw.y, raw.z, raw.w}};
+        }
+    }
+
+    template <int32_t kCount>
     __device__ __forceinline__ void loadAligned(int32_t begin, int32_t stride, Vector<Type> (&vectors)[kCount]) const {
 #pragma unroll
         for (int32_t i = 0; i < kCount; ++i) {
             int32_t const v = begin + i * stride;
             uint4 raw = negativeInfinities();
-            if (v < wholeEnd_) raw = __ldcs(aligned_ + v);  // read once: first to leave the caches
+            if (v < wholeEnd_) raw = __ldcs(aligned_ + v);
             vectors[i] = {{raw.x, raw.y, raw.z, raw.w}};
         }
     }

@@ -90,8 +90,9 @@ def test_logits_are_read_once_in_vectors_of_16_bytes(ptx: dict[str, str]) -> Non
         width = r"\.[ub](128|32)$"
         streamed = sum(n for load, n in loads.items() if re.search(r"\.cs\.v4" + width, load))
         cached = sum(n for load, n in loads.items() if re.search(r"\.nc\.v4" + width, load))
-        # Aligned rows; two words for each vector of other rows; and the loop over the elements of a row's ends.
-        assert (streamed, cached) == (VECTORS_PER_THREAD, 2 * VECTORS_PER_THREAD), (name, loads)
+        # Aligned rows, chunks inside and at the end; two words for each vector of other rows; and the loop over the
+        # elements of a row's ends.
+        assert (streamed, cached) == (2 * VECTORS_PER_THREAD, 2 * VECTORS_PER_THREAD), (name, loads)
         assert sum(loads.values()) - streamed - cached == 1, (name, loads)
 
 
@@ -100,3 +101,12 @@ def test_the_merge_waits_for_the_chunks_where_it_may_start_early(architecture: i
     for name, code in ptx.items():
         wanted = "griddepcontrol.wait" if name.startswith("merge") else "griddepcontrol.launch_dependents"
         assert (wanted in code) == (architecture >= 90), name
+
+
+def test_the_merge_loads_the_tokens_logit_before_it_waits(architecture: int, ptx: dict[str, str]) -> None:
+    """A volatile load, which the assembler leaves where it stands."""
+    for name, code in ptx.items():
+        if name.startswith("merge"):
+            before, *after = code.split("griddepcontrol.wait")
+            assert len(after) == (architecture >= 90), name
+            assert len(re.findall(r"ld\.volatile\.global", before)) == 1, name

@@ -153,6 +153,45 @@ def test_logits_masked_by_the_lowest_number_contribute_nothing(kernels: library.
     assert found["argmax"].tolist() == [20_000, 0, 0]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_rows_up_to_the_limit_are_exact_and_rows_beyond_it_are_reported(
+    kernels: library.Kernels, dtype: str, sign: int
+) -> None:
+    rng = np.random.default_rng(7)
+    inside = sign * check.HIGHEST_MAXIMUM * rng.uniform(0.5, 0.995, 120)
+    beyond = sign * check.HIGHEST_MAXIMUM * 10 ** rng.uniform(0.005, 29, 40)
+    values = np.concatenate([inside, beyond])[:, None] - rng.choice([0, 64, 1e6], (160, 9000), p=[0.002, 0.1, 0.898])
+    values[::2, 1:] -= 1e8  # one choice, with nothing near it
+    logits = check.encode(values, dtype)
+    tokens = rng.integers(0, 9000, 160)
+    assert check.GateCase(dtype, logits, tokens, 3, 0).mismatches(kernels) == []
+    found = kernels.entropy_gate(logits, tokens, 3)
+    for name in FLOATS:
+        assert np.isnan(found[name]).tolist() == [False] * 120 + [True] * 40, name
+
+
+def test_masks_below_the_limit_contribute_nothing(kernels: library.Kernels) -> None:
+    values = np.full((2, 20_001), -1e9)
+    values[0, [5, 20_000]] = -3.0
+    found = gate(kernels, values)
+    np.testing.assert_allclose(found["entropy"], [np.log(2), np.nan], atol=1e-6)
+    assert found["argmax"].tolist() == [5, 0]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_single_masked_logit_changes_no_bit_of_the_others_sums(kernels: library.Kernels, dtype: str) -> None:
+    """Chunks with -inf are summed again in another way; so is the chunk that ends the row."""
+    values = np.random.default_rng(8).normal(size=20_001) * 3
+    lowest = float(np.finfo(np.float16 if dtype == "float16" else np.float32).min)
+    rows = np.stack([values, values, values])
+    for row, masked in zip(rows, (-1e4, lowest, -np.inf), strict=True):
+        row[[17, 20_000]] = masked
+    found = gate(kernels, rows, dtype)
+    for name, results in found.items():
+        assert len({result.tobytes() for result in results}) == 1, (name, results)
+
+
 def test_what_is_not_a_token_has_no_log_probability(kernels: library.Kernels) -> None:
     logits = np.zeros((5, 100), np.float32)
     found = kernels.entropy_gate(logits, np.array([0, 99, 100, -1, 2**62]), 3)
@@ -180,7 +219,7 @@ def test_invalid_arguments_are_refused_before_anything_runs(kernels: library.Ker
         {"logits_type": 3},
         {"num_rows": -1},
         {"vocab_size": 0},
-        {"vocab_size": 2**30 + 1},
+        {"vocab_size": 2**27 + 1},
         {"top_k": 0},
         {"top_k": 9},
         {"top_k": 3, "vocab_size": 2},
@@ -188,6 +227,7 @@ def test_invalid_arguments_are_refused_before_anything_runs(kernels: library.Ker
         {"logits": place + 2},
         {"argmax": None},
         {"num_rows": 2**40},
+        {"num_rows": 2**31 - 1},
         {"workspace": None},
         {"workspace_bytes": 31},
     ):

@@ -33,7 +33,7 @@
 struct dim3 {
     uint32_t x = 1, y = 1, z = 1;
     dim3() = default;
-    explicit dim3(uint32_t x_) : x(x_) {}
+    explicit dim3(uint32_t x_, uint32_t y_ = 1) : x(x_), y(y_) {}
 };
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
@@ -125,8 +125,8 @@ struct Block {
         if (_setjmp(current->state) == 0) longjmp(scheduler, 1);
     }
 
-    void run(uint32_t index, uint32_t numThreads) {
-        blockIdx.x = index;
+    void run(uint32_t x, uint32_t y, uint32_t numThreads) {
+        blockIdx = dim3(x, y);
         fibers.resize(std::max<size_t>(fibers.size(), numThreads));
         warps.assign((numThreads + kWarpSize - 1) / kWarpSize, Meeting{});
         for (size_t i = 0; i < warps.size(); ++i) {
@@ -143,7 +143,7 @@ struct Block {
         for (uint32_t numDone = 0; numDone < numThreads;) {
             bool hasProgress = false;
             for (uint32_t i = 0; i < numWarps; ++i) {
-                uint32_t const warp = index % 2 == 0 ? i : numWarps - 1 - i;
+                uint32_t const warp = (x + y) % 2 == 0 ? i : numWarps - 1 - i;
                 while (runWarp(warp, numDone)) hasProgress = true;
             }
             if (!hasProgress) fail("threads wait for others that have ended or diverged", "deadlock");
@@ -272,6 +272,11 @@ struct __nv_bfloat162 {
 };
 inline float __low2float(__half2 pair) { return static_cast<float>(pair.x); }
 inline float __high2float(__half2 pair) { return static_cast<float>(pair.y); }
+inline __half2 __float2half2_rn(float value) { return {static_cast<_Float16>(value), static_cast<_Float16>(value)}; }
+inline __nv_bfloat162 __float2bfloat162_rn(float value) {  // of a value that needs no rounding
+    auto const bits = static_cast<uint16_t>(__float_as_uint(value) >> 16);
+    return {bits, bits};
+}
 
 namespace cuda_on_cpu {
 
@@ -295,6 +300,14 @@ template <typename Pair>
 Pair __hmax2(Pair a, Pair b) { return cuda_on_cpu::choose(fmaxf, a, b); }
 template <typename Pair>
 Pair __hmin2(Pair a, Pair b) { return cuda_on_cpu::choose(fminf, a, b); }
+
+// Whether both pairs of elements differ; a NaN differs from everything.
+inline bool __hbneu2(__half2 a, __half2 b) { return a.x != b.x && a.y != b.y; }
+inline bool __hbneu2(__nv_bfloat162 a, __nv_bfloat162 b) {
+    auto const value = [](uint16_t bits) { return __uint_as_float(uint32_t{bits} << 16); };
+    return value(a.x) != value(b.x) && value(a.y) != value(b.y);
+}
+
 template <typename Pair>
 Pair __hmax2_nan(Pair a, Pair b) { return cuda_on_cpu::choose(cuda_on_cpu::maxOrNan, a, b); }
 
@@ -330,6 +343,8 @@ cudaError_t cudaLaunchKernelEx(
     cudaLaunchConfig_t const* config, void (*kernel)(Parameters...), Arguments... arguments) {
     auto& block = cuda_on_cpu::Block::instance();
     block.kernel = [=] { kernel(arguments...); };
-    for (uint32_t i = 0; i < config->gridDim.x; ++i) block.run(i, config->blockDim.x);
+    for (uint32_t y = 0; y < config->gridDim.y; ++y) {
+        for (uint32_t x = 0; x < config->gridDim.x; ++x) block.run(x, y, config->blockDim.x);
+    }
     return cudaSuccess;
 }
