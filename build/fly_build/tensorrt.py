@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from fly_trt.engines.tensorrt_library import Library, cache_folder, write_aside
+from fly_trt.engines.tensorrt_library import Library, cache_folder, keep
 from fly_trt.errors import EngineError
 from fly_trt.manifest import Dtype, LayerSummary, Limits, TensorRTPlan
 
@@ -156,7 +156,7 @@ class EngineBuilder:
         if monitor.is_interrupted:
             raise KeyboardInterrupt
         if plan is not None and timings is not None and self.timing_cache is not None:
-            write_aside(self.timing_cache, timings.serialize())
+            keep(self.timing_cache, timings.serialize(), "kernel timings")
         return plan
 
     @property

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from fly_trt.engines.tensorrt_library import write_aside
+from fly_trt.engines.tensorrt_library import keep
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,4 @@ class KernelCache:
 
     def save(self) -> None:
         if self._path is not None:
-            try:
-                write_aside(self._path, self._cache.serialize())
-            except OSError as error:
-                logger.info("%s: the compiled kernels are not kept: %s", self._path, error)
+            keep(self._path, self._cache.serialize(), "the compiled kernels")

@@ -82,15 +82,23 @@ def import_library(name: TensorRTLibrary | None = None) -> Library:
 
 def cache_folder() -> Path:
     """Where both libraries' timings and kernels are kept between processes."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fly-trt"
+    if home := os.environ.get("XDG_CACHE_HOME"):
+        return Path(home) / "fly-trt"
+    try:
+        return Path.home() / ".cache" / "fly-trt"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir()) / "fly-trt"
 
 
-def write_aside(path: Path, content: Any) -> None:
-    """Writes a buffer to a file beside `path` and renames it, so that nobody ever reads a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(content)
-    os.replace(file.name, path)
+def keep(path: Path, content: Any, what: str) -> None:
+    """Writes a buffer aside and renames it to `path`. Where that cannot be done `what` is only not kept."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(content)
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.info("%s: %s are not kept: %s", path, what, error)
 
 
 def _make_log(trt: Any, errors: list[str]) -> Any:

@@ -2,11 +2,12 @@
 
 import _ctypes  # an extension module: a library that has nothing to do with TensorRT
 import logging
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from fly_trt.engines.tensorrt_library import NO_DRIVER, Library, import_library
+from fly_trt.engines.tensorrt_library import NO_DRIVER, Library, cache_folder, import_library
 from fly_trt.errors import EngineError
 
 pytest.importorskip("tensorrt_rtx")
@@ -56,3 +57,16 @@ def test_what_is_no_plugin_library_is_refused_with_the_reason(library: Library, 
         library.load_plugins(text)
     with pytest.raises(EngineError, match="without TensorRT plugins, it exports no getCreators"):
         library.load_plugins(Path(_ctypes.__file__))
+
+
+def test_files_are_kept_in_the_users_cache_or_where_there_is_no_home_in_the_temporary_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "fly-trt"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "fly-trt"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.getuid", lambda: 2**31)
+    assert cache_folder().is_relative_to(tempfile.gettempdir())
