@@ -22,9 +22,9 @@ ATTENTION_NAME = "fly_onnx"
 PROBE_TOLERANCE = 1e-5
 
 # How attention says which keys a query sees. "lengths": the operator's causal attribute and count of valid keys, for
-# ONNX Runtime. "mask": a boolean tensor [B, 1, T, S], for TensorRT, whose parser drops the count without a word and
-# anchors the causal triangle at the first key (seen in tensorrt_rtx 1.7.1); it refuses a soft cap, so there attention
-# is written out.
+# ONNX Runtime. "mask": a boolean tensor [B, 1, T, S], for TensorRT, whose parser drops the count without a word (seen
+# in tensorrt_rtx 1.7.1) and whose causal flag is anchored at the first key (its headers say so); it refuses a soft cap,
+# so there attention is written out.
 AttentionForm = Literal["lengths", "mask"]
 
 
