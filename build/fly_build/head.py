@@ -112,7 +112,7 @@ def append_head(model: ir.Model, entropy_top_k: int, stop_token_ids: list[int], 
     """Adds the head's inputs, nodes, functions and outputs to a decoder graph with `input_ids` and `logits`, in place.
 
     `stop_token_ids` (end-of-sequence and end-of-turn tokens) are never loosened; -1 stands for "none". With
-    `use_plugins` the functions are left out, for a local function wins over a TensorRT plugin of the same name.
+    `use_plugins` the functions are left out: where no plugin library is loaded TensorRT would compile them in silence.
     """
     graph = model.graph
     graph.opset_imports[DOMAIN] = 1

@@ -3,18 +3,16 @@
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernel_library as library
 import kernels as check
-from fly_build.head import GATE_OUTPUTS, append_head
+from fly_build.head import GATE_OUTPUTS
 from fly_trt.engines.base import AcceptancePolicy
-from fly_trt.engines.onnxruntime import session_options
 from fly_trt.verification import accept
+from portable_head import head_session
 
 TYPES = ["float32", "float16", "bfloat16"]
 FLOATS = ("entropy", "entropy_topk", "argmax_logprob", "token_logprob")
@@ -280,23 +278,6 @@ def test_no_parameter_leads_outside_the_row(kernels: library.Kernels, name: str,
     found = kernels.loose_window_accept(inputs)
     assert ((found["num_accepted"] >= 0) & (found["num_accepted"] <= inputs["argmax"].shape[1])).all()
     assert all(token in row for token, row in zip(found["next_token"], inputs["argmax"], strict=True))
-
-
-def head_session(vocab_size: int, stops: list[int]) -> ort.InferenceSession:
-    """The portable head on logits that are an input."""
-    shape = ir.Shape([ir.SymbolicDim("B"), ir.SymbolicDim("T")])
-    ids = ir.Value(name="input_ids", type=ir.TensorType(ir.DataType.INT64), shape=shape)
-    write = ir.Value(name="write_indices", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([shape[0]]))
-    wide = ir.Shape([*shape, vocab_size])
-    source = ir.Value(name="given", type=ir.TensorType(ir.DataType.FLOAT), shape=wide)
-    node = ir.node("Identity", [source])
-    logits = node.outputs[0]
-    logits.name, logits.type, logits.shape = "logits", source.type, wide
-    graph = ir.Graph([ids, write, source], [logits], nodes=[node], opset_imports={"": 24}, name="head")
-    model = ir.Model(graph, ir_version=11)
-    append_head(model, 3, stops)
-    proto = ir.to_proto(model).SerializeToString()
-    return ort.InferenceSession(proto, session_options(), providers=["CPUExecutionProvider"])
 
 
 def test_both_kernels_together_are_the_portable_head(kernels: library.Kernels) -> None:

@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from fly_build.head import GATE_OUTPUTS, append_head
+from fly_build.head import GATE_OUTPUTS
 from fly_trt.engines.base import EXACT, AcceptancePolicy
-from fly_trt.engines.onnxruntime import session_options
 from fly_trt.verification import accept
+from portable_head import head_session
 
 VOCAB_SIZE = 97
 STOPS = [1, 5]
@@ -18,26 +17,9 @@ NUM_CASES = 400
 OUTPUTS = ("num_accepted", "next_token", *GATE_OUTPUTS)
 
 
-def head_session(top_k: int = 3, stops: list[int] = STOPS) -> ort.InferenceSession:
-    """A model whose logits are an input, so that a test chooses them."""
-    shape = ir.Shape([ir.SymbolicDim("B"), ir.SymbolicDim("T")])
-    ids = ir.Value(name="input_ids", type=ir.TensorType(ir.DataType.INT64), shape=shape)
-    write = ir.Value(name="write_indices", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([shape[0]]))
-    wide = ir.Shape([*shape, VOCAB_SIZE])
-    given = ir.Value(name="given", type=ir.TensorType(ir.DataType.FLOAT), shape=wide)
-    node = ir.node("Identity", [given])
-    logits = node.outputs[0]
-    logits.name, logits.type, logits.shape = "logits", given.type, wide
-    graph = ir.Graph([ids, write, given], [logits], nodes=[node], opset_imports={"": 24}, name="head")
-    model = ir.Model(graph, ir_version=11)
-    append_head(model, top_k, stops)
-    proto = ir.to_proto(model).SerializeToString()
-    return ort.InferenceSession(proto, session_options(), providers=["CPUExecutionProvider"])
-
-
 @pytest.fixture(scope="module")
 def session() -> ort.InferenceSession:
-    return head_session()
+    return head_session(VOCAB_SIZE, STOPS)
 
 
 @dataclass
@@ -135,7 +117,7 @@ def test_the_number_of_probabilities_in_the_gate_is_fixed_when_the_head_is_built
     batch = Batch.random(np.random.default_rng(4))
     log_probs = log_softmax(batch.logits)
     top = np.sort(log_probs, axis=-1)[..., -8:]
-    got = run(head_session(top_k=8), batch)
+    got = run(head_session(VOCAB_SIZE, STOPS, top_k=8), batch)
     np.testing.assert_allclose(got["entropy_topk"], -(np.exp(top) * top).sum(-1), rtol=1e-5, atol=5e-6)
 
 
@@ -190,5 +172,5 @@ def test_without_stop_tokens_every_token_may_be_loosened() -> None:
     ids[0, 3] = 1
     loose = AcceptancePolicy(0.0, use_full_entropy=False, window=6, lookahead=5)
     batch = Batch(logits, ids, np.array([1]), np.array([11]), [loose])
-    assert run(head_session(stops=[]), batch)["num_accepted"][0] == 11
-    assert run(head_session(stops=[1]), batch)["num_accepted"][0] == 2
+    assert run(head_session(VOCAB_SIZE, []), batch)["num_accepted"][0] == 11
+    assert run(head_session(VOCAB_SIZE, [1]), batch)["num_accepted"][0] == 2
