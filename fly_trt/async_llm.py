@@ -1,7 +1,7 @@
 """`AsyncLLM`: the runtime for a server that runs on asyncio. Requests of all clients share one in-flight batch."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Self
 
@@ -24,7 +24,7 @@ class AsyncLLM(Facade):
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Yields outputs as params.output_kind says: CUMULATIVE everything so far, DELTA what is new, FINAL_ONLY one
         output. The last one is finished.
 
@@ -59,6 +59,14 @@ class AsyncLLM(Facade):
     async def abort(self, request_id: str) -> None:
         """Ends a request that is still served; its iterator yields a last output with finish_reason "abort"."""
         self._service.thread.abort(request_id)
+
+    def is_waiting(self, request_id: str) -> bool:
+        """Whether the request is in the queue: it has no slot yet, and has not ended."""
+        return self._service.thread.is_waiting(request_id)
+
+    def check_health(self) -> None:
+        """Raises EngineError when the engine thread has ended after an error, ConfigError after shutdown."""
+        self._service.thread.check_running()
 
     async def __aenter__(self) -> Self:
         return self

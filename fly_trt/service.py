@@ -105,8 +105,7 @@ class Service:
         if not isinstance(speculative_config, SpeculativeConfig):
             speculative_config = resolve_speculative_config(self.manifest, speculative_config or {})
         self.speculative_config: SpeculativeConfig = speculative_config
-        self.config = _within_limits(config, self.manifest)
-        self._check_speculative_config()
+        self.config = check_limits(config, speculative_config, self.manifest)
         self.tokenizer = load_tokenizer(directory)
         self.metrics = Metrics()
         self._chat_template = ChatTemplate(directory / "tokenizer")
@@ -265,20 +264,6 @@ class Service:
         vocab_size = self.manifest.target.vocab_size
         return ModelDrafter(draft, vocab_size, lookup, reuse_cache=self.config.enable_prefix_caching)
 
-    def _check_speculative_config(self) -> None:
-        config, manifest = self.speculative_config, self.manifest
-        if config.method in ("multi_level", "draft_model") and manifest.draft is None:
-            raise ConfigError(
-                f"method {config.method!r} needs a draft model and {manifest.name} was built without one: "
-                "use method='ngram' or rebuild with --draft"
-            )
-        if config.method is not None and config.num_speculative_tokens > manifest.limits.max_draft_len:
-            raise ConfigError(
-                f"num_speculative_tokens {config.num_speculative_tokens}: built for max_draft_len "
-                f"{manifest.limits.max_draft_len}: rebuild with --max-draft-len {config.num_speculative_tokens}"
-            )
-        config.acceptance_params().policy(manifest.target.vocab_size, manifest.head.entropy_top_k)
-
     def _tokenize(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             if not prompt:
@@ -304,8 +289,9 @@ class Service:
         return [int(token) for token in array]
 
 
-def _within_limits(config: ServiceConfig, manifest: Manifest) -> ServiceConfig:
+def check_limits(config: ServiceConfig, speculative_config: SpeculativeConfig, manifest: Manifest) -> ServiceConfig:
     """The settings with the engine's limits where nothing was asked for. Raises ConfigError for more than was built."""
+    _check_speculative_limits(speculative_config, manifest)
     limits = manifest.limits
     sizes = {}
     for name in ("max_batch_size", "max_seq_len", "max_num_tokens"):
@@ -320,6 +306,20 @@ def _within_limits(config: ServiceConfig, manifest: Manifest) -> ServiceConfig:
             f"{sizes['max_batch_size']} requests: raise it, or lower max_batch_size"
         )
     return dataclasses.replace(config, **sizes)
+
+
+def _check_speculative_limits(config: SpeculativeConfig, manifest: Manifest) -> None:
+    if config.method in ("multi_level", "draft_model") and manifest.draft is None:
+        raise ConfigError(
+            f"method {config.method!r} needs a draft model and {manifest.name} was built without one: "
+            "use method='ngram' or rebuild with --draft"
+        )
+    if config.method is not None and config.num_speculative_tokens > manifest.limits.max_draft_len:
+        raise ConfigError(
+            f"num_speculative_tokens {config.num_speculative_tokens}: built for max_draft_len "
+            f"{manifest.limits.max_draft_len}: rebuild with --max-draft-len {config.num_speculative_tokens}"
+        )
+    config.acceptance_params().policy(manifest.target.vocab_size, manifest.head.entropy_top_k)
 
 
 def _close_all(engines: list[Engine]) -> None:

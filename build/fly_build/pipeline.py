@@ -4,9 +4,7 @@ It happens in a temporary folder that is renamed into place last."""
 
 import importlib.metadata
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,7 @@ from fly_build.tensorrt import (
 from fly_build.weights import DTYPES, WeightWriter
 from fly_trt.engines.tensorrt_library import Library, import_library
 from fly_trt.errors import ConfigError
+from fly_trt.files import new_directory
 from fly_trt.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -174,16 +173,9 @@ def build(plan: Plan, report: Report) -> Manifest:
 
     An error or Ctrl-C leaves `plan.output` as it was; it never holds an incomplete engine.
     """
-    output = plan.output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{output.name}.building-", dir=output.parent))
-    try:
+    with new_directory(plan.output.absolute()) as workspace:
         engines = {model.folder: _build_model(model, plan, workspace, report) for model in plan.models}
-        manifest = _finish(plan, engines, workspace, report)
-        _move_into_place(workspace, output)
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
-    return manifest
+        return _finish(plan, engines, workspace, report)
 
 
 def _build_model(model: ModelPlan, plan: Plan, workspace: Path, report: Report) -> ModelEngine:
@@ -284,18 +276,3 @@ def _finish(plan: Plan, engines: dict[str, ModelEngine], workspace: Path, report
     write_manifest(manifest, workspace)
     report("tokenizer and manifest", 1.0)
     return manifest
-
-
-def _move_into_place(workspace: Path, output: Path) -> None:
-    workspace.chmod(0o755)
-    if not output.exists():
-        os.rename(workspace, output)
-        return
-    replaced = Path(tempfile.mkdtemp(prefix=f".{output.name}.replaced-", dir=output.parent))
-    try:
-        os.rename(output, replaced / output.name)
-        os.rename(workspace, output)
-    finally:
-        if not output.exists():
-            os.rename(replaced / output.name, output)
-        shutil.rmtree(replaced)

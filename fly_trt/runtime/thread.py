@@ -72,6 +72,11 @@ class EngineThread:
             self._aborts.append(request_id)
             self._changed.notify()
 
+    def is_waiting(self, request_id: str) -> bool:
+        """Whether the request is served and none of its sequences has a slot yet."""
+        group = self._groups.get(request_id)
+        return group is not None and all(request.is_waiting for request in group.requests)
+
     def shutdown(self) -> None:
         """Aborts what is served, stops the thread and releases the engines. Safe to call twice."""
         with self._changed:

@@ -1,0 +1,130 @@
+"""`fly-triton`: writes a Triton model repository for an engine directory."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from fly_trt.errors import ConfigError, FlyError
+from fly_trt.params import ACCEPTANCES, METHODS
+from fly_trt.service import DEFAULT_MAX_QUEUE_SIZE
+from fly_trt.verification import PRESETS
+
+SPECULATIVE_FLAGS = (
+    "method",
+    "num_speculative_tokens",
+    "acceptance",
+    "preset",
+    "fly_entropy_threshold",
+    "fly_window_size",
+)
+SETTING_FLAGS = ("max_batch_size", "max_seq_len", "num_threads")
+EXAMPLES = """
+\b
+Examples:
+  fly-triton engines/demo -o model_repository
+  fly-triton engines/llama-70b -o model_repository --gpus 0,1,2,3     # an instance on each
+  fly-triton engines/demo -o model_repository --copy-engines          # to take it to another machine
+  fly-triton engines/demo -o model_repository --name exact --acceptance exact
+  tritonserver --model-repository model_repository
+"""
+
+
+@click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("engine_dir", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Model repository to write to.")
+@click.option("--name", default="fly", show_default=True, help="The model's name for clients.")
+@click.option("--instances", type=int, default=1, show_default=True, help="Processes, each with its own engines.")
+@click.option("--gpus", metavar="ID,ID", help="For TensorRT engines: instances on each of these. [all]")
+@click.option("--copy-engines", is_flag=True, help="Copy the engines into the repository, so that it can be moved.")
+@click.option("--overwrite", is_flag=True, help="Replace a model of that name.")
+@click.option(
+    "--max-queue-size", type=int, default=DEFAULT_MAX_QUEUE_SIZE, show_default=True, help="Requests that may wait."
+)
+@click.option("--queue-timeout", type=float, metavar="SECONDS", help="Wait for a slot at most; 0 is forever. [60]")
+@click.option(
+    "--exclude-input-in-output/--include-input-in-output",
+    default=True,
+    help="Whether text_output is without the prompt, for requests that do not say. [without]",
+)
+@click.option("--max-batch-size", type=int, metavar="N", help="Requests in flight. [as built]")
+@click.option("--max-seq-len", type=int, metavar="N", help="Tokens of prompt and output. [as built]")
+@click.option("--num-threads", type=int, metavar="N", help="CPU threads of an instance. [its share of the cores]")
+@click.option("--method", type=click.Choice([*METHODS, "none"]), help="How drafts are made. [as built]")
+@click.option("--num-speculative-tokens", type=int, metavar="K", help="Draft tokens per step, at most. [as built]")
+@click.option("--acceptance", type=click.Choice(ACCEPTANCES), help="Loose, or exact (lossless). [as built]")
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="Which FLy. [as built]")
+@click.option("--fly-entropy-threshold", type=float, metavar="X", help="Gate, in nats. [the preset's]")
+@click.option("--fly-window-size", type=int, metavar="W", help="Deferred window, in tokens. [the preset's]")
+@click.option("--dry-run", is_flag=True, help="Print config.pbtxt and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the summary.")
+def main(engine_dir: Path, output: Path, dry_run: bool, as_json: bool, **flags: Any) -> None:
+    """Writes a Triton model repository that serves the engines in ENGINE_DIR."""
+    try:
+        _run(engine_dir, output, dry_run, as_json, flags)
+    except FlyError as error:
+        click.echo(f"fly-triton: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        click.echo(f"fly-triton: {error.filename or output}: {error.strerror}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        click.echo("fly-triton: interrupted, nothing was written", err=True)
+        sys.exit(130)
+
+
+def _run(engine_dir: Path, repository: Path, dry_run: bool, as_json: bool, flags: dict[str, Any]) -> None:
+    from fly_trt.serving.repository import DEFAULT_QUEUE_SECONDS, RepositoryPlan, make_plan, write_model
+
+    speculative = {name: flags[name] for name in SPECULATIVE_FLAGS if flags[name] is not None}
+    if speculative.get("method") == "none":
+        speculative["method"] = None
+    timeout = flags["queue_timeout"]
+    plan: RepositoryPlan = make_plan(
+        engine_dir,
+        repository,
+        name=flags["name"],
+        instances=flags["instances"],
+        gpus=_gpus(flags["gpus"]),
+        copy_engines=flags["copy_engines"],
+        overwrite=flags["overwrite"] or dry_run,
+        exclude_input_in_output=flags["exclude_input_in_output"],
+        max_queue_size=flags["max_queue_size"],
+        queue_timeout=DEFAULT_QUEUE_SECONDS if timeout is None else timeout,
+        speculative=speculative,
+        settings={name: flags[name] for name in SETTING_FLAGS if flags[name] is not None},
+    )
+    if dry_run:
+        click.echo(plan.config, nl=False)
+        return
+    console = Console(stderr=True)
+    columns = (TextColumn("copying engines"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, disable=not (plan.copies_engines and console.is_terminal)) as progress:
+        task = progress.add_task("")
+        write_model(plan, lambda done, total: progress.update(task, completed=done, total=total))
+    if as_json:
+        click.echo(json.dumps({"model": plan.model_dir.name, "model_dir": str(plan.model_dir), **plan.facts}))
+        return
+    table = Table(title=str(plan.model_dir), show_header=False)
+    for key, value in plan.facts.items():
+        table.add_row(key, str(value))
+    Console().print(table)
+    click.echo(f"tritonserver --model-repository {plan.model_dir.parent}")
+
+
+def _gpus(text: str | None) -> list[int]:
+    if text is None:
+        return []
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"gpus {text!r}: expected ids with commas, such as 0,1") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Writes a model repository that a stock tritonserver serves: config.pbtxt, 1/model.py and, when asked, the engines."""
+
+import importlib.resources
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+import fly_trt
+from fly_trt.errors import ConfigError
+from fly_trt.files import new_directory
+from fly_trt.manifest import MANIFEST_NAME, Manifest, read_manifest
+from fly_trt.service import DEFAULT_MAX_QUEUE_SIZE, ServiceConfig, check_limits, resolve_speculative_config
+from fly_trt.serving.configuration import write_parameters
+from fly_trt.serving.tensors import INPUTS, OUTPUTS
+
+CONFIG_NAME = "config.pbtxt"
+VERSION = "1"
+COPIED_ENGINE = "engine"
+DEFAULT_QUEUE_SECONDS = 60.0
+COPY_BLOCK_BYTES = 1 << 24
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+MODEL_PY = '''"""Serves the engines that config.pbtxt names. Python's fly-trt does the work: pip install fly-trt."""
+
+from fly_trt.serving.triton_model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+
+Report = Callable[[int, int], None]
+"""Takes the bytes that are copied and those that there are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepositoryPlan:
+    """One model of a repository: `config` is the text of its config.pbtxt, `model_dir` where it will lie, `facts` what
+    a user wants to see of it."""
+
+    model_dir: Path
+    engine_dir: Path
+    manifest: Manifest
+    config: str
+    copies_engines: bool
+    facts: dict[str, Any]
+
+
+def make_plan(
+    engine_dir: Path,
+    repository: Path,
+    *,
+    name: str = "fly",
+    instances: int = 1,
+    gpus: Sequence[int] = (),
+    copy_engines: bool = False,
+    overwrite: bool = False,
+    exclude_input_in_output: bool = True,
+    max_queue_size: int = DEFAULT_MAX_QUEUE_SIZE,
+    queue_timeout: float = DEFAULT_QUEUE_SECONDS,
+    speculative: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> RepositoryPlan:
+    """Checks everything that can be checked before something is written.
+
+    instances: processes, each with engines of its own; of TensorRT engines on each GPU. gpus: their ids, as the server
+    counts them; none means all. queue_timeout: seconds that a request may wait, 0 is forever. speculative: overrides of
+    the engine's SpeculativeConfig. settings: fields of ServiceConfig. Raises ConfigError or EngineError.
+    """
+    engine_dir = engine_dir.expanduser().resolve()
+    manifest = read_manifest(engine_dir)
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"name {name!r}: expected letters, digits, '.', '_' and '-', the first a letter or digit")
+    if instances < 1:
+        raise ConfigError(f"instances {instances}: expected at least 1")
+    if queue_timeout < 0:
+        raise ConfigError(f"queue_timeout {queue_timeout}: expected seconds, 0 for no limit")
+    is_gpu = manifest.backend == "tensorrt"
+    _check_gpus(gpus, manifest, is_gpu)
+    model_dir = repository.expanduser().absolute() / name
+    _check_place(model_dir, engine_dir, overwrite)
+    config = resolve_speculative_config(manifest, speculative or {})
+    limits = check_limits(
+        ServiceConfig.from_dict({**(settings or {}), "max_queue_size": max_queue_size}), config, manifest
+    )
+    gpus_text = f"GPUs {', '.join(map(str, gpus))} each" if gpus else "each GPU"
+    text = _template().render(
+        version=fly_trt.__version__,
+        engine=manifest.name,
+        name=name,
+        max_queue_size=max_queue_size,
+        queue_timeout_us=int(queue_timeout * 1e6),
+        instances=instances,
+        kind="KIND_GPU" if is_gpu else "KIND_CPU",
+        gpus=gpus,
+        parameters=write_parameters(
+            COPIED_ENGINE if copy_engines else str(engine_dir),
+            config,
+            settings or {},
+            exclude_input_in_output=exclude_input_in_output,
+        ),
+        inputs=INPUTS,
+        outputs=OUTPUTS,
+    )
+    return RepositoryPlan(
+        model_dir=model_dir,
+        engine_dir=engine_dir,
+        manifest=manifest,
+        config=text,
+        copies_engines=copy_engines,
+        facts={
+            "engines": f"{engine_dir} ({'copied' if copy_engines else 'referenced'})",
+            "backend": manifest.backend,
+            "instances": instances if not is_gpu else f"{instances} on {gpus_text}",
+            "requests in flight": limits.max_batch_size,
+            "method": config.method or "none",
+            "acceptance": config.acceptance,
+            "num_speculative_tokens": config.num_speculative_tokens,
+        },
+    )
+
+
+def write_model(plan: RepositoryPlan, report: Report) -> None:
+    """Writes the model beside its place and renames it into it: an error or Ctrl-C leaves what was there."""
+    with new_directory(plan.model_dir) as workspace:
+        version_dir = workspace / VERSION
+        version_dir.mkdir()
+        (workspace / CONFIG_NAME).write_text(plan.config, encoding="utf-8")
+        (version_dir / "model.py").write_text(MODEL_PY, encoding="utf-8")
+        if plan.copies_engines:
+            _copy_engines(plan, version_dir / COPIED_ENGINE, report)
+
+
+def _check_gpus(gpus: Sequence[int], manifest: Manifest, is_gpu: bool) -> None:
+    if gpus and not is_gpu:
+        raise ConfigError(
+            f"gpus {', '.join(map(str, gpus))}: {manifest.name} was built for {manifest.backend}, which runs on the "
+            "CPU: leave --gpus out, or rebuild with --backend tensorrt"
+        )
+    if any(gpu < 0 for gpu in gpus) or len(set(gpus)) != len(gpus):
+        raise ConfigError(f"gpus {', '.join(map(str, gpus))}: expected different ids, 0 and up")
+
+
+def _check_place(model_dir: Path, engine_dir: Path, overwrite: bool) -> None:
+    if engine_dir.is_relative_to(model_dir):
+        raise ConfigError(f"{model_dir}: would replace the engines that lie in it: choose another -o or --name")
+    if not model_dir.exists():
+        return
+    if not overwrite:
+        raise ConfigError(f"{model_dir}: already exists: choose another --name or pass --overwrite")
+    if not (model_dir / CONFIG_NAME).is_file():
+        raise ConfigError(f"{model_dir}: not a Triton model, so --overwrite does not replace it: choose another --name")
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters["quote"] = lambda value: json.dumps(str(value), ensure_ascii=False)
+    source = importlib.resources.files(__package__) / f"{CONFIG_NAME}.jinja"
+    return environment.from_string(source.read_text(encoding="utf-8"))
+
+
+def _copy_engines(plan: RepositoryPlan, target: Path, report: Report) -> None:
+    """What the manifest lists, and the manifest last."""
+    sizes = {name: file.size for name, file in plan.manifest.files.items()}
+    total, done = sum(sizes.values()), 0
+    free = shutil.disk_usage(target.parent).free
+    if total > free:
+        raise ConfigError(f"{target.parent}: {free} bytes free, the engines have {total}: free some space")
+    for name in sizes:
+        destination = target / name
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with (plan.engine_dir / name).open("rb") as source, destination.open("wb") as copy:
+            while block := source.read(COPY_BLOCK_BYTES):
+                copy.write(block)
+                done += len(block)
+                report(done, total)
+    shutil.copy(plan.engine_dir / MANIFEST_NAME, target / MANIFEST_NAME)
