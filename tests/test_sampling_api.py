@@ -149,6 +149,17 @@ def test_bad_words_never_appear(llm: LLM, temperature: float) -> None:
     assert outputs[0].outputs[0].text != usual
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bad_word_is_never_loosened(llm: LLM, temperature: float) -> None:
+    prompt = "### Instruction:\nSpell out: 21.\n### Response:\n"
+    (loose,) = llm.generate(prompt, SamplingParams(max_tokens=40))
+    assert loose.outputs[0].text.startswith("Written")
+    assert loose.metrics.num_loosened_tokens == 1  # without drafts the text begins differently
+    for seed in range(5):
+        params = SamplingParams(max_tokens=40, bad_words=["Written"], temperature=temperature, seed=seed)
+        assert "Written" not in one(llm, params, prompt).text
+
+
 def test_a_bias_removes_a_token_or_forces_it(llm: LLM) -> None:
     usual = one(llm, Params()).token_ids
     banned = max(set(usual), key=usual.count)

@@ -42,18 +42,24 @@ class Sampler:
         params = self.params
         if params.temperature < sampling.MIN_TEMPERATURE:
             choices = sampling.greedy(logits)
-            return choices, self._gates(sampling.distribution(logits) if self.policy.is_loose else None, len(logits))
+            probabilities = sampling.distribution(logits) if self.policy.is_loose else None
+            return choices, self._gates(logits, probabilities, draft)
         probabilities = sampling.distribution(
             logits, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p
         )
         uniforms = self.uniforms.at(len(output) + len(undecided), len(logits))
-        return sampling.sample(probabilities, uniforms), self._gates(probabilities, len(logits))
+        return sampling.sample(probabilities, uniforms), self._gates(logits, probabilities, draft)
 
-    def _gates(self, probabilities: FloatArray | None, num_positions: int) -> FloatArray:
+    def _gates(self, scores: FloatArray, probabilities: FloatArray | None, draft: IntArray) -> FloatArray:
+        """-inf, and so closed whatever the threshold, where the draft token is one that must not come: a bad word."""
         if probabilities is None or not self.policy.is_loose:
-            return np.zeros(num_positions, np.float32)
+            return np.zeros(len(scores), np.float32)
         full, topk = sampling.gate_entropy(probabilities, self.entropy_top_k)
-        return full if self.policy.use_full_entropy else topk
+        gates = full if self.policy.use_full_entropy else topk
+        num_drafts = min(len(draft), len(scores))
+        is_banned = scores[np.arange(num_drafts), draft[:num_drafts]] == -np.inf
+        gates[:num_drafts][is_banned] = -np.inf
+        return gates
 
 
 def _before_dead_end(scores: FloatArray) -> FloatArray:
