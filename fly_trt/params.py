@@ -87,7 +87,7 @@ class SpeculativeConfig:
     """How draft tokens are made, and by default accepted.
 
     method: "multi_level" (draft model that is itself accelerated by n-gram lookup), "draft_model", "ngram" (no draft
-    model), or None for plain decoding. num_speculative_tokens: draft tokens per verification step.
+    model), or None for plain decoding. num_speculative_tokens: draft tokens per round; a request may ask for fewer.
     prompt_lookup_max and _min: longest and shortest n-gram to match; prompt_lookup_num_tokens: tokens that a match
     proposes to the draft model under "multi_level" (under "ngram" it proposes up to num_speculative_tokens).
     adaptive_draft_length: draft as many tokens as pay, by each request's recent acceptance and the measured cost of
@@ -157,7 +157,9 @@ class SamplingParams:
     engine's max_seq_len. stop: strings that end the text; it is cut before the string unless
     include_stop_str_in_output. stop_token_ids: tokens that end the sequence besides the model's own. ignore_eos: the
     model's own end tokens do not end it. acceptance: overrides the engine's SpeculativeConfig for this request.
-    output_kind: what a stream yields.
+    num_speculative_tokens: draft tokens per round of this request, at most the SpeculativeConfig's, which None means; 0
+    decodes without drafts. With "fly" it is part of the rule: a token is loosened only where its window lies inside the
+    round, so that other numbers may give other tokens. output_kind: what a stream yields.
     """
 
     n: int = 1
@@ -181,6 +183,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     acceptance: AcceptanceParams | None = None
+    num_speculative_tokens: int | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     stop_strings: tuple[str, ...] = field(init=False, repr=False)
 
@@ -196,7 +199,7 @@ class SamplingParams:
         self._check_whole("n", 1)
         self._check_whole("min_tokens", 0)
         self._check_whole("top_k", -1)
-        for name in ("logprobs", "prompt_logprobs"):
+        for name in ("logprobs", "prompt_logprobs", "num_speculative_tokens"):
             if getattr(self, name) is not None:
                 self._check_whole(name, 0, "or None")
         if self.seed is not None and not _is_whole(self.seed):

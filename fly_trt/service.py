@@ -51,8 +51,9 @@ class ServiceConfig:
     tokens that one iteration reads, and tokens that its verification step has; less keeps the pauses of running
     requests short while a long prompt is read, more reads it faster. max_queue_size: requests that may wait.
     enable_prefix_caching: a prompt starts from the cache of another that begins alike. num_threads: CPU threads, shared
-    by all engines of the process; None means all cores. verify_hashes: check every file against the manifest's sha256
-    first.
+    by all engines of the process; None means all cores. device_id: CUDA device of the engines, for TensorRT; None means
+    the calling thread's current one, and the thread is left with theirs as its current one. verify_hashes: check every
+    file against the manifest's sha256 first.
     """
 
     max_batch_size: int | None = None
@@ -61,14 +62,16 @@ class ServiceConfig:
     max_queue_size: int = DEFAULT_MAX_QUEUE_SIZE
     enable_prefix_caching: bool = True
     num_threads: int | None = None
+    device_id: int | None = None
     verify_hashes: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_size", "max_seq_len", "max_num_tokens", "max_queue_size", "num_threads"):
+        sizes = ("max_batch_size", "max_seq_len", "max_num_tokens", "max_queue_size", "num_threads")
+        for name, least in (*((size, 1) for size in sizes), ("device_id", 0)):
             value = getattr(self, name)
             is_default = value is None and name != "max_queue_size"
-            if not is_default and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-                raise ConfigError(f"{name} {value!r}: expected a whole number, at least 1")
+            if not is_default and not (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+                raise ConfigError(f"{name} {value!r}: expected a whole number, at least {least}")
         for name in ("enable_prefix_caching", "verify_hashes"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} {getattr(self, name)!r}: expected True or False")
@@ -154,6 +157,7 @@ class Service:
         params = params or SamplingParams()
         if params.n > self.config.max_queue_size:
             raise RequestError(f"n {params.n}: more than max_queue_size {self.config.max_queue_size}")
+        self._check_num_draft_tokens(params.num_speculative_tokens or 0)
         token_ids = self._tokenize(prompt)
         room = (self.config.max_seq_len or 0) - len(token_ids)
         if room < 1:
@@ -228,6 +232,19 @@ class Service:
         )
         return Sampler(params, processor, UniformStream(seed, index), policy, self._info.entropy_top_k)
 
+    def _check_num_draft_tokens(self, asked: int) -> None:
+        limit, built_for = self.speculative_config.num_speculative_tokens, self.manifest.limits.max_draft_len
+        if asked and self.speculative_config.method is None:
+            raise RequestError(
+                f"num_speculative_tokens {asked}: served with method None, which makes no drafts: leave it out, or "
+                "serve with another method"
+            )
+        if asked > limit:
+            raise RequestError(
+                f"num_speculative_tokens {asked}: served with {limit}: ask for at most {limit}, or serve with a larger "
+                f"num_speculative_tokens, which is at most the engine's max_draft_len, {built_for}"
+            )
+
     def _check_token_ids(self, name: str, token_ids: Iterable[int]) -> None:
         unknown = sorted(token for token in token_ids if not 0 <= token < self._info.vocab_size)
         if unknown:
@@ -247,7 +264,14 @@ class Service:
     def _load(self, directory: Path, role: str, engines: list[Engine]) -> Engine:
         model = getattr(self.manifest, role)
         num_slots = self.config.max_batch_size or 1
-        engine = load_engine(directory, self.manifest, model, num_slots=num_slots, num_threads=self.config.num_threads)
+        engine = load_engine(
+            directory,
+            self.manifest,
+            model,
+            num_slots=num_slots,
+            num_threads=self.config.num_threads,
+            device_id=self.config.device_id,
+        )
         engines.append(engine)
         return engine
 

@@ -3,7 +3,8 @@
 Device memory is host memory, filled with ones so that what was never written reads as NaN. Work put on a stream waits
 for a synchronisation, or is recorded by a capture and repeated by graph launches. What a GPU would answer with an error
 or with silent corruption ends up in `faults`: memory that is foreign, freed or too short, an allocation or a
-synchronisation while capturing. Names and conventions are those of `cuda.bindings.runtime`.
+synchronisation while capturing, work for a device that is not the thread's current one. Any number of threads may use
+any number of devices. Names and conventions are those of `cuda.bindings.runtime`.
 """
 
 # ruff: noqa: N815
@@ -12,6 +13,7 @@ import bisect
 import enum
 import functools
 import re
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +24,7 @@ import numpy as np
 
 ALIGNMENT = 256
 UNWRITTEN = 0xFF
+WITHOUT_CONTEXT = {"cudaGetDeviceCount", "cudaGetDevice", "cudaDeviceGetAttribute", "cudaGetLastError"}
 Error = enum.IntEnum(
     "cudaError_t",
     {
@@ -29,6 +32,7 @@ Error = enum.IntEnum(
         "cudaErrorInvalidValue": 1,
         "cudaErrorMemoryAllocation": 2,
         "cudaErrorNoDevice": 100,
+        "cudaErrorInvalidDevice": 101,
         "cudaErrorInvalidResourceHandle": 400,
         "cudaErrorIllegalAddress": 700,
         "cudaErrorLaunchFailure": 719,
@@ -49,8 +53,12 @@ class Failure(Exception):  # noqa: N818
 class Allocation:
     address: int
     size: int
-    is_device: bool
+    device: int | None
     content: np.ndarray
+
+    @property
+    def is_device(self) -> bool:
+        return self.device is not None
 
     def bytes(self, address: int, size: int) -> np.ndarray:
         return self.content[address - self.address :][:size]
@@ -76,28 +84,42 @@ class Work:
 
 @dataclass
 class Stream:
+    device: int
     queue: list[Work] = field(default_factory=list)
     captured: list[Work] | None = None
+    capturing_thread: int | None = None
     is_capture_valid: bool = True
+
+
+class Thread(threading.local):
+    """What CUDA keeps for each host thread: its device, and the last error until cudaGetLastError takes it."""
+
+    device = 0
+    last_error = Error.cudaSuccess
 
 
 def _api(function: Callable[..., Any]) -> Callable[..., Any]:
     """Counts the call and gives cuda-python's tuple: the error, and the value where the function has one."""
 
+    name = function.__name__
+
     @functools.wraps(function)
     def call(cuda: "SimulatedCuda", *arguments: Any) -> tuple[Any, ...]:
-        cuda.calls[function.__name__] += 1
         error, value = Error.cudaSuccess, None
-        try:
-            if (refused := cuda.refused.get(function.__name__)) is not None:
-                raise Failure(refused)
-            if cuda.fatal_error is not None and not re.search("Free|Destroy", function.__name__):
-                raise Failure(cuda.fatal_error)
-            value = function(cuda, *arguments)
-        except Failure as failure:
-            error = cuda.last_error = failure.error
-            if failure.reason:
-                cuda.faults.append(f"{function.__name__}: {failure.reason}")
+        with cuda.lock:
+            cuda.calls[name] += 1
+            try:
+                if (refused := cuda.refused.get(name)) is not None:
+                    raise Failure(refused)
+                if cuda.fatal_error is not None and not re.search("Free|Destroy|GetDevice$", name):
+                    raise Failure(cuda.fatal_error)
+                value = function(cuda, *arguments)
+            except Failure as failure:
+                error = cuda.thread.last_error = failure.error
+                if failure.reason:
+                    cuda.faults.append(f"{name}: {failure.reason}")
+            if name not in WITHOUT_CONTEXT and not error:
+                cuda.used_devices.add(cuda.thread.device)
         return (error,) if function.__annotations__["return"] is None else (error, value)
 
     return call
@@ -107,7 +129,8 @@ class SimulatedCuda:
     """`cuda.bindings.runtime`: what begins with "cuda" is its API. The rest is for tests.
 
     `calls` counts calls by name, `copies` finished copies by direction; `refused` makes a call fail, and `free_bytes`
-    is how much device memory there is.
+    is how much memory each device has. `used_devices` are those that CUDA made a context on, which takes memory:
+    all that were current in a call but those that only ask.
     """
 
     cudaError_t = Error
@@ -119,12 +142,15 @@ class SimulatedCuda:
     cudaStreamCaptureMode = enum.IntEnum("cudaStreamCaptureMode", {"cudaStreamCaptureModeThreadLocal": 1})
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.thread = Thread()
         self.compute_capability = (9, 0)
+        self.compute_capabilities: dict[int, tuple[int, int]] = {}  # of devices that have another one
         self.num_devices = 1
+        self.used_devices: set[int] = set()
         self.free_bytes = 1 << 40
         self.captures_of_engines = "succeed"  # or "are refused", or "are spoiled" without a word
         self.refused: dict[str, Error] = {}
-        self.last_error = Error.cudaSuccess  # until cudaGetLastError; TensorRT takes it for an error of its own
         self.fatal_error: Error | None = None  # of work that failed; from then on most calls do
         self.faults: list[str] = []
         self.calls: Counter[str] = Counter()
@@ -149,7 +175,7 @@ class SimulatedCuda:
         return self.find(address, size).bytes(address, size)
 
     def enqueue(self, stream: Any, work: Work) -> None:
-        target = self.stream(stream)
+        target = self.current_stream(stream)
         if target.captured is not None:
             target.captured.append(work)
             return
@@ -167,8 +193,21 @@ class SimulatedCuda:
             raise Failure(Error.cudaErrorInvalidResourceHandle, "no such stream")
         return self.streams[int(handle)]
 
+    def current_stream(self, handle: Any) -> Stream:
+        """A stream to put work on. CUDA takes copies also while another device is current; whoever needs that has most
+        likely forgotten to choose the device, so here it is refused like the rest."""
+        stream = self.stream(handle)
+        if stream.device != self.thread.device:
+            raise Failure(Error.cudaErrorInvalidResourceHandle, self.describe(stream.device, "stream"))
+        return stream
+
+    def describe(self, device: int, what: str) -> str:
+        return f"a {what} of device {device} while device {self.thread.device} is current"
+
     def refuse_while_capturing(self) -> None:
-        capturing = [stream for stream in self.streams.values() if stream.captured is not None]
+        """By this thread: captures in ThreadLocal mode do not see what other threads do."""
+        here = threading.get_ident()
+        capturing = [stream for stream in self.streams.values() if stream.capturing_thread == here]
         for stream in capturing:
             stream.is_capture_valid = False
         if capturing:
@@ -182,45 +221,52 @@ class SimulatedCuda:
 
     @_api
     def cudaGetDevice(self) -> int:
-        return 0
+        return self.thread.device
+
+    @_api
+    def cudaSetDevice(self, device: int) -> None:
+        if not 0 <= device < self.num_devices:
+            raise Failure(Error.cudaErrorInvalidDevice)
+        self.thread.device = device
 
     @_api
     def cudaDeviceGetAttribute(self, attr: Any, device: int) -> int:
-        return self.compute_capability[self.cudaDeviceAttr(attr) - self.cudaDeviceAttr(75)]
+        capability = self.compute_capabilities.get(device, self.compute_capability)
+        return capability[self.cudaDeviceAttr(attr) - self.cudaDeviceAttr(75)]
 
     @_api
     def cudaGetLastError(self) -> None:
-        self.last_error = Error.cudaSuccess
+        self.thread.last_error = Error.cudaSuccess
 
     @_api
     def cudaMalloc(self, size: int) -> int:
-        if size > self.free_bytes:
+        device = self.thread.device
+        if size > self.free_bytes - sum(found.size for found in self.allocations.values() if found.device == device):
             raise Failure(Error.cudaErrorMemoryAllocation)
-        self.free_bytes -= size
-        return self._allocate(size, is_device=True)
+        return self._allocate(size, device)
 
     @_api
     def cudaMallocHost(self, size: int) -> int:
-        return self._allocate(size, is_device=False)
+        return self._allocate(size, None)
 
     @_api
     def cudaFree(self, devPtr: int) -> None:
-        self.free_bytes += self._free(devPtr, is_device=True)
+        self._free(devPtr, is_device=True)
 
     @_api
     def cudaFreeHost(self, ptr: int) -> None:
         self._free(ptr, is_device=False)
 
-    def _allocate(self, size: int, *, is_device: bool) -> int:
+    def _allocate(self, size: int, device: int | None) -> int:
         self.refuse_while_capturing()
         memory = np.full(size + ALIGNMENT, UNWRITTEN, np.uint8)
         address = -(-memory.ctypes.data // ALIGNMENT) * ALIGNMENT
         content = memory[address - memory.ctypes.data :][:size]
-        self.allocations[address] = Allocation(address, size, is_device, content)
+        self.allocations[address] = Allocation(address, size, device, content)
         bisect.insort(self._addresses, address)
         return address
 
-    def _free(self, address: int, *, is_device: bool) -> int:
+    def _free(self, address: int, *, is_device: bool) -> None:
         self.refuse_while_capturing()
         found = self.allocations.get(address)
         if found is None or found.is_device != is_device:
@@ -229,7 +275,6 @@ class SimulatedCuda:
         self._addresses.remove(address)
         found.content[:] = UNWRITTEN
         self._freed.append(found.content)
-        return found.size
 
     @_api
     def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: Any, stream: Any) -> None:
@@ -261,12 +306,18 @@ class SimulatedCuda:
 
     @_api
     def cudaMemsetAsync(self, devPtr: int, value: int, count: int, stream: Any) -> None:
-        self.enqueue(stream, Work(lambda: self.view(devPtr, count).fill(value)))
+        def run() -> None:
+            if self.find(devPtr, count).device != device:
+                raise Failure(Error.cudaErrorIllegalAddress, f"{devPtr:#x} is no memory of device {device}")
+            self.view(devPtr, count).fill(value)
+
+        device = self.stream(stream).device
+        self.enqueue(stream, Work(run))
 
     @_api
     def cudaStreamCreateWithFlags(self, flags: int) -> Handle:
         handle = Handle(0x5000 + 16 * self.calls["cudaStreamCreateWithFlags"])
-        self.streams[int(handle)] = Stream()
+        self.streams[int(handle)] = Stream(self.thread.device)
         return handle
 
     @_api
@@ -291,13 +342,14 @@ class SimulatedCuda:
     def cudaStreamBeginCapture(self, stream: Any, mode: Any) -> None:
         if mode is not self.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal:
             raise Failure(Error.cudaErrorInvalidValue, f"capture mode {mode}")
-        capturing = self.stream(stream)
+        capturing = self.current_stream(stream)
         capturing.captured, capturing.is_capture_valid = [], True
+        capturing.capturing_thread = threading.get_ident()
 
     @_api
     def cudaStreamEndCapture(self, stream: Any) -> Handle:
         capturing = self.stream(stream)
-        captured, capturing.captured = capturing.captured, None
+        captured, capturing.captured, capturing.capturing_thread = capturing.captured, None, None
         if captured is None or not capturing.is_capture_valid:
             raise Failure(Error.cudaErrorStreamCaptureInvalidated)
         return self._keep(self.graphs, captured)
@@ -309,7 +361,7 @@ class SimulatedCuda:
     @_api
     def cudaGraphLaunch(self, graphExec: Handle, stream: Any) -> None:
         works = self._look_up(self.executables, graphExec)
-        launching = self.stream(stream)
+        launching = self.current_stream(stream)
         self.check_scratch(launching, works)
         launching.queue += works
 

@@ -3,7 +3,8 @@
 A plan holds an ONNX graph in the form that fly_build makes for TensorRT; ONNX Runtime computes it in place, at the
 addresses that were bound. What TensorRT or the GPU would refuse, or get wrong without a word, ends up in the GPU's
 `faults`: a shape outside the profile, a tensor without an address, a cache that is not updated in place, scratch memory
-in use twice, a context that changed after its graph was captured. Names are those of `tensorrt_rtx`.
+in use twice, a context that changed after its graph was captured, an engine that is used while another device than its
+own is current, or with that one's memory. Names are those of `tensorrt_rtx`.
 """
 
 import enum
@@ -135,13 +136,19 @@ class ICudaEngine:
     ) -> None:
         self._cuda, self._logger, self._library, self._profiles = cuda, logger, library, profiles
         self._session = session
+        self._device = cuda.thread.device
         self._inputs = {value.name: value for value in session.get_inputs()}
         self._tensors = self._inputs | {value.name: value for value in session.get_outputs()}
 
     def create_runtime_config(self) -> IRuntimeConfig:
         return IRuntimeConfig()
 
-    def create_execution_context(self, strategy: Any = None) -> "IExecutionContext":
+    def create_execution_context(self, strategy: Any = None) -> "IExecutionContext | None":
+        try:
+            self._check_device()
+        except Failure as failure:
+            self._refuse(failure.reason)
+            return None
         eager = DynamicShapesKernelSpecializationStrategy.EAGER
         has_final_kernels, kernels = self._library == "tensorrt", None
         if isinstance(strategy, IRuntimeConfig):
@@ -150,6 +157,16 @@ class ICudaEngine:
         if strategy is not ExecutionContextAllocationStrategy.USER_MANAGED:
             raise NotImplementedError("contexts with memory of their own")
         return IExecutionContext(self, has_final_kernels, kernels)
+
+    def _check_device(self) -> None:
+        if self._cuda.thread.device != self._device:
+            raise Failure(Error.cudaErrorInvalidResourceHandle, self._cuda.describe(self._device, "TensorRT engine"))
+
+    def _refuse(self, reason: str) -> bool:
+        if reason:
+            self._cuda.faults.append(reason)
+        self._logger.log(ILogger.ERROR, f"IExecutionContext: Error Code 3: API Usage Error ({reason})")
+        return False
 
 
 class IExecutionContext:
@@ -161,6 +178,7 @@ class IExecutionContext:
         self._addresses: dict[str, int] = {}
         self._version = 0  # of all that a captured graph depends on
         self._executed_shapes: dict[str, tuple[int, ...]] = {}
+        self._refuse = engine._refuse
         engine._cuda.contexts.add(self)
 
     def set_device_memory(self, memory: int, size: int) -> None:
@@ -201,18 +219,8 @@ class IExecutionContext:
     def execute_async_v3(self, stream_handle: Any) -> bool:
         cuda = self._engine._cuda
         try:
-            arguments = self._check()
-            self._prepare_for(cuda.stream(stream_handle))
-            is_captured = cuda.stream(stream_handle).captured is not None
-            context, version = weakref.ref(self), self._version
-            engine, scratch = self._engine, self._scratch
-
-            def run() -> None:
-                if is_captured and (context() is None or context()._version != version):
-                    raise Failure(Error.cudaErrorLaunchFailure, "the context changed after its graph was captured")
-                _execute(engine, arguments, scratch)
-
-            cuda.enqueue(stream_handle, Work(run, scratch[0]))
+            with cuda.lock:
+                self._enqueue(stream_handle)
         except Failure as failure:
             return self._refuse(failure.reason)
         self._executed_shapes = dict(self._shapes)
@@ -221,10 +229,25 @@ class IExecutionContext:
             cuda.calls["compile kernels"] += 1
         return True
 
+    def _enqueue(self, stream_handle: Any) -> None:
+        cuda = self._engine._cuda
+        arguments = self._check()
+        self._prepare_for(cuda.current_stream(stream_handle))
+        is_captured = cuda.stream(stream_handle).captured is not None
+        context, version = weakref.ref(self), self._version
+        engine, scratch = self._engine, self._scratch
+
+        def run() -> None:
+            if is_captured and (context() is None or context()._version != version):
+                raise Failure(Error.cudaErrorLaunchFailure, "the context changed after its graph was captured")
+            _execute(engine, arguments, scratch)
+
+        cuda.enqueue(stream_handle, Work(run, scratch[0]))
+
     def _prepare_for(self, stream: Stream) -> None:
         cuda = self._engine._cuda
-        if cuda.last_error:
-            raise Failure(cuda.last_error, f"{cuda.last_error.name} of an earlier call was never taken")
+        if error := cuda.thread.last_error:
+            raise Failure(error, f"{error.name} of an earlier call was never taken")
         if stream.captured is None:
             return
         stream.is_capture_valid &= cuda.captures_of_engines != "are spoiled"
@@ -238,12 +261,14 @@ class IExecutionContext:
     def _check(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Address and shape of every tensor, which are those of now also when the work runs later."""
         engine, illegal = self._engine, Error.cudaErrorInvalidValue
+        engine._check_device()
         if missing := sorted(engine._inputs.keys() - self._shapes.keys()):
             raise Failure(illegal, f"no shape for {missing}")
         if missing := sorted(engine._tensors.keys() - self._addresses.keys()):
             raise Failure(illegal, f"no address for {missing}")
         address, size = self._scratch
-        if size < engine.device_memory_size_v2 or address % ALIGNMENT:
+        memory = engine._cuda.find(address, size)
+        if size < engine.device_memory_size_v2 or address % ALIGNMENT or memory.device != engine._device:
             raise Failure(illegal, f"{size} bytes of device memory at {address:#x}")
         sizes: dict[Any, int] = {}
         for name, shape in self._shapes.items():
@@ -255,18 +280,12 @@ class IExecutionContext:
             address = self._addresses[name]
             shape = tuple(sizes.get(size, size) for size in value.shape)
             num_bytes = int(np.prod(shape)) * np.dtype(DTYPES[value.type]).itemsize
-            if address % ALIGNMENT or not engine._cuda.find(address, num_bytes).is_device:
-                raise Failure(illegal, f"{name}: {address:#x} is not aligned, or not on the device")
+            if address % ALIGNMENT or engine._cuda.find(address, num_bytes).device != engine._device:
+                raise Failure(illegal, f"{name}: {address:#x} is not aligned, or not on device {engine._device}")
             if name.startswith("past_") and address != self._addresses[name.replace("past", "present", 1)]:
                 raise Failure(illegal, f"{name}: the cache is not updated in place")
             arguments[name] = (address, shape)
         return arguments
-
-    def _refuse(self, reason: str) -> bool:
-        if reason:
-            self._engine._cuda.faults.append(reason)
-        self._engine._logger.log(ILogger.ERROR, f"IExecutionContext: Error Code 3: API Usage Error ({reason})")
-        return False
 
 
 def _execute(engine: ICudaEngine, arguments: dict[str, tuple[int, tuple[int, ...]]], scratch: tuple[int, int]) -> None:

@@ -1,14 +1,14 @@
 """What else is served changes no token: alone, in batches, and among requests that come and go at random times.
 
 In float32 and in int8, where every activation row has a scale of its own; plain, with exact and with loose speculation,
-with draft lengths that follow the load.
+with draft lengths that follow the load and ones that the requests ask for.
 """
 
 import asyncio
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +79,27 @@ def test_a_small_budget_of_tokens_changes_no_token(engines: Engines) -> None:
         prompts = PROMPTS[:9]
         assert different(tokens_of(llm, "fly", prompts), engines.alone["fly"][:9]) == []
         assert different(tokens_of(llm, "exact", prompts), engines.alone["exact"][:9]) == []
+
+
+def test_draft_lengths_that_requests_ask_for_change_no_token_of_the_others(engines: Engines) -> None:
+    asked = [None, 0, 10, 3, 12, 0]
+    params = [replace(PARAMS["fly"], num_speculative_tokens=number) for number in asked * 2]
+    prompts = PROMPTS[: len(params)]
+    with LLM(engines.directory) as llm:
+        alone = [llm.generate(prompt, one)[0] for prompt, one in zip(prompts, params, strict=True)]
+        mixed = llm.generate(prompts, params)
+    tokens = [output.outputs[0].token_ids for output in mixed]
+    assert different(tokens, [output.outputs[0].token_ids for output in alone]) == []
+    for index, one in enumerate(params):
+        if one.num_speculative_tokens in (None, 0):
+            usual = engines.alone["plain" if one.num_speculative_tokens == 0 else "fly"]
+            assert tokens[index] == usual[index]
+    for output, lone, one in zip(mixed, alone, params, strict=True):
+        most = 15 if one.num_speculative_tokens is None else one.num_speculative_tokens
+        metrics = output.metrics
+        assert metrics.acceptance_histogram == lone.metrics.acceptance_histogram
+        assert len(metrics.acceptance_histogram) == (most + 1 if most else 0), "a whole round stood"
+        assert metrics.num_draft_tokens <= most * metrics.num_spec_steps
 
 
 @pytest.mark.parametrize("method", [None, "multi_level"])

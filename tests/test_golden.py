@@ -4,7 +4,7 @@ tests/assets/golden holds what their program emitted (float32, greedy, up to 160
 end-of-sequence). Every sequence must be reproduced token for token, in batches and with draft lengths that follow the
 load. Loose rounds are then also as many as theirs. Exact ones are cut where the load asks for it, and in a batch the
 first token comes without a draft, so that they are counted with a fixed length, one request at a time. A fixed length
-is tried on every third sequence.
+is tried on every third sequence. The rounds of 10 are also asked of engines that are configured for 15.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fly_trt import LLM, RequestOutput, SamplingParams, SpeculativeConfig
+from fly_trt import LLM, AcceptanceParams, RequestOutput, SamplingParams, SpeculativeConfig
 
 GOLDEN = Path(__file__).parent / "assets" / "golden"
 CONFIGS = ("exact", "fly", "fly_multilevel", "fly_k10_w4")
@@ -61,3 +61,19 @@ def test_every_sequence_is_the_authors(file: str, config: str, adaptive: bool, r
     with LLM(request.getfixturevalue(fixture), speculative_config=settings, max_batch_size=batch_size) as llm:
         outputs = llm.generate(prompts, SamplingParams(max_tokens=160))
     assert different(rows, outputs, with_rounds=counts_rounds) == []
+
+
+@pytest.mark.parametrize("file", PAIRS)
+def test_rounds_that_a_request_asks_for_are_the_authors(file: str, request: pytest.FixtureRequest) -> None:
+    rows = rows_of(file, "fly_k10_w4")
+    config = rows[0]["config"]
+    assert config["num_speculative_tokens"] == 10
+    window = AcceptanceParams(fly_window_size=config["window"], fly_entropy_threshold=config["entropy_threshold"])
+    params = SamplingParams(max_tokens=160, num_speculative_tokens=10, acceptance=window)
+    prompts = [{"prompt_token_ids": row["prompt_token_ids"]} for row in rows]
+    method = "multi_level" if config["multi_level"] else "draft_model"
+    settings = SpeculativeConfig(method=method, num_speculative_tokens=15)
+    with LLM(request.getfixturevalue(PAIRS[file][0]), speculative_config=settings) as llm:
+        outputs = llm.generate(prompts, params)
+    assert different(rows, outputs, with_rounds=True) == []
+    assert max(len(output.metrics.acceptance_histogram) for output in outputs) == 11

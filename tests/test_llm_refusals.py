@@ -132,6 +132,28 @@ def test_more_draft_tokens_than_built_for_names_the_fix(demo_engine: Path) -> No
         LLM(demo_engine, speculative_config={"num_speculative_tokens": 33})
 
 
+def test_more_draft_tokens_than_served_with_are_refused_for_one_request(llm: LLM) -> None:
+    with pytest.raises(RequestError) as raised:
+        llm.generate(PROMPTS[:2], [SamplingParams(), SamplingParams(num_speculative_tokens=16)])
+    assert str(raised.value) == (
+        "prompts[1]: num_speculative_tokens 16: served with 15: ask for at most 15, or serve with a larger "
+        "num_speculative_tokens, which is at most the engine's max_draft_len, 32"
+    )
+    assert llm.generate(PROMPTS[0], SamplingParams(num_speculative_tokens=15))[0].finished
+
+
+def test_draft_tokens_are_refused_where_nothing_drafts(demo_engine: Path) -> None:
+    with LLM(demo_engine, speculative_config={"method": None}) as llm:
+        for asked in (1, 16):
+            with pytest.raises(RequestError) as raised:
+                llm.generate(PROMPTS[0], SamplingParams(num_speculative_tokens=asked))
+            assert str(raised.value) == (
+                f"num_speculative_tokens {asked}: served with method None, which makes no drafts: leave it out, or "
+                "serve with another method"
+            )
+        assert llm.generate(PROMPTS[0], SamplingParams(num_speculative_tokens=0))[0].finished
+
+
 def test_an_engine_of_another_backend_is_refused(demo_engine: Path, tmp_path: Path) -> None:
     copy = tmp_path / "engine"
     shutil.copytree(demo_engine, copy)

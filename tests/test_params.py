@@ -38,6 +38,7 @@ GOOD_VALUES = {
     "logprobs": [None, 0, 5],
     "prompt_logprobs": [None, 0, 5],
     "acceptance": [None, AcceptanceParams(), AcceptanceParams(acceptance="exact")],
+    "num_speculative_tokens": [None, 0, 1, 25],
     "output_kind": list(RequestOutputKind),
 }
 
@@ -66,6 +67,7 @@ BAD_VALUES = {
     "logprobs": ([-1, 1.5, "1", True], "expected a whole number, at least 0 or None"),
     "prompt_logprobs": ([-1, 1.5, "1", True], "expected a whole number, at least 0 or None"),
     "acceptance": (["exact", {"acceptance": "exact"}, SpeculativeConfig()], "expected AcceptanceParams or None"),
+    "num_speculative_tokens": ([-1, 1.5, "1", True], "expected a whole number, at least 0 or None"),
     "output_kind": (["delta", None, 1], "expected a RequestOutputKind"),
 }
 

@@ -1,7 +1,8 @@
 """What the TensorRT engine needs of CUDA: device and pinned memory, one stream, copies, captured graphs.
 
 A thin layer over cuda-python's runtime bindings: every call is checked and raises EngineError with CUDA's own name for
-the error. It knows nothing of engines. The device is the process's current one; CUDA_VISIBLE_DEVICES chooses it.
+the error. It knows nothing of engines. Memory, streams and work belong to the device that is current in the calling
+thread; `use_device` makes it so.
 """
 
 import ctypes
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fly_trt.errors import EngineError
+from fly_trt.errors import ConfigError, EngineError
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -27,20 +28,54 @@ def _runtime() -> Any:
     return runtime
 
 
-def _check(result: tuple[Any, ...]) -> Any:
-    """The value of a CUDA call's (error, value, ...)."""
+def _check(result: tuple[Any, ...], device: int | None = None) -> Any:
+    """The value of a CUDA call's (error, value, ...), which is about the current device unless `device` is given."""
     error, *values = result
     if error.value:
-        raise EngineError(f"CUDA: {error.name}: see nvidia-smi for the driver and the memory that is free")
+        if device is None:
+            _, device = _runtime().cudaGetDevice()
+        raise EngineError(
+            f"CUDA: {error.name}: see nvidia-smi for the driver and the memory that is free on device {device}"
+        )
     return values[0] if values else None
+
+
+def _num_devices() -> int:
+    error, count = _runtime().cudaGetDeviceCount()
+    if error.value or not count:
+        raise EngineError(f"no CUDA device ({error.name}): run on a machine with one, or build for onnxruntime")
+    return int(count)
+
+
+def choose_device(device_id: int | None) -> int:
+    """The device of that number, or the calling thread's current one for None; the thread's current one from now on.
+
+    Raises ConfigError for a device that does not exist and EngineError where there is none or it cannot be used.
+    """
+    count = _num_devices()
+    device = int(_check(_runtime().cudaGetDevice())) if device_id is None else device_id
+    if not 0 <= device < count:
+        known = "1 CUDA device (0)" if count == 1 else f"{count} CUDA devices (0 to {count - 1})"
+        raise ConfigError(
+            f"device {device}: this machine has {known}: give a device_id that it has, or change CUDA_VISIBLE_DEVICES"
+        )
+    use_device(device)
+    return device
+
+
+def use_device(device: int) -> None:
+    """Makes `device` the calling thread's current one, which costs next to nothing where it is that already.
+
+    The one before is not restored: setting a device makes a context on it, hundreds of MB, where the process has none
+    yet. A process that uses one GPU would so take memory of device 0 as well, once for each instance of a server.
+    """
+    _check(_runtime().cudaSetDevice(device), device)
 
 
 def compute_capability() -> str:
     """Of the current device, such as "9.0". Raises EngineError where there is none."""
+    _num_devices()
     runtime = _runtime()
-    error, count = runtime.cudaGetDeviceCount()
-    if error.value or not count:
-        raise EngineError(f"no CUDA device ({error.name}): run on a machine with one, or build for onnxruntime")
     device = _check(runtime.cudaGetDevice())
     attributes = runtime.cudaDeviceAttr
     major, minor = (
@@ -54,7 +89,11 @@ def compute_capability() -> str:
 
 
 class DeviceBuffer:
-    """`num_bytes` of device memory at `address`, freed with the object. cudaMalloc aligns it to 256 bytes."""
+    """`num_bytes` of device memory at `address`, freed with the object. cudaMalloc aligns it to 256 bytes.
+
+    Like all that is freed here it is found by its address, whatever device is current where the last reference goes; a
+    garbage collector must not change the device of the thread that it happens to run in.
+    """
 
     def __init__(self, num_bytes: int) -> None:
         runtime = _runtime()

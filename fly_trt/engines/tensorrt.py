@@ -5,6 +5,10 @@ step needs from the host travels in one copy from pinned memory and what it says
 the device unless asked for. From its second run on, a step of one shape is one CUDA graph: both copies and the engine.
 All work is put on one stream, in order, and the host waits for nothing but the outputs of a step.
 
+An engine belongs to one GPU. TensorRT wants that GPU to be the current one of the thread that deserialises the engine,
+makes contexts or runs them, and CUDA wherever memory, streams or work are made; threads come with device 0. So whatever
+does any of this begins by choosing the device, since an engine is loaded in one thread and run in another.
+
 Lengths are padded to a few sizes, so that few graphs serve all steps: padding writes behind the sequence, where the
 next step overwrites it, and no output that is read depends on it.
 """
@@ -75,8 +79,10 @@ class _Bound:
 class TensorRTEngine:
     """One compiled decoder with its slots.
 
-    `kernel_cache` is the file in which TensorRT-RTX's kernels are kept between processes. Raises EngineError when the
-    plan was built for another library version or GPU, or when memory does not suffice.
+    `kernel_cache` is the file in which TensorRT-RTX's kernels are kept between processes. `device_id` is the GPU, None
+    the current one of the thread that loads; it is left as the current one of every thread that uses the engine. Raises
+    EngineError when the plan was built for another library version or GPU, or when memory does not suffice, and
+    ConfigError for a device that does not exist.
     """
 
     def __init__(
@@ -88,6 +94,7 @@ class TensorRTEngine:
         num_slots: int,
         plugin_library: Path | None = None,
         kernel_cache: Path | None = None,
+        device_id: int | None = None,
     ) -> None:
         if model.tensorrt is None:
             raise EngineError(f"{plan_path}: the manifest has no TensorRT record: rebuild the engine with fly-build")
@@ -96,6 +103,7 @@ class TensorRTEngine:
         self._model = model
         self._plan = model.tensorrt
         self._library = library = import_library(self._plan.library)
+        self._device = cuda.choose_device(device_id)
         check_compatibility(plan_path, self._plan, library, cuda.compute_capability())
         if plugin_library is not None:
             library.load_plugins(plugin_library)
@@ -129,6 +137,7 @@ class TensorRTEngine:
         return self._steps.get((first_slot, batch_size, num_tokens, with_logits), self._make_step)
 
     def run(self, step: Step) -> None:
+        cuda.use_device(self._device)
         batch_size, num_tokens = step.input_ids.shape
         if not self._fits(batch_size, num_tokens):
             self._run_rows(step)
@@ -146,10 +155,12 @@ class TensorRTEngine:
             self._read_logits(step)
 
     def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
+        cuda.use_device(self._device)
         for cache in self._caches:
             self._copy_tokens(self._slot(cache, target), self._slot(cache, source), num_tokens)
 
     def swap_slots(self, first: int, second: int, num_tokens: int) -> None:
+        cuda.use_device(self._device)
         for cache in self._caches:
             one, other = self._slot(cache, first), self._slot(cache, second)
             self._copy_tokens(self._swapped.address, one, num_tokens)
@@ -162,6 +173,7 @@ class TensorRTEngine:
 
     def close(self) -> None:
         with contextlib.suppress(EngineError):  # of a GPU that failed: what is held is released all the same
+            cuda.use_device(self._device)
             self._stream.synchronize()
             if self._kernels is not None and self.num_preparations:
                 self._kernels.save()
@@ -191,6 +203,7 @@ class TensorRTEngine:
         return next((size for size in ROW_TOKENS if size >= num_tokens), _round_up(num_tokens, ROW_TOKENS[-1]))
 
     def _make_step(self, first_slot: int, batch_size: int, num_tokens: int, with_logits: bool) -> Step:
+        cuda.use_device(self._device)
         if self._fits(batch_size, num_tokens):
             inputs, outputs = self._io(batch_size, self._padded(num_tokens))
             arrays = inputs.arrays | outputs.arrays

@@ -5,6 +5,7 @@ knows nothing of requests.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -89,10 +90,7 @@ class DraftLength:
         self._draft_seconds: dict[int, float] = {}  # of one more draft token, by rows
         self._lengths = np.arange(max_draft_tokens + 1)
         self._num_fadings = 0
-        # A loose round is verified whole or in equal parts: a short rest would be padded to the other rows' length.
-        whole = max_draft_tokens + 1
-        self._parts = {-(-whole // num_parts) - 1 for num_parts in range(1, whole + 1)}
-        self._known_seconds: dict[tuple[int, int], tuple[int, list[float]]] = {}
+        self._known_seconds: dict[tuple[int, int, int], tuple[int, list[float]]] = {}
 
     def observe_drafting(self, num_rows: int, num_tokens: int, seconds: float) -> None:
         """`seconds` to draft up to `num_tokens` tokens for each of `num_rows` rows."""
@@ -109,35 +107,41 @@ class DraftLength:
     def observe_rate(self, rate: float) -> None:
         self.usual_rate += SMOOTHING * (rate - self.usual_rate)
 
-    def choose(self, rates: Sequence[float], num_context: int) -> int:
-        """Draft tokens 0 .. max_draft_tokens for a step of len(rates) rows with `num_context` context tokens each: the
-        number with the most expected tokens per second, where rates are the rows' acceptance rates."""
-        if not self.adaptive or not len(self.target_cost) or not self.max_draft_tokens:
-            return self.max_draft_tokens
-        seconds = self._step_seconds(len(rates), num_context)
+    def choose(self, rates: Sequence[float], limits: Sequence[int], num_context: int) -> int:
+        """Draft tokens 0 .. max(limits) for a step of len(rates) rows with `num_context` context tokens each: the
+        number with the most expected tokens per second, where rates are the rows' acceptance rates and limits,
+        0 .. max_draft_tokens, the draft tokens that each of them has at most."""
+        longest = max(limits)
+        if not self.adaptive or not len(self.target_cost) or not longest:
+            return longest
+        seconds = self._step_seconds(len(rates), len(rates) - limits.count(0), num_context)
+        parts = _equal_parts(longest)
         expected = float(len(rates))  # tokens: the accepted prefixes and the target's own
         best, best_speed = 0, expected / seconds[0]
-        powers = list(rates)
-        for length in range(1, self.max_draft_tokens + 1):
-            expected += sum(powers)
-            powers = [power * rate for power, rate in zip(powers, rates, strict=True)]
-            if length in self._parts and expected > best_speed * seconds[length]:
+        chances = [1.0] * len(rates)
+        for length in range(1, longest + 1):
+            chances = [
+                chance * rate if length <= limit else 0.0
+                for chance, rate, limit in zip(chances, rates, limits, strict=True)
+            ]
+            expected += sum(chances)
+            if length in parts and expected > best_speed * seconds[length]:
                 best, best_speed = length, expected / seconds[length]
         return best
 
-    def _step_seconds(self, num_rows: int, num_context: int) -> list[float]:
-        """Expected seconds of drafting and verifying 0 .. max_draft_tokens tokens; looked up for a few steps, because
-        one measurement more hardly changes them."""
+    def _step_seconds(self, num_rows: int, num_drafting: int, num_context: int) -> list[float]:
+        """Expected seconds of drafting 0 .. max_draft_tokens tokens for `num_drafting` rows and verifying them in a
+        step of `num_rows`; looked up for a few steps, because one measurement more hardly changes them."""
         num_changes = self.target_cost.num_observed + self._num_fadings
-        known = self._known_seconds.get((num_rows, num_context))
+        known = self._known_seconds.get((num_rows, num_drafting, num_context))
         if known is not None and num_changes - known[0] < RENEWAL:
             return known[1]
-        drafting = self._draft_cost(num_rows) * self._lengths
+        drafting = self._draft_cost(num_drafting) * self._lengths
         verifying = self.target_cost(num_rows * (num_context + self._lengths))
         seconds: list[float] = (verifying + drafting).tolist()
         if len(self._known_seconds) > MAX_KNOWN_STEPS:
             self._known_seconds.clear()
-        self._known_seconds[num_rows, num_context] = num_changes, seconds
+        self._known_seconds[num_rows, num_drafting, num_context] = num_changes, seconds
         return seconds
 
     def _draft_cost(self, num_rows: int) -> float:
@@ -145,3 +149,11 @@ class DraftLength:
             return 0.0
         nearest = min(self._draft_seconds, key=lambda rows: abs(rows - num_rows))
         return self._draft_seconds[nearest] * max(1.0, num_rows / nearest)
+
+
+@cache
+def _equal_parts(num_draft: int) -> frozenset[int]:
+    """Draft tokens of a step that verifies a loose round of `num_draft` whole or in equal parts: a short rest would be
+    padded to the other rows' length."""
+    whole = num_draft + 1
+    return frozenset(-(-whole // num_parts) - 1 for num_parts in range(1, whole + 1))

@@ -117,7 +117,13 @@ class GenerationLoop:
     def _choose_draft_length(self, rows: list[Request], num_context: int, num_rows: int) -> int:
         fits = max(0, self._max_num_tokens // num_rows - num_context)
         rates = [self._rate(request).value for request in rows]
-        return min(fits, self.draft_length.choose(rates, num_context))
+        limits = [self._draft_limit(request) for request in rows]
+        return min(fits, self.draft_length.choose(rates, limits, num_context))
+
+    def _draft_limit(self, request: Request) -> int:
+        """Draft tokens that a round of the request has at most."""
+        asked = request.params.num_speculative_tokens
+        return self._num_draft_tokens if asked is None else min(asked, self._num_draft_tokens)
 
     def _rate(self, request: Request) -> AcceptanceRate:
         if request.acceptance_rate is None:
@@ -197,7 +203,8 @@ class GenerationLoop:
 
     def _new_round(self, request: Request, num_draft: int) -> Round:
         """An exact verdict does not depend on the round's length, a loose one does."""
-        return Round(len(request.sequence), self._num_draft_tokens if request.policy.is_loose else num_draft)
+        limit = self._draft_limit(request)
+        return Round(len(request.sequence), limit if request.policy.is_loose else min(num_draft, limit))
 
     def _draft(self, rows: list[Request], num_tokens: int) -> None:
         """Makes the draft tokens that the step feeds, and of a loose round one more to compare with the last choice."""
@@ -315,7 +322,7 @@ class GenerationLoop:
             self._metrics.record_round(num_verified, num_kept, num_loosened)
             rate.observe(round_.num_committed, was_rejected)
             self.draft_length.observe_rate(rate.value)
-        else:
+        elif self._draft_limit(request):  # one that may not draft says nothing about drafting
             rate.fade()
             self.draft_length.fade()
 

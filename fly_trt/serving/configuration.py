@@ -33,9 +33,10 @@ def write_parameters(
     *,
     exclude_input_in_output: bool,
 ) -> dict[str, str]:
-    """The parameters of config.pbtxt. What is None and so means a default is left out, but for method "none"."""
-    values = {name: getattr(speculative_config, name) for name in SPECULATIVE} | dict(settings)
-    written = {name: _as_text(value) for name, value in values.items() if value is not None or name == "method"}
+    """The parameters of config.pbtxt. None is written out where the engine's own default could differ."""
+    values = {name: getattr(speculative_config, name) for name in SPECULATIVE}
+    values |= {name: value for name, value in settings.items() if value is not None}
+    written = {name: _as_text(value) for name, value in values.items()}
     return {ENGINE_DIR: engine_dir} | written | {EXCLUDE_INPUT: _as_text(exclude_input_in_output)}
 
 
@@ -67,7 +68,8 @@ class ModelConfiguration:
         if not isinstance(excludes_input, bool):
             raise ConfigError(f"config.pbtxt: {EXCLUDE_INPUT} {excludes_input!r}: expected true or false")
         settings = {name: values.pop(name) for name in SERVICE if name in values}
-        defaults = dataclasses.asdict(resolve_speculative_config(read_manifest(engine_dir), {}))
+        method = {"method": values["method"]} if "method" in values else {}  # the default acceptance follows from it
+        defaults = dataclasses.asdict(resolve_speculative_config(read_manifest(engine_dir), method))
         if instance_kind == "GPU":
             settings["device_id"] = device_id
         else:

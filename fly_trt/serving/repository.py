@@ -23,6 +23,7 @@ CONFIG_NAME = "config.pbtxt"
 VERSION = "1"
 COPIED_ENGINE = "engine"
 DEFAULT_QUEUE_SECONDS = 60.0
+MAX_QUEUE_SECONDS = 1e9  # Triton counts nanoseconds in 64 bits
 COPY_BLOCK_BYTES = 1 << 24
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -77,8 +78,8 @@ def make_plan(
         raise ConfigError(f"name {name!r}: expected letters, digits, '.', '_' and '-', the first a letter or digit")
     if instances < 1:
         raise ConfigError(f"instances {instances}: expected at least 1")
-    if queue_timeout < 0:
-        raise ConfigError(f"queue_timeout {queue_timeout}: expected seconds, 0 for no limit")
+    if not 0 <= queue_timeout <= MAX_QUEUE_SECONDS:
+        raise ConfigError(f"queue_timeout {queue_timeout}: expected 0 to {MAX_QUEUE_SECONDS:g} seconds, 0 for no limit")
     is_gpu = manifest.backend == "tensorrt"
     _check_gpus(gpus, manifest, is_gpu)
     model_dir = repository.expanduser().absolute() / name
@@ -93,7 +94,7 @@ def make_plan(
         engine=manifest.name,
         name=name,
         max_queue_size=max_queue_size,
-        queue_timeout_us=int(queue_timeout * 1e6),
+        queue_timeout_us=round(queue_timeout * 1e6),
         instances=instances,
         kind="KIND_GPU" if is_gpu else "KIND_CPU",
         gpus=gpus,
@@ -146,7 +147,7 @@ def _check_gpus(gpus: Sequence[int], manifest: Manifest, is_gpu: bool) -> None:
 
 
 def _check_place(model_dir: Path, engine_dir: Path, overwrite: bool) -> None:
-    if engine_dir.is_relative_to(model_dir):
+    if engine_dir.is_relative_to(model_dir.resolve()):
         raise ConfigError(f"{model_dir}: would replace the engines that lie in it: choose another -o or --name")
     if not model_dir.exists():
         return

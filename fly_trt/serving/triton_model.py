@@ -26,7 +26,7 @@ from fly_trt.serving.triton_metrics import TritonMetrics
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1  # how soon a client that went away is noticed
-METRICS_SECONDS = 0.5
+METRICS_SECONDS = 0.2
 STOPPED = "the model was unloaded before this request was finished: send it again"
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 

@@ -31,7 +31,7 @@ def test_from_its_second_run_on_a_step_is_one_launch(engine: Engine, gpu: Simula
             same(step.argmax[0], whole[:num_tokens].argmax(-1))
     before = gpu.calls.copy()
     engine.run(step)
-    assert gpu.calls - before == Counter(cudaGraphLaunch=1, cudaStreamSynchronize=1)
+    assert gpu.calls - before == Counter(cudaSetDevice=1, cudaGraphLaunch=1, cudaStreamSynchronize=1)
 
 
 def test_the_first_run_computes_once(engine: Engine, gpu: SimulatedCuda) -> None:

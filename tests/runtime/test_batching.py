@@ -66,6 +66,7 @@ def asks(draw: st.DrawFn) -> Ask:
     if draw(st.sampled_from([False, False, True])):
         params["stop"] = [text_of(draw(st.lists(st.integers(2, 9), min_size=1, max_size=3)))]
     params["ignore_eos"] = draw(st.booleans())
+    params["num_speculative_tokens"] = draw(st.sampled_from([None, None, None, 0, 1, 4, 9]))
     return Ask(
         text=draw(st.integers(0, len(TEXTS) - 1)),
         length=draw(st.integers(0, len(TEXTS[0]))),
@@ -153,6 +154,9 @@ def test_whatever_arrives_and_leaves_each_request_gets_what_it_gets_alone(loop: 
     assert stack.loop.scheduler.slots.active == []
     assert all(rows * tokens <= loop["max_num_tokens"] for _, rows, tokens in stack.target.shapes)
     for ask, request in served:
+        if (most := ask.params["num_speculative_tokens"]) is not None:
+            assert len(request.metrics.acceptance_histogram) <= most + 1
+            assert request.metrics.num_draft_tokens <= most * request.metrics.num_spec_steps
         alone = ask.request()
         build(**loop | ALONE).run(alone)
         assert [alone.error, request.error] == [None, None]

@@ -21,13 +21,20 @@ def measured(cost: Cost, upto: int = 512) -> CostCurve:
     return curve
 
 
-def chosen(cost: Cost, rates: Sequence[float], *, draft_seconds: float = 0.0, num_context: int = 1) -> int:
+def chosen(
+    cost: Cost,
+    rates: Sequence[float],
+    limits: Sequence[int] = (),
+    *,
+    draft_seconds: float = 0.0,
+    num_context: int = 1,
+) -> int:
     lengths = DraftLength(K, adaptive=True)
     lengths.target_cost = measured(cost)
     if draft_seconds:
         for num_rows in range(1, 33):
             lengths.observe_drafting(num_rows, 10, 10 * draft_seconds)
-    return lengths.choose(rates, num_context)
+    return lengths.choose(rates, limits or [K] * len(rates), num_context)
 
 
 def proportional(positions: int) -> float:
@@ -159,6 +166,33 @@ def test_a_row_that_drafts_well_outvotes_one_that_does_not() -> None:
     assert alone < mixed
 
 
+def test_nobody_drafts_more_than_the_row_that_may_draft_most() -> None:
+    for limit in range(K + 1):
+        assert chosen(free, [0.9], [limit]) == limit, "also where it is no equal part of the longest round"
+        assert chosen(free, [0.9, 0.9], [0, limit]) == limit
+
+
+def test_a_row_that_may_not_draft_counts_as_one_whose_drafts_never_stand() -> None:
+    """With the same costs, an acceptance rate of its own must not matter."""
+    cost: Cost = lambda positions: 0.01 + 0.001 * positions  # noqa: E731
+    assert chosen(cost, [0.7, 0.99], [K, 0]) == chosen(cost, [0.7, 0.0]) < chosen(cost, [0.7, 0.99])
+
+
+def test_a_row_brings_nothing_beyond_its_own_limit() -> None:
+    cost: Cost = lambda positions: 0.01 + 0.0002 * positions  # noqa: E731
+    assert chosen(cost, [0.1, 0.99]) == K
+    assert chosen(cost, [0.1, 0.99], [K, 3]) == 3
+
+
+def test_drafting_is_paid_for_the_rows_that_draft() -> None:
+    lengths = DraftLength(K, adaptive=True)
+    lengths.target_cost = measured(free)
+    lengths.observe_drafting(1, 1, 0.0001)
+    lengths.observe_drafting(8, 1, 1.0)
+    assert lengths.choose([0.9] * 8, [K] * 8, 1) == 0
+    assert lengths.choose([0.9] * 8, [K] + [0] * 7, 1) > 0
+
+
 @given(
     rates=st.lists(st.floats(0, 1), min_size=1, max_size=16),
     base=st.floats(1e-5, 0.1),
@@ -176,17 +210,18 @@ def test_the_choice_is_always_a_number_of_draft_tokens(
 def test_switched_off_the_maximum_is_drafted_whatever_it_costs() -> None:
     lengths = DraftLength(K, adaptive=False)
     lengths.target_cost = measured(proportional)
-    assert lengths.choose([0.01] * 8, 1) == K
+    assert lengths.choose([0.01] * 8, [4] * 7 + [9], 1) == 9
+    assert lengths.choose([0.01] * 8, [K] * 8, 1) == K
 
 
 def test_before_anything_was_measured_the_maximum_is_drafted() -> None:
-    assert DraftLength(K, adaptive=True).choose([0.5], 1) == K
+    assert DraftLength(K, adaptive=True).choose([0.5], [K], 1) == K
 
 
 def test_without_a_drafter_nothing_is_drafted() -> None:
     lengths = DraftLength(0, adaptive=True)
     lengths.target_cost = measured(free)
-    assert lengths.choose([0.9], 1) == 0
+    assert lengths.choose([0.9], [0], 1) == 0
 
 
 def test_speculation_gets_another_chance() -> None:
@@ -198,7 +233,7 @@ def test_speculation_gets_another_chance() -> None:
     for _ in range(20):
         rate.observe(0, was_rejected=True)
     num_steps = 0
-    while lengths.choose([rate.value], 1) == 0:
+    while lengths.choose([rate.value], [K], 1) == 0:
         rate.fade()
         lengths.fade()
         num_steps += 1
