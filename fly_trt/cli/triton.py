@@ -79,12 +79,12 @@ def main(engine_dir: Path, output: Path, dry_run: bool, as_json: bool, **flags: 
 
 
 def _run(engine_dir: Path, repository: Path, dry_run: bool, as_json: bool, flags: dict[str, Any]) -> None:
-    from fly_trt.serving.repository import DEFAULT_QUEUE_SECONDS, RepositoryPlan, make_plan, write_model
+    from fly_trt.serving.repository import RepositoryPlan, make_plan, write_model
 
     speculative = {name: flags[name] for name in SPECULATIVE_FLAGS if flags[name] is not None}
     if speculative.get("method") == "none":
         speculative["method"] = None
-    timeout = flags["queue_timeout"]
+    timeout = {} if flags["queue_timeout"] is None else {"queue_timeout": flags["queue_timeout"]}
     plan: RepositoryPlan = make_plan(
         engine_dir,
         repository,
@@ -95,9 +95,9 @@ def _run(engine_dir: Path, repository: Path, dry_run: bool, as_json: bool, flags
         overwrite=flags["overwrite"] or dry_run,
         exclude_input_in_output=flags["exclude_input_in_output"],
         max_queue_size=flags["max_queue_size"],
-        queue_timeout=DEFAULT_QUEUE_SECONDS if timeout is None else timeout,
         speculative=speculative,
         settings={name: flags[name] for name in SETTING_FLAGS if flags[name] is not None},
+        **timeout,
     )
     if dry_run:
         click.echo(plan.config, nl=False)

@@ -26,6 +26,8 @@ DEFAULT_QUEUE_SECONDS = 60.0
 MAX_QUEUE_SECONDS = 1e9  # Triton counts nanoseconds in 64 bits
 COPY_BLOCK_BYTES = 1 << 24
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+SHELL_CHARACTER = re.compile(r"""[\s"'`$&|;<>(){}\[\]*?\\]""")
+"""The backend starts a model through bash -c and does not quote its path."""
 
 MODEL_PY = '''"""Serves the engines that config.pbtxt names. Python's fly-trt does the work: pip install fly-trt."""
 
@@ -147,6 +149,10 @@ def _check_gpus(gpus: Sequence[int], manifest: Manifest, is_gpu: bool) -> None:
 
 
 def _check_place(model_dir: Path, engine_dir: Path, overwrite: bool) -> None:
+    if found := SHELL_CHARACTER.search(str(model_dir)):
+        raise ConfigError(
+            f"{model_dir}: Triton's python backend cannot start a model in a path with {found[0]!r}: choose another -o"
+        )
     if engine_dir.is_relative_to(model_dir.resolve()):
         raise ConfigError(f"{model_dir}: would replace the engines that lie in it: choose another -o or --name")
     if not model_dir.exists():

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.1  # how soon a client that went away is noticed
 METRICS_SECONDS = 0.2
 STOPPED = "the model was unloaded before this request was finished: send it again"
+TIMED_OUT = "timed out in the queue: all slots were busy: try again"
+CANCELLED = "cancelled by the client"
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -67,7 +69,7 @@ class _Served:
     stream: ResponseStream
     deadline: float | None
     task: asyncio.Task[None] | None = None
-    has_timed_out: bool = False
+    reason: str = CANCELLED  # why it is ended early
 
 
 class TritonPythonModel:
@@ -171,10 +173,8 @@ class TritonPythonModel:
                     else:
                         stream.send(writer.tensors(output), is_last=output.finished)
         except asyncio.CancelledError:
-            if served.has_timed_out:
-                stream.fail("timed out in the queue: all slots were busy: try again", pb_utils.TritonError.UNAVAILABLE)
-            else:
-                stream.fail("cancelled by the client", pb_utils.TritonError.CANCELLED)
+            codes = pb_utils.TritonError
+            stream.fail(served.reason, codes.CANCELLED if served.reason == CANCELLED else codes.UNAVAILABLE)
         except FlyError as error:
             stream.fail(str(error), _code(error))
         except Exception as error:
@@ -192,20 +192,22 @@ class TritonPythonModel:
         because asking the server takes a message there and back."""
         updated = 0.0
         while not self._is_stopping.wait(POLL_SECONDS):
+            now = time.monotonic()
             for served in list(self._served.values()):
-                served.has_timed_out = self._has_timed_out(served)
-                if served.has_timed_out or served.stream.is_cancelled():
-                    self._cancel(served)
-            if self._metrics is not None and time.monotonic() - updated > METRICS_SECONDS:
+                if served.stream.is_cancelled():
+                    self._cancel(served, CANCELLED)
+                elif self._is_late(served, now):
+                    self._cancel(served, TIMED_OUT)
+            if self._metrics is not None and now - updated > METRICS_SECONDS:
                 self._metrics.update()
-                updated = time.monotonic()
+                updated = now
 
-    def _has_timed_out(self, served: _Served) -> bool:
-        is_late = served.deadline is not None and time.monotonic() > served.deadline
-        return is_late and self._llm.is_waiting(served.request_id)
+    def _is_late(self, served: _Served, now: float) -> bool:
+        return served.deadline is not None and now > served.deadline and self._llm.is_waiting(served.request_id)
 
-    def _cancel(self, served: _Served) -> None:
+    def _cancel(self, served: _Served, reason: str) -> None:
         if served.task is not None:
+            served.reason = reason
             self._loop.call_soon_threadsafe(served.task.cancel)
 
 

@@ -1,0 +1,34 @@
+"""Servers of the demo pair. One runs for all tests that leave it as they found it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fly_trt.serving.repository import make_plan, write_model
+from triton_server import LAUNCHER, TritonServer
+
+
+@pytest.fixture(scope="session")
+def launcher() -> None:
+    """The server's environment, or the reason why this machine has none."""
+    if not sys.platform.startswith("linux") or sys.version_info[:2] not in ((3, 11), (3, 12)):
+        pytest.skip(f"the tritonserver wheel is for Linux and Python 3.11 or 3.12, not {sys.platform} {sys.version}")
+    subprocess.run([LAUNCHER, "--prepare"], check=True, env=os.environ | {"PYTHON": sys.executable})
+
+
+@pytest.fixture(scope="session")
+def repository(demo_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `fly-triton` writes by default, under the name fly."""
+    repository = tmp_path_factory.mktemp("triton") / "model_repository"
+    write_model(make_plan(demo_engine, repository), lambda done, total: None)
+    return repository
+
+
+@pytest.fixture(scope="session")
+def server(launcher: None, repository: Path) -> Iterator[TritonServer]:
+    with TritonServer(repository, repository.parent / "server.log") as server:
+        yield server
