@@ -1,5 +1,6 @@
 """What a client of a real tritonserver gets for a request that can be served."""
 
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,11 @@ def test_the_prompt_precedes_the_output_where_asked_for(server: TritonServer, ll
     whole = server.generate(text_input=PROMPTS[0], max_tokens=20, exclude_input_in_output=False)
     assert whole["text_output"] == PROMPTS[0] + completion["text_output"]
     assert whole["output_ids"] == list(llm.tokenizer.encode(PROMPTS[0]).ids) + completion["output_ids"]
+
+
+def test_the_model_says_that_it_is_ready(server: TritonServer) -> None:
+    with urllib.request.urlopen(f"{server.url}/v2/models/fly/ready", timeout=30) as response:
+        assert response.status == 200
 
 
 def test_metrics_tell_what_speculation_did(server: TritonServer) -> None:

@@ -15,6 +15,7 @@ from kubernetes_validate import ValidationError, validate
 from kubernetes_validate.utils import all_versions
 from packaging.requirements import Requirement
 
+from fly_trt.cli.triton import main as fly_triton
 from fly_trt.metrics import GAUGES, PREFIX
 
 ROOT = Path(__file__).parents[2]
@@ -110,9 +111,11 @@ def test_prometheus_scrapes_the_metrics_port() -> None:
     assert annotations["prometheus.io/path"] == "/metrics"
 
 
-@pytest.mark.parametrize(("probe", "question"), [("startup", "ready"), ("readiness", "ready"), ("liveness", "live")])
-def test_probes_ask_tritons_health_endpoints(probe: str, question: str) -> None:
-    assert SERVER[f"{probe}Probe"]["httpGet"] == {"path": f"/v2/health/{question}", "port": "http"}
+def test_probes_ask_the_server_until_it_is_up_and_then_the_model_that_the_job_writes() -> None:
+    name = next(option.default for option in fly_triton.params if option.name == "name")
+    assert SERVER["startupProbe"]["httpGet"] == {"path": "/v2/health/ready", "port": "http"}
+    for probe in ("readiness", "liveness"):
+        assert SERVER[f"{probe}Probe"]["httpGet"] == {"path": f"/v2/models/{name}/ready", "port": "http"}
 
 
 def test_a_rollout_waits_longer_than_a_pod_may_take_to_load() -> None:

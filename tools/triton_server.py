@@ -1,4 +1,4 @@
-"""A real tritonserver on a model repository, and clients of it over gRPC and plain HTTP."""
+"""A real tritonserver on a model repository, and clients of it over gRPC and plain HTTP: for tests and measurements."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ import numpy as np
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-LAUNCHER = Path(__file__).parent.parent / "tools" / "tritonserver"
+LAUNCHER = Path(__file__).parent / "tritonserver"
 START_SECONDS = 120
 REQUEST_SECONDS = 60
 TYPES = {str: np.object_, bool: np.bool_, int: np.int32, float: np.float32}
@@ -139,21 +139,34 @@ class TritonServer:
         """Until a metric has that value; the server gets a new one several times a second."""
         wait_until(lambda: self.metric(name) == value, f"{name} is {value}")
 
-    def stream(self, model: str = "fly", **inputs: Any) -> "GrpcStream":
-        self._streams.append(GrpcStream(f"127.0.0.1:{self.grpc_port}", model, inputs))
+    def connect(self) -> triton.InferenceServerClient:
+        """A gRPC connection for several streams, one after another."""
+        return triton.InferenceServerClient(f"127.0.0.1:{self.grpc_port}")
+
+    def stream(
+        self, model: str = "fly", connection: triton.InferenceServerClient | None = None, **inputs: Any
+    ) -> "GrpcStream":
+        """A request over a gRPC stream, on a connection of its own unless there is one."""
+        self._streams.append(GrpcStream(connection or self.connect(), model, inputs, closes=connection is None))
         return self._streams[-1]
 
 
 class GrpcStream:
-    """One request over a gRPC stream of its own. `text` and `token_ids` are what has come so far."""
+    """One request over a gRPC stream of its own. `text` and `token_ids` are what has come so far, `seconds` when, since
+    the start."""
 
-    def __init__(self, url: str, model: str, inputs: dict[str, Any]) -> None:
+    def __init__(
+        self, connection: triton.InferenceServerClient, model: str, inputs: dict[str, Any], *, closes: bool
+    ) -> None:
+        self._started = time.perf_counter()
+        self.seconds: list[float] = []
         self.responses: list[dict[str, np.ndarray]] = []
         self.error: InferenceServerException | None = None
         self._news: queue.Queue[None] = queue.Queue()
         self._done = threading.Event()
         self._is_closed = False
-        self._client = triton.InferenceServerClient(url)
+        self._client = connection
+        self._closes_connection = closes
         self._client.start_stream(self._take)
         tensors = [_tensor(name, value) for name, value in inputs.items()]
         self._client.async_stream_infer(model, tensors, enable_empty_final_response=True)
@@ -183,7 +196,8 @@ class GrpcStream:
         if not self._is_closed:
             self._is_closed = True
             self._client.stop_stream(**how)
-            self._client.close()
+            if self._closes_connection:
+                self._client.close()
 
     def _take(self, result: triton.InferResult | None, error: InferenceServerException | None) -> None:
         if result is None:
@@ -192,6 +206,7 @@ class GrpcStream:
         else:
             response = result.get_response()
             if response.outputs:
+                self.seconds.append(time.perf_counter() - self._started)
                 self.responses.append({output.name: result.as_numpy(output.name) for output in response.outputs})
             if response.parameters["triton_final_response"].bool_param:
                 self._done.set()
