@@ -100,7 +100,7 @@ def _run(engine_dir: Path, repository: Path, dry_run: bool, as_json: bool, flags
         **timeout,
     )
     if dry_run:
-        click.echo(plan.config, nl=False)
+        click.echo(json.dumps({**plan.facts, "config": plan.config}) + "\n" if as_json else plan.config, nl=False)
         return
     console = Console(stderr=True)
     columns = (TextColumn("copying engines"), BarColumn(), DownloadColumn(), TransferSpeedColumn())

@@ -148,12 +148,15 @@ def _counts(output: RequestOutput) -> dict[str, Array]:
 
 
 def _check_parameters(parameters: str) -> None:
-    """A misspelt name must not be taken for a default. Forwarded HTTP headers have a hyphen or come from an operator
-    who asked for them."""
+    """A misspelt name must not be taken for a default. Names with a hyphen are HTTP headers that an operator had
+    forwarded."""
+    known = [spec.name for spec in INPUTS]
     for name in json.loads(parameters or "{}"):
+        meant = name.replace("-", "_")
+        if meant in known:
+            raise RequestError(f"{name!r} is a parameter of this request: send it as the input {meant}")
         if name not in PROTOCOL_PARAMETERS and name.isidentifier() and not name.startswith("triton_"):
-            known = ", ".join(spec.name for spec in INPUTS)
-            raise RequestError(f"unknown input {name!r}: expected one of {known}")
+            raise RequestError(f"unknown input {name!r}: expected one of {', '.join(known)}")
 
 
 def _read_tensors(tensors: Mapping[str, Array]) -> dict[str, Any]:
