@@ -82,7 +82,7 @@ def make_plan(
         raise ConfigError(f"instances {instances}: expected at least 1")
     if not 0 <= queue_timeout <= MAX_QUEUE_SECONDS:
         raise ConfigError(f"queue_timeout {queue_timeout}: expected 0 to {MAX_QUEUE_SECONDS:g} seconds, 0 for no limit")
-    is_gpu = manifest.backend == "tensorrt"
+    is_gpu = manifest.backend != "onnxruntime"
     _check_gpus(gpus, manifest, is_gpu)
     model_dir = repository.expanduser().absolute() / name
     _check_place(model_dir, engine_dir, overwrite)

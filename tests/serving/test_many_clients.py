@@ -131,9 +131,9 @@ def test_what_triton_cannot_read_reaches_nobody(server: TritonServer, body: Any)
 
 @pytest.fixture
 def small_server(launcher: None, demo_engine: Path, tmp_path: Path) -> Iterator[TritonServer]:
-    """One request in flight, one that waits, for a second at most."""
+    """One request in flight, one that waits, for three seconds at most."""
     settings = {"max_batch_size": 1, "max_num_tokens": 64}
-    plan = make_plan(demo_engine, tmp_path / "models", max_queue_size=1, queue_timeout=1.0, settings=settings)
+    plan = make_plan(demo_engine, tmp_path / "models", max_queue_size=1, queue_timeout=3.0, settings=settings)
     write_model(plan, lambda done, total: None)
     with TritonServer(tmp_path / "models", tmp_path / "server.log") as server:
         yield server
