@@ -11,6 +11,8 @@ from fly_trt.outputs import RequestOutput
 from fly_trt.params import SamplingParams
 from fly_trt.service import Prompt
 
+LONG_PROMPT = 20_000  # characters; tokenising as many takes longer than the event loop may stand still
+
 
 class AsyncLLM(Facade):
     """Serves requests that arrive at any time.
@@ -42,7 +44,11 @@ class AsyncLLM(Facade):
             except RuntimeError:  # the event loop is closed: nobody waits any more
                 thread.abort(request_id)
 
-        group = self._service.make_group(prompt, sampling_params, request_id, sink)
+        make_group = self._service.make_group
+        if isinstance(prompt, str) and len(prompt) > LONG_PROMPT:
+            group = await asyncio.to_thread(make_group, prompt, sampling_params, request_id, sink)
+        else:
+            group = make_group(prompt, sampling_params, request_id, sink)
         thread.submit([group])
         try:
             while True:

@@ -9,26 +9,28 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def new_directory(output: Path) -> Iterator[Path]:
-    """An empty directory beside `output` that takes its place, and replaces what is there, when the block ends well.
+def new_directory(output: Path, beside: Path | None = None) -> Iterator[Path]:
+    """An empty directory beside `output`, or beside `beside` of the same file system, that takes the place of `output`,
+    and replaces what is there, when the block ends well.
 
     An error or Ctrl-C in the block leaves `output` as it was.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{output.name}.building-", dir=output.parent))
+    folder = (beside or output).parent
+    workspace = Path(tempfile.mkdtemp(prefix=f".{output.name}.building-", dir=folder))
     try:
         yield workspace
-        _move_into_place(workspace, output)
+        _move_into_place(workspace, output, folder)
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
 
 
-def _move_into_place(workspace: Path, output: Path) -> None:
+def _move_into_place(workspace: Path, output: Path, folder: Path) -> None:
     workspace.chmod(0o755)
     if not output.exists():
         os.rename(workspace, output)
         return
-    replaced = Path(tempfile.mkdtemp(prefix=f".{output.name}.replaced-", dir=output.parent))
+    replaced = Path(tempfile.mkdtemp(prefix=f".{output.name}.replaced-", dir=folder))
     try:
         os.rename(output, replaced / output.name)
         os.rename(workspace, output)

@@ -22,6 +22,10 @@ METHODS: tuple[str, ...] = get_args(Method)
 ACCEPTANCES: tuple[str, ...] = get_args(Acceptance)
 DEFAULT_MAX_TOKENS = 256
 MAX_LOGIT_BIAS = 100
+# What one request may cost the others: completions, and words that are looked for after every token.
+MAX_COMPLETIONS = 128
+MAX_WORDS = 256
+MAX_WORD_CHARACTERS = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,9 +198,13 @@ class SamplingParams:
         object.__setattr__(self, "stop_strings", tuple(stop or ()))
         if not _are_strings(self.bad_words):
             raise RequestError(f"bad_words {self.bad_words!r}: expected a list of non-empty strings")
+        for name, words in (("stop", self.stop_strings), ("bad_words", self.bad_words or ())):
+            _check_words(name, words)
         if self.max_tokens is not None:
             self._check_whole("max_tokens", 1, "or None")
         self._check_whole("n", 1)
+        if self.n > MAX_COMPLETIONS:
+            raise RequestError(f"n {self.n}: at most {MAX_COMPLETIONS}: send several requests")
         self._check_whole("min_tokens", 0)
         self._check_whole("top_k", -1)
         for name in ("logprobs", "prompt_logprobs", "num_speculative_tokens"):
@@ -265,6 +273,13 @@ def _are_strings(value: Any) -> bool:
     """Whether it is None or a list of non-empty strings."""
     is_list = isinstance(value, Sequence) and not isinstance(value, str)
     return value is None or (is_list and all(isinstance(string, str) and string for string in value))
+
+
+def _check_words(name: str, words: Sequence[str]) -> None:
+    if len(words) > MAX_WORDS:
+        raise RequestError(f"{name}: {len(words)} strings, at most {MAX_WORDS}: leave some out")
+    if (longest := max(map(len, words), default=0)) > MAX_WORD_CHARACTERS:
+        raise RequestError(f"{name}: a string of {longest} characters, at most {MAX_WORD_CHARACTERS}: shorten it")
 
 
 def _is_whole(value: Any) -> bool:

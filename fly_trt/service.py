@@ -110,6 +110,7 @@ class Service:
         self.speculative_config: SpeculativeConfig = speculative_config
         self.config = check_limits(config, speculative_config, self.manifest)
         self.tokenizer = load_tokenizer(directory)
+        self._longest_token = max(map(len, self.tokenizer.get_vocab()))  # in characters
         self.metrics = Metrics()
         self._chat_template = ChatTemplate(directory / "tokenizer")
         self._request_ids = itertools.count()
@@ -166,7 +167,10 @@ class Service:
                 "shorten it, or serve or build with a larger max_seq_len"
             )
         seed = draw_seed() if params.seed is None else params.seed
-        requests = [self._make_request(token_ids, params, request_id, room, seed, i) for i in range(params.n)]
+        bad_words = self._bad_words(params.bad_words or ())
+        requests = [
+            self._make_request(token_ids, params, bad_words, request_id, room, seed, i) for i in range(params.n)
+        ]
         return RequestGroup(
             request_id=request_id,
             prompt=prompt if isinstance(prompt, str) else None,
@@ -177,7 +181,14 @@ class Service:
         )
 
     def _make_request(
-        self, token_ids: list[int], params: SamplingParams, request_id: str, room: int, seed: int, index: int
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        bad_words: list[list[int]],
+        request_id: str,
+        room: int,
+        seed: int,
+        index: int,
     ) -> Request:
         acceptance = (params.acceptance or AcceptanceParams()).over(self.speculative_config.acceptance_params())
         policy = acceptance.policy(self._info.vocab_size, self._info.entropy_top_k)
@@ -201,7 +212,7 @@ class Service:
                 skip_special_tokens=params.skip_special_tokens,
             ),
             sequence=TokenSequence(token_ids),
-            sampler=self._make_sampler(params, policy, token_ids, ends, seed, index),
+            sampler=self._make_sampler(params, bad_words, policy, token_ids, ends, seed, index),
             index=index,
         )
         request.metrics.num_prompt_tokens = len(token_ids)
@@ -210,6 +221,7 @@ class Service:
     def _make_sampler(
         self,
         params: SamplingParams,
+        bad_words: list[list[int]],
         policy: AcceptancePolicy,
         token_ids: list[int],
         end_token_ids: frozenset[int],
@@ -226,7 +238,7 @@ class Service:
             frequency_penalty=params.frequency_penalty,
             repetition_penalty=params.repetition_penalty,
             logit_bias=params.logit_bias or {},
-            bad_words=self._bad_words(params.bad_words or ()),
+            bad_words=bad_words,
             min_tokens=params.min_tokens,
             end_token_ids=end_token_ids,
         )
@@ -288,11 +300,22 @@ class Service:
         vocab_size = self.manifest.target.vocab_size
         return ModelDrafter(draft, vocab_size, lookup, reuse_cache=self.config.enable_prefix_caching)
 
+    def _check_num_characters(self, prompt: str) -> None:
+        """Refuses what is too long by far before it is tokenised, which takes a second for a megabyte and holds up
+        everyone else."""
+        max_seq_len = self.config.max_seq_len or 0
+        if len(prompt) > max_seq_len * self._longest_token:
+            raise RequestError(
+                f"prompt has {len(prompt)} characters, max_seq_len is {max_seq_len} tokens of up to "
+                f"{self._longest_token}: shorten it, or serve or build with a larger max_seq_len"
+            )
+
     def _tokenize(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             if not prompt:
                 raise RequestError("the prompt is empty: give at least one character or token")
-            return list(self.tokenizer.encode(prompt).ids)
+            self._check_num_characters(prompt)
+            return list(self.tokenizer.encode_batch([prompt])[0].ids)  # encode would keep Python's lock
         token_ids: Any = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         if token_ids is None:
             raise RequestError(

@@ -338,3 +338,12 @@ def test_a_conversation_is_rendered_for_generate(llm: AsyncLLM) -> None:
     question = PROMPTS[0].removeprefix("### Instruction:\n").removesuffix("\n### Response:\n")
     prompt = llm.render_chat([{"role": "user", "content": question}])
     assert asyncio.run(collect(llm, prompt))[-1].outputs == asyncio.run(collect(llm))[-1].outputs
+
+
+def test_a_long_prompt_is_tokenised_like_a_short_one(llm: AsyncLLM, reference: dict[str, Any]) -> None:
+    async def serve() -> list[RequestOutput]:
+        with pytest.raises(RequestError, match="max_seq_len is 2048"):
+            await collect(llm, "word " * 4_001)  # in a thread of its own
+        return await collect(llm)
+
+    assert asyncio.run(serve())[-1].outputs[0].text == reference[PROMPTS[0]].text

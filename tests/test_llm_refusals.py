@@ -164,3 +164,12 @@ def test_an_engine_of_another_backend_is_refused(demo_engine: Path, tmp_path: Pa
     (copy / "fly.json").write_text(json.dumps(manifest | {"backend": "tensorrt"}))
     with pytest.raises(EngineError, match="the manifest has no TensorRT record: rebuild the engine"):
         LLM(copy)
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised(llm: LLM) -> None:
+    longest = max(map(len, llm.tokenizer.get_vocab()))
+    longest_prompt = "x" * (2048 * longest)
+    with pytest.raises(RequestError, match=r"prompt has \d+ tokens, max_seq_len is 2048"):
+        llm.generate(longest_prompt)
+    with pytest.raises(RequestError, match=f"prompt has {2048 * longest + 1} characters, max_seq_len is 2048 tokens"):
+        llm.generate(longest_prompt + "x")

@@ -198,3 +198,17 @@ def test_another_preset_does_not_inherit_a_threshold_in_another_unit() -> None:
 def test_another_top_k_than_the_engines_names_the_fix() -> None:
     with pytest.raises(ConfigError, match=r"built for 3: rebuild with --entropy-top-k 5"):
         AcceptanceParams(fly_entropy_top_k=5).policy(100, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stop": ["x"] * 257}, "stop: 257 strings, at most 256"),
+        ({"bad_words": ["x"] * 257}, "bad_words: 257 strings, at most 256"),
+        ({"stop": "x" * 1001}, "stop: a string of 1001 characters, at most 1000"),
+        ({"n": 129, "temperature": 1.0}, "n 129: at most 128"),
+    ],
+)
+def test_one_request_cannot_cost_the_others_much(settings: dict, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        SamplingParams(**settings)

@@ -23,6 +23,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 LAUNCHER = Path(__file__).parent / "tritonserver"
 START_SECONDS = 120
 REQUEST_SECONDS = 60
+SETTLE_SECONDS = 0.7
 TYPES = {str: np.object_, bool: np.bool_, int: np.int32, float: np.float32}
 
 
@@ -134,6 +135,13 @@ class TritonServer:
         """Requests that were ended before their last token."""
         ended = self.metrics("request_success_total")
         return sum(value for labels, value in ended.items() if 'finished_reason="abort"' in labels)
+
+    def settle(self) -> None:
+        """Until the server's metrics have stood still for longer than the model takes to bring news."""
+        before = None
+        while before != (now := (self.metric("generation_tokens_total"), self.num_aborts())):
+            before = now
+            time.sleep(SETTLE_SECONDS)
 
     def wait_for(self, name: str, value: float) -> None:
         """Until a metric has that value; the server gets a new one several times a second."""

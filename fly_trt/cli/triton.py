@@ -28,7 +28,7 @@ EXAMPLES = """
 \b
 Examples:
   fly-triton engines/demo -o model_repository
-  fly-triton engines/llama-70b -o model_repository --gpus 0,1,2,3     # an instance on each
+  fly-triton engines/qwen3-8b -o model_repository --gpus 0,1,2,3      # an instance on each
   fly-triton engines/demo -o model_repository --copy-engines          # to take it to another machine
   fly-triton engines/demo -o model_repository --name exact --acceptance exact
   tritonserver --model-repository model_repository

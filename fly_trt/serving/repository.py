@@ -128,8 +128,12 @@ def make_plan(
 
 
 def write_model(plan: RepositoryPlan, report: Report) -> None:
-    """Writes the model beside its place and renames it into it: an error or Ctrl-C leaves what was there."""
-    with new_directory(plan.model_dir) as workspace:
+    """Writes the model elsewhere and renames it into its place: an error or Ctrl-C leaves what was there."""
+    repository = plan.model_dir.parent
+    repository.mkdir(parents=True, exist_ok=True)
+    # A server would take a folder in the repository for a model; but a repository may be a file system of its own.
+    is_mounted = repository.stat().st_dev != repository.parent.stat().st_dev
+    with new_directory(plan.model_dir, beside=None if is_mounted else repository) as workspace:
         version_dir = workspace / VERSION
         version_dir.mkdir()
         (workspace / CONFIG_NAME).write_text(plan.config, encoding="utf-8")

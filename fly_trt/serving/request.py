@@ -36,7 +36,7 @@ NO_END_ID = -1
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClientRequest:
     """What a client asked for. `includes_input`: the prompt precedes the output, in text and in ids. `pad_id` fills
-    the ids of the shorter ones of several sequences."""
+    the ids of the shorter ones of several sequences; a negative one means 0."""
 
     prompt: Prompt
     params: SamplingParams
@@ -192,10 +192,11 @@ def _prompt(given: dict[str, Any]) -> Prompt:
 
 
 def _sampling(settings: dict[str, Any]) -> dict[str, Any]:
-    """TensorRT-LLM's conventions: top_p 0 is off, and top_k or top_p without a temperature sample at 1."""
+    """TensorRT-LLM's conventions: top_p 0 is off, and top_k, top_p or min_p without a temperature sample at 1."""
     if settings.get("top_p") == 0:
         del settings["top_p"]
-    if "temperature" not in settings and (settings.get("top_k", 0) > 1 or settings.get("top_p", 1) < 1):
+    truncates = settings.get("top_k", 0) > 1 or settings.get("top_p", 1) < 1 or settings.get("min_p", 0) > 0
+    if "temperature" not in settings and truncates:
         settings["temperature"] = 1.0
     return settings
 

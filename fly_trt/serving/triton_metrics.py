@@ -22,18 +22,23 @@ class TritonMetrics:
 
     def update(self) -> None:
         """Brings the server's values up to date."""
-        for family in self._registry.collect():
+        for family in list(self._registry.collect()):  # all of one moment: telling the server takes a while
             if family.type not in KINDS:
                 continue
             for sample in family.samples:
                 key = sample.name, tuple(sample.labels.values())
                 if key not in self._metrics:
                     self._add(key, family.type, family.documentation, sample.labels)
-                change = sample.value - self._values.get(key, 0.0)
-                self._values[key] = sample.value
-                if change:
-                    metric = self._metrics[key]
-                    metric.increment(change) if family.type == "counter" else metric.set(sample.value)
+                self._tell(key, family.type, sample.value)
+
+    def _tell(self, key: tuple[str, tuple[str, ...]], kind: str, value: float) -> None:
+        """A gauge also when it is new: an instance that the model had before may have left another value."""
+        before = self._values.get(key)
+        if kind == "counter" and value != (before or 0.0):
+            self._metrics[key].increment(value - (before or 0.0))
+        elif kind == "gauge" and value != before:
+            self._metrics[key].set(value)
+        self._values[key] = value
 
     def close(self) -> None:
         """Takes the metrics off the server, each before its family."""

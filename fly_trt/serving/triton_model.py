@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1  # how soon a client that went away is noticed
 METRICS_SECONDS = 0.2
+FINISH_SECONDS = 10.0
 STOPPED = "the model was unloaded before this request was finished: send it again"
 TIMED_OUT = "timed out in the queue: all slots were busy: try again"
 CANCELLED = "cancelled by the client"
@@ -48,7 +49,10 @@ class ResponseStream:
         self._send(pb_utils.InferenceResponse(output_tensors=wanted), is_last=is_last)
 
     def fail(self, message: str, code: Any) -> None:
-        self._send(pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code)), is_last=True)
+        try:
+            self._send(pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code)), is_last=True)
+        except Exception:  # nobody is left to be told
+            logger.exception("an error could not be sent: %s", message)
 
     def is_cancelled(self) -> bool:
         with self._lock:
@@ -145,6 +149,7 @@ class TritonPythonModel:
         self._threads[0].join()
         self._loop.close()
         if self._metrics is not None:
+            self._metrics.update()
             self._metrics.close()
 
     def _read(self, request: Any) -> ClientRequest:
@@ -184,23 +189,37 @@ class TritonPythonModel:
             del self._served[served.request_id]
 
     async def _finish_tasks(self) -> None:
-        tasks = [served.task for served in self._served.values() if served.task is not None]
-        await asyncio.gather(*tasks, return_exceptions=True)
+        tasks = {served.task for served in self._served.values() if served.task is not None}
+        if not tasks:
+            return
+        _, stuck = await asyncio.wait(tasks, timeout=FINISH_SECONDS)
+        for served in list(self._served.values()):  # of an engine that does not answer any more
+            served.reason = STOPPED
+        for task in stuck:
+            task.cancel()
+        if stuck:
+            await asyncio.wait(stuck)
 
     def _watch(self) -> None:
         """Ends requests whose clients went away or that waited too long, and keeps the metrics up to date. A thread,
         because asking the server takes a message there and back."""
         updated = 0.0
         while not self._is_stopping.wait(POLL_SECONDS):
-            now = time.monotonic()
-            for served in list(self._served.values()):
-                if served.stream.is_cancelled():
-                    self._cancel(served, CANCELLED)
-                elif self._is_late(served, now):
-                    self._cancel(served, TIMED_OUT)
-            if self._metrics is not None and now - updated > METRICS_SECONDS:
-                self._metrics.update()
-                updated = now
+            try:
+                self._end_what_may_not_go_on()
+                if self._metrics is not None and time.monotonic() - updated > METRICS_SECONDS:
+                    updated = time.monotonic()
+                    self._metrics.update()
+            except Exception:  # the next round may go well, and without rounds no client could go away
+                logger.exception("watching the requests failed")
+
+    def _end_what_may_not_go_on(self) -> None:
+        now = time.monotonic()
+        for served in list(self._served.values()):
+            if served.stream.is_cancelled():
+                self._cancel(served, CANCELLED)
+            elif self._is_late(served, now):
+                self._cancel(served, TIMED_OUT)
 
     def _is_late(self, served: _Served, now: float) -> bool:
         return served.deadline is not None and now > served.deadline and self._llm.is_waiting(served.request_id)

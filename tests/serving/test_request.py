@@ -72,7 +72,7 @@ def test_a_prompt_alone_is_a_greedy_request_with_pythons_defaults() -> None:
         ("bad_words", ["one", " two"], {"bad_words": ["one", " two"]}),
         ("end_id", 5, {"ignore_eos": True, "stop_token_ids": [5]}),
         ("temperature", 0.5, {"temperature": 0.5}),
-        ("min_p", 0.25, {"min_p": 0.25}),
+        ("min_p", 0.25, {"min_p": 0.25, "temperature": 1.0}),
         ("seed", 11, {"seed": 11}),
         ("random_seed", 11, {"seed": 11}),
         ("repetition_penalty", 1.5, {"repetition_penalty": 1.5}),
