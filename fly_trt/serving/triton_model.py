@@ -149,7 +149,7 @@ class TritonPythonModel:
         self._threads[0].join()
         self._loop.close()
         if self._metrics is not None:
-            self._metrics.update()
+            self._update_metrics()
             self._metrics.close()
 
     def _read(self, request: Any) -> ClientRequest:
@@ -181,7 +181,10 @@ class TritonPythonModel:
             codes = pb_utils.TritonError
             stream.fail(served.reason, codes.CANCELLED if served.reason == CANCELLED else codes.UNAVAILABLE)
         except FlyError as error:
-            stream.fail(str(error), _code(error))
+            if self._is_stopping.is_set():
+                stream.fail(STOPPED, pb_utils.TritonError.UNAVAILABLE)
+            else:
+                stream.fail(str(error), _code(error))
         except Exception as error:
             logger.exception("a request failed")
             stream.fail(f"the request failed: {_one_line(error)}", pb_utils.TritonError.INTERNAL)
@@ -205,24 +208,31 @@ class TritonPythonModel:
         because asking the server takes a message there and back."""
         updated = 0.0
         while not self._is_stopping.wait(POLL_SECONDS):
-            try:
-                self._end_what_may_not_go_on()
-                if self._metrics is not None and time.monotonic() - updated > METRICS_SECONDS:
-                    updated = time.monotonic()
-                    self._metrics.update()
-            except Exception:  # the next round may go well, and without rounds no client could go away
-                logger.exception("watching the requests failed")
+            for served in list(self._served.values()):
+                try:
+                    self._end_if_due(served)
+                except Exception:  # of one request; it must not keep the others from being looked at
+                    logger.exception("request %s: cannot be watched", served.request_id)
+            if time.monotonic() - updated > METRICS_SECONDS:
+                updated = time.monotonic()
+                self._update_metrics()
 
-    def _end_what_may_not_go_on(self) -> None:
-        now = time.monotonic()
-        for served in list(self._served.values()):
-            if served.stream.is_cancelled():
-                self._cancel(served, CANCELLED)
-            elif self._is_late(served, now):
-                self._cancel(served, TIMED_OUT)
+    def _end_if_due(self, served: _Served) -> None:
+        if served.stream.is_cancelled():
+            self._cancel(served, CANCELLED)
+        elif self._is_late(served):
+            self._cancel(served, TIMED_OUT)
 
-    def _is_late(self, served: _Served, now: float) -> bool:
-        return served.deadline is not None and now > served.deadline and self._llm.is_waiting(served.request_id)
+    def _update_metrics(self) -> None:
+        try:
+            if self._metrics is not None:
+                self._metrics.update()
+        except Exception:
+            logger.exception("the server does not take the metrics")
+
+    def _is_late(self, served: _Served) -> bool:
+        is_over = served.deadline is not None and time.monotonic() > served.deadline
+        return is_over and self._llm.is_waiting(served.request_id)
 
     def _cancel(self, served: _Served, reason: str) -> None:
         if served.task is not None:
