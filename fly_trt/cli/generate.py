@@ -9,21 +9,13 @@ from typing import Any
 
 import click
 
+from fly_trt.cli.speculative import speculative_options, speculative_overrides
 from fly_trt.errors import FlyError, RequestError
 from fly_trt.outputs import RequestOutput
-from fly_trt.params import ACCEPTANCES, DEFAULT_MAX_TOKENS, METHODS
-from fly_trt.verification import PRESETS
+from fly_trt.params import DEFAULT_MAX_TOKENS
 
 ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_tokens", "ignore_eos")
-SPECULATIVE_FLAGS = (
-    "method",
-    "num_speculative_tokens",
-    "acceptance",
-    "preset",
-    "fly_entropy_threshold",
-    "fly_window_size",
-)
 EXAMPLES = """
 \b
 Examples:
@@ -51,14 +43,7 @@ Examples:
 @click.option("--seed", type=int, help="The same seed gives the same text.  [random]")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the model's end-of-sequence token.")
-@click.option("--method", type=click.Choice([*METHODS, "none"]), help="How drafts are made.")
-@click.option("--num-speculative-tokens", type=int, metavar="K", help="Draft tokens per step.")
-@click.option("--acceptance", type=click.Choice(ACCEPTANCES), help="Loose, or exact (lossless).")
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="Which FLy.")
-@click.option(
-    "--fly-entropy-threshold", type=float, metavar="X", help="Gate, in nats; under preset paper a fraction of ln V."
-)
-@click.option("--fly-window-size", type=int, metavar="W", help="Deferred window, in tokens.")
+@speculative_options
 @click.option("--num-threads", type=int, metavar="N", help="CPU threads. [all cores]")
 @click.option("--verify", "verify_hashes", is_flag=True, help="Check every engine file against its sha256 first.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
@@ -99,12 +84,9 @@ def _run(engine_dir: str, prompt: str, as_json: bool, flags: dict[str, Any]) -> 
         stop=list(flags["stop"]),
         output_kind=RequestOutputKind.DELTA if not as_json else RequestOutputKind.FINAL_ONLY,
     )
-    speculative = {name: flags[name] for name in SPECULATIVE_FLAGS if flags[name] is not None}
-    if speculative.get("method") == "none":
-        speculative["method"] = None
     with LLM(
         engine_dir,
-        speculative_config=speculative,
+        speculative_config=speculative_overrides(flags),
         max_batch_size=1,
         num_threads=flags["num_threads"],
         verify_hashes=flags["verify_hashes"],

@@ -10,19 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
+from fly_trt.cli.speculative import speculative_options, speculative_overrides
 from fly_trt.errors import ConfigError, FlyError
-from fly_trt.params import ACCEPTANCES, METHODS
 from fly_trt.service import DEFAULT_MAX_QUEUE_SIZE
-from fly_trt.verification import PRESETS
 
-SPECULATIVE_FLAGS = (
-    "method",
-    "num_speculative_tokens",
-    "acceptance",
-    "preset",
-    "fly_entropy_threshold",
-    "fly_window_size",
-)
 SETTING_FLAGS = ("max_batch_size", "max_seq_len", "num_threads")
 EXAMPLES = """
 \b
@@ -55,12 +46,7 @@ Examples:
 @click.option("--max-batch-size", type=int, metavar="N", help="Requests in flight. [as built]")
 @click.option("--max-seq-len", type=int, metavar="N", help="Tokens of prompt and output. [as built]")
 @click.option("--num-threads", type=int, metavar="N", help="CPU threads of an instance. [its share of the cores]")
-@click.option("--method", type=click.Choice([*METHODS, "none"]), help="How drafts are made. [as built]")
-@click.option("--num-speculative-tokens", type=int, metavar="K", help="Draft tokens per step, at most. [as built]")
-@click.option("--acceptance", type=click.Choice(ACCEPTANCES), help="Loose, or exact (lossless). [as built]")
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="Which FLy. [as built]")
-@click.option("--fly-entropy-threshold", type=float, metavar="X", help="Gate, in nats. [the preset's]")
-@click.option("--fly-window-size", type=int, metavar="W", help="Deferred window, in tokens. [the preset's]")
+@speculative_options
 @click.option("--dry-run", is_flag=True, help="Print config.pbtxt and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the summary.")
 def main(engine_dir: Path, output: Path, dry_run: bool, as_json: bool, **flags: Any) -> None:
@@ -81,9 +67,6 @@ def main(engine_dir: Path, output: Path, dry_run: bool, as_json: bool, **flags: 
 def _run(engine_dir: Path, repository: Path, dry_run: bool, as_json: bool, flags: dict[str, Any]) -> None:
     from fly_trt.serving.repository import RepositoryPlan, make_plan, write_model
 
-    speculative = {name: flags[name] for name in SPECULATIVE_FLAGS if flags[name] is not None}
-    if speculative.get("method") == "none":
-        speculative["method"] = None
     timeout = {} if flags["queue_timeout"] is None else {"queue_timeout": flags["queue_timeout"]}
     plan: RepositoryPlan = make_plan(
         engine_dir,
@@ -95,7 +78,7 @@ def _run(engine_dir: Path, repository: Path, dry_run: bool, as_json: bool, flags
         overwrite=flags["overwrite"] or dry_run,
         exclude_input_in_output=flags["exclude_input_in_output"],
         max_queue_size=flags["max_queue_size"],
-        speculative=speculative,
+        speculative=speculative_overrides(flags),
         settings={name: flags[name] for name in SETTING_FLAGS if flags[name] is not None},
         **timeout,
     )

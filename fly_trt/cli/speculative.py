@@ -1,0 +1,42 @@
+"""The flags that override an engine's SpeculativeConfig, the same for every command."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+from fly_trt.params import ACCEPTANCES, METHODS
+from fly_trt.verification import PRESETS
+
+OPTIONS = {
+    "method": click.option("--method", type=click.Choice([*METHODS, "none"]), help="How drafts are made. [as built]"),
+    "num_speculative_tokens": click.option(
+        "--num-speculative-tokens", type=int, metavar="K", help="Draft tokens per step, at most. [as built]"
+    ),
+    "acceptance": click.option(
+        "--acceptance", type=click.Choice(ACCEPTANCES), help="Loose, or exact (lossless). [as built]"
+    ),
+    "preset": click.option("--preset", type=click.Choice(list(PRESETS)), help="Which FLy. [as built]"),
+    "fly_entropy_threshold": click.option(
+        "--fly-entropy-threshold",
+        type=float,
+        metavar="X",
+        help="Gate, in nats; under preset paper a fraction of ln V. [the preset's]",
+    ),
+    "fly_window_size": click.option(
+        "--fly-window-size", type=int, metavar="W", help="Deferred window, in tokens. [the preset's]"
+    ),
+}
+
+
+def speculative_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the flags to a command."""
+    for option in reversed(OPTIONS.values()):
+        command = option(command)
+    return command
+
+
+def speculative_overrides(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given of them, as LLM's speculative_config."""
+    given = {name: flags[name] for name in OPTIONS if flags[name] is not None}
+    return given | ({"method": None} if given.get("method") == "none" else {})
