@@ -3,11 +3,13 @@
 import onnx_ir as ir
 import onnxruntime as ort
 
-from fly_build.head import append_head
+from fly_build.head import HeadForm, append_head
 from fly_trt.engines.onnxruntime import session_options
 
 
-def head_session(vocab_size: int, stops: list[int], top_k: int = 3) -> ort.InferenceSession:
+def head_session(
+    vocab_size: int, stops: list[int], top_k: int = 3, form: HeadForm = "functions"
+) -> ort.InferenceSession:
     """Inputs are those of the head, input_ids, write_indices, and the logits as `given` float32 [B, T, V]."""
     shape = ir.Shape([ir.SymbolicDim("B"), ir.SymbolicDim("T")])
     ids = ir.Value(name="input_ids", type=ir.TensorType(ir.DataType.INT64), shape=shape)
@@ -19,6 +21,6 @@ def head_session(vocab_size: int, stops: list[int], top_k: int = 3) -> ort.Infer
     logits.name, logits.type, logits.shape = "logits", given.type, wide
     graph = ir.Graph([ids, write, given], [logits], nodes=[node], opset_imports={"": 24}, name="head")
     model = ir.Model(graph, ir_version=11)
-    append_head(model, top_k, stops)
+    append_head(model, top_k, stops, form=form)
     proto = ir.to_proto(model).SerializeToString()
     return ort.InferenceSession(proto, session_options(), providers=["CPUExecutionProvider"])

@@ -1,14 +1,17 @@
 """The verification head: EntropyGate and LooseWindowAccept as ONNX local functions of standard opset-24 ops.
 
-These functions are the portable definition of the rule: ONNX Runtime inlines and runs them, TensorRT compiles them,
-and a TensorRT build with the plugin library replaces the two nodes by kernels of the same name. They know nothing of
-models: the exporter appends them to any decoder that has `logits`. The rule itself is written out for humans in
-fly_trt/verification/rule.py, which is also what they are tested against.
+These functions are the portable definition of the rule: TensorRT compiles them, ONNX Runtime inlines and runs them
+(the gate in a form that reads the vocabulary less often), and a TensorRT build with the plugin library replaces the two
+nodes by kernels of the same name. They know nothing of models: the exporter appends them to any decoder that has
+`logits`. The rule itself is written out for humans in fly_trt/verification/rule.py, which is also what they are tested
+against.
 """
+
+from typing import Literal
 
 import onnx_ir as ir
 from onnxscript import script
-from onnxscript.values import Opset
+from onnxscript.values import OnnxFunction, Opset
 
 from fly_build.operators import OPSET_VERSION
 
@@ -24,6 +27,10 @@ HEAD_INPUTS = {
 # How TensorRT's ONNX parser finds the plugin of a node; the plugin's fields are attributes too.
 PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
 GATE_OUTPUTS = ("argmax", "entropy", "entropy_topk", "argmax_logprob", "token_logprob")
+
+# How the gate is computed: "functions" in any engine, "lazy_functions" on ONNX Runtime's CPU provider, "plugins" by the
+# kernels of the plugin library.
+HeadForm = Literal["functions", "lazy_functions", "plugins"]
 
 op = Opset("", OPSET_VERSION)
 fly = Opset(DOMAIN, 1)
@@ -52,6 +59,38 @@ def EntropyGate(logits, next_tokens, top_k):
     argmax = op.Gather(top_tokens, first, axis=-1)
     argmax_logprob = op.Gather(top_log_probs, first, axis=-1)
     token_logprob = op.Squeeze(op.GatherElements(log_probs, op.Unsqueeze(next_tokens, last), axis=-1), last)
+    return argmax, entropy, entropy_topk, argmax_logprob, token_logprob
+
+
+@script(fly, default_opset=op)
+def LazyEntropyGate(logits, next_tokens, top_k, use_full_entropy):
+    """EntropyGate, but `entropy` is NaN in a step in which no row uses it; use_full_entropy bool [B].
+
+    Softmax and TopK are the only operators that read the vocabulary then, and the log of the sum comes from the most
+    probable token's share: ReduceLogSumExp takes ten times as long as Softmax on ONNX Runtime's CPU provider.
+    """
+    last = op.Constant(value_ints=[-1])
+    first = op.Constant(value_int=0)
+    scores = op.Cast(logits, to=1)
+    probs = op.Softmax(scores, axis=-1)
+    top_scores, top_tokens = op.TopK(scores, top_k, axis=-1, largest=1, sorted=1)
+    argmax = op.Gather(top_tokens, first, axis=-1)
+    best = op.Unsqueeze(argmax, last)
+    log_sum = op.GatherElements(scores, best, axis=-1) - op.Log(op.GatherElements(probs, best, axis=-1))
+    top_log_probs = top_scores - log_sum
+    top_probs = op.Exp(top_log_probs)
+    impossible = op.Constant(value_float=0.0)
+    top_terms = op.Where(top_probs == impossible, impossible, top_probs * top_log_probs)
+    entropy_topk = op.Neg(op.ReduceSum(top_terms, last, keepdims=0))
+    argmax_logprob = op.Gather(top_log_probs, first, axis=-1)
+    token_score = op.GatherElements(scores, op.Unsqueeze(next_tokens, last), axis=-1)
+    token_logprob = op.Squeeze(token_score - log_sum, last)
+    is_used = op.Cast(op.ReduceMax(op.Cast(use_full_entropy, to=6), keepdims=0), to=9)
+    if is_used:
+        terms = op.Where(probs == impossible, impossible, probs * (scores - log_sum))
+        entropy = op.Neg(op.ReduceSum(terms, last, keepdims=0))
+    else:
+        entropy = entropy_topk + op.Constant(value_float=float("nan"))
     return argmax, entropy, entropy_topk, argmax_logprob, token_logprob
 
 
@@ -108,16 +147,19 @@ def LooseWindowAccept(
     return num_accepted, next_token
 
 
-def append_head(model: ir.Model, entropy_top_k: int, stop_token_ids: list[int], *, use_plugins: bool = False) -> None:
+def append_head(
+    model: ir.Model, entropy_top_k: int, stop_token_ids: list[int], *, form: HeadForm = "functions"
+) -> None:
     """Adds the head's inputs, nodes, functions and outputs to a decoder graph with `input_ids` and `logits`, in place.
 
-    `stop_token_ids` (end-of-sequence and end-of-turn tokens) are never loosened; -1 stands for "none". With
-    `use_plugins` the functions are left out: where no plugin library is loaded TensorRT would compile them in silence.
+    `stop_token_ids` (end-of-sequence and end-of-turn tokens) are never loosened; -1 stands for "none". For plugins the
+    functions are left out: where no plugin library is loaded TensorRT would compile them in silence.
     """
     graph = model.graph
     graph.opset_imports[DOMAIN] = 1
+    use_plugins, is_lazy = form == "plugins", form == "lazy_functions"
     if not use_plugins:
-        _add_functions(model)
+        _add_functions(model, LazyEntropyGate if is_lazy else EntropyGate, LooseWindowAccept)
 
     def constant(name: str, values: list[int]) -> ir.Value:
         value = ir.Value(name=name, const_value=ir.tensor(values, dtype=ir.DataType.INT64, name=name))
@@ -145,8 +187,10 @@ def append_head(model: ir.Model, entropy_top_k: int, stop_token_ids: list[int], 
     gate_inputs = [logits, next_tokens.outputs[0]]
     if not use_plugins:
         gate_inputs.append(constant("fly.entropy_top_k", [entropy_top_k]))
+    if is_lazy:
+        gate_inputs.append(head_inputs["use_full_entropy"])
     gate = ir.node(
-        "EntropyGate",
+        "LazyEntropyGate" if is_lazy else "EntropyGate",
         gate_inputs,
         PLUGIN_ATTRIBUTES | {"top_k": entropy_top_k} if use_plugins else {},
         domain=DOMAIN,
@@ -175,8 +219,8 @@ def append_head(model: ir.Model, entropy_top_k: int, stop_token_ids: list[int], 
         graph.outputs.insert(at, value)
 
 
-def _add_functions(model: ir.Model) -> None:
-    for function in (EntropyGate, LooseWindowAccept):
+def _add_functions(model: ir.Model, *functions: OnnxFunction) -> None:
+    for function in functions:
         converted = ir.serde.deserialize_function(function.to_function_proto())
         for node in converted:
             node.name = f"{function.name}.{node.name}"  # TensorRT wants names that are unique in the whole network

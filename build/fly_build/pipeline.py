@@ -15,7 +15,7 @@ import fly_trt
 from fly_build.attention import make_shape_invariant
 from fly_build.checkpoint import Checkpoint, check_same_tokenizer, open_checkpoint, stop_token_ids
 from fly_build.export import DecoderGraph, export_decoder
-from fly_build.head import append_head
+from fly_build.head import HeadForm, append_head
 from fly_build.recipe import Recipe
 from fly_build.tensorrt import (
     MAX_PLUGIN_TOP_K,
@@ -185,7 +185,7 @@ def _build_model(model: ModelPlan, plan: Plan, workspace: Path, report: Report) 
     report(f"{model.folder}: trace", 0.0)
     decoder = export_decoder(model.checkpoint, plan.limits.max_seq_len)
     make_shape_invariant(decoder.model, model.checkpoint.config.num_attention_heads, model.checkpoint.num_kv_heads)
-    append_head(decoder.model, plan.head.entropy_top_k, plan.head.stop_token_ids)
+    append_head(decoder.model, plan.head.entropy_top_k, plan.head.stop_token_ids, form="lazy_functions")
     report(f"{model.folder}: trace", 1.0)
     _save_graph(model, decoder, "float32", workspace / model.engine.model, report)
     return model.engine
@@ -197,7 +197,8 @@ def _compile_model(model: ModelPlan, plan: Plan, library: Library, workspace: Pa
     report(f"{model.folder}: trace", 0.0)
     decoder = export_decoder(model.checkpoint, plan.limits.max_seq_len, dtype=DTYPES[dtype][0], attention="mask")
     has_plugins = recipe.plugin_library is not None
-    append_head(decoder.model, plan.head.entropy_top_k, plan.head.stop_token_ids, use_plugins=has_plugins)
+    form: HeadForm = "plugins" if has_plugins else "functions"
+    append_head(decoder.model, plan.head.entropy_top_k, plan.head.stop_token_ids, form=form)
     fix_cache_length(decoder.model, plan.cache_tokens)
     report(f"{model.folder}: trace", 1.0)
 

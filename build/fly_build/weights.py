@@ -6,6 +6,7 @@ after, so the peak is the checkpoint plus the tensors in flight.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -49,7 +50,7 @@ class WeightWriter:
     quantization: Quantization
     output_name: str
     compute_dtype: Dtype = "float32"
-    _quantized_inputs: dict[ir.Value, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
+    _zero_points: dict[tuple[Any, ...], ir.Value] = field(default_factory=dict)
     _constants: dict[str, ir.Value] = field(default_factory=dict)
 
     @property
@@ -57,18 +58,29 @@ class WeightWriter:
         return DTYPES[self.compute_dtype][1]
 
     def attach(self, parameters: dict[str, ir.Value]) -> None:
+        linears = [linear for name, value in parameters.items() for linear in _linears(name, value)]
+        if self.quantization == "int8":
+            for group in self._by_input(linears):
+                self._replace_by_int8(group)
+            linears = []
+        for linear in linears:
+            if self.quantization == "int4":
+                self._replace_by_nbits(linear, bits=8 if linear.name == self.output_name else 4)
+            elif len(parameters[linear.name].uses()) == 1:
+                self._store_transposed(linear)
         for name, value in parameters.items():
-            for linear in _linears(name, value):
-                if self.quantization == "int8":
-                    self._replace_by_int8(linear)
-                elif self.quantization == "int4":
-                    self._replace_by_nbits(linear, bits=8 if name == self.output_name else 4)
-                elif len(value.uses()) == 1:
-                    self._store_transposed(linear)
             if value.uses():
                 self._store(name, value)
-        if self.quantization == "int4":
+        if self.quantization != "none":
             self.graph.opset_imports[CONTRIB_DOMAIN] = 1
+
+    def _by_input(self, linears: list[_Linear]) -> list[list[_Linear]]:
+        """Those that read the same value together, such as query, key and value projections, in the graph's order."""
+        order = {node: index for index, node in enumerate(self.graph)}
+        groups: dict[ir.Value | None, list[_Linear]] = {}
+        for linear in sorted(linears, key=lambda linear: order[linear.matmul]):
+            groups.setdefault(linear.matmul.inputs[0], []).append(linear)
+        return list(groups.values())
 
     def _store(self, name: str, value: ir.Value) -> None:
         """The parameter as it is; where the graph computes in another dtype a Cast follows it, or follows the Gather
@@ -95,43 +107,58 @@ class WeightWriter:
         linear.matmul.replace_input_with(1, value)
         self.graph.remove(linear.transpose, safe=True)
 
-    def _replace_by_int8(self, linear: _Linear) -> None:
-        """MatMul -> MatMulInteger on activations quantised per row (token), so that no row depends on another."""
-        matmul, name = linear.matmul, linear.name
-        rows, columns = self.tensors[name].shape[1], self.tensors[name].shape[0]
-        quantized = _Once(lambda: q.quantize_int8(self._as_float32(name)))
-        weight = self._initializer(f"{name}.int8", ir.DataType.INT8, (rows, columns), lambda: quantized()[0])
-        scale = self._initializer(f"{name}.scale", ir.DataType.FLOAT, (columns,), lambda: quantized()[1])
-        tokens, row_scale = self._quantize_rows(matmul)
-        product = ir.node(
-            "MatMulInteger", [tokens, weight, self._constant("int8.zero", np.uint8(q.ACTIVATION_ZERO_POINT))]
-        )
-        as_float = ir.node("Cast", [product.outputs[0]], {"to": int(ir.DataType.FLOAT)})
-        by_row = ir.node("Mul", [as_float.outputs[0], row_scale])
-        by_column = ir.node("Mul", [by_row.outputs[0], scale])
-        self._replace(linear, [product, as_float, by_row, by_column])
+    def _replace_by_int8(self, linears: list[_Linear]) -> None:
+        """MatMuls of one input -> one integer product on activations quantised per row (token), so that no row depends
+        on another, and a Split. The product's kernel scales the columns; a row's scale is left to one Mul."""
+        names = [linear.name for linear in linears]
+        rows = self.tensors[names[0]].shape[1]
+        columns = [self.tensors[name].shape[0] for name in names]
+        quantized = _Once(lambda: _side_by_side([q.quantize_int8(self._as_float32(name)) for name in names]))
+        name = "+".join(names)
+        weight = self._initializer(f"{name}.int8", ir.DataType.INT8, (rows, sum(columns)), lambda: quantized()[0])
+        scale = self._initializer(f"{name}.scale", ir.DataType.FLOAT, (sum(columns),), lambda: quantized()[1])
+        matmul = linears[0].matmul
+        tokens, row_scale = self._quantize_rows(matmul, rows)
+        one = self._constant("int8.one", np.float32(1))
+        zero = self._constant("int8.zero", np.uint8(q.ACTIVATION_ZERO_POINT))
+        product = ir.node("MatMulIntegerToFloat", [tokens, weight, one, scale, zero], domain=CONTRIB_DOMAIN)
+        by_row = ir.node("Mul", [product.outputs[0], row_scale])
+        nodes = [product, by_row]
+        if len(linears) > 1:
+            sizes = self._constant(f"{name}.columns", np.array(columns, np.int64))
+            nodes.append(ir.node("Split", [by_row.outputs[0], sizes], {"axis": -1}, num_outputs=len(linears)))
+        self.graph.insert_before(matmul, nodes)
+        for linear, output in zip(linears, nodes[-1].outputs, strict=True):
+            self._replace(linear, output)
 
-    def _quantize_rows(self, matmul: ir.Node) -> tuple[ir.Value, ir.Value]:
-        """uint8 tokens and float32 scales [B, T, 1] of the MatMul's input; computed once for all that share it."""
+    def _quantize_rows(self, matmul: ir.Node, num_values: int) -> tuple[ir.Value, ir.Value]:
+        """uint8 tokens and float32 scales [B, T, 1] of the MatMul's input [B, T, num_values]."""
         x = matmul.inputs[0]
         assert x is not None
-        if x not in self._quantized_inputs:
-            last = self._constant("int8.last_axis", np.array([-1], np.int64))
-            magnitude = ir.node("Abs", [x])
-            largest = ir.node("ReduceMax", [magnitude.outputs[0], last], {"keepdims": 1})
-            bounded = ir.node(
-                "Max", [largest.outputs[0], self._constant("int8.tiny", np.float32(q.SMALLEST_ROW_MAXIMUM))]
-            )
-            scale = ir.node("Div", [bounded.outputs[0], self._constant("int8.range", np.float32(q.ACTIVATION_LIMIT))])
-            scaled = ir.node("Div", [x, scale.outputs[0]])
-            # Every value is positive after the shift, so the Cast's truncation rounds to nearest.
-            offset = self._constant("int8.offset", np.float32(q.ACTIVATION_ZERO_POINT + 0.5))
-            shifted = ir.node("Add", [scaled.outputs[0], offset])
-            tokens = ir.node("Cast", [shifted.outputs[0]], {"to": int(ir.DataType.UINT8)})
-            nodes = [magnitude, largest, bounded, scale, scaled, shifted, tokens]
-            self.graph.insert_before(matmul, nodes)
-            self._quantized_inputs[x] = (tokens.outputs[0], scale.outputs[0])
-        return self._quantized_inputs[x]
+        last = self._constant("int8.last_axis", np.array([-1], np.int64))
+        magnitude = ir.node("Abs", [x])
+        largest = ir.node("ReduceMax", [magnitude.outputs[0], last], {"keepdims": 1})
+        bounded = ir.node("Max", [largest.outputs[0], self._constant("int8.tiny", np.float32(q.SMALLEST_ROW_MAXIMUM))])
+        scale = ir.node("Div", [bounded.outputs[0], self._constant("int8.range", np.float32(q.ACTIVATION_LIMIT))])
+        self.graph.insert_before(matmul, [magnitude, largest, bounded, scale])
+        # One block along the last axis is one row.
+        inputs = [x, scale.outputs[0], self._zero_points_like(scale.outputs[0], x.shape, matmul)]
+        tokens = ir.node("QuantizeLinear", inputs, {"axis": -1, "block_size": num_values})
+        self.graph.insert_before(matmul, [tokens])
+        return tokens.outputs[0], scale.outputs[0]
+
+    def _zero_points_like(self, scale: ir.Value, shape: ir.Shape | None, before: ir.Node) -> ir.Value:
+        """A zero point for each row; computed once for all inputs that have the same rows."""
+        rows = None if shape is None or None in shape[:-1] else tuple(str(size) for size in shape[:-1])
+        if rows is None or rows not in self._zero_points:
+            size = ir.node("Shape", [scale])
+            value = ir.tensor(np.array([q.ACTIVATION_ZERO_POINT], np.uint8))
+            points = ir.node("ConstantOfShape", [size.outputs[0]], {"value": value})
+            self.graph.insert_before(before, [size, points])
+            if rows is None:
+                return points.outputs[0]
+            self._zero_points[rows] = points.outputs[0]
+        return self._zero_points[rows]
 
     def _replace_by_nbits(self, linear: _Linear, bits: int) -> None:
         """MatMul -> com.microsoft MatMulNBits: weights in blocks of rows with a scale each, float32 activations."""
@@ -150,12 +177,12 @@ class WeightWriter:
             "accuracy_level": q.INT8_ACCUMULATION,
         }
         node = ir.node("MatMulNBits", [linear.matmul.inputs[0], weight, scale], attributes, domain=CONTRIB_DOMAIN)
-        self._replace(linear, [node])
+        self.graph.insert_before(linear.matmul, node)
+        self._replace(linear, node.outputs[0])
 
-    def _replace(self, linear: _Linear, nodes: list[ir.Node]) -> None:
-        old, new = linear.matmul.outputs[0], nodes[-1].outputs[0]
+    def _replace(self, linear: _Linear, new: ir.Value) -> None:
+        old = linear.matmul.outputs[0]
         new.shape, new.type = old.shape, old.type
-        self.graph.insert_before(linear.matmul, nodes)
         new.name = old.name
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         self.graph.remove([linear.matmul, linear.transpose], safe=True)
@@ -214,6 +241,12 @@ class _Once:
             return result
         self.result = self.compute()
         return self.result
+
+
+def _side_by_side(quantized: list[tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]]) -> tuple[Array, Array]:
+    """Weights [K, N] and scales [N] of several linear layers as those of one."""
+    weights, scales = zip(*quantized, strict=True)
+    return (weights[0], scales[0]) if len(quantized) == 1 else (np.concatenate(weights, axis=1), np.concatenate(scales))
 
 
 def _linears(name: str, value: ir.Value) -> list[_Linear]:

@@ -86,7 +86,8 @@ class Step:
     Inputs: input_ids int64 [B, T]; write_indices, num_context, num_draft, window, lookahead int64 [B];
     entropy_threshold float32 [B] in nats; use_full_entropy bool [B].
     Outputs: num_accepted, next_token int64 [B]; argmax int64 [B, T]; the others float32 [B, T], in nats; logits
-    float32 [B, T, V], or None unless asked for. Where a position's logits hold NaN or +inf its entropies are NaN.
+    float32 [B, T, V], or None unless asked for. Where a position's logits hold NaN or +inf its entropies are NaN;
+    `entropy` may be NaN everywhere in a step in which no row's use_full_entropy is set.
     """
 
     first_slot: int

@@ -19,7 +19,8 @@ from fly_trt.manifest import ModelEngine
 
 logger = logging.getLogger(__name__)
 
-CACHE_BLOCK_TOKENS = 256
+CACHE_BLOCK_TOKENS = 128
+MAX_CACHE_BLOCKS = 16  # longer caches grow in larger blocks, so that growing stays rare
 SHRINK_FACTOR = 4
 MAX_BOUND_SHAPES = 256
 CACHE_DTYPES = {"float32": np.float32, "float16": np.float16}
@@ -166,4 +167,8 @@ class OnnxRuntimeEngine:
 
 
 def _whole_blocks(num_tokens: int) -> int:
-    return -(-num_tokens // CACHE_BLOCK_TOKENS) * CACHE_BLOCK_TOKENS
+    """What is allocated for `num_tokens`: up to 128 tokens more than needed, or an eighth more."""
+    block = CACHE_BLOCK_TOKENS
+    while num_tokens > MAX_CACHE_BLOCKS * block:
+        block *= 2
+    return -(-num_tokens // block) * block

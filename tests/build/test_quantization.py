@@ -34,6 +34,7 @@ LARGEST_UINT8 = 255
 INT16 = np.iinfo(np.int16)
 ROUNDING = 1e-5
 PROJECTIONS_PER_LAYER = 7
+PRODUCTS_PER_LAYER = 4  # query, key and value are one, and so are gate and up
 HUGE_TOKEN = 150
 CALM = 0.08  # random weights any wider make attention pick one position, and another one after a rounding error
 finite = st.floats(-1e4, 1e4, width=32)
@@ -176,18 +177,39 @@ def _run(model: onnx.ModelProto, x: FloatArray) -> FloatArray:
     return session.run(None, {"x": x})[0]
 
 
-def _int8_linear(weight: FloatArray) -> onnx.ModelProto:
-    """The graph that torch's exporter leaves for one linear layer, with its weight quantised by WeightWriter."""
-    columns, rows = weight.shape
+def _int8_linears(*weights: FloatArray) -> onnx.ModelProto:
+    """The graph that torch's exporter leaves for linear layers of one input, quantised by WeightWriter."""
+    rows = weights[0].shape[1]
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["B", "T", rows]))
-    parameter = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([columns, rows]))
-    transpose = ir.node("Transpose", [parameter], {"perm": [1, 0]})
-    matmul = ir.node("MatMul", [x, transpose.outputs[0]])
-    output = matmul.outputs[0]
-    output.name, output.type, output.shape = "y", x.type, ir.Shape(["B", "T", columns])
-    graph = ir.Graph([x], [output], nodes=[transpose, matmul], opset_imports={"": 24}, name="one_linear")
-    WeightWriter(graph, {"w": torch.from_numpy(weight)}, "float32", "int8", "w").attach({"w": parameter})
+    nodes, parameters = [], {}
+    for index, weight in enumerate(weights):
+        name = f"w{index}"
+        parameter = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(weight.shape))
+        transpose = ir.node("Transpose", [parameter], {"perm": [1, 0]})
+        matmul = ir.node("MatMul", [x, transpose.outputs[0]])
+        output = matmul.outputs[0]
+        output.name, output.type, output.shape = f"y{index}", x.type, ir.Shape(["B", "T", len(weight)])
+        nodes += [transpose, matmul]
+        parameters[name] = parameter
+    graph = ir.Graph(
+        [x], [node.outputs[0] for node in nodes[1::2]], nodes=nodes, opset_imports={"": 24}, name="linears"
+    )
+    tensors = {f"w{index}": torch.from_numpy(weight) for index, weight in enumerate(weights)}
+    WeightWriter(graph, tensors, "float32", "int8", "w0").attach(parameters)
     return ir.to_proto(ir.Model(graph, ir_version=10))
+
+
+def _int8_linear(weight: FloatArray) -> onnx.ModelProto:
+    return _int8_linears(weight)
+
+
+def test_int8_linears_of_one_input_are_one_product_with_the_bits_of_each() -> None:
+    weights = [_random(columns, 96, seed=columns) for columns in (48, 16, 32)]
+    model, x = _int8_linears(*weights), _random(2, 5, 96, seed=1)
+    assert [node.op_type for node in model.graph.node].count("MatMulIntegerToFloat") == 1
+    session = ort.InferenceSession(model.SerializeToString(), session_options(), providers=["CPUExecutionProvider"])
+    for together, weight in zip(session.run(None, {"x": x}), weights, strict=True):
+        np.testing.assert_array_equal(together, _run(_int8_linear(weight), x))
 
 
 def test_int8_linear_is_near_the_float_one_at_any_magnitude() -> None:
@@ -240,11 +262,14 @@ def test_every_linear_layer_is_quantized_and_the_vocabulary_keeps_8_bits(
     quantized: tuple[str, Path, ir.Model], tiny: tuple[Path, torch.nn.Module]
 ) -> None:
     quantization, _, graph = quantized
-    num_linears = PROJECTIONS_PER_LAYER * tiny[1].config.num_hidden_layers + 1
+    num_layers = tiny[1].config.num_hidden_layers
     operators = count_operators(graph)
-    assert operators["MatMulInteger" if quantization == "int8" else "MatMulNBits"] == num_linears
+    assert "MatMul" not in operators
     bits = [node.attributes["bits"].as_int() for node in graph.graph if node.op_type == "MatMulNBits"]
-    assert bits == ([] if quantization == "int8" else [4] * (num_linears - 1) + [8])
+    if quantization == "int8":
+        assert operators["MatMulIntegerToFloat"] == PRODUCTS_PER_LAYER * num_layers + 1
+    else:
+        assert bits == [4] * (PROJECTIONS_PER_LAYER * num_layers) + [8]
 
 
 def _with_dequantized_weights(model: torch.nn.Module, quantization: str) -> torch.nn.Module:

@@ -217,7 +217,7 @@ def test_profiles_cover_decode_verification_and_prefill() -> None:
 def test_with_plugins_the_head_is_two_nodes_that_the_parser_finds_by_name(tmp_path: Path) -> None:
     save_tiny(_config("llama"), tmp_path)
     graph = export_decoder(open_checkpoint(str(tmp_path)), 64, attention="mask").model
-    append_head(graph, 3, [2], use_plugins=True)
+    append_head(graph, 3, [2], form="plugins")
     assert len(graph.functions) == 0
     gate, accept = (node for node in graph.graph if node.domain == "fly")
     assert (gate.op_type, accept.op_type) == ("EntropyGate", "LooseWindowAccept")

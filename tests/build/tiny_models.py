@@ -106,7 +106,7 @@ def finish_graph(
     output_name = "model.embed_tokens.weight" if tied else "lm_head.weight"
     writer = WeightWriter(decoder.model.graph, checkpoint.load_weights(), dtype, quantization, output_name)
     writer.attach(decoder.parameters)
-    append_head(decoder.model, 3, [2])
+    append_head(decoder.model, 3, [2], form="lazy_functions" if attention == "lengths" else "functions")
     ir.save(decoder.model, path, external_data=f"{path.name}.data")
     return decoder.model
 

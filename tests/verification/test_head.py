@@ -1,6 +1,6 @@
 """The engines' verification head, run by ONNX Runtime, against the NumPy rule and entropies."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnxruntime as ort
@@ -17,9 +17,9 @@ NUM_CASES = 400
 OUTPUTS = ("num_accepted", "next_token", *GATE_OUTPUTS)
 
 
-@pytest.fixture(scope="module")
-def session() -> ort.InferenceSession:
-    return head_session(VOCAB_SIZE, STOPS)
+@pytest.fixture(scope="module", params=["functions", "lazy_functions"])
+def session(request: pytest.FixtureRequest) -> ort.InferenceSession:
+    return head_session(VOCAB_SIZE, STOPS, form=request.param)
 
 
 @dataclass
@@ -54,6 +54,9 @@ class Batch:
             for _ in range(rows)
         ]
         return cls(logits, ids, context, drafts, policies)
+
+    def with_full_entropy(self) -> "Batch":
+        return replace(self, policies=[replace(policy, use_full_entropy=True) for policy in self.policies])
 
     def feeds(self) -> dict[str, np.ndarray]:
         return {
@@ -101,7 +104,7 @@ def test_random_rows_are_decided_as_the_rule_decides(session: ort.InferenceSessi
 
 
 def test_entropies_and_log_probabilities_agree_with_numpy(session: ort.InferenceSession) -> None:
-    batch = Batch.random(np.random.default_rng(3))
+    batch = Batch.random(np.random.default_rng(3)).with_full_entropy()
     got = run(session, batch)
     log_probs = log_softmax(batch.logits)
     top = np.sort(log_probs, axis=-1)[..., -3:]
@@ -111,6 +114,20 @@ def test_entropies_and_log_probabilities_agree_with_numpy(session: ort.Inference
     np.testing.assert_allclose(got["argmax_logprob"], log_probs.max(-1), rtol=1e-5, atol=5e-6)
     following = np.take_along_axis(log_probs[:, :-1], batch.ids[:, 1:, None], axis=-1)[..., 0]
     np.testing.assert_allclose(got["token_logprob"][:, :-1], following, rtol=1e-5, atol=5e-6)
+
+
+def test_the_lazy_gate_computes_the_full_entropy_of_every_row_where_one_row_uses_it() -> None:
+    session = head_session(VOCAB_SIZE, STOPS, form="lazy_functions")
+    rows, length = 3, 4
+    logits = np.random.default_rng(8).normal(size=(rows, length, VOCAB_SIZE)).astype(np.float32)
+    unused = AcceptancePolicy(0.3, use_full_entropy=False, window=6, lookahead=5)
+    batch = Batch(logits, np.zeros((rows, length)), np.ones(rows), np.full(rows, length - 1), [unused] * rows)
+    without = run(session, batch)
+    assert np.isnan(without["entropy"]).all()
+    used = replace(batch, policies=[unused, replace(unused, use_full_entropy=True), unused])
+    assert not np.isnan(run(session, used)["entropy"]).any()
+    for name in ("argmax", "entropy_topk", "argmax_logprob", "token_logprob"):
+        np.testing.assert_array_equal(run(session, used)[name], without[name])
 
 
 def test_the_number_of_probabilities_in_the_gate_is_fixed_when_the_head_is_built() -> None:
@@ -144,7 +161,7 @@ def test_a_position_that_is_not_a_number_is_never_loosened_and_says_so(
     loose = AcceptancePolicy(0.0, use_full_entropy=use_full_entropy, window=0, lookahead=0)
     got = run(session, Batch(logits, ids, np.array([1]), np.array([length - 1]), [loose]))
     assert got["num_accepted"][0] == broken
-    for name in ("entropy", "entropy_topk", "argmax_logprob"):
+    for name in ("entropy_topk", "argmax_logprob", *(["entropy"] if use_full_entropy else [])):
         assert np.isnan(got[name][0]).nonzero()[0].tolist() == [broken]
     assert 0 <= got["argmax"][0, broken] < VOCAB_SIZE
 
@@ -153,7 +170,7 @@ def test_a_position_that_is_not_a_number_is_never_loosened_and_says_so(
 
 
 def test_an_impossible_token_has_no_share_in_the_entropies(session: ort.InferenceSession) -> None:
-    batch = Batch.random(np.random.default_rng(7))
+    batch = Batch.random(np.random.default_rng(7)).with_full_entropy()
     few = batch.logits[..., :2].copy()
     batch.logits[..., 2:] = -np.inf
     got = run(session, batch)
