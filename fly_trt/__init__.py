@@ -3,6 +3,7 @@
 from fly_trt.async_llm import AsyncLLM
 from fly_trt.errors import CheckpointError, ConfigError, EngineError, FlyError, QueueFullError, RequestError
 from fly_trt.llm import LLM
+from fly_trt.loaded import LoadedEngines
 from fly_trt.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from fly_trt.params import AcceptanceParams, RequestOutputKind, SamplingParams, SpeculativeConfig
 
@@ -17,6 +18,7 @@ __all__ = [
     "ConfigError",
     "EngineError",
     "FlyError",
+    "LoadedEngines",
     "Logprob",
     "QueueFullError",
     "RequestError",

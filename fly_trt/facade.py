@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fly_trt.chat import ChatMessage
+from fly_trt.loaded import LoadedEngines
 from fly_trt.params import SpeculativeConfig
 from fly_trt.service import Service, ServiceConfig, TokensPrompt
 
 
 class Facade:
-    """An engine directory that is being served.
+    """An engine directory that is being served; engine_dir may be a LoadedEngines, which several share.
 
     speculative_config: None means the engine directory's defaults, a dict changes some of them, a SpeculativeConfig
     replaces them; method None decodes without drafts. settings: the fields of ServiceConfig. Raises EngineError for a
@@ -19,7 +20,7 @@ class Facade:
 
     def __init__(
         self,
-        engine_dir: str | os.PathLike[str],
+        engine_dir: str | os.PathLike[str] | LoadedEngines,
         *,
         speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
         **settings: Any,
@@ -44,5 +45,5 @@ class Facade:
         return self._service.metrics.registry
 
     def shutdown(self) -> None:
-        """Aborts what is served and releases the engines. Safe to call twice."""
+        """Aborts what is served and releases the engines, unless they are shared. Safe to call twice."""
         self._service.shutdown()

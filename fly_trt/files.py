@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Files and directories that appear whole or not at all."""
 
 import contextlib
 import os
@@ -23,6 +23,19 @@ def new_directory(output: Path, beside: Path | None = None) -> Iterator[Path]:
         _move_into_place(workspace, output, folder)
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(output: Path) -> Iterator[Path]:
+    """A path beside `output`, with its suffix, whose file takes the place of `output` when the block ends well.
+
+    An error or Ctrl-C in the block leaves `output` as it was.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.writing-", dir=output.parent) as folder:
+        path = Path(folder) / output.name
+        yield path
+        os.replace(path, output)
 
 
 def _move_into_place(workspace: Path, output: Path, folder: Path) -> None:

@@ -23,10 +23,10 @@ class LLM(Facade):
         with LLM("engines/pair") as llm:
             print(llm.generate("### Instruction:\\n...")[0].outputs[0].text)
 
-    speculative_config: None means the engine directory's defaults, a dict changes some of them, a SpeculativeConfig
-    replaces them; method None decodes without drafts. settings: the fields of ServiceConfig. Raises EngineError for a
-    directory that cannot be used and ConfigError for settings that do not fit it. Any number of threads may use an LLM;
-    their requests share its batch.
+    engine_dir: a path, or a LoadedEngines, which several LLMs share. speculative_config: None means the engine
+    directory's defaults, a dict changes some of them, a SpeculativeConfig replaces them; method None decodes without
+    drafts. settings: the fields of ServiceConfig. Raises EngineError for a directory that cannot be used and
+    ConfigError for settings that do not fit it. Any number of threads may use an LLM; their requests share its batch.
     """
 
     def generate(

@@ -1,6 +1,6 @@
 """An engine directory at work: what `LLM` and `AsyncLLM` share.
 
-Loads the engines, checks settings and requests, and starts the engine thread. Everything that can be wrong with a
+Has the engines loaded, checks settings and requests, and starts the engine thread. Everything that can be wrong with a
 request is found here, before it reaches the loop.
 """
 
@@ -10,17 +10,16 @@ import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self, TypedDict
 
 import numpy as np
 
 from fly_trt.chat import ChatMessage, ChatTemplate
 from fly_trt.drafting import Drafter, Lookup, ModelDrafter, NgramDrafter
-from fly_trt.engines import Engine, load_engine
 from fly_trt.engines.base import AcceptancePolicy
 from fly_trt.errors import ConfigError, RequestError
-from fly_trt.manifest import Manifest, read_manifest
+from fly_trt.loaded import LoadedEngines
+from fly_trt.manifest import Manifest
 from fly_trt.metrics import Metrics
 from fly_trt.params import AcceptanceParams, RequestOutputKind, SamplingParams, SpeculativeConfig
 from fly_trt.runtime.group import RequestGroup, Sink
@@ -29,7 +28,7 @@ from fly_trt.runtime.request import Request
 from fly_trt.runtime.sampler import Sampler, draw_seed
 from fly_trt.runtime.thread import EngineThread
 from fly_trt.sequence import TokenSequence
-from fly_trt.tokenizer import Detokenizer, load_tokenizer
+from fly_trt.tokenizer import Detokenizer
 from fly_trt.verification.sampling import LogitsProcessor, UniformStream
 
 
@@ -92,32 +91,36 @@ class ServiceConfig:
 
 
 class Service:
-    """Engines, tokenizer and engine thread of one engine directory.
+    """Engines, tokenizer and engine thread of one engine directory, or of one that was loaded to be shared.
 
     Raises EngineError for a directory that cannot be used and ConfigError for settings that do not fit it.
     """
 
     def __init__(
         self,
-        engine_dir: str | os.PathLike[str],
+        engine_dir: str | os.PathLike[str] | LoadedEngines,
         speculative_config: SpeculativeConfig | Mapping[str, Any] | None,
         config: ServiceConfig,
     ) -> None:
-        directory = Path(engine_dir).expanduser()
-        self.manifest: Manifest = read_manifest(directory, verify_hashes=config.verify_hashes)
+        if isinstance(engine_dir, LoadedEngines):
+            engines, release = engine_dir, _leave_to_the_others
+            config = engines.fitted(config)
+        else:
+            engines = _load(engine_dir, config)
+            release = engines.close
+        self.manifest: Manifest = engines.manifest
         if not isinstance(speculative_config, SpeculativeConfig):
             speculative_config = resolve_speculative_config(self.manifest, speculative_config or {})
         self.speculative_config: SpeculativeConfig = speculative_config
         self.config = check_limits(config, speculative_config, self.manifest)
-        self.tokenizer = load_tokenizer(directory)
+        self.tokenizer = engines.tokenizer
         self._longest_token = max(map(len, self.tokenizer.get_vocab()))  # in characters
         self.metrics = Metrics()
-        self._chat_template = ChatTemplate(directory / "tokenizer")
+        self._chat_template = ChatTemplate(engines.directory / "tokenizer")
         self._request_ids = itertools.count()
-        engines: list[Engine] = []
-        target = self._load(directory, "target", engines)
+        target = engines.target
         self._info = target.info
-        drafter = self._make_drafter(directory, engines)
+        drafter = self._make_drafter(engines)
         loop_config = LoopConfig(
             num_slots=self.config.max_batch_size or 1,
             num_draft_tokens=speculative_config.num_speculative_tokens,
@@ -129,12 +132,12 @@ class Service:
         loop = GenerationLoop(target, drafter, loop_config, self.tokenizer, self.metrics)
         if drafter is not None and speculative_config.adaptive_draft_length:
             loop.warm_up()
-        self.thread = EngineThread(loop, lambda: _close_all(engines))
+        self.thread = EngineThread(loop, release)
         # Also when the interpreter ends without a shutdown(): the thread must not run into a library's teardown.
         self._finalizer = weakref.finalize(self, self.thread.shutdown)
 
     def shutdown(self) -> None:
-        """Aborts what is served and releases the engines. Safe to call twice."""
+        """Aborts what is served and releases the engines, unless they are shared. Safe to call twice."""
         self._finalizer()
 
     def new_request_id(self) -> str:
@@ -273,21 +276,7 @@ class Service:
             found += [plain] if plain == spaced else [plain, spaced]
         return found
 
-    def _load(self, directory: Path, role: str, engines: list[Engine]) -> Engine:
-        model = getattr(self.manifest, role)
-        num_slots = self.config.max_batch_size or 1
-        engine = load_engine(
-            directory,
-            self.manifest,
-            model,
-            num_slots=num_slots,
-            num_threads=self.config.num_threads,
-            device_id=self.config.device_id,
-        )
-        engines.append(engine)
-        return engine
-
-    def _make_drafter(self, directory: Path, engines: list[Engine]) -> Drafter | None:
+    def _make_drafter(self, engines: LoadedEngines) -> Drafter | None:
         config = self.speculative_config
         if config.method is None:
             return None
@@ -296,9 +285,8 @@ class Service:
         lookup = None
         if config.method == "multi_level":
             lookup = Lookup(config.prompt_lookup_max, config.prompt_lookup_min, config.prompt_lookup_num_tokens)
-        draft = self._load(directory, "draft", engines)
         vocab_size = self.manifest.target.vocab_size
-        return ModelDrafter(draft, vocab_size, lookup, reuse_cache=self.config.enable_prefix_caching)
+        return ModelDrafter(engines.draft, vocab_size, lookup, reuse_cache=self.config.enable_prefix_caching)
 
     def _check_num_characters(self, prompt: str) -> None:
         """Refuses what is too long by far before it is tokenised, which takes a second for a megabyte and holds up
@@ -369,9 +357,13 @@ def _check_speculative_limits(config: SpeculativeConfig, manifest: Manifest) -> 
     config.acceptance_params().policy(manifest.target.vocab_size, manifest.head.entropy_top_k)
 
 
-def _close_all(engines: list[Engine]) -> None:
-    while engines:
-        engines.pop().close()
+def _load(engine_dir: str | os.PathLike[str], config: ServiceConfig) -> LoadedEngines:
+    settings = ("max_batch_size", "num_threads", "device_id", "verify_hashes")
+    return LoadedEngines(engine_dir, **{name: getattr(config, name) for name in settings})
+
+
+def _leave_to_the_others() -> None:
+    """Engines that are shared stay open."""
 
 
 def resolve_speculative_config(manifest: Manifest, overrides: Mapping[str, Any]) -> SpeculativeConfig:

@@ -18,6 +18,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -233,6 +234,10 @@ class SimulatedCuda:
     def cudaDeviceGetAttribute(self, attr: Any, device: int) -> int:
         capability = self.compute_capabilities.get(device, self.compute_capability)
         return capability[self.cudaDeviceAttr(attr) - self.cudaDeviceAttr(75)]
+
+    @_api
+    def cudaGetDeviceProperties(self, device: int) -> SimpleNamespace:
+        return SimpleNamespace(name=f"Simulated GPU {device}".encode() + bytes(8))
 
     @_api
     def cudaGetLastError(self) -> None:

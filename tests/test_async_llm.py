@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from eval_checks import load_eval_prompts
+from eval_prompts import load_eval_prompts
 from fly_trt import (
     LLM,
     AsyncLLM,

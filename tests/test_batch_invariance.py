@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from eval_checks import load_eval_prompts
+from eval_prompts import load_eval_prompts
 from fly_trt import LLM, AcceptanceParams, AsyncLLM, SamplingParams
 
 PROMPTS = [record["prompt"] for record in load_eval_prompts()[::10]]

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from eval_checks import is_right, load_eval_prompts
+from eval_prompts import load_eval_prompts
 from fly_trt import LLM, RequestOutput, SamplingParams
+from fly_trt.benchmark.checks import is_right
 
 RECORDS = load_eval_prompts()
 PARAMS = SamplingParams(max_tokens=160)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fly_trt.files import new_directory
+from fly_trt.files import new_directory, new_file
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -35,6 +35,12 @@ def _write(workspace: Path) -> None:
 def _write_until(output: Path, error: BaseException) -> None:
     with new_directory(output) as workspace:
         _write(workspace)
+        raise error
+
+
+def _write_file_until(output: Path, error: BaseException) -> None:
+    with new_file(output) as path:
+        path.write_bytes(b"half")
         raise error
 
 
@@ -110,3 +116,20 @@ def test_two_directories_of_one_name_can_be_written_at_the_same_time(output: Pat
         (second / "second").touch()
     assert _contents(output) == {"first": b""}
     assert list(output.parent.iterdir()) == [output]
+
+
+def test_a_file_is_not_seen_before_the_block_ends_and_replaces_the_old_one_then(output: Path) -> None:
+    for content in (b"old", b"new"):
+        with new_file(output.with_suffix(".json")) as path:
+            assert path.suffix == ".json"
+            path.write_bytes(content)
+            assert output.with_suffix(".json").exists() == (content == b"new")
+    assert _contents(output.parent) == {"output.json": b"new"}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_the_old_file_and_nothing_beside_it(output: Path, error: type[BaseException]) -> None:
+    output.write_bytes(b"old")
+    with pytest.raises(error):
+        _write_file_until(output, error())
+    assert _contents(output.parent) == {"output": b"old"}

@@ -9,7 +9,7 @@ import prometheus_client
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from eval_checks import load_eval_prompts
+from eval_prompts import load_eval_prompts
 from fly_trt import LLM, RequestOutput, SamplingParams
 from fly_trt import metrics as metrics_module
 from fly_trt.metrics import Metrics

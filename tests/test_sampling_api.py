@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval_checks import load_eval_prompts
+from eval_prompts import load_eval_prompts
 from fly_trt import LLM, AcceptanceParams, RequestError, RequestOutput, SamplingParams
 from fly_trt.engines import Engine, load_engine
 from fly_trt.manifest import read_manifest

@@ -6,7 +6,7 @@ import gc
 import random
 from pathlib import Path
 
-from eval_checks import load_eval_prompts
+from eval_prompts import load_eval_prompts
 from fly_trt import AcceptanceParams, AsyncLLM, RequestOutputKind, SamplingParams
 from fly_trt.runtime.invariants import check_invariants
 

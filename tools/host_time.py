@@ -13,13 +13,16 @@ import pstats
 import statistics
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
-from eval_checks import load_eval_prompts
 from fly_trt import LLM, SamplingParams
+from fly_trt.benchmark.workload import read_prompts
+from fly_trt.service import Prompt
 
+EVAL_PROMPTS = Path(__file__).parents[1] / "tests" / "assets" / "pair" / "eval.jsonl"
 WARMUP_PROMPTS = 2
 
 
@@ -40,7 +43,7 @@ class RunTimer:
         ort.InferenceSession.run_with_iobinding = timed
 
 
-def measure(llm: LLM, prompts: list[str], params: SamplingParams, timer: RunTimer) -> dict[str, float]:
+def measure(llm: LLM, prompts: list[Prompt], params: SamplingParams, timer: RunTimer) -> dict[str, float]:
     calls, seconds = timer.calls, timer.seconds
     started = time.perf_counter()
     outputs = [llm.generate(prompt, params)[0] for prompt in prompts]
@@ -60,7 +63,7 @@ def measure(llm: LLM, prompts: list[str], params: SamplingParams, timer: RunTime
     }
 
 
-def profile_engine_thread(llm: LLM, prompts: list[str], params: SamplingParams) -> None:
+def profile_engine_thread(llm: LLM, prompts: list[Prompt], params: SamplingParams) -> None:
     """Profiles the engine thread only: a profiler sees one thread, so it is set while that thread runs its loop."""
     profiler = cProfile.Profile()
     step = type(llm._service.thread._loop).step
@@ -88,7 +91,7 @@ def main() -> None:
     parser.add_argument("--method", default="multi_level", choices=["multi_level", "draft_model", "ngram", "none"])
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    prompts = [record["prompt"] for record in load_eval_prompts()[: args.prompts]]
+    prompts = [record.prompt for record in read_prompts(EVAL_PROMPTS)[: args.prompts]]
     params = SamplingParams(max_tokens=args.max_tokens)
     method = None if args.method == "none" else args.method
     timer = RunTimer()

@@ -16,10 +16,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from eval_checks import load_eval_prompts
 from fly_trt import LLM, SamplingParams
+from fly_trt.benchmark.workload import read_prompts
 from fly_trt.serving.repository import make_plan, write_model
 from triton_server import TritonServer
+
+EVAL_PROMPTS = Path(__file__).parents[1] / "tests" / "assets" / "pair" / "eval.jsonl"
 
 
 class Measurement:
@@ -81,7 +83,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    prompts = [record["prompt"] for record in load_eval_prompts()[: arguments.streams]]
+    prompts = [str(record.prompt) for record in read_prompts(EVAL_PROMPTS)[: arguments.streams]]
     measurement = Measurement(arguments.engine_dir, prompts, arguments.max_tokens)
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "models"

@@ -1,6 +1,6 @@
 """The flags that override an engine's SpeculativeConfig, the same for every command."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import click
@@ -29,14 +29,23 @@ OPTIONS = {
 }
 
 
-def speculative_options(command: Callable[..., Any]) -> Callable[..., Any]:
+# What is left to say where a command chooses method and acceptance itself.
+TUNING = tuple(name for name in OPTIONS if name not in ("method", "acceptance"))
+
+
+def speculative_options(command: Callable[..., Any], names: Iterable[str] = tuple(OPTIONS)) -> Callable[..., Any]:
     """Adds the flags to a command."""
-    for option in reversed(OPTIONS.values()):
-        command = option(command)
+    for name in reversed(tuple(names)):
+        command = OPTIONS[name](command)
     return command
+
+
+def tuning_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds those of the flags that choose neither method nor acceptance."""
+    return speculative_options(command, TUNING)
 
 
 def speculative_overrides(flags: Mapping[str, Any]) -> dict[str, Any]:
     """What was given of them, as LLM's speculative_config."""
-    given = {name: flags[name] for name in OPTIONS if flags[name] is not None}
+    given = {name: flags[name] for name in OPTIONS if flags.get(name) is not None}
     return given | ({"method": None} if given.get("method") == "none" else {})

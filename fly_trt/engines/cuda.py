@@ -88,6 +88,14 @@ def compute_capability() -> str:
     return f"{major}.{minor}"
 
 
+def device_name() -> str:
+    """Of the current device, such as "NVIDIA H200". Raises EngineError where there is none."""
+    _num_devices()
+    runtime = _runtime()
+    properties = _check(runtime.cudaGetDeviceProperties(_check(runtime.cudaGetDevice())))
+    return bytes(properties.name).split(b"\0")[0].decode(errors="replace")
+
+
 class DeviceBuffer:
     """`num_bytes` of device memory at `address`, freed with the object. cudaMalloc aligns it to 256 bytes.
 

@@ -57,6 +57,11 @@ def session_options(num_threads: int | None = None) -> ort.SessionOptions:
     return options
 
 
+def num_pool_threads() -> int | None:
+    """Threads of the pool that all sessions share; None before the first session."""
+    return _ThreadPool.num_threads
+
+
 class OnnxRuntimeEngine:
     """One decoder graph with its slots. Raises EngineError when the model file does not load."""
 

@@ -24,12 +24,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
+from fly_trt import LLM, FlyError, RequestOutput, SamplingParams
+from fly_trt.benchmark.checks import is_right
+from fly_trt.benchmark.workload import BenchmarkPrompt, read_prompts
+from fly_trt.service import Prompt
 
-from eval_checks import is_right, load_eval_prompts  # noqa: E402
-from fly_trt import LLM, FlyError, RequestOutput, SamplingParams  # noqa: E402
-
+EVAL_PROMPTS = Path(__file__).resolve().parents[2] / "tests" / "assets" / "pair" / "eval.jsonl"
 MODES: dict[str, dict[str, Any]] = {"plain": {"method": None}, "exact": {"acceptance": "exact"}, "FLy": {}}
 DTYPES = ["float32", "float16", "bfloat16"]
 REFERENCE = "onnxruntime-float32"
@@ -69,13 +69,13 @@ def build_engines(folder: Path, library: str, dtypes: list[str]) -> dict[str, Pa
 
 
 def check(engines: dict[str, Path], num_prompts: int) -> list[Row]:
-    records = load_eval_prompts()[:num_prompts]
+    records = read_prompts(EVAL_PROMPTS)[:num_prompts]
     rows = []
     for mode, settings in MODES.items():
         reference: Row | None = None
         expected: list[RequestOutput] = []
         for name, directory in engines.items():
-            outputs, seconds = _generate(directory, settings, [record["prompt"] for record in records])
+            outputs, seconds = _generate(directory, settings, [record.prompt for record in records])
             if reference is None:
                 expected = outputs
             row = _row(name, mode, records, outputs, expected, seconds)
@@ -87,7 +87,7 @@ def check(engines: dict[str, Path], num_prompts: int) -> list[Row]:
     return rows
 
 
-def _generate(directory: Path, settings: dict[str, Any], prompts: list[str]) -> tuple[list[RequestOutput], float]:
+def _generate(directory: Path, settings: dict[str, Any], prompts: list[Prompt]) -> tuple[list[RequestOutput], float]:
     params = SamplingParams(max_tokens=MAX_TOKENS)
     with LLM(directory, speculative_config=settings) as llm:
         llm.generate(prompts, params)  # kernels are compiled and graphs captured
@@ -98,7 +98,7 @@ def _generate(directory: Path, settings: dict[str, Any], prompts: list[str]) -> 
 def _row(
     name: str,
     mode: str,
-    records: list[dict[str, Any]],
+    records: list[BenchmarkPrompt],
     outputs: list[RequestOutput],
     expected: list[RequestOutput],
     seconds: float,
@@ -111,7 +111,9 @@ def _row(
         engine=name,
         mode=mode,
         num_prompts=len(records),
-        num_right=sum(is_right(r["check"], o.outputs[0].text) for r, o in zip(records, outputs, strict=True)),
+        num_right=sum(
+            r.check is not None and is_right(r.check, o.outputs[0].text) for r, o in zip(records, outputs, strict=True)
+        ),
         num_same=len(records) - len(found),
         first_difference=min(found, default=None),
         mean_acceptance_length=1 + sum(m.num_accepted_tokens for m in metrics) / steps if steps else 1.0,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from eval_checks import load_eval_prompts
+from eval_prompts import load_eval_prompts
 from fly_trt.cli.generate import _read_prompt, main
 
 PROMPT = load_eval_prompts()[0]["prompt"]

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval_checks import load_eval_prompts
-from fly_trt import LLM, ConfigError, EngineError, SamplingParams
+from eval_prompts import load_eval_prompts
+from fly_trt import LLM, ConfigError, EngineError, LoadedEngines, SamplingParams
 from fly_trt.engines import Engine, load_engine
-from fly_trt.engines.cuda import DeviceBuffer
+from fly_trt.engines.cuda import DeviceBuffer, device_name
 from fly_trt.manifest import read_manifest
 from fly_trt.service import ServiceConfig
 from simulated_cuda import Error, SimulatedCuda
@@ -84,6 +84,30 @@ def test_two_llms_on_two_devices_run_at_the_same_time(
         assert devices_with_memory(gpus) == {1}
         assert tokens(one) == wanted
     assert not devices_with_memory(gpus)
+
+
+def test_llms_that_take_turns_on_loaded_engines_generate_onnxruntimes_tokens(
+    gpus: SimulatedCuda, simulated_engine: Path, wanted: list[list[int]]
+) -> None:
+    """Each in its own thread, with the graphs that another one's thread captured."""
+    modes: tuple[dict[str, Any], ...] = ({}, {"method": "draft_model"}, {"adaptive_draft_length": False})
+    with LoadedEngines(simulated_engine, max_batch_size=4, device_id=1) as engines:
+        assert not devices_with_memory(gpus)
+        llms = [LLM(engines, speculative_config=mode, max_seq_len=300, enable_prefix_caching=False) for mode in modes]
+        for llm in (*llms, *llms):
+            assert tokens(llm) == wanted
+        for llm in llms:
+            llm.shutdown()
+        assert devices_with_memory(gpus) == {1}
+    assert gpus.used_devices == {1}
+    assert not devices_with_memory(gpus)
+    assert not gpus.executables
+    assert not gpus.contexts
+
+
+def test_the_current_device_has_a_name(gpus: SimulatedCuda) -> None:
+    gpus.cudaSetDevice(1)
+    assert device_name() == "Simulated GPU 1"
 
 
 @pytest.fixture

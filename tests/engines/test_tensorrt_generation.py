@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from eval_checks import load_eval_prompts
+from eval_prompts import load_eval_prompts
 from fly_trt import LLM, AcceptanceParams, EngineError, SamplingParams
 from simulated_cuda import Error, SimulatedCuda
 

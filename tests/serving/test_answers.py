@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval_checks import load_eval_prompts
+from eval_prompts import load_eval_prompts
 from fly_trt import LLM, AcceptanceParams, SamplingParams
 from fly_trt.serving.tensors import OUTPUTS
 from triton_server import TritonServer

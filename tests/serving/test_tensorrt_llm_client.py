@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval_checks import load_eval_prompts
+from eval_prompts import load_eval_prompts
 from fly_trt import LLM, SamplingParams
 from fly_trt.serving.repository import make_plan, write_model
 from triton_server import TritonServer

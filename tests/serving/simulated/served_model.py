@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from eval_checks import load_eval_prompts
+from eval_prompts import load_eval_prompts
 from simulated_triton import Request, TritonError
 
 PROMPTS = [record["prompt"] for record in load_eval_prompts()[:8]]

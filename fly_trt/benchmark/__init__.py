@@ -1,0 +1,1 @@
+"""What speculation does for an engine directory: prompts, modes and loads in one run. `fly-bench` shows it."""

@@ -1,0 +1,138 @@
+"""The client of a benchmark: sends prompts as a load says and notes when what comes back.
+
+Times are taken where the runtime hands an output over, in the engine thread, so that no other thread's turn is in them.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+
+import numpy as np
+
+from fly_trt.errors import ConfigError, FlyError
+from fly_trt.outputs import RequestMetrics, RequestOutput
+from fly_trt.params import RequestOutputKind, SamplingParams
+from fly_trt.service import Prompt, Service
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How requests arrive: `concurrency` of them in flight until all are done, or `request_rate` a second on average,
+    at random moments of a Poisson process; an infinite rate sends all at once."""
+
+    concurrency: int | None = None
+    request_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.concurrency is None) == (self.request_rate is None):
+            raise ConfigError("a load has either a concurrency or a request_rate: give one of them")
+        if self.concurrency is not None and self.concurrency < 1:
+            raise ConfigError(f"concurrency {self.concurrency}: expected at least 1 request in flight")
+        if self.request_rate is not None and not self.request_rate > 0:
+            raise ConfigError(f"request_rate {self.request_rate:g}: expected requests per second, above 0, or inf")
+
+    def arrivals(self, count: int, seed: int) -> list[float]:
+        """Seconds from the start at which each of `count` requests may be sent; the same for the same seed."""
+        if self.request_rate is None:
+            return [0.0] * count
+        gaps = np.random.default_rng(seed).exponential(1 / self.request_rate, count)
+        return [float(moment) for moment in np.cumsum(gaps) - gaps[:1]]  # the first one comes at once
+
+    def __str__(self) -> str:
+        return f"{self.concurrency} in flight" if self.request_rate is None else f"{self.request_rate:g} requests/s"
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request and its answer. `sent` and `chunk_times` are seconds of one clock; a chunk is what one step brought,
+    one token or several."""
+
+    sent: float = 0.0
+    chunk_times: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+    def add(self, output: RequestOutput) -> None:
+        (completion,) = output.outputs
+        if completion.token_ids:
+            self.chunk_times.append(time.perf_counter())
+        self.token_ids += completion.token_ids
+        self.text += completion.text
+        self.metrics = output.metrics
+
+    @property
+    def time_to_first_token(self) -> float:
+        """Seconds from sending the request to its first chunk."""
+        return self.chunk_times[0] - self.sent
+
+    @property
+    def inter_token_latencies(self) -> list[float]:
+        """Seconds between consecutive chunks, however many tokens each of them has."""
+        return [later - earlier for earlier, later in zip(self.chunk_times, self.chunk_times[1:], strict=False)]
+
+    @property
+    def time_per_output_token(self) -> float | None:
+        """Seconds from the first chunk to the last by output token after the first; None for a single one."""
+        num_later = len(self.token_ids) - 1
+        return (self.chunk_times[-1] - self.chunk_times[0]) / num_later if num_later > 0 else None
+
+
+class Client:
+    """Sends requests to one service and waits for them. Ctrl-C or an error aborts what is still served."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._inbox: SimpleQueue[tuple[str, FlyError | None]] = SimpleQueue()
+        self._open: set[str] = set()
+
+    def complete(
+        self, prompts: Sequence[Prompt], params: SamplingParams, load: Load, seed: int = 0
+    ) -> tuple[list[Exchange], float]:
+        """The exchanges, in the order of the prompts, and the seconds until the last one was complete."""
+        exchanges: list[Exchange] = []
+        arrivals = load.arrivals(len(prompts), seed)
+        limit = load.concurrency or len(prompts)
+        started = time.perf_counter()
+        try:
+            while len(exchanges) < len(prompts) or self._open:
+                wait: float | None = None
+                while len(exchanges) < len(prompts) and len(self._open) < limit:
+                    wait = arrivals[len(exchanges)] - (time.perf_counter() - started)
+                    if wait > 0:
+                        break
+                    exchanges.append(self._send(prompts[len(exchanges)], params))
+                    wait = None
+                self._take_one(wait)
+        finally:
+            for request_id in self._open:
+                self._service.thread.abort(request_id)
+        return exchanges, time.perf_counter() - started
+
+    def _send(self, prompt: Prompt, params: SamplingParams) -> Exchange:
+        exchange = Exchange(sent=time.perf_counter())
+        request_id = self._service.new_request_id()
+
+        def sink(output: RequestOutput | FlyError) -> None:
+            if isinstance(output, FlyError):
+                self._inbox.put((request_id, output))
+                return
+            exchange.add(output)
+            if output.finished:
+                self._inbox.put((request_id, None))
+
+        group = self._service.make_group(prompt, params, request_id, sink, output_kind=RequestOutputKind.DELTA)
+        self._service.thread.submit([group])
+        self._open.add(request_id)
+        return exchange
+
+    def _take_one(self, wait: float | None) -> None:
+        """Waits until a request is complete, or for `wait` seconds."""
+        try:
+            request_id, error = self._inbox.get(timeout=wait)
+        except Empty:
+            return
+        self._open.discard(request_id)
+        if error is not None:
+            raise error

@@ -1,0 +1,181 @@
+"""What was measured, as a table for people and as one object for machines."""
+
+import dataclasses
+import math
+import os
+import platform
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+import fly_trt
+from fly_trt.benchmark.client import Load
+from fly_trt.benchmark.measure import Benchmark
+from fly_trt.benchmark.results import Row, Spread
+from fly_trt.manifest import Manifest, ModelEngine
+from fly_trt.params import SpeculativeConfig
+
+SCHEMA_VERSION = 1
+NOTHING = "-"
+LIBRARIES = ("numpy", "tokenizers", "onnxruntime", "cuda-python")
+
+
+def as_record(benchmark: Benchmark) -> dict[str, Any]:
+    """Everything, figures of single rounds included, as JSON has it; an infinite request rate is "inf"."""
+    config = benchmark.config
+    given = (config.prompts and str(config.prompts)) or ("built-in" if config.random_tokens is None else "random")
+    settings = {
+        "prompts": given,
+        "num_prompts": config.num_prompts,
+        "num_checks": sum(prompt.check is not None for prompt in benchmark.prompts),
+        **{name: getattr(config, name) for name in ("random_tokens", "chat", "max_tokens", "ignore_eos")},
+        **{name: getattr(config, name) for name in ("temperature", "seed", "rounds")},
+        "loads": [_load(load) for load in config.loads],
+        "modes": {mode: _speculation(speculative) for mode, speculative in benchmark.modes.items()},
+    }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "engine": _engine(benchmark),
+        "machine": _machine(benchmark.engines.manifest),
+        "versions": _versions(benchmark.engines.manifest),
+        "settings": settings,
+        "results": [{**dataclasses.asdict(row), "load": _load(row.load)} for row in benchmark.rows],
+    }
+
+
+def as_table(benchmark: Benchmark) -> Table:
+    """A row for each load and mode; medians, and the speeds with their range over the rounds. Columns without a figure
+    are left out, and so is a load that is the only one."""
+    config = benchmark.config
+    load = f", {config.loads[0]}" if len(config.loads) == 1 else ""
+    times = f"median of {config.rounds} rounds" if config.rounds > 1 else "1 round"
+    seconds = " and ".join(f"{role} {took:.1f} s" for role, took in benchmark.engines.load_seconds.items())
+    table = Table(
+        title=f"{benchmark.engines.directory}: {config.num_prompts} prompts{load}, {times}",
+        caption=f"engines loaded once: {seconds}",
+    )
+    columns = COLUMNS[1:] if len(config.loads) == 1 else COLUMNS
+    shown = [column for column in columns if any(column[1](row) != NOTHING for row in benchmark.rows)]
+    for name, _ in shown:
+        table.add_column(name, justify="left" if name in ("load", "mode") else "right", no_wrap=name == "mode")
+    for row, following in zip(benchmark.rows, [*benchmark.rows[1:], None], strict=True):
+        is_last = following is None or following.load != row.load
+        table.add_row(*(text(row) for _, text in shown), end_section=is_last)
+    return table
+
+
+def _number(spread: Spread | None, form: str) -> str:
+    return NOTHING if spread is None else format(spread.median, form)
+
+
+def _rate(spread: Spread | None) -> str:
+    if spread is None:
+        return NOTHING
+    digits = 0 if spread.median >= 100 else 1
+    if len(spread.rounds) == 1:
+        return f"{spread.median:.{digits}f}"
+    return f"{spread.median:.{digits}f} ({spread.min:.{digits}f}-{spread.max:.{digits}f})"
+
+
+def _factor(spread: Spread | None) -> str:
+    return NOTHING if spread is None else f"{spread.median:.2f}x"
+
+
+def _right(row: Row) -> str:
+    if row.right_answers is None:
+        return NOTHING
+    share = "" if row.accuracy_retention is None else f", {row.accuracy_retention.median:.1%}"
+    return f"{row.right_answers.median:g}/{row.num_checks}{share}"
+
+
+def _loosened(row: Row) -> str:
+    return NOTHING if row.mean_acceptance_length is None else _number(row.loosened_tokens, "g")
+
+
+def _percentiles(row: Row) -> str:
+    medians = [_number(s, ".1f") for s in (row.inter_token_latency_ms_p50, row.inter_token_latency_ms_p99)]
+    return NOTHING if NOTHING in medians else " / ".join(medians)
+
+
+COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("load", lambda row: str(row.load)),
+    ("mode", lambda row: row.mode),
+    ("tokens/s", lambda row: _rate(row.tokens_per_second)),
+    ("over AR", lambda row: _factor(row.speed_up_over_autoregressive)),
+    ("over exact", lambda row: _factor(row.speed_up_over_exact)),
+    ("accept. length", lambda row: _number(row.mean_acceptance_length, ".2f")),
+    ("loosened", _loosened),
+    ("TTFT ms", lambda row: _number(row.time_to_first_token_ms, ".1f")),
+    ("ITL ms p50 / p99", _percentiles),
+    ("right", _right),
+    ("same as AR", lambda row: _number(row.same_as_autoregressive, ".0%")),
+)
+
+
+def _speculation(config: SpeculativeConfig) -> dict[str, Any]:
+    return {"method": None} if config.method is None else dataclasses.asdict(config)
+
+
+def _load(load: Load) -> dict[str, Any]:
+    rate = load.request_rate
+    return {
+        "concurrency": load.concurrency,
+        "request_rate": "inf" if rate is not None and math.isinf(rate) else rate,
+    }
+
+
+def _engine(benchmark: Benchmark) -> dict[str, Any]:
+    manifest = benchmark.engines.manifest
+    models = {"target": manifest.target, "draft": manifest.draft}
+    return {
+        "directory": str(benchmark.engines.directory),
+        "name": manifest.name,
+        "backend": manifest.backend,
+        "limits": manifest.limits.model_dump(),
+        **{role: _model(model) if model else None for role, model in models.items()},
+        "load_seconds": dict(benchmark.engines.load_seconds),
+    }
+
+
+def _model(model: ModelEngine) -> dict[str, Any]:
+    return {"dtype": model.dtype, "quantization": model.quantization, **model.source.model_dump()}
+
+
+def _machine(manifest: Manifest) -> dict[str, Any]:
+    gpu = num_threads = None
+    if manifest.backend == "tensorrt":
+        from fly_trt.engines.cuda import device_name
+
+        gpu = device_name()
+    else:
+        from fly_trt.engines.onnxruntime import num_pool_threads
+
+        num_threads = num_pool_threads()
+    return {
+        "cpu": _cpu_name(),
+        "num_cores": os.cpu_count(),
+        "gpu": gpu,
+        "num_threads": num_threads,
+        "platform": platform.platform(),
+    }
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _versions(manifest: Manifest) -> dict[str, str]:
+    found = {"fly-trt": fly_trt.__version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    plan = manifest.target.tensorrt
+    return found | ({plan.library: plan.version} if plan else {})

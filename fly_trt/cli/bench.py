@@ -1,0 +1,138 @@
+"""`fly-bench`: measures what speculation does for an engine directory, and shows it."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fly_trt.cli.speculative import speculative_overrides, tuning_options
+from fly_trt.errors import ConfigError, FlyError
+
+CONFIG_FLAGS = ("rounds", "prompts", "random_tokens", "num_prompts", "chat", "max_tokens", "ignore_eos", "temperature")
+FILE_WIDTH = 160  # columns where there is no terminal that has its own
+EXAMPLES = """
+\b
+Examples:
+  fly-bench engines/demo                                            # every mode, one request at a time
+  fly-bench engines/demo --prompts tests/assets/pair/eval.jsonl     # a prompt a line, with checks of the answers
+  fly-bench engines/demo --modes autoregressive,fly --concurrency 1,4,8 --plot bench.png
+  fly-bench engines/demo --request-rate 2,inf --json -o bench.json
+  fly-bench engines/llama-70b --random-tokens 1024 --max-tokens 256 --ignore-eos
+  fly-bench engines/llama-70b --chat --preset paper --num-speculative-tokens 25
+
+\b
+A line of a prompts file: {"prompt": "What is the capital of France?", "check": {"kind": "contains", "value": "Paris"}}
+Kinds of checks: contains, regex (value: a text, a regular expression), number, json, words, code.
+
+\b
+TTFT is the time from sending a request to its first output. ITL is the gap between two consecutive outputs of a
+request, of one token or several; TPOT the time from the first output to the last by token after the first.
+"""
+
+
+@click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("engine_dir", type=click.Path(path_type=Path))
+@click.option(
+    "--modes",
+    multiple=True,
+    metavar="MODE,MODE",
+    help="Of autoregressive, exact, fly-draft, fly, ngram. [all that the engines can do]",
+)
+@click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", help="JSON Lines. [built-in prompts]")
+@click.option("--random-tokens", type=int, metavar="LENGTH", help="Random prompts of so many tokens instead.")
+@click.option("--num-prompts", type=int, default=16, show_default=True, help="More than there are repeat them.")
+@click.option("--chat", is_flag=True, help="A prompt is a user's message: apply the model's chat template.")
+@click.option("--max-tokens", type=int, default=128, show_default=True, help="Output tokens of a request at most.")
+@click.option("--ignore-eos", is_flag=True, help="Always --max-tokens: go on after the end-of-sequence token.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 decodes greedily.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of samples, random prompts and arrivals.")
+@click.option("--concurrency", multiple=True, metavar="N,N", help="Requests in flight, a load for each value. [1]")
+@click.option(
+    "--request-rate", multiple=True, metavar="R,R", help="Requests per second, arriving at random; inf is all at once."
+)
+@click.option("--rounds", type=int, default=3, show_default=True, help="Repetitions; figures are medians over them.")
+@tuning_options
+@click.option("--num-threads", type=int, metavar="N", help="CPU threads. [all cores]")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw a .png or .svg (extra bench).")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the JSON to a file too.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def main(engine_dir: Path, plot: Path | None, output: Path | None, as_json: bool, **flags: Any) -> None:
+    """Compares plain decoding, exact speculation, FLy and n-gram lookup with the engines in ENGINE_DIR, by turns in one
+    run, on engines that are loaded once."""
+    try:
+        _run(engine_dir, plot, output, as_json, flags)
+    except FlyError as error:
+        click.echo(f"fly-bench: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        click.echo(f"fly-bench: {error.filename or engine_dir}: {error.strerror}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        click.echo("\nfly-bench: interrupted", err=True)
+        sys.exit(130)
+
+
+def _run(engine_dir: Path, plot: Path | None, output: Path | None, as_json: bool, flags: dict[str, Any]) -> None:
+    from fly_trt.benchmark.measure import BenchmarkConfig, run_benchmark
+    from fly_trt.benchmark.plot import check_plot, write_plot
+    from fly_trt.benchmark.report import as_record, as_table
+    from fly_trt.files import new_file
+
+    if plot is not None:
+        check_plot(plot)
+    config = BenchmarkConfig(
+        modes=_items(flags["modes"]),
+        loads=_loads(flags),
+        seed=flags["seed"],
+        speculative=speculative_overrides(flags),
+        num_threads=flags["num_threads"],
+        **{name: flags[name] for name in CONFIG_FLAGS},
+    )
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("reading prompts", total=None)
+        benchmark = run_benchmark(
+            engine_dir,
+            config,
+            lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
+        )
+    text = json.dumps(as_record(benchmark), indent=2)
+    if output is not None:
+        with new_file(output) as file:
+            file.write_text(text + "\n", encoding="utf-8")
+    if as_json:
+        click.echo(text)
+    else:
+        is_terminal = sys.stdout.isatty()
+        Console(width=None if is_terminal else FILE_WIDTH).print(as_table(benchmark))
+    if plot is not None:
+        write_plot(benchmark.rows, str(engine_dir), plot)
+
+
+def _loads(flags: dict[str, Any]) -> list[Any]:
+    from fly_trt.benchmark.client import Load
+
+    in_flight = [Load(concurrency=_number("concurrency", item, int)) for item in _items(flags["concurrency"])]
+    arriving = [Load(request_rate=_number("request_rate", item, float)) for item in _items(flags["request_rate"])]
+    return in_flight + arriving or [Load(concurrency=1)]
+
+
+def _items(values: Sequence[str]) -> list[str]:
+    return [item.strip() for value in values for item in value.split(",")]
+
+
+def _number(name: str, text: str, kind: type[int] | type[float]) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ConfigError(f"{name} {text!r}: expected numbers with commas, such as 1,4") from None
+
+
+if __name__ == "__main__":
+    main()
