@@ -15,6 +15,8 @@ import fly_trt
 from fly_trt.benchmark.client import Load
 from fly_trt.benchmark.measure import Benchmark
 from fly_trt.benchmark.results import Row, Spread
+from fly_trt.benchmark.roofline import ModelCost, Roofline
+from fly_trt.loaded import LoadedEngines
 from fly_trt.manifest import Manifest, ModelEngine
 from fly_trt.params import SpeculativeConfig
 
@@ -38,7 +40,7 @@ def as_record(benchmark: Benchmark) -> dict[str, Any]:
     }
     return {
         "schema_version": SCHEMA_VERSION,
-        "engine": _engine(benchmark),
+        "engine": _engine(benchmark.engines),
         "machine": _machine(benchmark.engines.manifest),
         "versions": _versions(benchmark.engines.manifest),
         "settings": settings,
@@ -65,6 +67,47 @@ def as_table(benchmark: Benchmark) -> Table:
         is_last = following is None or following.load != row.load
         table.add_row(*(text(row) for _, text in shown), end_section=is_last)
     return table
+
+
+def roofline_record(roofline: Roofline) -> dict[str, Any]:
+    """Limits in bytes and MACs per second, what the models need of them, and the steps in ms."""
+    manifest = roofline.engines.manifest
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "engine": _engine(roofline.engines),
+        "machine": _machine(manifest) | {"limits": dataclasses.asdict(roofline.machine)},
+        "versions": _versions(manifest),
+        "costs": {role: dataclasses.asdict(cost) for role, cost in roofline.costs.items()},
+        "steps": [{**dataclasses.asdict(step), "limit_ms": step.limit_ms} for step in roofline.steps],
+    }
+
+
+def roofline_table(roofline: Roofline) -> Table:
+    """A row for each step: medians with their range, beside the time that weights and products take at least."""
+    machine = roofline.machine
+    rates = ", ".join(f"{kind} products {rate / 1e9:.0f} GMAC/s" for kind, rate in machine.product_rates.items())
+    table = Table(
+        title=f"{roofline.engines.directory}: memory {machine.memory_bandwidth / 1e9:.1f} GB/s, {rates}",
+        caption="; ".join(f"{role}: {_cost(cost)}" for role, cost in roofline.costs.items()),
+    )
+    for name in ("engine", "rows x tokens", "measured ms", "weights ms", "products ms", "limit", "measured / limit"):
+        table.add_column(name, justify="left" if name in ("engine", "limit") else "right")
+    for step in roofline.steps:
+        table.add_row(
+            step.role,
+            f"{step.batch_size} x {step.num_tokens}",
+            f"{step.measured.median:.2f} ({step.measured.min:.2f}-{step.measured.max:.2f})",
+            f"{step.memory_ms:.2f}",
+            f"{step.arithmetic_ms:.2f}",
+            "memory" if step.memory_ms > step.arithmetic_ms else "arithmetic",
+            f"{step.measured.median / step.limit_ms:.2f}",
+        )
+    return table
+
+
+def _cost(cost: ModelCost) -> str:
+    macs = " and ".join(f"{count / 1e6:.1f} M {kind}" for kind, count in cost.macs_per_token.items())
+    return f"{cost.weight_bytes / 1e6:.1f} MB of weights a step, {macs} MACs a token"
 
 
 def _number(spread: Spread | None, form: str) -> str:
@@ -127,16 +170,16 @@ def _load(load: Load) -> dict[str, Any]:
     }
 
 
-def _engine(benchmark: Benchmark) -> dict[str, Any]:
-    manifest = benchmark.engines.manifest
+def _engine(engines: LoadedEngines) -> dict[str, Any]:
+    manifest = engines.manifest
     models = {"target": manifest.target, "draft": manifest.draft}
     return {
-        "directory": str(benchmark.engines.directory),
+        "directory": str(engines.directory),
         "name": manifest.name,
         "backend": manifest.backend,
         "limits": manifest.limits.model_dump(),
         **{role: _model(model) if model else None for role, model in models.items()},
-        "load_seconds": dict(benchmark.engines.load_seconds),
+        "load_seconds": dict(engines.load_seconds),
     }
 
 

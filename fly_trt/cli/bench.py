@@ -9,6 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from fly_trt.cli.speculative import speculative_overrides, tuning_options
 from fly_trt.errors import ConfigError, FlyError
@@ -22,6 +23,7 @@ Examples:
   fly-bench engines/demo --prompts tests/assets/pair/eval.jsonl     # a prompt a line, with checks of the answers
   fly-bench engines/demo --modes autoregressive,fly --concurrency 1,4,8 --plot bench.png
   fly-bench engines/demo --request-rate 2,inf --json -o bench.json
+  fly-bench engines/demo --roofline --rounds 10                     # how far each step is from this machine's limits
   fly-bench engines/llama-70b --random-tokens 1024 --max-tokens 256 --ignore-eos
   fly-bench engines/llama-70b --chat --preset paper --num-speculative-tokens 25
 
@@ -56,6 +58,11 @@ request, of one token or several; TPOT the time from the first output to the las
     "--request-rate", multiple=True, metavar="R,R", help="Requests per second, arriving at random; inf is all at once."
 )
 @click.option("--rounds", type=int, default=3, show_default=True, help="Repetitions; figures are medians over them.")
+@click.option(
+    "--roofline",
+    is_flag=True,
+    help="Instead: the steps of the engines beside what memory bandwidth and arithmetic allow (extra bench).",
+)
 @tuning_options
 @click.option("--num-threads", type=int, metavar="N", help="CPU threads. [all cores]")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw a .png or .svg (extra bench).")
@@ -78,13 +85,40 @@ def main(engine_dir: Path, plot: Path | None, output: Path | None, as_json: bool
 
 
 def _run(engine_dir: Path, plot: Path | None, output: Path | None, as_json: bool, flags: dict[str, Any]) -> None:
-    from fly_trt.benchmark.measure import BenchmarkConfig, run_benchmark
     from fly_trt.benchmark.plot import check_plot, write_plot
-    from fly_trt.benchmark.report import as_record, as_table
     from fly_trt.files import new_file
 
+    if flags["roofline"] and plot is not None:
+        raise ConfigError(f"plot {plot}: --roofline has no plot: leave one of them out")
     if plot is not None:
         check_plot(plot)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("reading prompts", total=None)
+
+        def report(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total)
+
+        measure = _measure_roofline if flags["roofline"] else _measure_modes
+        record, table, rows = measure(engine_dir, flags, report)
+    text = json.dumps(record, indent=2)
+    if output is not None:
+        with new_file(output) as file:
+            file.write_text(text + "\n", encoding="utf-8")
+    if as_json:
+        click.echo(text)
+    else:
+        is_terminal = sys.stdout.isatty()
+        Console(width=None if is_terminal else FILE_WIDTH).print(table)
+    if plot is not None:
+        write_plot(rows, str(engine_dir), plot)
+
+
+def _measure_modes(engine_dir: Path, flags: dict[str, Any], report: Any) -> tuple[dict[str, Any], Table, list[Any]]:
+    from fly_trt.benchmark.measure import BenchmarkConfig, run_benchmark
+    from fly_trt.benchmark.report import as_record, as_table
+
     config = BenchmarkConfig(
         modes=_items(flags["modes"]),
         loads=_loads(flags),
@@ -93,26 +127,18 @@ def _run(engine_dir: Path, plot: Path | None, output: Path | None, as_json: bool
         num_threads=flags["num_threads"],
         **{name: flags[name] for name in CONFIG_FLAGS},
     )
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("reading prompts", total=None)
-        benchmark = run_benchmark(
-            engine_dir,
-            config,
-            lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
-        )
-    text = json.dumps(as_record(benchmark), indent=2)
-    if output is not None:
-        with new_file(output) as file:
-            file.write_text(text + "\n", encoding="utf-8")
-    if as_json:
-        click.echo(text)
-    else:
-        is_terminal = sys.stdout.isatty()
-        Console(width=None if is_terminal else FILE_WIDTH).print(as_table(benchmark))
-    if plot is not None:
-        write_plot(benchmark.rows, str(engine_dir), plot)
+    benchmark = run_benchmark(engine_dir, config, report)
+    return as_record(benchmark), as_table(benchmark), benchmark.rows
+
+
+def _measure_roofline(engine_dir: Path, flags: dict[str, Any], report: Any) -> tuple[dict[str, Any], Table, list[Any]]:
+    from fly_trt.benchmark.report import roofline_record, roofline_table
+    from fly_trt.benchmark.roofline import run_roofline
+
+    if flags["rounds"] < 1:
+        raise ConfigError(f"rounds {flags['rounds']}: expected at least 1")
+    roofline = run_roofline(engine_dir, flags["rounds"], flags["num_threads"], report)
+    return roofline_record(roofline), roofline_table(roofline), []
 
 
 def _loads(flags: dict[str, Any]) -> list[Any]:
