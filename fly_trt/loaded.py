@@ -6,6 +6,7 @@ whatever the number of ways in which it is served. This module knows files and s
 
 import dataclasses
 import os
+import threading
 import time
 import weakref
 from functools import cached_property
@@ -33,9 +34,9 @@ class LoadedEngines:
             plain = LLM(engines, speculative_config={"method": None}, enable_prefix_caching=False)
             fly = LLM(engines, enable_prefix_caching=False)
 
-    Engines are not thread-safe: only one of those that share them may have requests at a time, whichever thread that
-    is. Nobody can count on a cache that another one writes to, so that all of them go without prefix caching. Shutting
-    one down leaves the engines to the others; `close` releases them, after the last one was shut down.
+    One of those that share them serves at a time: it has its `turn` until none of its requests is left, and the others
+    wait. Nobody can count on a cache that another one writes to, so that all of them go without prefix caching.
+    Shutting one down leaves the engines to the others; `close` releases them, after the last one was shut down.
 
     max_batch_size: slots of the caches, None means as many as were built for; whoever shares them may use fewer.
     num_threads, device_id, verify_hashes: as ServiceConfig has them. `load_seconds` has the time that each engine took.
@@ -55,6 +56,7 @@ class LoadedEngines:
         self.manifest: Manifest = read_manifest(self.directory, verify_hashes=verify_hashes)
         self.max_batch_size = max_batch_size or self.manifest.limits.max_batch_size
         self.load_seconds: dict[Role, float] = {}
+        self.turn = threading.Lock()
         self._settings: dict[str, Any] = {"num_threads": num_threads, "device_id": device_id}
         self._engines: dict[Role, Engine] = {}
         # Also when the interpreter ends without a close(), and then after the threads that use them.

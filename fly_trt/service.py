@@ -131,8 +131,9 @@ class Service:
         )
         loop = GenerationLoop(target, drafter, loop_config, self.tokenizer, self.metrics)
         if drafter is not None and speculative_config.adaptive_draft_length:
-            loop.warm_up()
-        self.thread = EngineThread(loop, release)
+            with engines.turn:
+                loop.warm_up()
+        self.thread = EngineThread(loop, release, engines.turn)
         # Also when the interpreter ends without a shutdown(): the thread must not run into a library's teardown.
         self._finalizer = weakref.finalize(self, self.thread.shutdown)
 

@@ -1,6 +1,7 @@
 """Engines that are loaded once and shared by LLMs that take turns."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,16 @@ def test_each_emits_what_it_emits_alone_whoever_had_the_turn_before(engines: Loa
     for index in range(len(PROMPTS)):
         for llm, want in zip(sharing, alone, strict=True):
             assert tokens(llm, PROMPTS[index : index + 1]) == want[index : index + 1]
+    for llm in sharing:
+        llm.shutdown()
+
+
+def test_requests_of_several_at_once_are_served_by_turns(engines: LoadedEngines) -> None:
+    sharing = [LLM(engines, speculative_config=config, enable_prefix_caching=False) for config in MODES]
+    want = [tokens(llm) for llm in sharing]
+    with ThreadPoolExecutor(len(sharing)) as pool:
+        for _ in range(3):
+            assert list(pool.map(tokens, sharing)) == want
     for llm in sharing:
         llm.shutdown()
 

@@ -22,11 +22,15 @@ ROOM_POLL_SECONDS = 0.02
 
 
 class EngineThread:
-    """Runs `loop` until `shutdown`, then calls `close` in the thread that owned the engines."""
+    """Runs `loop` until `shutdown`, then calls `close` in the thread that owned the engines.
 
-    def __init__(self, loop: GenerationLoop, close: Callable[[], None]) -> None:
+    `turn` is held as long as there are requests: loops that share engines share it, and serve one after the other.
+    """
+
+    def __init__(self, loop: GenerationLoop, close: Callable[[], None], turn: "threading.Lock | None" = None) -> None:
         self._loop = loop
         self._close = close
+        self._turn = turn or threading.Lock()
         self._groups: dict[str, RequestGroup] = {}
         self._group_of: dict[Request, RequestGroup] = {}
         self._aborts: deque[str] = deque()
@@ -95,8 +99,11 @@ class EngineThread:
     def _run(self) -> None:
         try:
             while self._wait():
-                self._deliver(self._loop.step())
-            self._abort(list(self._groups))
+                with self._turn:
+                    while self._take_aborts():
+                        self._deliver(self._loop.step())
+            with self._turn:
+                self._abort(list(self._groups))
         except Exception as error:
             logger.exception("the engine thread stopped")
             self._fail(error)
@@ -104,13 +111,17 @@ class EngineThread:
             self._close()
 
     def _wait(self) -> bool:
-        """Sleeps until there is something to do and applies the aborts; False when it is time to stop."""
+        """Sleeps until there is something to do; False when it is time to stop."""
         with self._changed:
             while not (self._is_stopping or self._aborts or self._loop.has_requests()):
                 self._changed.wait()
-            aborts = [self._aborts.popleft() for _ in range(len(self._aborts))]
-            self._abort(aborts)
             return not self._is_stopping
+
+    def _take_aborts(self) -> bool:
+        """Applies the aborts; False when nothing is left to serve, or when it is time to stop."""
+        with self._changed:
+            self._abort([self._aborts.popleft() for _ in range(len(self._aborts))])
+            return not self._is_stopping and self._loop.has_requests()
 
     def _abort(self, request_ids: list[str]) -> None:
         for request_id in request_ids:

@@ -107,7 +107,11 @@ def test_ctrl_c_ends_it_with_a_word_and_exit_code_130(demo_engine: Path) -> None
     """On a terminal, which is where progress is shown."""
     terminal, stderr = pty.openpty()
     command = [sys.executable, "-m", "fly_trt.cli.bench", str(demo_engine), "--rounds", "1000", "--modes", "fly"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env={**os.environ, "COLUMNS": "200"})
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env={**os.environ, "COLUMNS": "200"})
+    finally:
+        signal.signal(signal.SIGINT, handler)
     os.close(stderr)
     seen = b""
     while b"round 1 of 1000" not in seen:
