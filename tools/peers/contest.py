@@ -1,0 +1,171 @@
+"""The run of tools/bench_peers.py: who takes part, whose turn it is, and what came out.
+
+Every mode of a peer in a precision is a contestant with a worker of its own. A contestant that fails keeps the reason
+and leaves the run; the others go on.
+"""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fly_trt.benchmark.checks import is_right
+from peers.catalogue import FLY, Peer
+from peers.environments import Preparation, PreparationError
+from peers.protocol import Settings
+from peers.worker import Worker, WorkerError
+
+# Threads of the worker that had its turn before may still spin, waiting for more work: OpenMP's by default as long as
+# 0.2 s. They must be asleep before the next one is timed.
+PAUSE_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The same for all contestants. engine: fly-trt's. timeout: seconds for loading, and for an answer."""
+
+    target: Path
+    draft: Path
+    engine: Path
+    max_tokens: int
+    rounds: int
+    threads: int
+    num_assistant_tokens: int
+    timeout: float
+
+
+@dataclass
+class Contestant:
+    """One mode of one peer in one precision. `answers`: a list a round, an answer a prompt; `reason`: why it did not
+    run, or not to its end."""
+
+    peer: Peer
+    mode: str
+    precision: str
+    answers: list[list[dict[str, Any]]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.peer.name} {self.mode} {self.precision}"
+
+    def rates(self) -> list[float]:
+        """Tokens per second of each round."""
+        return [
+            sum(len(a["token_ids"]) for a in answers) / sum(a["seconds"] for a in answers) for answers in self.answers
+        ]
+
+    def summary(self, records: list[dict[str, Any]], reference: "Contestant | None") -> dict[str, Any]:
+        """For people and machines. `reference` is what the speed is compared with, and whose tokens a prompt is."""
+        summary = {"peer": self.peer.name, "mode": self.mode, "precision": self.precision, "reason": self.reason}
+        if self.reason is not None:
+            return summary
+        last, rates = self.answers[-1], self.rates()
+        checked = [(r["check"], a["text"]) for r, a in zip(records, last, strict=True) if r.get("check")]
+        firsts = [a["first_token_seconds"] for a in last if a["first_token_seconds"] is not None]
+        summary |= {
+            "tokens_per_second": statistics.median(rates),
+            "tokens_per_second_range": [min(rates), max(rates)],
+            "time_to_first_token": statistics.median(firsts) if firsts else None,
+            "num_output_tokens": sum(len(a["token_ids"]) for a in last),
+            "num_right": sum(is_right(check, text) for check, text in checked),
+            "num_checked": len(checked),
+            "peak_memory_mib": round(max(a["peak_memory_mib"] for a in last)),
+            "versions": self.versions,
+            "texts": [a["text"] for a in last],
+        }
+        if reference is not None:
+            pairs = zip(last, reference.answers[-1], strict=True)
+            summary["ratio_to_fly"] = summary["tokens_per_second"] / statistics.median(reference.rates())
+            summary["num_prompts_read_differently"] = sum(
+                a["prompt_token_ids"] != b["prompt_token_ids"] for a, b in pairs
+            )
+        return summary
+
+
+class Run:
+    """All contestants on all prompts. What fails is left with its reason, and the others go on."""
+
+    def __init__(self, conditions: Conditions, prompts: list[str], folder: Path, say: Callable[[str], None]) -> None:
+        self._conditions = conditions
+        self._prompts = prompts
+        self._logs = folder / "logs"
+        self._preparation = Preparation(folder, say)
+
+    def side_by_side(self, contestants: list[Contestant]) -> None:
+        """All are loaded, and take turns prompt by prompt."""
+        with contextlib.ExitStack() as stack:
+            workers = {}
+            for contestant in tqdm(contestants, desc="loading", unit="mode", disable=None, leave=False):
+                with _kept_reason(contestant):
+                    workers[contestant.name] = stack.enter_context(self._start(contestant))
+            with self._progress(len(workers)) as progress:
+                for _ in range(self._conditions.rounds):
+                    for contestant in contestants:
+                        contestant.answers.append([])
+                    for prompt in self._prompts:
+                        for contestant in contestants:
+                            if contestant.reason is None:
+                                with _kept_reason(contestant):
+                                    self._turn(contestant, workers[contestant.name], prompt)
+                                if contestant.reason is not None:
+                                    workers[contestant.name].stop()
+                                progress.update()
+
+    def one_at_a_time(self, contestants: list[Contestant]) -> None:
+        """Each is loaded for its turn of a whole round: for models of which memory holds only one."""
+        with self._progress(len(contestants)) as progress:
+            for _ in range(self._conditions.rounds):
+                for contestant in contestants:
+                    contestant.answers.append([])
+                    if contestant.reason is None:
+                        with _kept_reason(contestant), self._start(contestant) as worker:
+                            for prompt in self._prompts:
+                                self._turn(contestant, worker, prompt)
+                                progress.update()
+
+    def _start(self, contestant: Contestant) -> Worker:
+        conditions, peer = self._conditions, contestant.peer
+        target, draft = conditions.engine, conditions.draft
+        if peer.name != FLY:
+            target = self._preparation.model(peer, conditions.target, contestant.precision)
+            draft = self._preparation.model(peer, conditions.draft, contestant.precision)
+        settings = Settings(
+            contestant.mode,
+            contestant.precision,
+            str(target),
+            str(draft),
+            conditions.threads,
+            conditions.num_assistant_tokens,
+        )
+        log = self._logs / f"{contestant.name.replace(' ', '-')}.log"
+        worker = Worker(self._preparation.python(peer), peer.worker, settings, log, conditions.timeout)
+        contestant.versions = worker.versions
+        try:
+            worker.ask(self._prompts[0], conditions.max_tokens, conditions.timeout)  # warms up
+        except BaseException:
+            worker.stop()
+            raise
+        return worker
+
+    def _turn(self, contestant: Contestant, worker: Worker, prompt: str) -> None:
+        time.sleep(PAUSE_SECONDS)
+        contestant.answers[-1].append(worker.ask(prompt, self._conditions.max_tokens, self._conditions.timeout))
+
+    def _progress(self, num_contestants: int) -> tqdm:
+        total = self._conditions.rounds * len(self._prompts) * num_contestants
+        return tqdm(total=total, unit="answer", disable=None, leave=False)
+
+
+@contextlib.contextmanager
+def _kept_reason(contestant: Contestant) -> Iterator[None]:
+    try:
+        yield
+    except (WorkerError, PreparationError, OSError) as error:
+        contestant.reason = str(error)
