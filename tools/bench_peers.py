@@ -28,6 +28,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fly_trt import FlyError
+from fly_trt.benchmark.workload import read_prompts
 from fly_trt.manifest import read_manifest
 from peers.catalogue import FLY, PEERS
 from peers.contest import Conditions, Contestant, Run
@@ -117,22 +118,22 @@ def _parse() -> argparse.Namespace:
 
 def main() -> None:
     args = _parse()
-    lines = args.prompts.read_text(encoding="utf-8").splitlines()[: args.num_prompts]
-    records = [json.loads(line) for line in lines]
-    args.num_prompts = len(records)
     try:
+        prompts = read_prompts(args.prompts)[: args.num_prompts]
         contestants = _contestants(args)
     except FlyError as error:
-        sys.exit(f"bench_peers: {error}")
+        print(f"bench_peers: {error}", file=sys.stderr)
+        sys.exit(2)
+    args.num_prompts = len(prompts)
     conditions = Conditions(**{each.name: getattr(args, each.name) for each in dataclasses.fields(Conditions)})
-    prompts = [record["prompt"] for record in records]
-    run = Run(conditions, prompts, args.environments, lambda line: print(line, file=sys.stderr, flush=True))
+    texts = [str(prompt.prompt) for prompt in prompts]
+    run = Run(conditions, texts, args.environments, lambda line: print(line, file=sys.stderr, flush=True))
     try:
         (run.one_at_a_time if args.one_at_a_time else run.side_by_side)(contestants)
     except KeyboardInterrupt:
         sys.exit(130)
     fly = next((c for c in contestants if c.mode == "fly" and c.reason is None), None)
-    rows = [contestant.summary(records, fly) for contestant in contestants]
+    rows = [contestant.summary([prompt.check for prompt in prompts], fly) for contestant in contestants]
     if args.json:
         print(json.dumps(rows, indent=2))
     else:

@@ -129,16 +129,16 @@ def _answer(text: str, num_tokens: int, seconds: float, prompt_token_ids: tuple[
 
 
 def test_a_summary_is_the_median_of_the_rounds_beside_fly() -> None:
-    records = [{"prompt": "a", "check": {"kind": "number", "value": 5}}, {"prompt": "b"}]
+    checks = [{"kind": "number", "value": 5}, None]
     fly = Contestant(PEERS["fly-trt"], "fly", "int8", [[_answer("#### 5", 10, 0.1), _answer("", 10, 0.1)]] * 3)
     rounds = [[_answer("#### 4", 6, seconds), _answer("", 4, seconds, (1, 2))] for seconds in (0.1, 0.2, 0.5)]
-    summary = Contestant(PEERS["transformers"], "plain", "float32", rounds).summary(records, fly)
+    summary = Contestant(PEERS["transformers"], "plain", "float32", rounds).summary(checks, fly)
     assert summary["tokens_per_second"] == pytest.approx(25)
     assert summary["tokens_per_second_range"] == pytest.approx([10, 50])
     assert summary["ratio_to_fly"] == pytest.approx(0.25)
     assert (summary["num_right"], summary["num_checked"]) == (0, 1)
     assert summary["num_prompts_read_differently"] == 1
-    assert fly.summary(records, fly)["num_right"] == 1
+    assert fly.summary(checks, fly)["num_right"] == 1
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fly_trt.benchmark.checks import is_right
+from fly_trt.benchmark.checks import Check, is_right
 from peers.catalogue import FLY, Peer
 from peers.environments import Preparation, PreparationError
 from peers.protocol import Settings
@@ -61,13 +61,13 @@ class Contestant:
             sum(len(a["token_ids"]) for a in answers) / sum(a["seconds"] for a in answers) for answers in self.answers
         ]
 
-    def summary(self, records: list[dict[str, Any]], reference: "Contestant | None") -> dict[str, Any]:
-        """For people and machines. `reference` is what the speed is compared with, and whose tokens a prompt is."""
+    def summary(self, checks: list[Check | None], reference: "Contestant | None") -> dict[str, Any]:
+        """For people and machines; a check a prompt. Speed and the prompts' tokens are compared with `reference`'s."""
         summary = {"peer": self.peer.name, "mode": self.mode, "precision": self.precision, "reason": self.reason}
         if self.reason is not None:
             return summary
         last, rates = self.answers[-1], self.rates()
-        checked = [(r["check"], a["text"]) for r, a in zip(records, last, strict=True) if r.get("check")]
+        checked = [(check, a["text"]) for check, a in zip(checks, last, strict=True) if check is not None]
         firsts = [a["first_token_seconds"] for a in last if a["first_token_seconds"] is not None]
         summary |= {
             "tokens_per_second": statistics.median(rates),
