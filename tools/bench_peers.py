@@ -80,8 +80,9 @@ def _print(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             console.print(f"did not run: {escape(name)}: {escape(row['reason'])}", soft_wrap=True)
         elif row.get("num_prompts_read_differently"):
             console.print(f"{name}: {row['num_prompts_read_differently']} prompts became other tokens than fly-trt's")
-    versions = {name: version for row in rows for name, version in row.get("versions", {}).items()}
-    console.print(", ".join(f"{name} {version}" for name, version in versions.items()), soft_wrap=True)
+    versions = {row["peer"]: row["versions"] for row in rows if row.get("versions")}
+    of_peers = (", ".join(f"{name} {version}" for name, version in used.items()) for used in versions.values())
+    console.print("; ".join(of_peers), soft_wrap=True)
 
 
 def _parse() -> argparse.Namespace:
