@@ -15,6 +15,7 @@ from fly_trt.cli.speculative import speculative_overrides, tuning_options
 from fly_trt.errors import ConfigError, FlyError
 
 CONFIG_FLAGS = ("rounds", "prompts", "random_tokens", "num_prompts", "chat", "max_tokens", "ignore_eos", "temperature")
+ROOFLINE_FLAGS = ("engine_dir", "roofline", "rounds", "num_threads", "output", "as_json")
 FILE_WIDTH = 160  # columns where there is no terminal that has its own
 EXAMPLES = """
 \b
@@ -88,8 +89,8 @@ def _run(engine_dir: Path, plot: Path | None, output: Path | None, as_json: bool
     from fly_trt.benchmark.plot import check_plot, write_plot
     from fly_trt.files import new_file
 
-    if flags["roofline"] and plot is not None:
-        raise ConfigError(f"plot {plot}: --roofline has no plot: leave one of them out")
+    if flags["roofline"]:
+        _check_roofline_flags(click.get_current_context())
     if plot is not None:
         check_plot(plot)
     console = Console(stderr=True)
@@ -113,6 +114,13 @@ def _run(engine_dir: Path, plot: Path | None, output: Path | None, as_json: bool
         Console(width=None if is_terminal else FILE_WIDTH).print(table)
     if plot is not None:
         write_plot(rows, str(engine_dir), plot)
+
+
+def _check_roofline_flags(context: click.Context) -> None:
+    for name in context.params:
+        is_given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if is_given and name not in ROOFLINE_FLAGS:
+            raise ConfigError(f"{name}: has no effect with --roofline, which has no prompts: leave one of them out")
 
 
 def _measure_modes(engine_dir: Path, flags: dict[str, Any], report: Any) -> tuple[dict[str, Any], Table, list[Any]]:

@@ -70,7 +70,7 @@ def test_the_command_prints_machine_and_steps(demo_engine: Path) -> None:
     assert "1 x 16" in table.stdout
 
 
-def test_engines_of_another_backend_and_a_plot_are_refused(demo_engine: Path, tmp_path: Path) -> None:
+def test_engines_of_another_backend_and_flags_without_effect_are_refused(demo_engine: Path, tmp_path: Path) -> None:
     engine = tmp_path / "engine"
     engine.mkdir()
     for path in demo_engine.iterdir():
@@ -80,5 +80,7 @@ def test_engines_of_another_backend_and_a_plot_are_refused(demo_engine: Path, tm
     (engine / "fly.json").write_text(json.dumps(manifest | {"backend": "tensorrt-llm"}))
     with pytest.raises(ConfigError, match="built for tensorrt-llm"):
         run_roofline(engine, 1, None, lambda what, done, total: None)
-    result = CliRunner().invoke(main, [str(demo_engine), "--roofline", "--plot", str(tmp_path / "a.png")])
-    assert (result.exit_code, "has no plot" in result.stderr) == (2, True)
+    for name, value in (("plot", "a.png"), ("modes", "fly"), ("num_prompts", "16"), ("preset", "paper")):
+        result = CliRunner().invoke(main, [str(demo_engine), "--roofline", f"--{name.replace('_', '-')}", value])
+        assert result.exit_code == 2
+        assert f"{name}: has no effect with --roofline" in result.stderr
