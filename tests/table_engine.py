@@ -2,7 +2,10 @@
 
 It keeps the tokens of each slot as a real engine keeps its cache, refuses a step that reads what was never written,
 uses a shape's buffers again, and decides with the reference rule, so that loops and drafters can be tested on any
-acceptance pattern. What it was asked to do is recorded: `shapes` of the steps, `copies` and `swaps` of slots, `trims`.
+acceptance pattern. It gives no more than an engine promises: what a step says of its padding is not a number, nor are
+the full entropies of a step in which no row uses them, nor the logits of an earlier step once others are asked for.
+What it was asked to do is recorded: `shapes` of the steps, `copies` and `swaps` of slots, `trims`, and the positions of
+steps with logits.
 """
 
 from collections.abc import Callable
@@ -14,6 +17,7 @@ from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, AcceptancePolicy, En
 from fly_trt.verification import accept
 
 VOCAB_SIZE = 32
+FULL_ENTROPY = 2.0  # how much larger the entropy of the whole vocabulary is than that of its most probable tokens
 STOP_TOKEN = 1
 
 NextToken = Callable[[tuple[int, ...]], int]
@@ -60,7 +64,9 @@ class TableEngine:
         self.copies: list[tuple[int, int, int]] = []  # source, target and tokens
         self.swaps: list[tuple[int, int, int]] = []  # two slots and tokens
         self.trims: list[int] = []  # tokens that were still needed
+        self.logits_shapes: list[tuple[int, int]] = []  # rows and tokens of every step with logits
         self._steps: dict[tuple[int, int, int, bool], Step] = {}
+        self._last_logits = np.empty(0, np.float32)
 
     @property
     def num_runs(self) -> int:
@@ -71,12 +77,18 @@ class TableEngine:
         key = (first_slot, batch_size, num_tokens, with_logits)
         if key not in self._steps:
             self._steps[key] = self._make_step(*key)
-        return self._steps[key]
+        step = self._steps[key]
+        if step.logits is not None:
+            self._last_logits[:] = np.nan  # one buffer for all: what it held is gone
+            self._last_logits = step.logits.reshape(-1)
+        return step
 
     def run(self, step: Step) -> None:
         shape = (step.first_slot, *step.input_ids.shape)
         self.num_preparations += shape not in self.shapes  # as engines bind a shape when they meet it
         self.shapes.append(shape)
+        if step.logits is not None:
+            self.logits_shapes.append(step.input_ids.shape)
         for row, ids in enumerate(step.input_ids):
             self._run_row(step, row, ids.tolist())
 
@@ -126,12 +138,15 @@ class TableEngine:
         assert cached <= len(slot), "the cache holds every token before the write index"
         assert all(0 <= token < self.info.vocab_size for token in ids), "token ids are in the vocabulary"
         slot[cached:] = ids
+        use_full_entropy = bool(step.use_full_entropy.any())
         for t in range(len(ids)):
             prefix = tuple(slot[: cached + t + 1])
-            step.argmax[row, t] = self._next_token(prefix)
-            step.entropy_topk[row, t] = step.entropy[row, t] = self._entropy(prefix)
+            is_padding = t >= context + drafts
+            step.argmax[row, t] = 0 if is_padding else self._next_token(prefix)
+            step.entropy_topk[row, t] = np.nan if is_padding else self._entropy(prefix)
+            step.entropy[row, t] = FULL_ENTROPY * step.entropy_topk[row, t] if use_full_entropy else np.nan
             if step.logits is not None:
-                step.logits[row, t] = self._logits_of(prefix)
+                step.logits[row, t] = np.nan if is_padding else self._logits_of(prefix)
         policy = AcceptancePolicy(
             entropy_threshold=float(step.entropy_threshold[row]),
             use_full_entropy=bool(step.use_full_entropy[row]),
@@ -140,7 +155,8 @@ class TableEngine:
         )
         draft = step.input_ids[row, context : context + drafts]
         argmax = step.argmax[row, context - 1 : context + drafts]
-        gate = step.entropy_topk[row, context - 1 : context + drafts]
+        entropy = step.entropy if policy.use_full_entropy else step.entropy_topk
+        gate = entropy[row, context - 1 : context + drafts]
         verdict = accept(draft, argmax, gate, policy, self.info.stop_token_ids)
         step.num_accepted[row], step.next_token[row] = verdict.num_accepted, verdict.next_token
         del slot[cached + context + drafts :]

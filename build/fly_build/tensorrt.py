@@ -48,14 +48,15 @@ class Sizes:
 
     @classmethod
     def of(cls, limits: Limits) -> "Sizes":
-        """A step may write as many tokens as it has behind the last position of a sequence, padding included."""
+        """A step may write as many tokens as it has, padding included, behind the last position of a sequence, and a
+        step of the draft behind the drafts that follow it."""
         row = _round_up(limits.max_draft_len + MAX_CONTEXT_TOKENS, ROW_TOKENS_MULTIPLE)
         longest = max(row, limits.max_num_tokens)
         return cls(
             max_batch_size=limits.max_batch_size,
             max_row_tokens=row,
             max_num_tokens=longest,
-            cache_tokens=_round_up(limits.max_seq_len + longest, CACHE_TOKENS_MULTIPLE),
+            cache_tokens=_round_up(limits.max_seq_len + limits.max_draft_len + longest, CACHE_TOKENS_MULTIPLE),
         )
 
     def profiles(self) -> Iterator[tuple[tuple[int, int], tuple[int, int], tuple[int, int]]]:

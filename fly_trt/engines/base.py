@@ -81,7 +81,8 @@ class EngineInfo:
 @dataclass(slots=True)
 class Step:
     """The buffers of one step shape: B consecutive slots of T tokens. Callers fill the inputs, `Engine.run` fills the
-    outputs, and both stay valid until the same shape runs again.
+    outputs, and both stay valid until the same shape runs again; but `logits` is a view of one buffer that all steps of
+    the engine share, and valid until the next step with logits is asked for.
 
     Inputs: input_ids int64 [B, T]; write_indices, num_context, num_draft, window, lookahead int64 [B];
     entropy_threshold float32 [B] in nats; use_full_entropy bool [B].
@@ -127,6 +128,27 @@ class Step:
         self.lookahead[row] = policy.lookahead
 
 
+class LogitsBuffer:
+    """The logits of one step at a time: room for the largest step so far, whatever the number of step shapes. With a
+    vocabulary of 150 k a step of 16 tokens has 10 MB of them."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._values: FloatArray = np.empty(0, np.float32)
+
+    def view(self, batch_size: int, num_tokens: int) -> tuple[FloatArray, bool]:
+        """float32 [B, T, V], and whether the buffer had to grow: views from before are then of another buffer, which
+        lives for as long as one of them does."""
+        num_positions = batch_size * num_tokens
+        size = num_positions * self._vocab_size
+        if has_grown := size > len(self._values):  # to a power of two, so that growing stays rare
+            self._values = np.empty((1 << (num_positions - 1).bit_length()) * self._vocab_size, np.float32)
+        return self._values[:size].reshape(batch_size, num_tokens, self._vocab_size), has_grown
+
+    def clear(self) -> None:
+        self._values = np.empty(0, np.float32)
+
+
 class StepCache:
     """The steps of an engine with `num_slots` slots, by shape: first slot, rows, tokens, with logits. Of more than
     `max_steps` the one that was asked for longest ago is dropped."""
@@ -148,6 +170,11 @@ class StepCache:
         if len(self._steps) > self._max_steps:
             self._steps.popitem(last=False)
         return step
+
+    def drop_with_logits(self) -> None:
+        """Forgets the steps with logits: they are views of a buffer that was replaced."""
+        for shape in [shape for shape in self._steps if shape[3]]:
+            del self._steps[shape]
 
     def clear(self) -> None:
         self._steps.clear()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, Step, StepCache
+from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, LogitsBuffer, Step, StepCache
 from fly_trt.errors import EngineError
 from fly_trt.manifest import ModelEngine
 
@@ -77,6 +77,7 @@ class OnnxRuntimeEngine:
         self._generation = 0  # of the cache arrays: a step bound to older ones is bound again
         self._caches: list[np.ndarray] = []
         self._steps = StepCache(num_slots, MAX_BOUND_SHAPES)
+        self._logits = LogitsBuffer(info.vocab_size)
         try:
             options = session_options(num_threads)
             self._session = ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
@@ -122,19 +123,25 @@ class OnnxRuntimeEngine:
 
     def close(self) -> None:
         self._steps.clear()
+        self._logits.clear()
         self._caches.clear()
         del self._session
 
     def _make_step(self, first_slot: int, batch_size: int, num_tokens: int, with_logits: bool) -> Step:
         rows: dict[str, Any] = {name: np.zeros(batch_size, dtype) for name, dtype in ROW_INPUTS.items()}
         shape = (batch_size, num_tokens)
+        logits = None
+        if with_logits:
+            logits, has_grown = self._logits.view(batch_size, num_tokens)
+            if has_grown:
+                self._steps.drop_with_logits()
         tokens: dict[str, Any] = {name: np.zeros(shape, dtype) for name, dtype in TOKEN_OUTPUTS.items()}
         return Step(
             first_slot=first_slot,
             input_ids=np.zeros((batch_size, num_tokens), np.int64),
             num_accepted=np.zeros(batch_size, np.int64),
             next_token=np.zeros(batch_size, np.int64),
-            logits=np.zeros((batch_size, num_tokens, self.info.vocab_size), np.float32) if with_logits else None,
+            logits=logits,
             **rows,
             **tokens,
         )

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fly_trt.engines import cuda
-from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, Step, StepCache
+from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, FloatArray, LogitsBuffer, Step, StepCache
 from fly_trt.engines.kernel_cache import KernelCache
 from fly_trt.engines.tensorrt_library import Library, import_library
 from fly_trt.errors import EngineError
@@ -127,6 +127,8 @@ class TensorRTEngine:
         self._swapped = cuda.DeviceBuffer(self._slot_bytes)
         longest = max(num_slots * self._plan.max_row_tokens, _round_up(info.max_num_tokens, PREFILL_TOKENS_MULTIPLE))
         self._logits = cuda.DeviceBuffer(longest * model.vocab_size * item_bytes)
+        self._host_logits = LogitsBuffer(model.vocab_size)
+        self._raw_logits = cuda.PinnedBuffer(ALIGNMENT)  # what is copied before it is widened
         self._blocks: dict[tuple[int, int], tuple[_Block, _Block]] = {}
         self._bound: OrderedDict[tuple[int, int, int], _Bound] = OrderedDict()
         self._prefill_context: Any = None
@@ -138,21 +140,31 @@ class TensorRTEngine:
 
     def run(self, step: Step) -> None:
         cuda.use_device(self._device)
-        batch_size, num_tokens = step.input_ids.shape
-        if not self._fits(batch_size, num_tokens):
+        if self._fits(*step.input_ids.shape):
+            self._execute(step, step.logits)
+        else:
             self._run_rows(step)
-            return
-        bound = self._bind(step.first_slot, batch_size, self._padded(num_tokens))
+
+    def _execute(self, step: Step, logits: FloatArray | None) -> None:
+        """Runs a step that fits the profiles; `logits` float32 [B, T, V] takes what it finds."""
+        batch_size, num_tokens = step.input_ids.shape
+        padded = self._padded(num_tokens)
+        if (last := int(step.write_indices.max())) + padded > self._plan.cache_tokens:
+            raise EngineError(
+                f"{last} tokens cached and a step of {padded}: a slot has room for {self._plan.cache_tokens}: rebuild "
+                "the engine with fly-build"
+            )
+        bound = self._bind(step.first_slot, batch_size, padded)
         if bound.graph is not None:
             bound.graph.launch()
         else:
             self._enqueue(bound)
             if bound.is_capturable:
                 self._capture(bound)
-        if step.logits is None:
+        if logits is None:
             self._stream.synchronize()
         else:
-            self._read_logits(step)
+            self._read_logits(logits)
 
     def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
         cuda.use_device(self._device)
@@ -178,6 +190,7 @@ class TensorRTEngine:
             if self._kernels is not None and self.num_preparations:
                 self._kernels.save()
         self._steps.clear()
+        self._host_logits.clear()
         self._bound.clear()
         self._prefill_context = None
         self._blocks.clear()
@@ -189,6 +202,7 @@ class TensorRTEngine:
             self._runtime,
             self._scratch,
             self._logits,
+            self._raw_logits,
             self._swapped,
         )
 
@@ -213,7 +227,11 @@ class TensorRTEngine:
                 for name, dtype in (INPUTS | OUTPUTS).items()
             }
         views = {name: array if name in PER_ROW else array[:, :num_tokens] for name, array in arrays.items()}
-        logits = np.zeros((batch_size, num_tokens, self.info.vocab_size), np.float32) if with_logits else None
+        logits = None
+        if with_logits:
+            logits, has_grown = self._host_logits.view(batch_size, num_tokens)
+            if has_grown:
+                self._steps.drop_with_logits()
         return Step(first_slot=first_slot, logits=logits, **views)
 
     def _io(self, batch_size: int, num_tokens: int) -> tuple[_Block, _Block]:
@@ -299,27 +317,26 @@ class TensorRTEngine:
     def _run_rows(self, step: Step) -> None:
         """One row at a time, for steps with long rows."""
         for row in range(len(step.input_ids)):
-            part = self.step(step.first_slot + row, 1, step.input_ids.shape[1], with_logits=step.logits is not None)
+            part = self.step(step.first_slot + row, 1, step.input_ids.shape[1])
             for name in INPUTS:
                 getattr(part, name)[0] = getattr(step, name)[row]
-            self.run(part)
+            self._execute(part, None if step.logits is None else step.logits[row : row + 1])
             for name in OUTPUTS:
                 getattr(step, name)[row] = getattr(part, name)[0]
-            if step.logits is not None and part.logits is not None:
-                step.logits[row] = part.logits[0]
 
-    def _read_logits(self, step: Step) -> None:
-        """Copies the step's rows of logits and widens them to float32."""
-        assert step.logits is not None
-        batch_size, num_tokens, vocab_size = step.logits.shape
+    def _read_logits(self, logits: FloatArray) -> None:
+        """Copies the last run's rows of logits and widens them to float32 [B, T, V]."""
+        batch_size, num_tokens, vocab_size = logits.shape
         item_bytes = ITEM_BYTES[self._model.kv_cache_dtype]
-        if step.binding is None:
-            step.binding = cuda.PinnedBuffer(step.logits.size * item_bytes)
+        num_bytes = logits.size * item_bytes
+        if num_bytes > len(self._raw_logits.array):
+            self._raw_logits = cuda.PinnedBuffer(num_bytes)
         row_bytes = num_tokens * vocab_size * item_bytes
         pitch = self._padded(num_tokens) * vocab_size * item_bytes
-        self._stream.copy_rows((step.binding.address, row_bytes), (self._logits.address, pitch), row_bytes, batch_size)
+        source = self._logits.address, pitch
+        self._stream.copy_rows((self._raw_logits.address, row_bytes), source, row_bytes, batch_size)
         self._stream.synchronize()
-        _widen(step.binding.array, self._model.kv_cache_dtype, step.logits)
+        _widen(self._raw_logits.array[:num_bytes], self._model.kv_cache_dtype, logits)
 
     def _slot(self, cache: cuda.DeviceBuffer, slot: int) -> int:
         return cache.address + slot * self._slot_bytes

@@ -23,8 +23,9 @@ from fly_trt.runtime.scheduler import Scheduler
 from fly_trt.runtime.slots import SlotTable
 from fly_trt.verification import Verdict
 
-# Logits of a whole prompt chunk are large: V = 128 k and 64 tokens are 33 MB.
-MAX_LOGPROB_CHUNK = 64
+# Logits of a whole prompt chunk are large: V = 128 k and 64 tokens are 33 MB. A longer prompt that needs the logits of
+# its last token only is read without any up to there.
+MAX_LOGITS_CHUNK = 64
 MIN_PREFILL_CHUNK = 16
 WARM_UP_SECONDS = 1.0
 
@@ -141,8 +142,10 @@ class GenerationLoop:
             remaining = len(request.sequence) - request.num_cached
             if num_decoding and remaining <= self._row_tokens:
                 continue
-            limit = MAX_LOGPROB_CHUNK if request.params.prompt_logprobs is not None else budget
+            limit = MAX_LOGITS_CHUNK if request.params.prompt_logprobs is not None else budget
             chunk = min(remaining, limit, budget)
+            if request.needs_logits and MAX_LOGITS_CHUNK < chunk == remaining:
+                chunk -= 1
             is_first = not num_decoding and budget == self._max_num_tokens
             if chunk < min(remaining, MIN_PREFILL_CHUNK) and not is_first:
                 return
@@ -245,7 +248,7 @@ class GenerationLoop:
             return len(context)
         if len(round_.choices):
             draft = round_.draft[round_.num_fed : min(round_.num_fed + num_tokens, round_.num_draft)]
-            step.set_row(row, request.num_cached, draft)
+            step.set_row(row, request.num_cached, draft, policy=request.policy)  # which says what the gate looks at
             return len(draft)
         draft = round_.draft[: min(num_tokens - len(context), round_.num_draft)]
         step.set_row(row, request.num_cached, context, draft, request.policy)
@@ -255,18 +258,13 @@ class GenerationLoop:
         """Takes a step's outputs for one decoding row, decides what they decide, and commits it."""
         begin = request.num_context - 1 if not len(round_.choices) else 0
         positions = slice(begin, num_fed)
-        if np.isnan(step.entropy_topk[row, positions].sum()):
-            raise EngineError(
-                f"request {request.request_id}: the target's logits after {request.num_cached} tokens are not numbers: "
-                "its arithmetic overflows: rebuild with --dtype bfloat16 or float32"
-            )
         logits = None if step.logits is None else step.logits[row, positions]
         if request.needs_prompt_logits:
             self._collect_prompt_logprobs(request, step, row, num_fed)
         is_whole = not len(round_.choices) and num_fed - begin == round_.num_draft + 1
         request.num_cached += num_fed
         if is_whole and request.sampler is None and self._engine_decides(request):
-            round_.add(step.argmax[row, positions], step.entropy_topk[row, positions], logits)
+            round_.add(step.argmax[row, positions], _gates(request, step, row, positions), logits)
             verdict = Verdict(int(step.num_accepted[row]), int(step.next_token[row]))
         else:
             choices, gates = self._choices(request, round_, step, row, positions, logits)
@@ -274,6 +272,12 @@ class GenerationLoop:
             round_.add(choices, gates, wanted)
             request.num_cached = min(request.num_cached, round_.start + round_.num_fed)  # a sampler may choose fewer
             verdict = round_.verdict(request.policy, request.end_token_ids | self._target.info.stop_token_ids)
+        num_decided = verdict.num_accepted + (verdict.next_token is not None)
+        if np.isnan(round_.gates[round_.num_committed : num_decided].sum()):  # behind them nobody asks
+            raise EngineError(
+                f"request {request.request_id}: the target's logits after {round_.start} tokens are not numbers: "
+                "its arithmetic overflows: rebuild with --dtype bfloat16 or float32"
+            )
         self._commit(request, round_, verdict)
 
     def _engine_decides(self, request: Request) -> bool:
@@ -284,8 +288,7 @@ class GenerationLoop:
         self, request: Request, round_: Round, step: Step, row: int, positions: slice, logits: FloatArray | None
     ) -> tuple[IntArray, FloatArray]:
         if request.sampler is None:
-            entropy = step.entropy if request.policy.use_full_entropy else step.entropy_topk
-            return step.argmax[row, positions].copy(), entropy[row, positions].copy()
+            return step.argmax[row, positions].copy(), _gates(request, step, row, positions).copy()
         assert logits is not None
         verified = len(round_.choices)
         undecided = round_.draft[round_.num_committed : verified]
@@ -355,3 +358,9 @@ class GenerationLoop:
         self.scheduler.remove(request)
         self.scheduler.slots.trim()
         self._metrics.record_end(request)
+
+
+def _gates(request: Request, step: Step, row: int, positions: slice) -> FloatArray:
+    """The entropy that the request's policy asked for."""
+    entropy = step.entropy if request.policy.use_full_entropy else step.entropy_topk
+    return entropy[row, positions]

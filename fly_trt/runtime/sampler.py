@@ -27,8 +27,8 @@ class Sampler:
         self, logits: FloatArray, output: IntArray, undecided: IntArray, draft: IntArray
     ) -> tuple[IntArray, FloatArray]:
         """Choices int64 [m] and gate entropies float32 [m] (nats) at m positions, or at those before the first one that
-        no token is left for: it may lie behind a rejected draft token, where nobody asks. Raises RequestError when the
-        first position is such a one.
+        no token is left for or whose logits are not numbers: it may lie behind a rejected draft token, where nobody
+        asks. Raises RequestError when the first position is such a one.
 
         logits float32 [m, V]; output int64 [k], the committed output tokens; undecided int64 [u], draft tokens after
         them that were verified in an earlier step, so that the first position is k + u; draft int64 [m - 1 or more],
@@ -38,7 +38,7 @@ class Sampler:
             ahead = len(undecided)
             padded = np.concatenate([np.zeros((ahead, logits.shape[1]), np.float32), logits]) if ahead else logits
             logits = self.processor.process(padded, output, np.concatenate([undecided, draft]))[ahead:]
-            logits = _before_dead_end(logits)
+        logits = _before_dead_end(logits)
         params = self.params
         if params.temperature < sampling.MIN_TEMPERATURE:
             choices = sampling.greedy(logits)
@@ -63,7 +63,7 @@ class Sampler:
 
 
 def _before_dead_end(scores: FloatArray) -> FloatArray:
-    dead = np.flatnonzero(scores.max(axis=1) == -np.inf)
+    dead = np.flatnonzero(~np.isfinite(scores.max(axis=1)))
     return scores[: dead[0]] if len(dead) and dead[0] else scores
 
 

@@ -127,6 +127,14 @@ def _fixed_graph(tmp_path: Path) -> ir.Model:
     return graph
 
 
+@pytest.mark.parametrize(("max_draft_len", "max_num_tokens"), [(8, 9), (8, 64), (25, 26), (0, 1)])
+def test_a_slot_has_room_for_the_longest_step_behind_the_last_draft(max_draft_len: int, max_num_tokens: int) -> None:
+    limits = Limits(max_batch_size=4, max_seq_len=256, max_draft_len=max_draft_len, max_num_tokens=max_num_tokens)
+    sizes = tensorrt.Sizes.of(limits)
+    longest = max(sizes.max_row_tokens, sizes.max_num_tokens)
+    assert sizes.cache_tokens >= limits.max_seq_len + max_draft_len + longest
+
+
 def _sizes() -> tensorrt.Sizes:
     return tensorrt.Sizes.of(Limits(max_batch_size=4, max_seq_len=128, max_draft_len=8, max_num_tokens=64))
 

@@ -43,6 +43,25 @@ def test_chunks_give_the_logits_of_the_whole(engine: Engine) -> None:
     np.testing.assert_allclose(np.concatenate(parts), whole, atol=1e-4)
 
 
+def test_all_steps_share_one_buffer_of_logits(engine: Engine) -> None:
+    """Steps of any shape, in any order: each gives its own logits, in memory that the largest of them needs."""
+    whole = logits(engine, 0, TOKENS)
+    buffers = set()
+    for num_tokens in (64, 3, 17, 1, 40, 64):
+        for slot in range(3):
+            step = run(engine, 0, TOKENS[:num_tokens], slot)
+            np.testing.assert_allclose(step.logits[0], whole[:num_tokens], atol=1e-4)
+            buffers.add(step.logits.__array_interface__["data"][0])
+    assert len(buffers) == 1
+
+
+def test_logits_are_right_while_their_buffer_grows(engine: Engine, demo_engine: Path, manifest: Manifest) -> None:
+    whole = logits(engine, 0, TOKENS)
+    fresh = load_engine(demo_engine, manifest, manifest.target, num_slots=3)
+    for num_tokens in (1, 2, 5, 9, 33, 2, 64, 5):
+        np.testing.assert_allclose(logits(fresh, 0, TOKENS[:num_tokens]), whole[:num_tokens], atol=1e-4)
+
+
 def test_a_rewind_forgets_what_came_after(engine: Engine) -> None:
     logits(engine, 0, TOKENS[:20])
     logits(engine, 20, TOKENS[40:60])

@@ -13,6 +13,7 @@ import pytest
 
 from fly_trt.engines import Engine
 from fly_trt.errors import EngineError
+from fly_trt.manifest import read_manifest
 from simulated_cuda import SimulatedCuda
 from simulated_engine import LONGEST, TOKENS, load, logits, run, same
 from simulated_tensorrt import VERSION, deserialise, install, serialise
@@ -134,6 +135,14 @@ def test_a_step_that_is_longer_than_built_for_is_refused(engine: Engine, gpu: Si
         run(engine, 0, np.resize(TOKENS, LONGEST + 1))
     gpu.faults.clear()
     logits(engine, 0, TOKENS)
+
+
+def test_a_step_that_would_write_beyond_its_slot_is_refused(engine: Engine, simulated_engine: Path) -> None:
+    room = read_manifest(simulated_engine).draft.tensorrt.cache_tokens
+    last = room - 8  # 5 tokens are padded to 8
+    run(engine, last, TOKENS[:5])
+    with pytest.raises(EngineError, match=f"{last + 1} tokens cached and a step of 8: a slot has room for {room}"):
+        run(engine, last + 1, TOKENS[:5])
 
 
 def test_work_that_fails_is_an_error_and_the_engine_can_still_be_closed(

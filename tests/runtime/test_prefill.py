@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fly_trt.runtime.loop import MAX_LOGPROB_CHUNK
+from fly_trt.runtime.loop import MAX_LOGITS_CHUNK
 from fly_trt.runtime.request import Request
 from fly_trt.verification import PRESETS
 from loop_stack import DRAFTERS, Stack, make_drafter, make_request, make_stack, random_prompt
@@ -137,7 +137,7 @@ def test_the_first_token_is_not_kept_back_for_the_second_step() -> None:
     assert stack.target.num_runs == 1
 
 
-@pytest.mark.parametrize("length", [1, 2, MAX_LOGPROB_CHUNK, MAX_LOGPROB_CHUNK + 1, 150])
+@pytest.mark.parametrize("length", [1, 2, MAX_LOGITS_CHUNK, MAX_LOGITS_CHUNK + 1, 150])
 @pytest.mark.parametrize("drafter", ["none", "ngram"])
 @pytest.mark.parametrize("num_others", [0, 2])
 def test_every_prompt_token_but_the_first_has_a_logprob(length: int, drafter: str, num_others: int) -> None:
