@@ -96,6 +96,10 @@ class SpeculativeConfig:
     proposes to the draft model under "multi_level" (under "ngram" it proposes up to num_speculative_tokens).
     adaptive_draft_length: draft as many tokens as pay, by each request's recent acceptance and the measured cost of
     a step at the current load; num_speculative_tokens is then the most. The tokens are the same either way.
+    adaptive_acceptance: with "fly" and a draft model, a request opens FLy's windows where its own windows pay, and is
+    decoded exactly for a while where they do not; False is the published rule, which always opens them.
+    draft_token_cost, verification_token_cost: what that is decided by, a draft token and each further token of a target
+    step, in target steps of one token; None means as measured when the engine was built.
     acceptance None: "fly" with a draft model; "exact" for n-gram drafts, which are copies rather than alternatives: a
     loosened one costs accuracy (181 instead of 240 right answers of 240 on the demo pair).
     """
@@ -106,6 +110,9 @@ class SpeculativeConfig:
     prompt_lookup_min: int = 1
     prompt_lookup_num_tokens: int = 6
     adaptive_draft_length: bool = True
+    adaptive_acceptance: bool = True
+    draft_token_cost: float | None = None
+    verification_token_cost: float | None = None
     acceptance: Acceptance | None = None
     preset: Preset = "reference"
     fly_window_size: int | None = None
@@ -121,8 +128,13 @@ class SpeculativeConfig:
         for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_num_tokens"):
             _check_at_least(name, getattr(self, name), 1)
         _check_at_least("prompt_lookup_max", self.prompt_lookup_max, self.prompt_lookup_min)
-        if not isinstance(self.adaptive_draft_length, bool):
-            raise ConfigError(f"adaptive_draft_length {self.adaptive_draft_length!r}: expected True or False")
+        for name in ("adaptive_draft_length", "adaptive_acceptance"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} {getattr(self, name)!r}: expected True or False")
+        for name in ("draft_token_cost", "verification_token_cost"):
+            cost = getattr(self, name)
+            if cost is not None and not (_is_number(cost) and 0 <= cost < math.inf):
+                raise ConfigError(f"{name} {cost!r}: expected a number >= 0, in target steps of one token, or None")
         self.acceptance_params()
 
     @classmethod

@@ -24,6 +24,7 @@ from fly_trt.metrics import Metrics
 from fly_trt.params import AcceptanceParams, RequestOutputKind, SamplingParams, SpeculativeConfig
 from fly_trt.runtime.group import RequestGroup, Sink
 from fly_trt.runtime.loop import GenerationLoop, LoopConfig
+from fly_trt.runtime.loosening import DRAFT_TOKEN_COST, VERIFICATION_TOKEN_COST, StepCosts
 from fly_trt.runtime.request import Request
 from fly_trt.runtime.sampler import Sampler, draw_seed
 from fly_trt.runtime.thread import EngineThread
@@ -128,6 +129,7 @@ class Service:
             max_queue_size=config.max_queue_size,
             adaptive_draft_length=speculative_config.adaptive_draft_length,
             prefix_caching=config.enable_prefix_caching,
+            step_costs=step_costs(self.manifest, speculative_config),
         )
         loop = GenerationLoop(target, drafter, loop_config, self.tokenizer, self.metrics)
         if drafter is not None and speculative_config.adaptive_draft_length:
@@ -365,6 +367,18 @@ def _load(engine_dir: str | os.PathLike[str], config: ServiceConfig) -> LoadedEn
 
 def _leave_to_the_others() -> None:
     """Engines that are shared stay open."""
+
+
+def step_costs(manifest: Manifest, config: SpeculativeConfig) -> StepCosts | None:
+    """What windows are decided by: as configured, as measured when the engine was built, or as is usual. None where
+    they are always opened."""
+    if not config.adaptive_acceptance:
+        return None
+    costs = {"draft_token_cost": DRAFT_TOKEN_COST, "verification_token_cost": VERIFICATION_TOKEN_COST}
+    for name in costs:
+        chosen = getattr(config, name)
+        costs[name] = manifest.speculative.get(name, costs[name]) if chosen is None else chosen
+    return StepCosts(*costs.values())
 
 
 def resolve_speculative_config(manifest: Manifest, overrides: Mapping[str, Any]) -> SpeculativeConfig:

@@ -16,6 +16,7 @@ from fly_build.attention import make_shape_invariant
 from fly_build.checkpoint import Checkpoint, check_same_tokenizer, open_checkpoint, stop_token_ids
 from fly_build.export import DecoderGraph, export_decoder
 from fly_build.head import HeadForm, append_head
+from fly_build.measure import add_costs
 from fly_build.recipe import Recipe
 from fly_build.tensorrt import (
     MAX_PLUGIN_TOP_K,
@@ -274,6 +275,7 @@ def _finish(plan: Plan, engines: dict[str, ModelEngine], workspace: Path, report
         draft=engines.get("draft"),
         files=hash_directory(workspace),
     )
-    write_manifest(manifest, workspace)
     report("tokenizer and manifest", 1.0)
+    manifest = add_costs(manifest, workspace, lambda fraction: report("measure", fraction))
+    write_manifest(manifest, workspace)
     return manifest

@@ -13,7 +13,10 @@ import numpy.typing as npt
 SMOOTHING = 0.2  # weight of a new measurement
 FIRST_RATE = 0.8  # acceptance of a draft token before any was seen
 MEMORY = 0.9  # what a round leaves of the evidence before it
-FADING = 0.97  # the same for a step without drafts: after some forty of them speculation gets another chance
+# Steps without drafts until speculation gets another chance: for each the draft model has to read what it missed, so
+# that the next one comes later, unless speculation paid for some rounds.
+FIRST_WAIT, WAIT_GROWTH, MAX_WAIT = 32, 8, 16_384
+PAYING_ROUNDS = 32
 RENEWAL = 8  # steps for which looked-up costs are used again
 MAX_KNOWN_STEPS = 256
 COST_FADING = 0.995
@@ -72,10 +75,9 @@ class AcceptanceRate:
         self._accepted = MEMORY * self._accepted + num_accepted
         self._rejected = MEMORY * self._rejected + was_rejected
 
-    def fade(self) -> None:
-        """A step without drafts says nothing; what is known ages towards the first guess."""
-        self._accepted += (1 - FADING) * (PRIOR_TOKENS * FIRST_RATE - self._accepted)
-        self._rejected += (1 - FADING) * (PRIOR_TOKENS * (1 - FIRST_RATE) - self._rejected)
+    def forget(self) -> None:
+        """Starts anew from the first guess, which a single round corrects."""
+        self._accepted, self._rejected = FIRST_RATE, 1 - FIRST_RATE
 
 
 class DraftLength:
@@ -89,7 +91,10 @@ class DraftLength:
         self.target_cost = CostCurve()
         self._draft_seconds: dict[int, float] = {}  # of one more draft token, by rows
         self._lengths = np.arange(max_draft_tokens + 1)
-        self._num_fadings = 0
+        self._num_rests = 0  # steps without drafts, all of them and since the last chance
+        self._num_waited = 0
+        self._wait = FIRST_WAIT
+        self._num_paying = 0  # rounds with drafts since the last chance
         self._known_seconds: dict[tuple[int, int, int], tuple[int, list[float]]] = {}
 
     def observe_drafting(self, num_rows: int, num_tokens: int, seconds: float) -> None:
@@ -98,14 +103,25 @@ class DraftLength:
         before = self._draft_seconds.setdefault(num_rows, each)
         self._draft_seconds[num_rows] = before + SMOOTHING * (each - before)
 
-    def fade(self) -> None:
-        """A step without drafts: a cost that is not measured again is doubted more and more, until it is."""
-        self._num_fadings += 1
+    def rest(self) -> bool:
+        """A step without drafts, although some could have been made. True when it is time for another chance. A cost
+        that is not measured again is doubted more and more, until it is."""
+        self._num_rests += 1
         for rows in self._draft_seconds:
             self._draft_seconds[rows] *= COST_FADING
+        self._num_waited += 1
+        if self._num_waited < self._wait:
+            return False
+        self._wait = min(self._wait * WAIT_GROWTH, MAX_WAIT)
+        self._num_waited = self._num_paying = 0
+        return True
 
     def observe_rate(self, rate: float) -> None:
+        """A round with drafts ended, and its request's drafts are accepted at this rate."""
         self.usual_rate += SMOOTHING * (rate - self.usual_rate)
+        self._num_paying += 1
+        if self._num_paying >= PAYING_ROUNDS:
+            self._wait = FIRST_WAIT
 
     def choose(self, rates: Sequence[float], limits: Sequence[int], num_context: int) -> int:
         """Draft tokens 0 .. max(limits) for a step of len(rates) rows with `num_context` context tokens each: the
@@ -132,7 +148,7 @@ class DraftLength:
     def _step_seconds(self, num_rows: int, num_drafting: int, num_context: int) -> list[float]:
         """Expected seconds of drafting 0 .. max_draft_tokens tokens for `num_drafting` rows and verifying them in a
         step of `num_rows`; looked up for a few steps, because one measurement more hardly changes them."""
-        num_changes = self.target_cost.num_observed + self._num_fadings
+        num_changes = self.target_cost.num_observed + self._num_rests
         known = self._known_seconds.get((num_rows, num_drafting, num_context))
         if known is not None and num_changes - known[0] < RENEWAL:
             return known[1]

@@ -38,4 +38,4 @@ def _check_running(request: Request) -> None:
     assert len(round_.choices), f"{name}: a round without a verified position is left open"
     assert request.num_cached == round_.start + round_.num_fed, f"{name}: the cache ends at the last fed token"
     assert committed == round_.start + round_.num_committed, f"{name}: the round's accepted tokens are committed"
-    assert round_.num_fed < round_.num_draft or round_.num_draft == 0, f"{name}: a verified round is left open"
+    assert round_.num_fed < round_.end or round_.end == 0, f"{name}: a verified round is left open"

@@ -12,10 +12,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fly_trt.drafting import Drafter, DraftRow
-from fly_trt.engines.base import Engine, FloatArray, IntArray, Step
+from fly_trt.engines.base import EXACT, Engine, FloatArray, IntArray, Step
 from fly_trt.errors import EngineError, FlyError
 from fly_trt.metrics import Metrics
 from fly_trt.runtime.draft_length import AcceptanceRate, DraftLength
+from fly_trt.runtime.loosening import Loosening, StepCosts
 from fly_trt.runtime.request import Request, RequestState
 from fly_trt.runtime.rounds import Round
 from fly_trt.runtime.sampler import token_logprobs
@@ -33,7 +34,8 @@ WARM_UP_SECONDS = 1.0
 @dataclass(frozen=True, slots=True)
 class LoopConfig:
     """Sizes in requests and tokens: num_slots rows at most, num_draft_tokens per round, max_num_tokens of prompts
-    and again of verification per iteration, max_queue_size waiting requests."""
+    and again of verification per iteration, max_queue_size waiting requests. step_costs: what a loose request's windows
+    cost, so that it opens them where they pay; None means always."""
 
     num_slots: int
     num_draft_tokens: int
@@ -41,6 +43,7 @@ class LoopConfig:
     max_queue_size: int
     adaptive_draft_length: bool = False
     prefix_caching: bool = True
+    step_costs: StepCosts | None = None
 
 
 class GenerationLoop:
@@ -61,6 +64,8 @@ class GenerationLoop:
         self._tokenizer = tokenizer
         self._metrics = metrics or Metrics()
         self._num_draft_tokens = config.num_draft_tokens if drafter is not None else 0
+        has_costs = drafter is not None and not drafter.is_free  # free drafts cost nothing where they do not stand
+        self._step_costs = config.step_costs if has_costs else None
         self.draft_length = DraftLength(self._num_draft_tokens, adaptive=config.adaptive_draft_length)
         slots = SlotTable(config.num_slots, target, drafter, prefix_caching=config.prefix_caching)
         self.scheduler = Scheduler(slots, config.max_queue_size)
@@ -116,10 +121,18 @@ class GenerationLoop:
                         self._drafter.release(slot)
 
     def _choose_draft_length(self, rows: list[Request], num_context: int, num_rows: int) -> int:
-        fits = max(0, self._max_num_tokens // num_rows - num_context)
-        rates = [self._rate(request).value for request in rows]
+        fits = self._num_fitting(num_rows, num_context)
+        rates = [self._rate(request) for request in rows]
         limits = [self._draft_limit(request) for request in rows]
-        return min(fits, self.draft_length.choose(rates, limits, num_context))
+        length = self.draft_length.choose([rate.value for rate in rates], limits, num_context)
+        if not length and any(limits) and self.draft_length.rest():
+            for rate in rates:
+                rate.forget()
+        return min(fits, length)
+
+    def _num_fitting(self, num_rows: int, num_context: int) -> int:
+        """Draft tokens that a step of so many rows has room for."""
+        return max(0, self._max_num_tokens // num_rows - num_context)
 
     def _draft_limit(self, request: Request) -> int:
         """Draft tokens that a round of the request has at most."""
@@ -195,7 +208,9 @@ class GenerationLoop:
         for request in rows:
             if request.round is not None:
                 context = request.num_context
-                wanted = num_draft if context else num_draft + 1
+                # A window is verified in one step: one token at a time would cost a step each.
+                window = min(request.round.num_window, self._num_fitting(len(rows), context))
+                wanted = max(num_draft if context else num_draft + 1, window)
                 num_tokens = max(num_tokens, context + min(request.round.num_missing, wanted))
         for request in rows:
             remaining = len(request.sequence) - request.num_cached
@@ -205,9 +220,15 @@ class GenerationLoop:
         return num_tokens
 
     def _new_round(self, request: Request, num_draft: int) -> Round:
-        """An exact verdict does not depend on the round's length, a loose one does."""
-        limit = self._draft_limit(request)
-        return Round(len(request.sequence), limit if request.policy.is_loose else min(num_draft, limit))
+        """An exact verdict does not depend on the round's length, a loose one does. A request that pauses its windows
+        is decoded exactly, and its last exact round ends where the pause does."""
+        length, limit, policy = len(request.sequence), self._draft_limit(request), request.policy
+        if policy.is_loose and self._step_costs is not None:
+            if request.loosening is None:
+                request.loosening = Loosening(self._step_costs, policy.lookahead, limit, length)
+            if (pause := request.loosening.resume_at - length) > 0:
+                policy, limit = EXACT, min(limit, pause - 1)
+        return Round(length, limit if policy.is_loose else min(num_draft, limit), policy)
 
     def _draft(self, rows: list[Request], num_tokens: int) -> None:
         """Makes the draft tokens that the step feeds, and of a loose round one more to compare with the last choice."""
@@ -215,7 +236,7 @@ class GenerationLoop:
         for request in rows:
             if (round_ := request.round) is None or self._drafter is None:
                 continue
-            end = round_.num_draft
+            end = round_.end
             if not self._drafter.is_free:
                 end = min(end, round_.num_fed + num_tokens - request.num_context + 1)
             if end > len(round_.draft):
@@ -227,7 +248,7 @@ class GenerationLoop:
             round_ = request.round
             assert round_ is not None
             draft = np.concatenate([round_.draft[: round_.num_committed], proposal])
-            round_.set_draft(draft, round_.num_committed + count)
+            round_.set_draft(draft, round_.num_committed + count, is_whole=self._drafter.is_free)
 
     def _propose(self, rows: list[DraftRow]) -> list[IntArray]:
         assert self._drafter is not None
@@ -247,11 +268,11 @@ class GenerationLoop:
             step.set_row(row, request.num_cached, context)
             return len(context)
         if len(round_.choices):
-            draft = round_.draft[round_.num_fed : min(round_.num_fed + num_tokens, round_.num_draft)]
-            step.set_row(row, request.num_cached, draft, policy=request.policy)  # which says what the gate looks at
+            draft = round_.draft[round_.num_fed : min(round_.num_fed + num_tokens, round_.end)]
+            step.set_row(row, request.num_cached, draft, policy=round_.policy)  # which says what the gate looks at
             return len(draft)
-        draft = round_.draft[: min(num_tokens - len(context), round_.num_draft)]
-        step.set_row(row, request.num_cached, context, draft, request.policy)
+        draft = round_.draft[: min(num_tokens - len(context), round_.end)]
+        step.set_row(row, request.num_cached, context, draft, round_.policy)
         return len(context) + len(draft)
 
     def _settle(self, request: Request, round_: Round, step: Step, row: int, num_fed: int) -> None:
@@ -263,15 +284,15 @@ class GenerationLoop:
             self._collect_prompt_logprobs(request, step, row, num_fed)
         is_whole = not len(round_.choices) and num_fed - begin == round_.num_draft + 1
         request.num_cached += num_fed
-        if is_whole and request.sampler is None and self._engine_decides(request):
-            round_.add(step.argmax[row, positions], _gates(request, step, row, positions), logits)
+        if is_whole and request.sampler is None and self._engine_decides(request, round_):
+            round_.add(step.argmax[row, positions], _gates(round_, step, row, positions), logits)
             verdict = Verdict(int(step.num_accepted[row]), int(step.next_token[row]))
         else:
             choices, gates = self._choices(request, round_, step, row, positions, logits)
             wanted = None if logits is None or request.params.logprobs is None else logits[: len(choices)]
             round_.add(choices, gates, wanted)
             request.num_cached = min(request.num_cached, round_.start + round_.num_fed)  # a sampler may choose fewer
-            verdict = round_.verdict(request.policy, request.end_token_ids | self._target.info.stop_token_ids)
+            verdict = round_.verdict(self._never_loosened(request))
         num_decided = verdict.num_accepted + (verdict.next_token is not None)
         if np.isnan(round_.gates[round_.num_committed : num_decided].sum()):  # behind them nobody asks
             raise EngineError(
@@ -280,15 +301,18 @@ class GenerationLoop:
             )
         self._commit(request, round_, verdict)
 
-    def _engine_decides(self, request: Request) -> bool:
+    def _engine_decides(self, request: Request, round_: Round) -> bool:
         """Whether the head's verdict holds: it does not know the stop tokens that only this request has."""
-        return not request.stop_token_ids or not request.policy.is_loose
+        return not request.stop_token_ids or not round_.policy.is_loose
+
+    def _never_loosened(self, request: Request) -> frozenset[int]:
+        return request.end_token_ids | self._target.info.stop_token_ids
 
     def _choices(
         self, request: Request, round_: Round, step: Step, row: int, positions: slice, logits: FloatArray | None
     ) -> tuple[IntArray, FloatArray]:
         if request.sampler is None:
-            return step.argmax[row, positions].copy(), _gates(request, step, row, positions).copy()
+            return step.argmax[row, positions].copy(), _gates(round_, step, row, positions).copy()
         assert logits is not None
         verified = len(round_.choices)
         undecided = round_.draft[round_.num_committed : verified]
@@ -313,7 +337,7 @@ class GenerationLoop:
         if verdict.next_token is None and not request.is_finished:
             round_.logits = round_.logits.copy()  # the step's buffers are used again
         else:
-            self._end_round(request, round_, kept, was_rejected=verdict.num_accepted < round_.num_draft)
+            self._end_round(request, round_, kept, was_rejected=verdict.num_accepted < round_.end)
 
     def _end_round(self, request: Request, round_: Round, num_kept: int, *, was_rejected: bool) -> None:
         request.round = None
@@ -325,9 +349,8 @@ class GenerationLoop:
             self._metrics.record_round(num_verified, num_kept, num_loosened)
             rate.observe(round_.num_committed, was_rejected)
             self.draft_length.observe_rate(rate.value)
-        elif self._draft_limit(request):  # one that may not draft says nothing about drafting
-            rate.fade()
-            self.draft_length.fade()
+        if request.loosening is not None and round_.policy.is_loose and not request.is_finished:
+            request.loosening.observe(round_.evidence(self._never_loosened(request)), len(request.sequence))
 
     def _advance_prompt(self, request: Request, step: Step, row: int, num_tokens: int) -> None:
         if request.needs_prompt_logits:
@@ -360,7 +383,7 @@ class GenerationLoop:
         self._metrics.record_end(request)
 
 
-def _gates(request: Request, step: Step, row: int, positions: slice) -> FloatArray:
-    """The entropy that the request's policy asked for."""
-    entropy = step.entropy if request.policy.use_full_entropy else step.entropy_topk
+def _gates(round_: Round, step: Step, row: int, positions: slice) -> FloatArray:
+    """The entropy that the round's policy asked for."""
+    entropy = step.entropy if round_.policy.use_full_entropy else step.entropy_topk
     return entropy[row, positions]

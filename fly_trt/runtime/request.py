@@ -11,6 +11,7 @@ from fly_trt.errors import FlyError
 from fly_trt.outputs import CompletionOutput, FinishReason, RequestMetrics, TokenLogprobs
 from fly_trt.params import SamplingParams
 from fly_trt.runtime.draft_length import AcceptanceRate
+from fly_trt.runtime.loosening import Loosening
 from fly_trt.runtime.rounds import Round
 from fly_trt.runtime.sampler import Sampler
 from fly_trt.sequence import TokenSequence
@@ -30,7 +31,8 @@ class RequestState(Enum):
 class Request:
     """`sequence` is prompt and output; the target's cache holds `num_cached` tokens of it and of the draft after it.
     `end_token_ids` end the sequence; `stop_token_ids` are those of them that only this request has. `sampler` None
-    means that the engine's argmax decides. `index` numbers the sequences of one prompt."""
+    means that the engine's argmax decides. `loosening` None means that every round has the request's `policy`. `index`
+    numbers the sequences of one prompt."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -49,6 +51,7 @@ class Request:
     num_prefix_hits: int = 0
     round: Round | None = None
     acceptance_rate: AcceptanceRate | None = None
+    loosening: Loosening | None = None
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)

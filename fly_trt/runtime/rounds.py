@@ -9,22 +9,25 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fly_trt.engines.base import NO_TOKENS, AcceptancePolicy, FloatArray, IntArray
-from fly_trt.verification import Verdict, accept, count_loosened
+from fly_trt.runtime.loosening import Evidence
+from fly_trt.verification import Verdict, accept, count_loosened, opens_window
 
 NO_GATES: FloatArray = np.empty(0, np.float32)
 
 
 @dataclass(slots=True)
 class Round:
-    """A draft of `num_draft` tokens that follows the `start` tokens of the sequence.
+    """A draft of `num_draft` tokens that follows the `start` tokens of the sequence, and the `policy` that decides it.
 
-    `draft` int64 [d] is the part of it that exists; `choices` int64 [v] and `gates` float32 [v] are the target's choice
-    and entropy at the positions that were verified, `logits` float32 [v, V] where they are wanted; `num_committed`
-    draft tokens are part of the sequence already.
+    `draft` int64 [d] is the part of it that exists, all of it where the drafter `has_ended`; `choices` int64 [v] and
+    `gates` float32 [v] are the target's choice and entropy at the positions that were verified, `logits` float32 [v, V]
+    where they are wanted; `num_committed` draft tokens are part of the sequence already.
     """
 
     start: int
     num_draft: int
+    policy: AcceptancePolicy
+    has_ended: bool = False
     draft: IntArray = field(default_factory=lambda: NO_TOKENS)
     choices: IntArray = field(default_factory=lambda: NO_TOKENS)
     gates: FloatArray = field(default_factory=lambda: NO_GATES)
@@ -37,14 +40,28 @@ class Round:
         return max(0, len(self.choices) - 1)
 
     @property
+    def end(self) -> int:
+        """Draft tokens that there will be."""
+        return len(self.draft) if self.has_ended else self.num_draft
+
+    @property
     def num_missing(self) -> int:
         """Draft tokens that the target has not processed."""
-        return self.num_draft - self.num_fed
+        return self.end - self.num_fed
 
-    def set_draft(self, draft: IntArray, num_asked: int) -> None:
-        """Takes the draft as far as it was made; less than asked for means that it ends there."""
+    @property
+    def num_window(self) -> int:
+        """Draft tokens to process until the open window is decided; 0 where none is open."""
+        is_open = self.num_committed < min(len(self.draft), len(self.choices))
+        return self.num_committed + self.policy.lookahead - self.num_fed if is_open else 0
+
+    def set_draft(self, draft: IntArray, num_asked: int, *, is_whole: bool) -> None:
+        """Takes the draft as far as it was made; less than asked for means that it ends there. A draft that was made as
+        a whole, before any of it was needed, is then a shorter round; one that is made in parts may not be, for its
+        first part was decided by the length that was asked for."""
         self.draft = draft
-        if len(draft) < num_asked:
+        self.has_ended = len(draft) < num_asked
+        if self.has_ended and is_whole:
             self.num_draft = len(draft)
 
     def add(self, choices: IntArray, gates: FloatArray, logits: FloatArray | None) -> None:
@@ -59,8 +76,24 @@ class Round:
         if logits is not None:
             self.logits = np.concatenate([self.logits, logits])
 
-    def verdict(self, policy: AcceptancePolicy, stop_token_ids: frozenset[int]) -> Verdict:
-        return accept(self.draft, self.choices, self.gates, policy, stop_token_ids, self.num_draft)
+    def verdict(self, stop_token_ids: frozenset[int]) -> Verdict:
+        return accept(
+            self.draft,
+            self.choices,
+            self.gates,
+            self.policy,
+            stop_token_ids,
+            self.num_draft,
+            has_ended=self.has_ended,
+        )
+
+    def evidence(self, stop_token_ids: frozenset[int]) -> Evidence:
+        """What the round shows once it is decided; the same however it was cut."""
+        stood = self.num_loosened(self.num_committed)
+        at, failed = self.num_committed, False
+        if differs := at < self.end:
+            failed = opens_window(at, self.num_draft, self.draft, self.choices, self.gates, self.policy, stop_token_ids)
+        return Evidence(at - stood, stood + differs, stood, int(failed))
 
     def num_loosened(self, num_accepted: int) -> int:
         return count_loosened(self.draft, self.choices, num_accepted)

@@ -1,7 +1,7 @@
 """Verification: the target's choices, the acceptance policies and the rule that decides which draft tokens stand."""
 
 from fly_trt.verification.policy import PRESETS, fly_policy
-from fly_trt.verification.rule import Verdict, accept, count_loosened
+from fly_trt.verification.rule import Verdict, accept, count_loosened, opens_window
 from fly_trt.verification.sampling import (
     MIN_TEMPERATURE,
     LogitsProcessor,
@@ -27,6 +27,7 @@ __all__ = [
     "fly_policy",
     "gate_entropy",
     "greedy",
+    "opens_window",
     "sample",
     "top_logprobs",
 ]

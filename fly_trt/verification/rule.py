@@ -30,6 +30,8 @@ def accept(
     policy: AcceptancePolicy,
     stop_token_ids: frozenset[int],
     num_draft: int | None = None,
+    *,
+    has_ended: bool = False,
 ) -> Verdict:
     """Decides how many draft tokens of a round stand.
 
@@ -37,43 +39,41 @@ def accept(
     position and after the last one, or the beginning of them; gate float [v] or longer, the entropy that the policy
     names, in nats; num_draft n, the length of the whole draft, when d < n or v < n + 1. A verdict on a beginning never
     differs from the one on the whole: it accepts what is certain and leaves next_token open. Stop tokens are never
-    loosened, neither when the draft proposes one nor when the target wants one.
+    loosened, neither when the draft proposes one nor when the target wants one. has_ended: the draft has no more than d
+    tokens, although a round of n was asked for: a window that reaches beyond them does not stand.
     """
     length = len(draft) if num_draft is None else num_draft
+    end = len(draft) if has_ended else length
     known = min(len(draft), len(choices))
     matches = draft[:known] == choices[:known]
     for j in range(known):
         if matches[j]:
             continue
-        loosened = _is_loosened(j, length, draft, choices, matches, gate, policy, stop_token_ids)
-        if loosened is None:
-            return Verdict(j, None)
-        if not loosened:
+        ahead = matches[j + 1 : j + 1 + policy.lookahead]
+        stands = opens_window(j, length, draft, choices, gate, policy, stop_token_ids) and bool(ahead.all())
+        if not stands or j + policy.lookahead >= end:
             return Verdict(j, int(choices[j]))
-    if known == length < len(choices):
-        return Verdict(length, int(choices[length]))
+        if len(ahead) < policy.lookahead:
+            return Verdict(j, None)
+    if known == end < len(choices):
+        return Verdict(end, int(choices[end]))
     return Verdict(known, None)
 
 
-def _is_loosened(
+def opens_window(
     j: int,
-    length: int,
+    num_draft: int,
     draft: IntArray,
     choices: IntArray,
-    matches: npt.NDArray[np.bool_],
     gate: npt.NDArray[Any],
     policy: AcceptancePolicy,
     stop_token_ids: frozenset[int],
-) -> bool | None:
-    """Whether the mismatch at j stands; None when that depends on positions that are not known yet."""
-    if not gate[j] >= policy.entropy_threshold or j + max(policy.window, policy.lookahead) >= length:
+) -> bool:
+    """Whether the mismatch at position j of a round of num_draft tokens stands if draft and choices agree on the
+    `lookahead` tokens after it; the arrays are `accept`'s."""
+    if not gate[j] >= policy.entropy_threshold or j + max(policy.window, policy.lookahead) >= num_draft:
         return False
-    if int(draft[j]) in stop_token_ids or int(choices[j]) in stop_token_ids:
-        return False
-    ahead = matches[j + 1 : j + 1 + policy.lookahead]
-    if not ahead.all():
-        return False
-    return True if len(ahead) == policy.lookahead else None
+    return int(draft[j]) not in stop_token_ids and int(choices[j]) not in stop_token_ids
 
 
 def count_loosened(draft: IntArray, choices: IntArray, num_accepted: int) -> int:

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fly_trt.runtime.draft_length import FIRST_RATE, AcceptanceRate, CostCurve, DraftLength
+from fly_trt.runtime.draft_length import (
+    FIRST_RATE,
+    FIRST_WAIT,
+    MAX_WAIT,
+    PAYING_ROUNDS,
+    WAIT_GROWTH,
+    AcceptanceRate,
+    CostCurve,
+    DraftLength,
+)
 
 K = 15
 
@@ -117,14 +126,14 @@ def test_a_rate_follows_the_recent_rounds() -> None:
     assert rate.value > 0.95
 
 
-def test_a_rate_ages_towards_the_first_guess_without_drafts() -> None:
+def test_a_rate_that_was_forgotten_is_the_first_guess_until_the_next_round() -> None:
     rate = AcceptanceRate(0.8)
     for _ in range(30):
         rate.observe(0, was_rejected=True)
-    before = rate.value
-    for _ in range(200):
-        rate.fade()
-    assert before < rate.value == pytest.approx(FIRST_RATE, abs=0.01)
+    rate.forget()
+    assert rate.value == pytest.approx(FIRST_RATE)
+    rate.observe(0, was_rejected=True)
+    assert rate.value < FIRST_RATE / 1.9
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
@@ -234,11 +243,24 @@ def test_speculation_gets_another_chance() -> None:
         rate.observe(0, was_rejected=True)
     num_steps = 0
     while lengths.choose([rate.value], [K], 1) == 0:
-        rate.fade()
-        lengths.fade()
+        if lengths.rest():
+            rate.forget()
         num_steps += 1
         assert num_steps < 1000
-    assert num_steps > 10
+    assert num_steps >= FIRST_WAIT
+
+
+def test_the_next_chance_comes_later_unless_speculation_paid_in_between() -> None:
+    lengths = DraftLength(K, adaptive=True)
+
+    def wait() -> int:
+        return next(steps for steps in range(1, MAX_WAIT + 1) if lengths.rest())
+
+    waits = [wait() for _ in range(6)]
+    assert waits == [min(FIRST_WAIT * WAIT_GROWTH**n, MAX_WAIT) for n in range(6)]
+    for _ in range(PAYING_ROUNDS):
+        lengths.observe_rate(0.9)
+    assert wait() == FIRST_WAIT
 
 
 def test_what_requests_saw_is_what_new_ones_start_from() -> None:

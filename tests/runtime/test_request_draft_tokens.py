@@ -106,7 +106,7 @@ def test_without_draft_tokens_requests_take_the_steps_of_plain_decoding(
         stack = make_stack(language, draft, num_slots=2, adaptive_draft_length=adaptive)
         if draft is not None:
             monkeypatch.setattr(draft, "propose", never)
-            monkeypatch.setattr(stack.loop.draft_length, "fade", never)
+            monkeypatch.setattr(stack.loop.draft_length, "rest", never)
         requests = [make_request(prompt, policy=policy, num_speculative_tokens=0) for prompt in prompts]
         stack.run(*requests)
         for request in requests:

@@ -1,0 +1,108 @@
+"""Whether a request's next round may loosen: FLy's window is opened where it pays, by the request's own windows.
+
+A mismatch with an open gate waits for the tokens of its window, which are drafted and verified for nothing when the
+draft leaves the target's way. With a draft that fits, windows lie inside what is drafted anyway; with one that does
+not, each costs a step and its drafts, and next to none of them stands. So a request opens windows as long as
+
+    p (L + 1)  >=  X r
+
+p: the share of its windows that stood, L + 1: the tokens that one brings, X: what one costs in steps of one token, r:
+the tokens that such a step brings without it. X is less the more of a window is drafted anyway. Otherwise the request
+is decoded exactly for so many tokens that a try that fails costs TRY_SHARE of them, and then tries again.
+
+This is part of the rule, since it decides tokens. So it rests on what is the same whatever is served beside the
+request, however its rounds are cut and however fast the machine is: the request's own loose rounds, and two ratios that
+are fixed when the engine is built. The published rule is the one that always opens windows.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+# What the costs are taken for where neither the engine nor the caller says anything.
+DRAFT_TOKEN_COST = 0.1
+VERIFICATION_TOKEN_COST = 0.05
+
+TRY_SHARE = 0.01
+MAX_PAUSE_TOKENS = 4096
+MEMORY = 0.9  # what a round leaves of the evidence before it
+FIRST_AGREEMENT, AGREEMENT_TOKENS = 0.8, 4.0  # taken for granted before the first round, and its weight in tokens
+FIRST_SUCCESS, SUCCESS_WINDOWS = 0.6, 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """In steps of the target with one token: `draft_token`, a draft token; `verification_token`, each further token of
+    a target step."""
+
+    draft_token: float
+    verification_token: float
+
+    def of_round(self, num_draft: int) -> float:
+        """Drafting and verifying so many tokens."""
+        return 1 + num_draft * (self.draft_token + self.verification_token)
+
+
+@dataclass(slots=True)
+class Evidence:
+    """What one loose round shows: draft tokens up to the first that did not stand which were the target's choice, and
+    others; windows that stood, and one that did not."""
+
+    num_agreed: int
+    num_differed: int
+    num_stood: int
+    num_failed: int
+
+
+class Loosening:
+    """One request's windows. Knows lengths and counts; nothing of tokens, engines or clocks."""
+
+    __slots__ = ("_agreed", "_costs", "_differed", "_failed", "_lookahead", "_num_draft", "_stood", "resume_at")
+
+    def __init__(self, costs: StepCosts, lookahead: int, num_draft: int, length: int) -> None:
+        """lookahead L: tokens that a window waits for; num_draft: draft tokens of a round; length: of the sequence."""
+        self._costs = costs
+        self._lookahead = lookahead
+        self._num_draft = num_draft
+        self._agreed = FIRST_AGREEMENT * AGREEMENT_TOKENS
+        self._differed = (1 - FIRST_AGREEMENT) * AGREEMENT_TOKENS
+        self._stood = self._failed = 0.0
+        self.resume_at = length  # the length of the sequence from which on rounds are loose
+        self._settle(length, 1)
+
+    def observe(self, evidence: Evidence, length: int) -> None:
+        """A loose round ended, with so many tokens in the sequence."""
+        self._agreed = MEMORY * self._agreed + evidence.num_agreed
+        self._differed = MEMORY * self._differed + evidence.num_differed
+        self._stood = MEMORY * self._stood + evidence.num_stood
+        self._failed = MEMORY * self._failed + evidence.num_failed
+        self._settle(length, evidence.num_failed)
+
+    def _settle(self, length: int, num_failed: int) -> None:
+        agreement = self._agreed / (self._agreed + self._differed)
+        # To a percent: neighbours in it decide alike, and what is looked up is small.
+        paying, speed = _best_exact_round(self._costs, self._num_draft, round(agreement, 2))
+        num_tokens = self._lookahead + 1
+        cost = max(0.0, 1 - paying / num_tokens) * self._costs.of_round(self._lookahead)
+        weight = SUCCESS_WINDOWS + self._stood + self._failed
+        success = (FIRST_SUCCESS * SUCCESS_WINDOWS + self._stood) / weight
+        if success * num_tokens < cost * speed:
+            lost = cost if num_failed else self._costs.of_round(1) - 1
+            # A draft model that pays nowhere must read, before it drafts again, what was decoded without it.
+            share = TRY_SHARE - (0 if paying else self._costs.draft_token * self._costs.verification_token)
+            pause = math.ceil(lost * speed / share) if share > 0 else MAX_PAUSE_TOKENS
+            self.resume_at = length + min(pause, MAX_PAUSE_TOKENS)
+
+
+@cache
+def _best_exact_round(costs: StepCosts, most: int, agreement: float) -> tuple[int, float]:
+    """The number of draft tokens, 0 .. most, that brings the most tokens per step when each agrees with the target with
+    this probability, and how many tokens that is."""
+    best, best_speed, expected, chance = 0, 1.0, 1.0, 1.0
+    for num_draft in range(1, most + 1):
+        chance *= agreement
+        expected += chance
+        speed = expected / costs.of_round(num_draft)
+        if speed > best_speed:
+            best, best_speed = num_draft, speed
+    return best, best_speed
