@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 SMOOTHING = 0.2  # weight of a new measurement
 FIRST_RATE = 0.8  # acceptance of a draft token before any was seen
-MEMORY = 0.9  # what a round leaves of the evidence before it
+MEMORY = 0.95  # what a round leaves of the evidence before it
 # Steps without drafts until speculation gets another chance: for each the draft model has to read what it missed, so
 # that the next one comes later, unless speculation paid for some rounds.
 FIRST_WAIT, WAIT_GROWTH, MAX_WAIT = 32, 8, 16_384
@@ -59,17 +59,20 @@ class CostCurve:
 
 
 class AcceptanceRate:
-    """How likely a draft token stands, from a request's recent rounds; starts from what other requests saw."""
+    """How likely a draft token stands, from a request's recent rounds and from what other requests saw: where drafts
+    hardly pay, a few rounds alone would switch them off and on."""
 
-    __slots__ = ("_accepted", "_rejected")
+    __slots__ = ("_accepted", "_expected", "_rejected", "_weight")
 
     def __init__(self, expected: float) -> None:
-        self._accepted = PRIOR_TOKENS * expected
-        self._rejected = PRIOR_TOKENS * (1 - expected)
+        self._expected = expected
+        self._weight = PRIOR_TOKENS  # of what was expected, in tokens
+        self._accepted = self._rejected = 0.0
 
     @property
     def value(self) -> float:
-        return self._accepted / (self._accepted + self._rejected)
+        expected = self._weight * self._expected
+        return (expected + self._accepted) / (self._weight + self._accepted + self._rejected)
 
     def observe(self, num_accepted: int, was_rejected: bool) -> None:
         self._accepted = MEMORY * self._accepted + num_accepted
@@ -77,7 +80,8 @@ class AcceptanceRate:
 
     def forget(self) -> None:
         """Starts anew from the first guess, which a single round corrects."""
-        self._accepted, self._rejected = FIRST_RATE, 1 - FIRST_RATE
+        self._expected, self._weight = FIRST_RATE, 1.0
+        self._accepted = self._rejected = 0.0
 
 
 class DraftLength:
@@ -87,7 +91,7 @@ class DraftLength:
     def __init__(self, max_draft_tokens: int, *, adaptive: bool) -> None:
         self.max_draft_tokens = max_draft_tokens
         self.adaptive = adaptive
-        self.usual_rate = FIRST_RATE  # what a new request starts from
+        self._usual = AcceptanceRate(FIRST_RATE)
         self.target_cost = CostCurve()
         self._draft_seconds: dict[int, float] = {}  # of one more draft token, by rows
         self._lengths = np.arange(max_draft_tokens + 1)
@@ -116,9 +120,14 @@ class DraftLength:
         self._num_waited = self._num_paying = 0
         return True
 
-    def observe_rate(self, rate: float) -> None:
-        """A round with drafts ended, and its request's drafts are accepted at this rate."""
-        self.usual_rate += SMOOTHING * (rate - self.usual_rate)
+    @property
+    def usual_rate(self) -> float:
+        """What a new request starts from: what the last rounds of all requests say."""
+        return self._usual.value
+
+    def observe_round(self, num_accepted: int, was_rejected: bool) -> None:
+        """A request's round with drafts ended."""
+        self._usual.observe(num_accepted, was_rejected)
         self._num_paying += 1
         if self._num_paying >= PAYING_ROUNDS:
             self._wait = FIRST_WAIT

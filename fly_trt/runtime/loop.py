@@ -125,9 +125,8 @@ class GenerationLoop:
         rates = [self._rate(request) for request in rows]
         limits = [self._draft_limit(request) for request in rows]
         length = self.draft_length.choose([rate.value for rate in rates], limits, num_context)
-        if not length and any(limits) and self.draft_length.rest():
-            for rate in rates:
-                rate.forget()
+        if not length and any(limits) and self.draft_length.rest():  # one row tries: all would have to catch up
+            next(rate for rate, limit in zip(rates, limits, strict=True) if limit).forget()
         return min(fits, length)
 
     def _num_fitting(self, num_rows: int, num_context: int) -> int:
@@ -221,14 +220,17 @@ class GenerationLoop:
 
     def _new_round(self, request: Request, num_draft: int) -> Round:
         """An exact verdict does not depend on the round's length, a loose one does. A request that pauses its windows
-        is decoded exactly, and its last exact round ends where the pause does."""
+        is decoded exactly, and the last round of the pause ends where the pause does."""
         length, limit, policy = len(request.sequence), self._draft_limit(request), request.policy
-        if policy.is_loose and self._step_costs is not None:
-            if request.loosening is None:
-                request.loosening = Loosening(self._step_costs, policy.lookahead, limit, length)
-            if (pause := request.loosening.resume_at - length) > 0:
-                policy, limit = EXACT, min(limit, pause - 1)
-        return Round(length, limit if policy.is_loose else min(num_draft, limit), policy)
+        if not policy.is_loose:
+            return Round(length, min(num_draft, limit), policy)
+        if self._step_costs is None:
+            return Round(length, limit, policy)
+        if request.loosening is None:
+            request.loosening = Loosening(self._step_costs, policy.lookahead, limit, length)
+        if (pause := request.loosening.resume_at - length) > 0:
+            return Round(length, min(num_draft, limit, pause - 1), EXACT)
+        return Round(length, limit, policy if request.loosening.is_open else EXACT, is_evidence=True)
 
     def _draft(self, rows: list[Request], num_tokens: int) -> None:
         """Makes the draft tokens that the step feeds, and of a loose round one more to compare with the last choice."""
@@ -342,14 +344,13 @@ class GenerationLoop:
     def _end_round(self, request: Request, round_: Round, num_kept: int, *, was_rejected: bool) -> None:
         request.round = None
         num_verified = min(len(round_.draft), len(round_.choices))
-        rate = self._rate(request)
         if num_verified:
             num_loosened = round_.num_loosened(num_kept)
             request.metrics.record_round(num_verified, num_kept, num_loosened)
             self._metrics.record_round(num_verified, num_kept, num_loosened)
-            rate.observe(round_.num_committed, was_rejected)
-            self.draft_length.observe_rate(rate.value)
-        if request.loosening is not None and round_.policy.is_loose and not request.is_finished:
+            for seen_by in (self._rate(request).observe, self.draft_length.observe_round):
+                seen_by(round_.num_committed, was_rejected)
+        if request.loosening is not None and round_.is_evidence and not request.is_finished:
             request.loosening.observe(round_.evidence(self._never_loosened(request)), len(request.sequence))
 
     def _advance_prompt(self, request: Request, step: Step, row: int, num_tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""Whether a request's next round may loosen: FLy's window is opened where it pays, by the request's own windows.
+"""Whether a request's next round may loosen: FLy's window is opened where it pays, by the request's own rounds.
 
 A mismatch with an open gate waits for the tokens of its window, which are drafted and verified for nothing when the
 draft leaves the target's way. With a draft that fits, windows lie inside what is drafted anyway; with one that does
@@ -6,13 +6,16 @@ not, each costs a step and its drafts, and next to none of them stands. So a req
 
     p (L + 1)  >=  X r
 
-p: the share of its windows that stood, L + 1: the tokens that one brings, X: what one costs in steps of one token, r:
-the tokens that such a step brings without it. X is less the more of a window is drafted anyway. Otherwise the request
-is decoded exactly for so many tokens that a try that fails costs TRY_SHARE of them, and then tries again.
+p: the chance that a window of L tokens stands, a^L with a the share of draft tokens that are the target's choice, and
+then what became of the request's own windows; L + 1: the tokens that one brings; X: what one costs in steps of one
+token, less the more of it is drafted anyway; r: the tokens that a step of one token brings without it.
+
+While that does not hold, the request is decoded exactly, for so many tokens that looking again costs TRY_SHARE of them
+(or the window that failed did). Looking again is one exact round that shows how well the draft fits.
 
 This is part of the rule, since it decides tokens. So it rests on what is the same whatever is served beside the
-request, however its rounds are cut and however fast the machine is: the request's own loose rounds, and two ratios that
-are fixed when the engine is built. The published rule is the one that always opens windows.
+request, however its rounds are cut and however fast the machine is: the rounds that `observe` is given, and two ratios
+that are fixed when the engine is built. The published rule is the one that always opens windows.
 """
 
 import math
@@ -23,11 +26,11 @@ from functools import cache
 DRAFT_TOKEN_COST = 0.1
 VERIFICATION_TOKEN_COST = 0.05
 
-TRY_SHARE = 0.01
+TRY_SHARE = 0.005
 MAX_PAUSE_TOKENS = 4096
 MEMORY = 0.9  # what a round leaves of the evidence before it
 FIRST_AGREEMENT, AGREEMENT_TOKENS = 0.8, 4.0  # taken for granted before the first round, and its weight in tokens
-FIRST_SUCCESS, SUCCESS_WINDOWS = 0.6, 1.0
+CHANCE_WINDOWS = 1.0  # weight of a^L among the request's own windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class StepCosts:
 
 @dataclass(slots=True)
 class Evidence:
-    """What one loose round shows: draft tokens up to the first that did not stand which were the target's choice, and
+    """What one round shows: draft tokens, up to the first that did not stand, which were the target's choice, and
     others; windows that stood, and one that did not."""
 
     num_agreed: int
@@ -55,9 +58,24 @@ class Evidence:
 
 
 class Loosening:
-    """One request's windows. Knows lengths and counts; nothing of tokens, engines or clocks."""
+    """One request's windows. Knows lengths and counts; nothing of tokens, engines or clocks.
 
-    __slots__ = ("_agreed", "_costs", "_differed", "_failed", "_lookahead", "_num_draft", "_stood", "resume_at")
+    resume_at: the length of the sequence up to which it is decoded exactly, in rounds that show nothing here because
+    their length follows the load. From there on every round is as long as the rule says and is observed; `is_open` says
+    whether it may loosen.
+    """
+
+    __slots__ = (
+        "_agreed",
+        "_costs",
+        "_differed",
+        "_failed",
+        "_lookahead",
+        "_num_draft",
+        "_stood",
+        "is_open",
+        "resume_at",
+    )
 
     def __init__(self, costs: StepCosts, lookahead: int, num_draft: int, length: int) -> None:
         """lookahead L: tokens that a window waits for; num_draft: draft tokens of a round; length: of the sequence."""
@@ -67,31 +85,36 @@ class Loosening:
         self._agreed = FIRST_AGREEMENT * AGREEMENT_TOKENS
         self._differed = (1 - FIRST_AGREEMENT) * AGREEMENT_TOKENS
         self._stood = self._failed = 0.0
-        self.resume_at = length  # the length of the sequence from which on rounds are loose
-        self._settle(length, 1)
+        self.resume_at = length
+        self.is_open = self._lost() is None
 
     def observe(self, evidence: Evidence, length: int) -> None:
-        """A loose round ended, with so many tokens in the sequence."""
+        """A round ended, with so many tokens in the sequence."""
         self._agreed = MEMORY * self._agreed + evidence.num_agreed
         self._differed = MEMORY * self._differed + evidence.num_differed
         self._stood = MEMORY * self._stood + evidence.num_stood
         self._failed = MEMORY * self._failed + evidence.num_failed
-        self._settle(length, evidence.num_failed)
+        lost = self._lost(has_failed=evidence.num_failed > 0)
+        self.is_open = lost is None
+        if lost is not None:
+            self.resume_at = length + lost
 
-    def _settle(self, length: int, num_failed: int) -> None:
+    def _lost(self, *, has_failed: bool = False) -> int | None:
+        """None while windows pay, and otherwise the tokens of the pause that makes up for looking again or, where one
+        has failed, for the window."""
         agreement = self._agreed / (self._agreed + self._differed)
         # To a percent: neighbours in it decide alike, and what is looked up is small.
         paying, speed = _best_exact_round(self._costs, self._num_draft, round(agreement, 2))
         num_tokens = self._lookahead + 1
         cost = max(0.0, 1 - paying / num_tokens) * self._costs.of_round(self._lookahead)
-        weight = SUCCESS_WINDOWS + self._stood + self._failed
-        success = (FIRST_SUCCESS * SUCCESS_WINDOWS + self._stood) / weight
-        if success * num_tokens < cost * speed:
-            lost = cost if num_failed else self._costs.of_round(1) - 1
-            # A draft model that pays nowhere must read, before it drafts again, what was decoded without it.
-            share = TRY_SHARE - (0 if paying else self._costs.draft_token * self._costs.verification_token)
-            pause = math.ceil(lost * speed / share) if share > 0 else MAX_PAUSE_TOKENS
-            self.resume_at = length + min(pause, MAX_PAUSE_TOKENS)
+        weight = CHANCE_WINDOWS + self._stood + self._failed
+        chance = (CHANCE_WINDOWS * agreement**self._lookahead + self._stood) / weight
+        if chance * num_tokens >= cost * speed:
+            return None
+        steps = cost if has_failed else self._costs.of_round(1) - 1
+        # A draft model that pays nowhere must read, before it drafts again, what was decoded without it.
+        share = TRY_SHARE - (0 if paying else self._costs.draft_token * self._costs.verification_token)
+        return min(math.ceil(steps * speed / share), MAX_PAUSE_TOKENS) if share > 0 else MAX_PAUSE_TOKENS
 
 
 @cache

@@ -18,6 +18,7 @@ NO_GATES: FloatArray = np.empty(0, np.float32)
 @dataclass(slots=True)
 class Round:
     """A draft of `num_draft` tokens that follows the `start` tokens of the sequence, and the `policy` that decides it.
+    Where it `is_evidence` its length is the rule's and not the load's.
 
     `draft` int64 [d] is the part of it that exists, all of it where the drafter `has_ended`; `choices` int64 [v] and
     `gates` float32 [v] are the target's choice and entropy at the positions that were verified, `logits` float32 [v, V]
@@ -27,6 +28,7 @@ class Round:
     start: int
     num_draft: int
     policy: AcceptancePolicy
+    is_evidence: bool = False
     has_ended: bool = False
     draft: IntArray = field(default_factory=lambda: NO_TOKENS)
     choices: IntArray = field(default_factory=lambda: NO_TOKENS)

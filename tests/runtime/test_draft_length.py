@@ -259,13 +259,13 @@ def test_the_next_chance_comes_later_unless_speculation_paid_in_between() -> Non
     waits = [wait() for _ in range(6)]
     assert waits == [min(FIRST_WAIT * WAIT_GROWTH**n, MAX_WAIT) for n in range(6)]
     for _ in range(PAYING_ROUNDS):
-        lengths.observe_rate(0.9)
+        lengths.observe_round(5, False)
     assert wait() == FIRST_WAIT
 
 
 def test_what_requests_saw_is_what_new_ones_start_from() -> None:
     lengths = DraftLength(K, adaptive=True)
     assert lengths.usual_rate == FIRST_RATE
-    for _ in range(30):
-        lengths.observe_rate(0.2)
-    assert lengths.usual_rate == pytest.approx(0.2, abs=0.01)
+    for _ in range(100):
+        lengths.observe_round(1, True)
+    assert lengths.usual_rate == pytest.approx(0.5, abs=0.05)
