@@ -15,6 +15,19 @@ from triton_server import GrpcStream, TritonServer, wait_until
 PROMPT = load_eval_prompts()[0]["prompt"]
 WITHOUT_END = {"end_id": -1, "stream": True}
 Write = Callable[..., Path]
+BROKEN_ENGINE = """
+from pathlib import Path
+from fly_trt.engines.onnxruntime import OnnxRuntimeEngine
+
+run = OnnxRuntimeEngine.run
+
+def fail(engine, step):
+    if Path({!r}).exists():
+        raise RuntimeError("the device is lost")
+    run(engine, step)
+
+OnnxRuntimeEngine.run = fail
+"""
 
 
 @pytest.fixture
@@ -133,6 +146,22 @@ def test_missing_engines_do_not_load_and_say_why(launcher: None, demo_engine: Pa
     shutil.rmtree(engine)
     with pytest.raises(RuntimeError, match="no such engine directory"), start(tmp_path / "models"):
         pass
+
+
+def test_a_server_whose_engine_cannot_run_any_more_ends(write: Write, tmp_path: Path) -> None:
+    """It does not ask the model whether it is ready: whatever watches the server has to see it."""
+    repository, broken = write(), tmp_path / "broken"
+    with (repository / "fly" / "1" / "model.py").open("a") as model:
+        model.write(BROKEN_ENGINE.format(str(broken)))
+    with start(repository) as server:
+        assert server.generate(text_input=PROMPT, max_tokens=5)["num_output_tokens"] == 5
+        broken.touch()
+        status, answer = server.post("/v2/models/fly/generate", {"text_input": PROMPT, "max_tokens": 5})
+        assert status >= 400
+        assert "the device is lost" in answer["error"]
+        assert server.wait() == 0
+    assert "its engine cannot run any more: the server ends" in server.log
+    assert _stubs(server) == []
 
 
 def _wait_for_state(server: TritonServer, state: str) -> None:
