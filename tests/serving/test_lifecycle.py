@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_switch import BROKEN, add_switch
 
 from eval_prompts import load_eval_prompts
 from fly_trt.serving.repository import make_plan, write_model
@@ -15,19 +16,6 @@ from triton_server import GrpcStream, TritonServer, wait_until
 PROMPT = load_eval_prompts()[0]["prompt"]
 WITHOUT_END = {"end_id": -1, "stream": True}
 Write = Callable[..., Path]
-BROKEN_ENGINE = """
-from pathlib import Path
-from fly_trt.engines.onnxruntime import OnnxRuntimeEngine
-
-run = OnnxRuntimeEngine.run
-
-def fail(engine, step):
-    if Path({!r}).exists():
-        raise RuntimeError("the device is lost")
-    run(engine, step)
-
-OnnxRuntimeEngine.run = fail
-"""
 
 
 @pytest.fixture
@@ -151,8 +139,7 @@ def test_missing_engines_do_not_load_and_say_why(launcher: None, demo_engine: Pa
 def test_a_server_whose_engine_cannot_run_any_more_ends(write: Write, tmp_path: Path) -> None:
     """It does not ask the model whether it is ready: whatever watches the server has to see it."""
     repository, broken = write(), tmp_path / "broken"
-    with (repository / "fly" / "1" / "model.py").open("a") as model:
-        model.write(BROKEN_ENGINE.format(str(broken)))
+    add_switch(repository / "fly", broken, BROKEN)
     with start(repository) as server:
         assert server.generate(text_input=PROMPT, max_tokens=5)["num_output_tokens"] == 5
         broken.touch()
