@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from fly_trt.engines import Engine, load_engine
 from fly_trt.errors import ConfigError, EngineError
-from fly_trt.fork import HomeProcess
+from fly_trt.fork import HomeProcess, let_children_exit
 from fly_trt.manifest import Manifest, read_manifest
 from fly_trt.runtime.turn import Turn
 from fly_trt.tokenizer import load_tokenizer
@@ -117,6 +117,7 @@ class LoadedEngines:
             model = getattr(self.manifest, role)
             if model is None:
                 raise EngineError(f"{self.directory}: built without a {role}: rebuild with --{role}")
+            let_children_exit()
             started = time.perf_counter()
             self._engines[role] = load_engine(
                 self.directory, self.manifest, model, num_slots=self.max_batch_size, **self._settings

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ calls = {
     "shutdown": llm.shutdown,
     "close": engines.close,
     "leave": stream.close,
+    "exit": lambda: sys.exit(3),
 }
 # The worst moment: other threads have the locks, and nobody will release them in the child.
 locks = llm._service.thread._lock, served._service.thread._lock
@@ -91,3 +93,10 @@ def test_a_forked_process_is_told_at_once(results: dict[str, Any], call: str) ->
 @pytest.mark.parametrize("call", HARMLESS)
 def test_a_forked_process_may_let_go_of_what_its_parent_has(results: dict[str, Any], call: str) -> None:
     assert results[call] == ["", 7]
+
+
+@needs_fork
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can leave out destructors")
+def test_a_forked_process_ends(results: dict[str, Any]) -> None:
+    """ONNX Runtime's destructors would wait for threads that it does not have."""
+    assert results["exit"] == ["", 3]
