@@ -1,7 +1,15 @@
 """fly-trt: compiled training-free loose speculative decoding (FLy, arXiv 2511.22972)."""
 
 from fly_trt.async_llm import AsyncLLM
-from fly_trt.errors import CheckpointError, ConfigError, EngineError, FlyError, QueueFullError, RequestError
+from fly_trt.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineDeadError,
+    EngineError,
+    FlyError,
+    QueueFullError,
+    RequestError,
+)
 from fly_trt.llm import LLM
 from fly_trt.loaded import LoadedEngines
 from fly_trt.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -16,6 +24,7 @@ __all__ = [
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
+    "EngineDeadError",
     "EngineError",
     "FlyError",
     "LoadedEngines",

@@ -42,7 +42,7 @@ class AsyncLLM(Facade):
             try:
                 loop.call_soon_threadsafe(inbox.put_nowait, output)
             except RuntimeError:  # the event loop is closed: nobody waits any more
-                thread.abort(request_id)
+                thread.abort_group(group)
 
         make_group = self._service.make_group
         if isinstance(prompt, str) and len(prompt) > LONG_PROMPT:
@@ -59,8 +59,7 @@ class AsyncLLM(Facade):
                 if output.finished:
                     return
         finally:
-            if not group.is_done:  # else the request id may be another request's by now
-                thread.abort(request_id)
+            thread.abort_group(group)
 
     async def abort(self, request_id: str) -> None:
         """Ends a request that is still served; its iterator yields a last output with finish_reason "abort"."""
@@ -71,7 +70,7 @@ class AsyncLLM(Facade):
         return self._service.thread.is_waiting(request_id)
 
     def check_health(self) -> None:
-        """Raises EngineError when the engine thread has ended after an error, ConfigError after shutdown."""
+        """Raises EngineDeadError when the engine thread has ended after an error, ConfigError after shutdown."""
         self._service.thread.check_running()
 
     async def __aenter__(self) -> Self:

@@ -17,6 +17,10 @@ class EngineError(FlyError):
     """An engine directory that is missing, broken, of another version or built for something else."""
 
 
+class EngineDeadError(EngineError):
+    """The engine cannot run any more: all requests end with this, and no other one is taken."""
+
+
 class RequestError(FlyError):
     """A request that cannot be served as asked; other requests are not affected."""
 

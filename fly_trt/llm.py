@@ -61,7 +61,7 @@ class LLM(Facade):
             progress.close()
             for group in groups:
                 if not group.is_done:
-                    self.abort(group.request_id)
+                    self._service.thread.abort_group(group)
         return [output for output in outputs if output is not None]
 
     def chat(
@@ -94,7 +94,7 @@ class LLM(Facade):
                 if output.finished:
                     return
         finally:
-            self.abort(group.request_id)
+            self._service.thread.abort_group(group)
 
     def abort(self, request_id: str) -> None:
         """Ends a request that is still served; what it has emitted is returned with finish_reason "abort"."""
@@ -114,7 +114,6 @@ class LLM(Facade):
         params: SamplingParams | Sequence[SamplingParams] | None,
         inbox: "SimpleQueue[tuple[int, RequestOutput | FlyError]]",
     ) -> list[RequestGroup]:
-        self._service.thread.check_running()
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise RequestError(

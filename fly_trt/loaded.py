@@ -6,7 +6,6 @@ whatever the number of ways in which it is served. This module knows files and s
 
 import dataclasses
 import os
-import threading
 import time
 import weakref
 from functools import cached_property
@@ -18,7 +17,9 @@ from tokenizers import Tokenizer
 
 from fly_trt.engines import Engine, load_engine
 from fly_trt.errors import ConfigError, EngineError
+from fly_trt.fork import HomeProcess, let_children_exit
 from fly_trt.manifest import Manifest, read_manifest
+from fly_trt.runtime.turn import Turn
 from fly_trt.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ class LoadedEngines:
             plain = LLM(engines, speculative_config={"method": None}, enable_prefix_caching=False)
             fly = LLM(engines, enable_prefix_caching=False)
 
-    One of those that share them serves at a time: it has its `turn` until none of its requests is left, and the others
-    wait. Nobody can count on a cache that another one writes to, so that all of them go without prefix caching.
+    One of those that share them serves at a time: it has its `turn` until none of its requests is left or, where others
+    wait for theirs, until those that run have ended; the rest waits for its next turn. Nobody can count on a cache that
+    another one writes to, so that all of them go without prefix caching.
     Shutting one down leaves the engines to the others; `close` releases them, after the last one was shut down.
 
     max_batch_size: slots of the caches, None means as many as were built for; whoever shares them may use fewer.
@@ -56,11 +58,12 @@ class LoadedEngines:
         self.manifest: Manifest = read_manifest(self.directory, verify_hashes=verify_hashes)
         self.max_batch_size = max_batch_size or self.manifest.limits.max_batch_size
         self.load_seconds: dict[Role, float] = {}
-        self.turn = threading.Lock()
+        self.turn = Turn()
+        self._home = HomeProcess("engines")
         self._settings: dict[str, Any] = {"num_threads": num_threads, "device_id": device_id}
         self._engines: dict[Role, Engine] = {}
         # Also when the interpreter ends without a close(), and then after the threads that use them.
-        self._finalizer = weakref.finalize(self, _close_all, self._engines)
+        self._finalizer = weakref.finalize(self, _close_all, self._engines, self._home)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -76,12 +79,13 @@ class LoadedEngines:
         return self._engine("draft")
 
     def close(self) -> None:
-        """Releases the engines. Safe to call twice."""
+        """Releases the engines. Safe to call twice, and in a forked process, which has none."""
         self._finalizer()
 
     def fitted(self, config: "ServiceConfig") -> "ServiceConfig":
         """The settings of one of those that share these engines. Raises ConfigError for what was settled by loading
-        them and for what cannot be shared."""
+        them, for what cannot be shared, and in a forked process."""
+        self._home.check()
         for name, default in (("num_threads", None), ("device_id", None), ("verify_hashes", False)):
             if (value := getattr(config, name)) is not default:
                 raise ConfigError(f"{name} {value!r}: the engines are loaded already: give it to LoadedEngines")
@@ -106,12 +110,14 @@ class LoadedEngines:
         self.close()
 
     def _engine(self, role: Role) -> Engine:
+        self._home.check()
         if not self._finalizer.alive:
             raise ConfigError(f"{self.directory}: these engines were closed: load them again")
         if role not in self._engines:
             model = getattr(self.manifest, role)
             if model is None:
                 raise EngineError(f"{self.directory}: built without a {role}: rebuild with --{role}")
+            let_children_exit()
             started = time.perf_counter()
             self._engines[role] = load_engine(
                 self.directory, self.manifest, model, num_slots=self.max_batch_size, **self._settings
@@ -120,6 +126,6 @@ class LoadedEngines:
         return self._engines[role]
 
 
-def _close_all(engines: dict[Role, Engine]) -> None:
-    while engines:
+def _close_all(engines: dict[Role, Engine], home: HomeProcess) -> None:
+    while engines and home.is_here:
         engines.popitem()[1].close()

@@ -5,10 +5,10 @@ fly-build writes it, every engine reads it. It knows files, sizes and hashes, an
 
 import hashlib
 import json
-from pathlib import Path
-from typing import Any, Literal, Self
+from pathlib import Path, PureWindowsPath
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fly_trt.errors import EngineError
 
@@ -20,6 +20,18 @@ Backend = Literal["onnxruntime", "tensorrt", "tensorrt-llm"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8", "int4"]
 TensorRTLibrary = Literal["tensorrt", "tensorrt_rtx"]
+
+
+def _inside(name: str) -> str:
+    """A name that stays in its directory on every system, as the directory may come from another one."""
+    parts = name.split("/")
+    if "\\" in name or "\0" in name or PureWindowsPath(name).drive or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"{name!r} may lie outside the engine directory, expected a path such as target/model.onnx")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_inside)]
+"""A file of the engine directory: a relative POSIX path without '..'."""
 
 
 class _Record(BaseModel):
@@ -84,14 +96,14 @@ class TensorRTPlan(_Record):
     cache_tokens: int = Field(gt=0)
     max_row_tokens: int = Field(gt=0)
     head: Literal["plugins", "functions"]
-    plugin_library: str | None
+    plugin_library: FileName | None
     layers: LayerSummary
 
 
 class ModelEngine(_Record):
     """One decoder graph. `dtype` is the type of the stored weights, `kv_cache_dtype` that of the cache tensors."""
 
-    model: str
+    model: FileName
     source: Source
     vocab_size: int = Field(gt=0)
     num_layers: int = Field(gt=0)
@@ -113,7 +125,8 @@ class File(_Record):
 
 
 class Manifest(_Record):
-    """`fly.json`. `speculative` holds the recipe's defaults for SpeculativeConfig."""
+    """`fly.json`. `speculative` holds the recipe's defaults for SpeculativeConfig; `files` are all that engines are
+    loaded from."""
 
     schema_version: int
     backend: Backend
@@ -125,7 +138,16 @@ class Manifest(_Record):
     speculative: dict[str, Any]
     target: ModelEngine
     draft: ModelEngine | None
-    files: dict[str, File]
+    files: dict[FileName, File]
+
+    @model_validator(mode="after")
+    def _lists_what_it_loads(self) -> Self:
+        for engine in filter(None, (self.target, self.draft)):
+            plugins = engine.tensorrt.plugin_library if engine.tensorrt else None
+            for name in filter(None, (engine.model, plugins)):
+                if name not in self.files:
+                    raise ValueError(f"{name!r} is not among the files that it lists")
+        return self
 
 
 def hash_file(path: Path) -> File:
@@ -150,8 +172,8 @@ def write_manifest(manifest: Manifest, directory: Path) -> None:
 def read_manifest(directory: Path, *, verify_hashes: bool = False) -> Manifest:
     """Reads and checks `directory`/fly.json and the presence and size of every file that it lists.
 
-    Raises EngineError when the directory is missing, not an engine, truncated, or of another schema version; with
-    `verify_hashes` also when the content of a file changed.
+    Raises EngineError when the directory is missing, not an engine, truncated, of another schema version, or names or
+    links to files outside itself; with `verify_hashes` also when the content of a file changed.
     """
     path = directory / MANIFEST_NAME
     if not directory.is_dir():
@@ -170,16 +192,19 @@ def read_manifest(directory: Path, *, verify_hashes: bool = False) -> Manifest:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
+        field = ".".join(str(part) for part in first["loc"]) or "files"
         raise EngineError(f"{path}: field {field}: {first['msg']}: rebuild the engine with fly-build") from None
     for name, expected in manifest.files.items():
-        _check_file(directory / name, expected, verify_hashes)
+        _check_file(directory, name, expected, verify_hashes)
     return manifest
 
 
-def _check_file(path: Path, expected: File, verify_hash: bool) -> None:
+def _check_file(directory: Path, name: str, expected: File, verify_hash: bool) -> None:
+    path = directory / name
     if not path.is_file():
         raise EngineError(f"{path}: file is missing: copy the whole engine directory or rebuild it with fly-build")
+    if not (actual := path.resolve()).is_relative_to(directory.resolve()):
+        raise EngineError(f"{path}: a link to {actual}, outside the engine directory: replace it by the file itself")
     size = path.stat().st_size
     if size != expected.size:
         raise EngineError(

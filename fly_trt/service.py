@@ -124,6 +124,7 @@ class Service:
         drafter = self._make_drafter(engines)
         loop_config = LoopConfig(
             num_slots=self.config.max_batch_size or 1,
+            max_seq_len=self.config.max_seq_len or 1,
             num_draft_tokens=speculative_config.num_speculative_tokens,
             max_num_tokens=self.config.max_num_tokens or 1,
             max_queue_size=config.max_queue_size,
@@ -133,7 +134,7 @@ class Service:
         )
         loop = GenerationLoop(target, drafter, loop_config, self.tokenizer, self.metrics)
         if drafter is not None and speculative_config.adaptive_draft_length:
-            with engines.turn:
+            with engines.turn.held():
                 loop.warm_up()
         self.thread = EngineThread(loop, release, engines.turn)
         # Also when the interpreter ends without a shutdown(): the thread must not run into a library's teardown.
@@ -160,7 +161,9 @@ class Service:
         *,
         output_kind: RequestOutputKind | None = None,
     ) -> RequestGroup:
-        """A request as the engine thread takes it. Raises RequestError when it can never be served as asked."""
+        """A request as the engine thread takes it. Raises RequestError when it can never be served as asked, and what
+        `EngineThread.check_running` raises."""
+        self.thread.check_running()
         params = params or SamplingParams()
         if params.n > self.config.max_queue_size:
             raise RequestError(f"n {params.n}: more than max_queue_size {self.config.max_queue_size}")

@@ -1,11 +1,14 @@
 """Engines of the demo pair, built once for all tests that need real ones."""
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ASSETS = Path(__file__).parent / "assets"
 PAIR = ASSETS / "pair"
+SLOW_STEP_SECONDS = 0.02
 
 
 def _build(output: Path, **flags: object) -> Path:
@@ -17,6 +20,20 @@ def _build(output: Path, **flags: object) -> Path:
     recipe = load_recipe(None, {"target": str(PAIR / "target"), "max_seq_len": 2048, "speculative": costs, **flags})
     build(make_plan(recipe, output), lambda step, fraction: None)
     return output
+
+
+@pytest.fixture
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step of an engine is fast: a request for many tokens runs until somebody ends it, on any machine."""
+    from fly_trt.engines.onnxruntime import OnnxRuntimeEngine
+
+    run = OnnxRuntimeEngine.run
+
+    def slower_run(engine: Any, step: Any) -> None:
+        time.sleep(SLOW_STEP_SECONDS)
+        run(engine, step)
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", slower_run)
 
 
 @pytest.fixture(scope="session")

@@ -173,6 +173,7 @@ def make_stack(
     num_draft_tokens: int = NUM_DRAFT_TOKENS,
     max_num_tokens: int = 64,
     max_queue_size: int = 1000,
+    max_seq_len: int = 240,
     adaptive_draft_length: bool = False,
     prefix_caching: bool = True,
     draft_lengths: Sequence[int] = (),
@@ -180,10 +181,12 @@ def make_stack(
     logits: Logits | None = None,
     trim_block: int | None = None,
 ) -> Stack:
-    """draft_lengths: what the loop's choice of draft tokens is, step by step; otherwise it chooses."""
+    """max_seq_len: what is served, where the engine was built for 256. draft_lengths: what the loop's choice of draft
+    tokens is, step by step; otherwise it chooses."""
     engine = TableEngine(target, entropy=entropy, logits=logits, max_batch_size=num_slots, trim_block=trim_block)
     config = LoopConfig(
         num_slots=num_slots,
+        max_seq_len=max_seq_len,
         num_draft_tokens=num_draft_tokens,
         max_num_tokens=max_num_tokens,
         max_queue_size=max_queue_size,

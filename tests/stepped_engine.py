@@ -1,6 +1,8 @@
 """An engine that runs step by step as a test allows, and a caller's end, for tests of the engine thread."""
 
+import math
 import threading
+from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
@@ -15,17 +17,20 @@ from table_engine import TableEngine, hashed
 
 LANGUAGE = hashed(12, 3)
 SECONDS = 20.0  # nothing here takes nearly as long
+NONSENSE = 0  # a token that the language never emits
 CUMULATIVE, DELTA, FINAL_ONLY = RequestOutputKind
 
 
 class SteppedEngine(TableEngine):
-    """Runs as many steps as were allowed, and then waits; raises or is slow to close where told to."""
+    """Runs as many steps as were allowed, and then waits. A step that is told to raise has written nonsense into every
+    cache."""
 
     def __init__(self, *, num_slots: int = 4, is_free: bool = True) -> None:
         super().__init__(LANGUAGE, max_batch_size=num_slots)
         self.is_free = is_free
-        self.failure: Exception | None = None
-        self.num_trims = 1000  # that work
+        self.failure: BaseException | None = None
+        self.num_failures: float = math.inf  # steps that raise it
+        self.on_trim: Callable[[], None] = lambda: None
         self.arrived = threading.Semaphore(0)  # once for each step that is about to run
         self._allowed = threading.Semaphore(0)
 
@@ -40,14 +45,14 @@ class SteppedEngine(TableEngine):
         self.arrived.release()
         if not self.is_free:
             assert self._allowed.acquire(timeout=SECONDS), "the test allows every step"
-        if self.failure is not None:
+        if self.failure is not None and self.num_failures:
+            self.num_failures -= 1
+            self.slots = [[NONSENSE] * len(slot) for slot in self.slots]
             raise self.failure
         super().run(step)
 
     def trim(self, num_tokens: int) -> int:
-        self.num_trims -= 1
-        if self.num_trims < 0:
-            raise RuntimeError("no memory")
+        self.on_trim()
         return super().trim(num_tokens)
 
 
@@ -99,10 +104,8 @@ def make_group(
 
 
 def make_loop(engine: TableEngine, loop_class: type[GenerationLoop] = GenerationLoop, **sizes: Any) -> GenerationLoop:
-    num_slots = len(engine.slots)
-    config = LoopConfig(
-        **({"num_slots": num_slots, "num_draft_tokens": 4, "max_num_tokens": 64, "max_queue_size": 100} | sizes)
-    )
+    settings = {"num_slots": len(engine.slots), "max_seq_len": 240, "num_draft_tokens": 4, "max_num_tokens": 64}
+    config = LoopConfig(**(settings | {"max_queue_size": 100} | sizes))
     return loop_class(engine, make_drafter("ngram", LANGUAGE), config, letters())
 
 

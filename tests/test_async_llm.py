@@ -143,6 +143,7 @@ def test_concurrent_requests_get_what_generate_returns(llm: AsyncLLM, reference:
         assert outputs[-1].outputs[0].finish_reason == "stop"
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_cancelling_the_task_frees_the_slot(llm: AsyncLLM) -> None:
     async def main() -> None:
         task = await start(llm)
@@ -156,6 +157,7 @@ def test_cancelling_the_task_frees_the_slot(llm: AsyncLLM) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_cancelling_a_request_that_waits_takes_it_out_of_the_queue(demo_engine: Path) -> None:
     async def main() -> None:
         async with AsyncLLM(demo_engine, max_batch_size=1) as llm:
@@ -171,6 +173,7 @@ def test_cancelling_a_request_that_waits_takes_it_out_of_the_queue(demo_engine: 
     asyncio.run(main())
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_leaving_the_iteration_frees_the_slot(llm: AsyncLLM) -> None:
     async def main() -> None:
         async for output in llm.generate(PROMPTS[0], LONG):
@@ -185,6 +188,7 @@ def test_leaving_the_iteration_frees_the_slot(llm: AsyncLLM) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_a_timeout_frees_the_slot(llm: AsyncLLM) -> None:
     async def main() -> None:
         with pytest.raises(asyncio.TimeoutError):
@@ -194,6 +198,7 @@ def test_a_timeout_frees_the_slot(llm: AsyncLLM) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_an_abort_ends_the_iteration_with_what_there_is(llm: AsyncLLM) -> None:
     async def main(kind: RequestOutputKind) -> list[RequestOutput]:
         task = await start(llm, with_kind(LONG, kind), f"mine {kind.value}")
@@ -216,6 +221,7 @@ def test_an_abort_of_an_unknown_request_does_nothing(llm: AsyncLLM) -> None:
     assert asyncio.run(collect(llm))[-1].outputs[0].finish_reason == "stop"
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_a_request_id_in_use_is_refused_and_free_again_afterwards(llm: AsyncLLM) -> None:
     async def main() -> None:
         task = await start(llm, request_id="mine")
@@ -247,6 +253,7 @@ def test_a_request_id_may_be_used_again_at_once(llm: AsyncLLM, leaves_early: boo
     assert asyncio.run(main()) == ["length"] * 100
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_a_full_queue_is_an_error_in_one_line_and_disturbs_nobody(demo_engine: Path) -> None:
     async def main() -> None:
         async with AsyncLLM(demo_engine, max_batch_size=1, max_queue_size=3) as llm:
@@ -304,6 +311,7 @@ def test_one_event_loop_after_another_may_use_it(llm: AsyncLLM, reference: dict)
         assert asyncio.run(collect(llm, prompt))[-1].outputs[0] == reference[prompt]
 
 
+@pytest.mark.usefixtures("slow_steps")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_event_loop_that_closes_in_the_middle_frees_its_requests(llm: AsyncLLM, reference: dict) -> None:
     def num_aborted() -> float:
@@ -321,6 +329,7 @@ def test_an_event_loop_that_closes_in_the_middle_frees_its_requests(llm: AsyncLL
     gc.collect()
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_the_context_manager_shuts_down(demo_engine: Path) -> None:
     async def main() -> None:
         async with AsyncLLM(demo_engine) as llm:

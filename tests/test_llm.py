@@ -242,6 +242,7 @@ def test_metrics_are_a_flat_dict_of_numbers(llm: LLM) -> None:
     assert grown == len(output.outputs[0].token_ids)
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_an_abort_from_another_thread_keeps_what_was_emitted(llm: LLM) -> None:
     outputs = []
     for output in llm.stream(PROMPTS[0], LONG):
@@ -264,6 +265,7 @@ def test_an_abort_of_what_is_not_served_does_nothing(llm: LLM) -> None:
     assert llm.generate(PROMPTS[0], SamplingParams(max_tokens=3))[0].outputs[0].finish_reason == "length"
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_an_interrupt_leaves_nothing_running_and_the_llm_usable(llm: LLM) -> None:
     want = token_ids(llm.generate(PROMPTS[:2]))
     emitted = llm.metrics()["fly_trt:generation_tokens_total"]
@@ -281,10 +283,11 @@ def test_an_interrupt_leaves_nothing_running_and_the_llm_usable(llm: LLM) -> Non
     finally:
         signal.signal(signal.SIGINT, handler)
     interrupter.join()
-    wait_until(lambda: is_idle(llm), seconds=5)
+    wait_until(lambda: is_idle(llm))
     assert token_ids(llm.generate(PROMPTS[:2])) == want
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_shutdown_ends_a_running_stream_with_what_it_has(demo_engine: Path) -> None:
     llm = LLM(demo_engine)
     stream = llm.stream(PROMPTS[0], LONG)
@@ -299,6 +302,7 @@ def test_shutdown_ends_a_running_stream_with_what_it_has(demo_engine: Path) -> N
     assert llm.metrics()["fly_trt:num_requests_running"] == 0
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_shutdown_wakes_a_thread_that_generates(demo_engine: Path) -> None:
     llm = LLM(demo_engine, max_batch_size=2)
     with ThreadPoolExecutor(1) as pool:
@@ -309,6 +313,7 @@ def test_shutdown_wakes_a_thread_that_generates(demo_engine: Path) -> None:
     assert [output.outputs[0].finish_reason for output in outputs] == ["abort"] * len(PROMPTS)
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_an_llm_that_nobody_holds_ends_its_thread(demo_engine: Path) -> None:
     before = engine_threads()
     llm = LLM(demo_engine)

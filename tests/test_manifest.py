@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from fly_trt.manifest import (
     Manifest,
     ModelEngine,
     Source,
+    TensorRTPlan,
     hash_directory,
     read_manifest,
     write_manifest,
@@ -126,6 +128,80 @@ def test_a_changed_file_is_found_when_hashes_are_asked_for(directory: Path) -> N
     (directory / "target" / "model.onnx.data").write_bytes(b"weighty" * 100)
     read_manifest(directory)
     assert "content differs from the manifest's sha256" in message_of(directory, verify_hashes=True)
+
+
+OUTSIDE = (
+    "/etc/passwd",
+    "../other/model.onnx",
+    "target/../../model.onnx",
+    "target/..",
+    "..",
+    ".",
+    "",
+    "target//model.onnx",
+    "target/",
+    "C:/model.onnx",
+    "C:model.onnx",
+    "C:\\model.onnx",
+    "\\\\server\\share\\model.onnx",
+    "..\\model.onnx",
+    "target\\model.onnx",
+    "target/model.onnx\0",
+)
+
+
+def change(directory: Path, field: str, name: str) -> None:
+    """Has the manifest name the file in that field; it is listed too."""
+    content: dict[str, Any] = json.loads((directory / MANIFEST_NAME).read_text())
+    listed = content["files"]["target/model.onnx"]
+    if field == "files":
+        content["files"] |= {name: listed}
+    elif field == "target.model":
+        content["target"]["model"] = name
+    else:
+        layers = dict.fromkeys(("total", "native_attention", "decomposed_attention", "kv_cache_update", "plugin"), 0)
+        plan = {"library": "tensorrt", "version": "11", "compute_capability": "9.0", "cache_tokens": 64}
+        plan |= {"max_row_tokens": 32, "head": "plugins", "layers": layers, "plugin_library": name}
+        assert TensorRTPlan.model_validate(plan | {"plugin_library": "libfly_plugins.so"})
+        content["target"]["tensorrt"] = plan
+    (directory / MANIFEST_NAME).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("field", ["files", "target.model", "target.tensorrt.plugin_library"])
+def test_a_name_that_leaves_the_directory(directory: Path, field: str, name: str) -> None:
+    change(directory, field, name)
+    message = message_of(directory)
+    assert f"fly.json: field {field}" in message
+    assert f"{name!r} may lie outside the engine directory, expected a path such as target/model.onnx" in message
+
+
+@pytest.mark.parametrize("field", ["target.model", "target.tensorrt.plugin_library"])
+def test_a_file_that_is_loaded_and_not_listed(directory: Path, field: str) -> None:
+    (directory / "other").write_bytes(b"graph")
+    change(directory, field, "other")
+    assert "'other' is not among the files that it lists" in message_of(directory)
+    change(directory, "files", "other")
+    read_manifest(directory)
+
+
+@pytest.mark.parametrize("link", ["target/model.onnx", "target"])
+def test_a_link_that_leaves_the_directory(directory: Path, tmp_path_factory: pytest.TempPathFactory, link: str) -> None:
+    outside = tmp_path_factory.mktemp("outside") / "moved"
+    (directory / link).rename(outside)
+    (directory / link).symlink_to(outside)
+    assert f"a link to {outside}" in message_of(directory)
+    assert "outside the engine directory: replace it by the file itself" in message_of(directory)
+
+
+def test_links_within_the_directory_and_to_it_are_fine(
+    directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    (directory / "target" / "model.onnx").rename(directory / "graph")
+    (directory / "target" / "model.onnx").symlink_to("../graph")
+    link = tmp_path_factory.mktemp("links") / "engine"
+    link.symlink_to(directory)
+    assert read_manifest(link, verify_hashes=True) == read_manifest(directory)
 
 
 def test_the_directory_can_be_moved(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -1,7 +1,9 @@
 """Metrics: names that dashboards know, counters that agree with the requests' own numbers, and the log line."""
 
+import itertools
 import logging
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from eval_prompts import load_eval_prompts
 from fly_trt import LLM, RequestOutput, SamplingParams
 from fly_trt import metrics as metrics_module
+from fly_trt.engines.base import Step
+from fly_trt.engines.onnxruntime import OnnxRuntimeEngine
 from fly_trt.metrics import Metrics
+from fly_trt.runtime import request as request_module
 
 PROMPTS = [record["prompt"] for record in load_eval_prompts()[:6]]
 NAMES = (
@@ -80,18 +85,30 @@ def test_counters_are_the_sums_of_the_requests(demo_engine: Path) -> None:
         assert values[f'request_success_total{{finished_reason="{reason}"}}'] == reasons.count(reason)
 
 
-def test_times_agree_with_the_requests(demo_engine: Path) -> None:
+def test_times_agree_with_the_requests(demo_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that stands still but for a second a step, so that it does not matter who looks at it when."""
+    start, num_steps, run = time.perf_counter(), itertools.count(1), OnnxRuntimeEngine.run
+    clock = SimpleNamespace(perf_counter=lambda: clock.now, now=start)
+
+    def run_for_a_second(engine: OnnxRuntimeEngine, step: Step) -> None:
+        run(engine, step)
+        clock.now = start + next(num_steps)
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", run_for_a_second)
+    for module in (metrics_module, request_module):
+        monkeypatch.setattr(module, "time", clock)
     with LLM(demo_engine, speculative_config={"method": None}) as llm:
         (output,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=30, ignore_eos=True))
         values = values_of(llm)
     metrics = output.metrics
-    assert values["time_to_first_token_seconds_sum"] == pytest.approx(metrics.time_to_first_token, abs=0.01)
-    assert values["e2e_request_latency_seconds_sum"] == pytest.approx(metrics.latency, abs=0.01)
+    assert values["time_to_first_token_seconds_sum"] == pytest.approx(metrics.time_to_first_token)
+    assert values["e2e_request_latency_seconds_sum"] == pytest.approx(metrics.latency)
     assert values["inter_token_latency_seconds_count"] == 29
-    between = metrics.latency - metrics.time_to_first_token
-    assert values["inter_token_latency_seconds_sum"] == pytest.approx(between, abs=0.01)
+    assert values["inter_token_latency_seconds_sum"] == pytest.approx(29)
+    assert metrics.latency - metrics.time_to_first_token == pytest.approx(29)
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_an_aborted_request_counts_what_it_emitted(demo_engine: Path) -> None:
     with LLM(demo_engine) as llm:
         for output in llm.stream(PROMPTS[0], SamplingParams(max_tokens=1500, ignore_eos=True)):
@@ -103,6 +120,7 @@ def test_an_aborted_request_counts_what_it_emitted(demo_engine: Path) -> None:
     assert values["num_requests_running"] == values["num_requests_waiting"] == values["kv_cache_usage_perc"] == 0
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_gauges_show_the_load_and_are_zero_when_idle(demo_engine: Path) -> None:
     params = SamplingParams(max_tokens=1500, ignore_eos=True)
     with LLM(demo_engine, max_batch_size=1, speculative_config={"method": None}) as llm:

@@ -26,6 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from tqdm import tqdm
 
 from fly_trt import FlyError
 from fly_trt.benchmark.workload import read_prompts
@@ -128,7 +129,7 @@ def main() -> None:
     args.num_prompts = len(prompts)
     conditions = Conditions(**{each.name: getattr(args, each.name) for each in dataclasses.fields(Conditions)})
     texts = [str(prompt.prompt) for prompt in prompts]
-    run = Run(conditions, texts, args.environments, lambda line: print(line, file=sys.stderr, flush=True))
+    run = Run(conditions, texts, args.environments, lambda line: tqdm.write(line, file=sys.stderr))
     try:
         (run.one_at_a_time if args.one_at_a_time else run.side_by_side)(contestants)
     except KeyboardInterrupt:

@@ -152,10 +152,17 @@ class TritonServer:
         return triton.InferenceServerClient(f"127.0.0.1:{self.grpc_port}")
 
     def stream(
-        self, model: str = "fly", connection: triton.InferenceServerClient | None = None, **inputs: Any
+        self,
+        model: str = "fly",
+        connection: triton.InferenceServerClient | None = None,
+        *,
+        wait: float = 0,
+        **inputs: Any,
     ) -> "GrpcStream":
-        """A request over a gRPC stream, on a connection of its own unless there is one."""
-        self._streams.append(GrpcStream(connection or self.connect(), model, inputs, closes=connection is None))
+        """A request over a gRPC stream, on a connection of its own unless there is one. It waits in the queue for so
+        many seconds at most; 0 is what the model allows."""
+        closes = connection is None
+        self._streams.append(GrpcStream(connection or self.connect(), model, inputs, wait=wait, closes=closes))
         return self._streams[-1]
 
 
@@ -164,7 +171,7 @@ class GrpcStream:
     the start."""
 
     def __init__(
-        self, connection: triton.InferenceServerClient, model: str, inputs: dict[str, Any], *, closes: bool
+        self, connection: triton.InferenceServerClient, model: str, inputs: dict[str, Any], *, wait: float, closes: bool
     ) -> None:
         self._started = time.perf_counter()
         self.seconds: list[float] = []
@@ -177,7 +184,8 @@ class GrpcStream:
         self._closes_connection = closes
         self._client.start_stream(self._take)
         tensors = [_tensor(name, value) for name, value in inputs.items()]
-        self._client.async_stream_infer(model, tensors, enable_empty_final_response=True)
+        timeout = round(wait * 1e6) or None
+        self._client.async_stream_infer(model, tensors, enable_empty_final_response=True, timeout=timeout)
 
     @property
     def text(self) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from fly_trt.errors import ConfigError, FlyError
 from fly_trt.outputs import RequestMetrics, RequestOutput
 from fly_trt.params import RequestOutputKind, SamplingParams
+from fly_trt.runtime.group import RequestGroup
 from fly_trt.service import Prompt, Service
 
 
@@ -85,7 +86,7 @@ class Client:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._inbox: SimpleQueue[tuple[str, FlyError | None]] = SimpleQueue()
-        self._open: set[str] = set()
+        self._open: dict[str, RequestGroup] = {}
 
     def complete(
         self, prompts: Sequence[Prompt], params: SamplingParams, load: Load, seed: int = 0
@@ -106,8 +107,8 @@ class Client:
                     wait = None
                 self._take_one(wait)
         finally:
-            for request_id in self._open:
-                self._service.thread.abort(request_id)
+            for group in self._open.values():
+                self._service.thread.abort_group(group)
         return exchanges, time.perf_counter() - started
 
     def _send(self, prompt: Prompt, params: SamplingParams) -> Exchange:
@@ -124,7 +125,7 @@ class Client:
 
         group = self._service.make_group(prompt, params, request_id, sink, output_kind=RequestOutputKind.DELTA)
         self._service.thread.submit([group])
-        self._open.add(request_id)
+        self._open[request_id] = group
         return exchange
 
     def _take_one(self, wait: float | None) -> None:
@@ -133,6 +134,6 @@ class Client:
             request_id, error = self._inbox.get(timeout=wait)
         except Empty:
             return
-        self._open.discard(request_id)
+        self._open.pop(request_id, None)
         if error is not None:
             raise error

@@ -50,6 +50,10 @@ class Drafter(Protocol):
         """A new sequence in slot `target` begins with the first `num_tokens` tokens of the one in slot `source`."""
         ...
 
+    def reset(self) -> None:
+        """Nobody knows what the caches hold: every sequence that follows is a new one. Runs nothing."""
+        ...
+
     def trim(self, num_tokens: int) -> None:
         """No sequence is longer than `num_tokens` any more."""
         ...

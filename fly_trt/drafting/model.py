@@ -115,6 +115,9 @@ class ModelDrafter:
         state.num_cached = min(num_tokens, original.num_cached)
         self._engine.copy_slot(source, target, state.num_cached)
 
+    def reset(self) -> None:
+        self._slots.clear()
+
     def trim(self, num_tokens: int) -> None:
         held = self._engine.trim(num_tokens)
         for state in self._slots.values():

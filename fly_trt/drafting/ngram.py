@@ -95,5 +95,8 @@ class NgramDrafter:
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """Indexing the tokens again costs no more than a copy."""
 
+    def reset(self) -> None:
+        self._indexes.clear()
+
     def trim(self, num_tokens: int) -> None:
         """An index holds no more than its sequence."""

@@ -193,7 +193,8 @@ class Engine(Protocol):
         ...
 
     def run(self, step: Step) -> None:
-        """Runs the step and waits for its outputs. Grows the KV cache when a row would outgrow it."""
+        """Runs the step and waits for its outputs. Grows the KV cache when a row would outgrow it. After a step that
+        raised nobody knows what the slots hold, and later steps on new sequences are right or raise too."""
         ...
 
     def copy_slot(self, source: int, target: int, num_tokens: int) -> None:

@@ -33,11 +33,12 @@ WARM_UP_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class LoopConfig:
-    """Sizes in requests and tokens: num_slots rows at most, num_draft_tokens per round, max_num_tokens of prompts
-    and again of verification per iteration, max_queue_size waiting requests. step_costs: what a loose request's windows
-    cost, so that it opens them where they pay; None means always."""
+    """Sizes in requests and tokens: num_slots rows at most of max_seq_len tokens, num_draft_tokens per round,
+    max_num_tokens of prompts and again of verification per iteration, max_queue_size waiting requests. step_costs: what
+    a loose request's windows cost, so that it opens them where they pay; None means always."""
 
     num_slots: int
+    max_seq_len: int
     num_draft_tokens: int
     max_num_tokens: int
     max_queue_size: int
@@ -61,6 +62,7 @@ class GenerationLoop:
         self._target = target
         self._drafter = drafter
         self._max_num_tokens = config.max_num_tokens
+        self._max_seq_len = config.max_seq_len
         self._tokenizer = tokenizer
         self._metrics = metrics or Metrics()
         self._num_draft_tokens = config.num_draft_tokens if drafter is not None else 0
@@ -71,12 +73,18 @@ class GenerationLoop:
         self.scheduler = Scheduler(slots, config.max_queue_size)
         self._row_tokens = 1  # of the last verification step
         self._changed: dict[Request, None] = {}
+        self._may_shrink = False
 
     def add(self, requests: list[Request]) -> None:
         self.scheduler.add(requests)
 
     def has_requests(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step has something to do: requests to serve, or caches that may shrink."""
+        return self.has_requests() or self._may_shrink
 
     def step(self) -> list[Request]:
         """One iteration over all running requests; returns those that emitted tokens or ended."""
@@ -89,16 +97,39 @@ class GenerationLoop:
             num_context = max(1, *(request.num_context for request in decoding))  # an open round feeds one token more
             self._row_tokens = self._verify(rows, self._choose_draft_length(decoding, num_context, len(rows)))
         self._remove_finished()
-        changed, self._changed = list(self._changed), {}
-        self._metrics.set_load(self.scheduler, self._target.info.max_seq_len)
-        return changed
+        if self._may_shrink:
+            self._may_shrink = False
+            self.scheduler.slots.trim()
+        return self._take_changed()
 
     def abort(self, request: Request) -> None:
-        """Ends a request wherever it is. What it has emitted stays."""
+        """Ends a request wherever it is. What it has emitted stays. Runs no engine."""
         if not request.is_finished:
             request.finish("abort")
             self._remove(request)
-            self._metrics.set_load(self.scheduler, self._target.info.max_seq_len)
+            self._set_load()
+
+    def fail_running(self, reason: str) -> list[Request]:
+        """After a step that raised: ends the requests that were in it, each with an EngineError, and forgets what the
+        caches hold. Those that wait go on waiting. Returns what `step` would have. Runs no engine."""
+        for request in self.scheduler.slots.active:
+            if not request.is_finished:
+                name = f"request {request.request_id}"
+                request.fail(EngineError(f"{name}: the step that it was in failed ({reason}): send it again"))
+            self._changed[request] = None  # also one that had just ended
+        self._remove_finished()
+        self.scheduler.slots.forget()
+        return self._take_changed()
+
+    def probe(self) -> None:
+        """Runs one token in the first slot of target and draft, while no request is running. Raises what they raise."""
+        token = np.zeros(1, np.int64)
+        step = self._target.step(0, 1, 1)
+        step.set_row(0, 0, token)
+        self._target.run(step)
+        if self._drafter is not None:
+            self._drafter.propose([DraftRow(0, token, 1)])
+            self._drafter.reset()
 
     def warm_up(self) -> None:
         """Measures steps of some shapes, so that the first requests are served at a known cost. Stops when it has taken
@@ -379,9 +410,17 @@ class GenerationLoop:
                 self._remove(request)
 
     def _remove(self, request: Request) -> None:
+        self._may_shrink |= request.slot >= 0
         self.scheduler.remove(request)
-        self.scheduler.slots.trim()
         self._metrics.record_end(request)
+
+    def _take_changed(self) -> list[Request]:
+        changed, self._changed = list(self._changed), {}
+        self._set_load()
+        return changed
+
+    def _set_load(self) -> None:
+        self._metrics.set_load(self.scheduler, self._max_seq_len)
 
 
 def _gates(round_: Round, step: Step, row: int, positions: slice) -> FloatArray:

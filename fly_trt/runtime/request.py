@@ -108,15 +108,12 @@ class Request:
 
     def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         self.detokenizer.finish()
-        self.state = RequestState.FINISHED
-        self.finish_reason = reason
-        self.stop_reason = stop_reason
-        self.metrics.num_cached_tokens = self.num_prefix_hits
-        self.metrics.latency = time.perf_counter() - self.arrival
+        self._end(reason, stop_reason)
 
     def fail(self, error: FlyError) -> None:
+        """Ends with an error instead of a text."""
         self.error = error
-        self.finish("abort")
+        self._end("abort", None)
 
     def completion(self, first_token: int = 0, first_character: int = 0) -> CompletionOutput:
         """What was emitted, from a token and a character on; text that may still become a stop string is not shown."""
@@ -130,6 +127,13 @@ class Request:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
+
+    def _end(self, reason: FinishReason, stop_reason: str | int | None) -> None:
+        self.state = RequestState.FINISHED
+        self.finish_reason = reason
+        self.stop_reason = stop_reason
+        self.metrics.num_cached_tokens = self.num_prefix_hits
+        self.metrics.latency = time.perf_counter() - self.arrival
 
     def _ends_with(self, token: int) -> bool:
         num_tokens = len(self.output_token_ids)

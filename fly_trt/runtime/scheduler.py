@@ -11,12 +11,14 @@ from fly_trt.runtime.slots import SlotTable
 
 
 class Scheduler:
-    """`running` is in the order of slots, 0 .. n - 1, after `schedule`."""
+    """`running` is in the order of slots, 0 .. n - 1, after `schedule`, which admits nobody while `is_admitting` is
+    False."""
 
     def __init__(self, slots: SlotTable, max_queue_size: int) -> None:
         self.slots = slots
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.is_admitting = True
         self._max_queue_size = max_queue_size
 
     @property
@@ -35,9 +37,10 @@ class Scheduler:
 
     def schedule(self) -> list[Request]:
         """Admits waiting requests while slots are free, closes the gaps, and returns all that run, by slot."""
-        while self.waiting and self.slots.has_room:
-            request = self.waiting.popleft()
+        while self.is_admitting and self.waiting and self.slots.has_room:
+            request = self.waiting[0]  # until it has a slot: the engine may fail while it makes room
             self.slots.admit(request)
+            self.waiting.popleft()
             request.state = RequestState.PREFILL
         self.slots.compact()
         self.running = self.slots.active

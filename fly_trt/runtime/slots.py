@@ -94,6 +94,13 @@ class SlotTable:
         if self._drafter is not None:
             self._drafter.release(index)
 
+    def forget(self) -> None:
+        """Keeps nothing any more: after a step that failed nobody knows what the caches hold. No request is active."""
+        for slot in self.table:
+            slot.kept = NO_TOKENS
+        if self._drafter is not None:
+            self._drafter.reset()
+
     def compact(self) -> None:
         """Moves the last active requests into the gaps that finished ones left."""
         active = [index for index, slot in enumerate(self.table) if slot.request is not None]

@@ -1,7 +1,8 @@
 """The engine thread: it alone runs the loop; everyone else hands it requests and gets outputs back.
 
-Commands are taken between steps, so an abort takes effect within one step. An error that the loop does not expect ends
-the thread, and every caller is told.
+Commands are taken between steps, so an abort takes effect within one step. A step that raises ends the requests that
+were in it, each with an error, and then one token is run: engines that fail at that too cannot run any more. This ends
+the thread, as everything else does that is no failure of a step, and every caller is told.
 """
 
 import logging
@@ -10,10 +11,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from fly_trt.errors import ConfigError, EngineError, FlyError, QueueFullError, RequestError
+from fly_trt.errors import ConfigError, EngineDeadError, EngineError, QueueFullError, RequestError
+from fly_trt.fork import HomeProcess
 from fly_trt.runtime.group import RequestGroup
 from fly_trt.runtime.loop import GenerationLoop
 from fly_trt.runtime.request import Request
+from fly_trt.runtime.turn import Turn
 
 logger = logging.getLogger(__name__)
 
@@ -24,26 +27,31 @@ ROOM_POLL_SECONDS = 0.02
 class EngineThread:
     """Runs `loop` until `shutdown`, then calls `close` in the thread that owned the engines.
 
-    `turn` is held as long as there are requests: loops that share engines share it, and serve one after the other.
+    Loops that share engines share the `turn`, which this one has while it has requests, or when others want it too,
+    until those that run then have ended. Without the turn it takes aborts and runs no engine.
     """
 
-    def __init__(self, loop: GenerationLoop, close: Callable[[], None], turn: "threading.Lock | None" = None) -> None:
+    def __init__(self, loop: GenerationLoop, close: Callable[[], None], turn: Turn | None = None) -> None:
         self._loop = loop
         self._close = close
-        self._turn = turn or threading.Lock()
+        self._turn = turn or Turn()
+        self._home = HomeProcess("LLM")
+        # Guards the requests' books and the queue. No engine runs under it: event loops take it.
+        self._lock = threading.Lock()
         self._groups: dict[str, RequestGroup] = {}
         self._group_of: dict[Request, RequestGroup] = {}
-        self._aborts: deque[str] = deque()
+        self._aborts: deque[RequestGroup] = deque()
         self._is_stopping = False
         self._failure: str | None = None
-        self._changed = threading.Condition()
+        self._wake = threading.Event()  # set after each change that the thread has to see
         self._thread = threading.Thread(target=self._run, name="fly-trt engine", daemon=True)
         self._thread.start()
 
     def submit(self, groups: list[RequestGroup]) -> None:
         """Queues the groups, all or none. Raises QueueFullError when they do not fit, RequestError for a request id in
-        use or after shutdown, and EngineError after a failure."""
-        with self._changed:
+        use, and what `check_running` raises."""
+        self.check_running()  # before the lock, which nobody releases in a forked process
+        with self._lock:
             self.check_running()
             by_id: dict[str, RequestGroup] = {}
             for group in groups:
@@ -62,7 +70,7 @@ class EngineThread:
                 for request in by_request:
                     del self._group_of[request]
                 raise
-            self._changed.notify()
+        self._wake.set()
 
     def wait_for_room(self, num_requests: int) -> None:
         """Blocks until the queue has that many places, which others may take before the caller does."""
@@ -71,10 +79,16 @@ class EngineThread:
             time.sleep(ROOM_POLL_SECONDS)
 
     def abort(self, request_id: str) -> None:
-        """Ends a request if it is still served; its last output has finish_reason "abort"."""
-        with self._changed:
-            self._aborts.append(request_id)
-            self._changed.notify()
+        """Ends the request that has this id now, if there is one; its last output has finish_reason "abort". Raises
+        ConfigError in a forked process."""
+        self._home.check()
+        if (group := self._groups.get(request_id)) is not None:
+            self.abort_group(group)
+
+    def abort_group(self, group: RequestGroup) -> None:
+        """Ends this request and no other one, if it is still served."""
+        self._aborts.append(group)
+        self._wake.set()
 
     def is_waiting(self, request_id: str) -> bool:
         """Whether the request is served and none of its sequences has a slot yet."""
@@ -82,56 +96,85 @@ class EngineThread:
         return group is not None and all(request.is_waiting for request in group.requests)
 
     def shutdown(self) -> None:
-        """Aborts what is served, stops the thread and releases the engines. Safe to call twice."""
-        with self._changed:
+        """Aborts what is served, stops the thread and releases the engines. Safe to call twice, and in a forked
+        process, which has nothing to stop. Raises EngineError when a step does not end."""
+        if not self._home.is_here:
+            return
+        with self._lock:
             self._is_stopping = True
-            self._changed.notify()
-        if self._thread is not threading.current_thread():
-            self._thread.join(JOIN_SECONDS)
+        self._wake.set()
+        if self._thread is threading.current_thread():
+            return
+        self._thread.join(JOIN_SECONDS)
+        if self._thread.is_alive():
+            raise EngineError(
+                f"the engine is in a step that has not ended for {JOIN_SECONDS:g} s: it is released when that step "
+                "ends: end the process if it does not"
+            )
 
     def check_running(self) -> None:
-        """Raises what `submit` would raise after a failure or shutdown."""
+        """Raises EngineDeadError after a failure, ConfigError after shutdown and in a forked process."""
+        self._home.check()
         if self._failure is not None:
-            raise EngineError(f"the engine stopped after an error ({self._failure}): make a new one")
+            raise _dead(self._failure)
         if self._is_stopping:
             raise ConfigError("this LLM was shut down: make a new one")
 
     def _run(self) -> None:
         try:
-            while self._wait():
-                with self._turn:
-                    while self._take_aborts():
-                        self._deliver(self._loop.step())
-            with self._turn:
-                self._abort(list(self._groups))
-        except Exception as error:
+            while not self._is_stopping:
+                self._end_aborted()
+                if not self._loop.has_work:
+                    self._turn.leave(self._wake)
+                elif self._turn.join(self._wake):
+                    self._serve()
+                    self._turn.leave(self._wake)
+                    continue
+                self._wake.wait()
+                self._wake.clear()
+            for group in list(self._groups.values()):
+                self._end(group)
+        except BaseException as error:  # also what is meant to end a thread or the process: callers wait
             logger.exception("the engine thread stopped")
             self._fail(error)
         finally:
+            self._turn.leave(self._wake)
             self._close()
 
-    def _wait(self) -> bool:
-        """Sleeps until there is something to do; False when it is time to stop."""
-        with self._changed:
-            while not (self._is_stopping or self._aborts or self._loop.has_requests()):
-                self._changed.wait()
-            return not self._is_stopping
+    def _serve(self) -> None:
+        """Runs steps until nothing is left to do. While others want the turn, what waits is not admitted."""
+        scheduler = self._loop.scheduler
+        scheduler.is_admitting = True
+        while self._loop.has_work and not self._is_stopping:
+            self._step()
+            self._end_aborted()
+            scheduler.is_admitting = not self._turn.is_wanted
+            if not (scheduler.is_admitting or scheduler.running):
+                return
 
-    def _take_aborts(self) -> bool:
-        """Applies the aborts; False when nothing is left to serve, or when it is time to stop."""
-        with self._changed:
-            self._abort([self._aborts.popleft() for _ in range(len(self._aborts))])
-            return not self._is_stopping and self._loop.has_requests()
+    def _step(self) -> None:
+        try:
+            changed = self._loop.step()
+        except Exception as error:
+            logger.exception("a step failed, and its requests end with an error")
+            self._deliver(self._loop.fail_running(_one_line(error)))
+            self._loop.probe()
+        else:
+            self._deliver(changed)
 
-    def _abort(self, request_ids: list[str]) -> None:
-        for request_id in request_ids:
-            group = self._groups.get(request_id)
-            if group is None:
-                continue
+    def _end_aborted(self) -> None:
+        while self._aborts:
+            self._end(self._aborts.popleft())
+
+    def _end(self, group: RequestGroup) -> None:
+        """Aborts what is left of the group, unless it has ended by itself."""
+        with self._lock:
+            if self._groups.get(group.request_id) is not group:
+                return
             requests = [request for request in group.requests if not request.is_finished]
             for request in requests:
                 self._loop.abort(request)
-            self._deliver(requests)
+        self._deliver(requests)
 
     def _deliver(self, changed: list[Request]) -> None:
         by_group: dict[RequestGroup, list[Request]] = {}
@@ -141,27 +184,38 @@ class EngineThread:
             is_over = group.is_over
             if is_over:
                 self._forget(group)  # first: a caller who sees the last output finds the request id free
-            group.update(requests)
+            try:
+                group.update(requests)
+            except BaseException as error:
+                group.fail(_dead(_one_line(error)))  # it may be forgotten: nobody else would tell its caller
+                raise
             if not group.is_done:
                 continue
             if not is_over:  # its sink failed
                 self._forget(group)
-            with self._changed:  # a failed group's other sequences end with it
+            with self._lock:  # a failed group's other sequences end with it
                 for request in group.requests:
                     self._loop.abort(request)
 
     def _forget(self, group: RequestGroup) -> None:
-        with self._changed:
+        with self._lock:
             del self._groups[group.request_id]
             for request in group.requests:
                 del self._group_of[request]
 
-    def _fail(self, error: Exception) -> None:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        with self._changed:
-            self._failure = reason
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._failure = _one_line(error)
             groups = list(self._groups.values())
             self._groups.clear()
             self._group_of.clear()
         for group in groups:
-            group.fail(error if isinstance(error, FlyError) else EngineError(f"the engine failed: {reason}"))
+            group.fail(_dead(self._failure))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _dead(reason: str) -> EngineDeadError:
+    return EngineDeadError(f"the engine stopped after an error ({reason}): make a new one")

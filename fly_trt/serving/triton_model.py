@@ -9,6 +9,8 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
+import signal
 import threading
 import time
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ FINISH_SECONDS = 10.0
 STOPPED = "the model was unloaded before this request was finished: send it again"
 TIMED_OUT = "timed out in the queue: all slots were busy: try again"
 CANCELLED = "cancelled by the client"
+SERVER_PROGRAM = "tritonserver"
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -82,7 +85,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Loads the engines. Raises TritonModelException with the runtime's one line."""
         _log_to_triton()
-        name, version = args["model_name"], args["model_version"]
+        self._name, version = args["model_name"], args["model_version"]
         try:
             self._configuration = ModelConfiguration.read(
                 json.loads(args["model_config"]),
@@ -97,7 +100,7 @@ class TritonPythonModel:
             )
         except FlyError as error:
             raise pb_utils.TritonModelException(str(error)) from None
-        labels = {"model": name, "version": version, "instance": args["model_instance_name"]}
+        labels = {"model": self._name, "version": version, "instance": args["model_instance_name"]}
         self._metrics: TritonMetrics | None = None
         try:
             self._metrics = TritonMetrics(self._llm.registry, labels)
@@ -132,7 +135,7 @@ class TritonPythonModel:
             asyncio.run_coroutine_threadsafe(self._serve(asked, served), self._loop)
 
     def is_ready(self) -> bool:
-        """Asked by servers from 26.03 on: False once the engine thread has ended after an error."""
+        """Asked by servers from 26.03 on: False once the engine cannot run any more."""
         try:
             self._llm.check_health()
         except FlyError:
@@ -143,7 +146,10 @@ class TritonPythonModel:
         """Ends what is still served with an error and releases the engines."""
         self._is_stopping.set()
         self._threads[1].join()
-        self._llm.shutdown()  # every open request gets its last output
+        try:
+            self._llm.shutdown()  # every open request gets its last output
+        except FlyError:  # those of an engine that does not answer any more are ended below
+            logger.exception("the engine could not be released")
         asyncio.run_coroutine_threadsafe(self._finish_tasks(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._threads[0].join()
@@ -204,9 +210,10 @@ class TritonPythonModel:
             await asyncio.wait(stuck)
 
     def _watch(self) -> None:
-        """Ends requests whose clients went away or that waited too long, and keeps the metrics up to date. A thread,
-        because asking the server takes a message there and back."""
-        updated = 0.0
+        """Ends requests whose clients went away or that waited too long, keeps the metrics up to date, and ends the
+        server when the engine cannot run any more. A thread, because asking the server takes a message there and
+        back."""
+        updated, is_alive = 0.0, True
         while not self._is_stopping.wait(POLL_SECONDS):
             for served in list(self._served.values()):
                 try:
@@ -216,6 +223,21 @@ class TritonPythonModel:
             if time.monotonic() - updated > METRICS_SECONDS:
                 updated = time.monotonic()
                 self._update_metrics()
+            if is_alive and not self.is_ready():
+                is_alive = False
+                self._end_server()
+
+    def _end_server(self) -> None:
+        """Without an engine every request fails, and a server that does not ask `is_ready` goes on saying that all is
+        well. It has no other means: a process of a model that ends is not started again, and unloading is refused
+        outside of the explicit mode (release 2.51 then hangs). So the server ends, for what watches it to start it
+        again; a program that only embeds a server is left alone."""
+        server = os.getppid()
+        is_program = Path(f"/proc/{server}/comm").read_text().strip() == SERVER_PROGRAM
+        deed = "the server ends" if is_program else "load the model again"
+        logger.error("model %s: its engine cannot run any more: %s", self._name, deed)
+        if is_program:
+            os.kill(server, signal.SIGTERM)
 
     def _end_if_due(self, served: _Served) -> None:
         if served.stream.is_cancelled():

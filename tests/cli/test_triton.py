@@ -1,6 +1,8 @@
 """fly-triton as a user runs it."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from fly_trt.cli.triton import main
-from fly_trt.manifest import read_manifest, write_manifest
+from fly_trt.manifest import MANIFEST_NAME, read_manifest, write_manifest
 
 
 def run(*arguments: object) -> Result:
@@ -30,6 +32,14 @@ def error(*arguments: object) -> str:
     return line.removeprefix("fly-triton: ")
 
 
+def _changed(built: Path, directory: Path, **changes: Any) -> Path:
+    """A built engine with another manifest."""
+    shutil.copytree(built, directory, copy_function=os.link)
+    (directory / MANIFEST_NAME).unlink()
+    write_manifest(read_manifest(built).model_copy(update=changes), directory)
+    return directory
+
+
 def config(text: str) -> ModelConfig:
     return text_format.Parse(text, ModelConfig())
 
@@ -45,10 +55,7 @@ def repository(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def gpu_engine(demo_engine: Path, tmp_path: Path) -> Path:
-    directory = tmp_path / "gpu"
-    directory.mkdir()
-    write_manifest(read_manifest(demo_engine).model_copy(update={"files": {}, "backend": "tensorrt"}), directory)
-    return directory
+    return _changed(demo_engine, tmp_path / "gpu", backend="tensorrt")
 
 
 def test_it_writes_a_model_and_sums_up_with_the_command_to_serve_it(demo_engine: Path, repository: Path) -> None:
@@ -196,9 +203,7 @@ def test_gpus_of_a_gpu_engine_are_checked_too(gpu_engine: Path, repository: Path
 
 
 def test_drafts_of_an_engine_without_a_draft_are_ngrams(demo_engine: Path, tmp_path: Path, repository: Path) -> None:
-    engine = tmp_path / "target_only"
-    engine.mkdir()
-    write_manifest(read_manifest(demo_engine).model_copy(update={"files": {}, "draft": None}), engine)
+    engine = _changed(demo_engine, tmp_path / "target_only", draft=None)
     assert parameters(run(engine, "-o", repository, "--dry-run").stdout)["method"] == "ngram"
     assert "needs a draft model" in error(engine, "-o", repository, "--method", "multi_level")
 

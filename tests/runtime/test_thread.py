@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fly_trt.errors import QueueFullError, RequestError
+from fly_trt.errors import FlyError, QueueFullError, RequestError
 from fly_trt.outputs import RequestOutput
 from fly_trt.params import RequestOutputKind
 from fly_trt.runtime.loop import GenerationLoop
@@ -150,6 +150,32 @@ def test_aborting_what_is_not_served_is_no_error(thread: EngineThread, engine: S
     assert again.all()[-1].outputs[0].finish_reason == "length"
     assert is_over(thread, engine)
     assert inbox.is_empty()
+
+
+def test_an_abort_ends_no_later_request_of_the_same_id() -> None:
+    """It comes in the last step of the first one, whose caller asks again as soon as it has its last output."""
+    engine = SteppedEngine(num_slots=1, is_free=False)
+    thread = EngineThread(make_loop(engine), engine.close)
+    first, second = Inbox(), Inbox()
+    group = make_group([3, 4, 5], first, "mine", max_tokens=1)
+    put = group.sink
+
+    def ask_again(output: RequestOutput | FlyError) -> None:
+        put(output)
+        thread.submit([make_group([6, 7], second, "mine")])
+
+    group.sink = ask_again
+    thread.submit([group])
+    assert engine.arrived.acquire(timeout=SECONDS)
+    thread.abort("mine")
+    engine.let_go()
+    assert first.all()[-1].outputs[0].finish_reason == "length"
+    assert second.all()[-1].outputs[0].finish_reason == "length"
+    thread.abort_group(group)
+    third = Inbox()
+    thread.submit([make_group([6, 7], third, "mine")])
+    assert third.all()[-1].outputs[0].token_ids == greedy(LANGUAGE, [6, 7], 40)
+    assert is_over(thread, engine)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from engine_switch import SLOW, add_switch
 
 from fly_trt.serving.repository import make_plan, write_model
 from triton_server import LAUNCHER, TritonServer
@@ -22,10 +23,20 @@ def launcher() -> None:
 
 @pytest.fixture(scope="session")
 def repository(demo_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `fly-triton` writes by default, under the name fly."""
+    """What `fly-triton` writes by default, under the name fly. Its engine's steps can be made slow."""
     repository = tmp_path_factory.mktemp("triton") / "model_repository"
     write_model(make_plan(demo_engine, repository), lambda done, total: None)
+    add_switch(repository / "fly", repository.parent / "slow", SLOW)
     return repository
+
+
+@pytest.fixture
+def slow_steps(repository: Path) -> Iterator[None]:
+    """No step of the shared server's engine is fast."""
+    switch = repository.parent / "slow"
+    switch.touch()
+    yield
+    switch.unlink()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_switch import BROKEN, add_switch
 
 from eval_prompts import load_eval_prompts
 from fly_trt.serving.repository import make_plan, write_model
@@ -133,6 +134,21 @@ def test_missing_engines_do_not_load_and_say_why(launcher: None, demo_engine: Pa
     shutil.rmtree(engine)
     with pytest.raises(RuntimeError, match="no such engine directory"), start(tmp_path / "models"):
         pass
+
+
+def test_a_server_whose_engine_cannot_run_any_more_ends(write: Write, tmp_path: Path) -> None:
+    """It does not ask the model whether it is ready: whatever watches the server has to see it."""
+    repository, broken = write(), tmp_path / "broken"
+    add_switch(repository / "fly", broken, BROKEN)
+    with start(repository) as server:
+        assert server.generate(text_input=PROMPT, max_tokens=5)["num_output_tokens"] == 5
+        broken.touch()
+        status, answer = server.post("/v2/models/fly/generate", {"text_input": PROMPT, "max_tokens": 5})
+        assert status >= 400
+        assert "the device is lost" in answer["error"]
+        assert server.wait() == 0
+    assert "its engine cannot run any more: the server ends" in server.log
+    assert _stubs(server) == []
 
 
 def _wait_for_state(server: TritonServer, state: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engine_switch import SLOW, add_switch
 
 from eval_prompts import load_eval_prompts
 from fly_trt.serving.repository import make_plan, write_model
@@ -31,6 +32,7 @@ def test_32_streams_are_complete_and_in_order(server: TritonServer, wanted: list
     assert sum(len(stream.responses) > 1 for stream in streams) > 16  # the others were one step's
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_streams_run_together(server: TritonServer) -> None:
     streams = [server.stream(text_input=prompt, max_tokens=1500, **WITHOUT_END) for prompt in PROMPTS[:8]]
     server.wait_for("num_requests_running", 8)
@@ -39,6 +41,7 @@ def test_streams_run_together(server: TritonServer) -> None:
     server.wait_for("num_requests_running", 0)
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_the_first_tokens_come_before_the_last_are_computed(server: TritonServer) -> None:
     server.settle()
     before, aborts = server.metric("generation_tokens_total"), server.num_aborts()
@@ -50,6 +53,7 @@ def test_the_first_tokens_come_before_the_last_are_computed(server: TritonServer
     assert stream.responses[0]["text_output"][0]
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_a_grpc_client_that_goes_away_frees_its_slot(server: TritonServer) -> None:
     server.settle()
     aborts = server.num_aborts()
@@ -61,6 +65,7 @@ def test_a_grpc_client_that_goes_away_frees_its_slot(server: TritonServer) -> No
     wait_until(lambda: server.num_aborts() == aborts + 1, "one request was ended")
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_an_http_client_that_goes_away_frees_its_slot(server: TritonServer) -> None:
     server.settle()
     aborts = server.num_aborts()
@@ -134,26 +139,37 @@ def test_what_triton_cannot_read_reaches_nobody(server: TritonServer, body: Any)
 
 @pytest.fixture
 def small_server(launcher: None, demo_engine: Path, tmp_path: Path) -> Iterator[TritonServer]:
-    """One request in flight, one that waits, for five seconds at most."""
-    settings = {"max_batch_size": 1, "max_num_tokens": 64}
-    plan = make_plan(demo_engine, tmp_path / "models", max_queue_size=1, queue_timeout=5.0, settings=settings)
+    """One request in flight, one that waits, as long as it likes. Its steps are slow while there is a file slow."""
+    plan = make_plan(
+        demo_engine,
+        tmp_path / "models",
+        max_queue_size=1,
+        queue_timeout=0,
+        settings={"max_batch_size": 1, "max_num_tokens": 64},
+        speculative={"method": None},
+    )
     write_model(plan, lambda done, total: None)
+    add_switch(plan.model_dir, tmp_path / "slow", SLOW)
     with TritonServer(tmp_path / "models", tmp_path / "server.log") as server:
         yield server
 
 
-def test_a_full_queue_and_a_long_wait_are_refused(small_server: TritonServer) -> None:
+def test_a_full_queue_and_a_long_wait_are_refused(small_server: TritonServer, tmp_path: Path) -> None:
     server = small_server
-    running = server.stream(text_input=PROMPTS[0], max_tokens=1900, **WITHOUT_END)
+    (tmp_path / "slow").touch()
+    running = server.stream(text_input=PROMPTS[0], max_tokens=1900, **WITHOUT_END)  # a minute and a half, or more
     running.wait_for_response()
     waiting = server.stream(text_input=PROMPTS[1], max_tokens=5)
     server.wait_for("num_requests_waiting", 1)
     status, answer = server.post("/v2/models/fly/generate", {"text_input": PROMPTS[2], "max_tokens": 5})
-    error = waiting.finish().error
+    assert status >= 400
+    assert "the queue is full: 1 requests wait and max_queue_size is 1" in answer["error"]
+    waiting.disconnect()
+    server.wait_for("num_requests_waiting", 0)
+    error = server.stream(text_input=PROMPTS[1], max_tokens=5, wait=1.0).finish().error
     assert error is not None
     assert "timed out in the queue" in error.message()
-    assert status >= 400
-    assert "the queue is full" in answer["error"] or "timed out in the queue" in answer["error"]
+    (tmp_path / "slow").unlink()
     running.disconnect()
     server.wait_for("num_requests_running", 0)
     assert server.generate(text_input=PROMPTS[1], max_tokens=5)["num_output_tokens"] == 5

@@ -1,6 +1,7 @@
 """A model repository as a stock tritonserver reads it, that is never half written and never costs an engine."""
 
 import importlib.util
+import json
 import shutil
 import subprocess
 from collections import namedtuple
@@ -12,7 +13,7 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup, ModelQueuePolicy
 
 from fly_trt import ConfigError, EngineError
-from fly_trt.manifest import hash_directory, read_manifest, write_manifest
+from fly_trt.manifest import MANIFEST_NAME, hash_directory, read_manifest, write_manifest
 from fly_trt.service import DEFAULT_MAX_QUEUE_SIZE
 from fly_trt.serving.repository import COPY_BLOCK_BYTES, RepositoryPlan, make_plan, write_model
 from fly_trt.serving.tensors import INPUTS, OUTPUTS
@@ -20,6 +21,7 @@ from fly_trt.serving.tensors import INPUTS, OUTPUTS
 FILES = {
     "target/model.onnx": b"graph",
     "target/model.onnx.data": b"weights",
+    "draft/model.onnx": b"small graph",
     "tokenizer/tokenizer.json": b"{}",
     "empty": b"",
 }
@@ -169,7 +171,7 @@ def test_cpu_engines_have_instances_on_the_cpu(engine: Path, repository: Path) -
     "folder", ['a "b"', "a'b", "back\\slash\\n", "a b", "grün 漢字", "new\nline\ttab", "{{ x }}%#"]
 )
 def test_any_engine_folder_is_written_as_it_is(demo_engine: Path, tmp_path: Path, folder: str) -> None:
-    engine = make_engine(demo_engine, tmp_path / folder / "engine", {}, name=f'{folder}\nbackend: "x"')
+    engine = make_engine(demo_engine, tmp_path / folder / "engine", name=f'{folder}\nbackend: "x"')
     plan = make_plan(engine, tmp_path / "models")
     assert parameters(plan)["engine_dir"] == str(engine)
     assert parsed(plan).backend == "python"
@@ -227,6 +229,22 @@ def test_copied_engines_are_whole_and_need_the_original_no_more(
     total = sum(map(len, files.values()))
     assert reports[-1] == (total, total)
     assert [done for done, _ in reports] == sorted({done for done, _ in reports})
+
+
+@pytest.mark.parametrize("is_absolute", [False, True])
+def test_a_foreign_engine_cannot_have_files_written_elsewhere(
+    engine: Path, repository: Path, tmp_path: Path, is_absolute: bool
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    name = str(victim) if is_absolute else "../" * 4 + victim.name
+    path = engine / MANIFEST_NAME
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"files": content["files"] | {name: {"size": 8, "sha256": ""}}}))
+    with pytest.raises(EngineError, match="may lie outside the engine directory"):
+        write_model(make_plan(engine, repository, copy_engines=True), silent)
+    assert victim.read_bytes() == b"precious"
+    assert not repository.exists()
 
 
 def test_a_model_that_exists_is_replaced_only_when_asked(engine: Path, repository: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,11 +70,17 @@ def _worker(mode: str, tmp_path: Path, seconds: float = 30) -> Worker:
     return Worker(Path(sys.executable), "echo_worker", _settings(mode), tmp_path / "logs" / mode, seconds)
 
 
-def _run(tmp_path: Path, checkpoint: Path, modes: list[str], how: str, timeout: float = 30) -> dict[str, Contestant]:
+def _run(
+    tmp_path: Path,
+    checkpoint: Path,
+    modes: list[str],
+    how: str,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Contestant]:
     peer = Peer("echo", "echo_worker", tuple(modes), {"float32": ""})
-    conditions = Conditions(checkpoint, checkpoint, checkpoint, 5, 2, 1, 4, timeout)
+    conditions = Conditions(checkpoint, checkpoint, checkpoint, 5, 2, 1, 4, 30)
     contestants = [Contestant(peer, mode, "float32") for mode in modes]
-    getattr(Run(conditions, PROMPTS, tmp_path / "peers", lambda line: None), how)(contestants)
+    getattr(Run(conditions, PROMPTS, tmp_path / "peers", say), how)(contestants)
     return {contestant.mode: contestant for contestant in contestants}
 
 
@@ -101,20 +108,37 @@ def test_a_worker_that_cannot_load_says_why_in_a_line(tmp_path: Path, mode: str,
 
 @pytest.mark.parametrize("how", ["side_by_side", "one_at_a_time"])
 def test_every_mode_answers_every_prompt_in_every_round(tmp_path: Path, checkpoint: Path, how: str) -> None:
-    contestants = _run(tmp_path, checkpoint, ["plain", "speculative"], how)
+    lines: list[str] = []
+    contestants = _run(tmp_path, checkpoint, ["plain", "speculative"], how, say=lines.append)
     for contestant in contestants.values():
         texts = [[answer["text"] for answer in answers] for answers in contestant.answers]
         assert texts == [["FIRST", "SECOND"]] * 2
         assert len(contestant.rates()) == 2
+    for number, line in enumerate(lines[-2:]):
+        rates = ", ".join(f"{contestant.name} {contestant.rates()[number]:.1f}" for contestant in contestants.values())
+        assert line == f"round {number + 1} of 2: tokens/s of {rates}"
 
 
 @pytest.mark.parametrize("how", ["side_by_side", "one_at_a_time"])
-def test_who_dies_or_hangs_leaves_the_run_with_a_reason(tmp_path: Path, checkpoint: Path, how: str) -> None:
-    contestants = _run(tmp_path, checkpoint, ["dies", "hangs", "plain"], how, timeout=2)
+def test_who_dies_or_hangs_leaves_the_run_with_a_reason(
+    tmp_path: Path, checkpoint: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = Worker.ask
+
+    def ask_briefly(worker: Worker, prompt: str, max_tokens: int, seconds: float) -> dict:
+        """Only what hangs is not waited for: nobody else has to be quick."""
+        hangs = "hangs" in worker._log.name and prompt != "first"
+        return ask(worker, prompt, max_tokens, 0.2 if hangs else seconds)
+
+    monkeypatch.setattr(Worker, "ask", ask_briefly)
+    lines: list[str] = []
+    contestants = _run(tmp_path, checkpoint, ["dies", "hangs", "plain"], how, say=lines.append)
     assert "ended with status 3" in contestants["dies"].reason
-    assert "took more than 2 s" in contestants["hangs"].reason
+    assert "an answer took more than 0 s" in contestants["hangs"].reason
     assert contestants["plain"].reason is None
     assert len(contestants["plain"].answers[1]) == 2
+    assert lines[-1].startswith("round 2 of 2: tokens/s of echo plain float32 ")
+    assert lines[-1].endswith("; left the run: echo dies float32, echo hangs float32")
 
 
 def _answer(text: str, num_tokens: int, seconds: float, prompt_token_ids: tuple[int, ...] = (1,)) -> dict:
@@ -199,7 +223,9 @@ def test_the_command_line_compares_the_modes_of_an_engine(
     arguments += ["--num-prompts", 1, "--rounds", 1, "--json"]
     monkeypatch.setattr("sys.argv", ["bench_peers", *map(str, arguments)])
     bench_peers.main()
-    fly, exact, plain = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    fly, exact, plain = json.loads(printed.out)
+    assert "round 1 of 1: tokens/s of fly-trt fly float32 " in printed.err
     assert (fly["mode"], fly["precision"], fly["ratio_to_fly"], fly["num_right"]) == ("fly", "float32", 1, 1)
     assert exact["texts"] == plain["texts"]
     assert plain["num_prompts_read_differently"] == 0

@@ -90,11 +90,13 @@ class Contestant:
 
 
 class Run:
-    """All contestants on all prompts. What fails is left with its reason, and the others go on."""
+    """All contestants on all prompts. What fails is left with its reason, and the others go on. `say` takes a line for
+    each round and for each thing that is prepared."""
 
     def __init__(self, conditions: Conditions, prompts: list[str], folder: Path, say: Callable[[str], None]) -> None:
         self._conditions = conditions
         self._prompts = prompts
+        self._say = say
         self._logs = folder / "logs"
         self._preparation = Preparation(folder, say)
 
@@ -106,7 +108,7 @@ class Run:
                 with _kept_reason(contestant):
                     workers[contestant.name] = stack.enter_context(self._start(contestant))
             with self._progress(len(workers)) as progress:
-                for _ in range(self._conditions.rounds):
+                for number in range(self._conditions.rounds):
                     for contestant in contestants:
                         contestant.answers.append([])
                     for prompt in self._prompts:
@@ -117,11 +119,12 @@ class Run:
                                 if contestant.reason is not None:
                                     workers[contestant.name].stop()
                                 progress.update()
+                    self._say_round(number + 1, contestants)
 
     def one_at_a_time(self, contestants: list[Contestant]) -> None:
         """Each is loaded for its turn of a whole round: for models of which memory holds only one."""
         with self._progress(len(contestants)) as progress:
-            for _ in range(self._conditions.rounds):
+            for number in range(self._conditions.rounds):
                 for contestant in contestants:
                     contestant.answers.append([])
                     if contestant.reason is None:
@@ -129,6 +132,14 @@ class Run:
                             for prompt in self._prompts:
                                 self._turn(contestant, worker, prompt)
                                 progress.update()
+                self._say_round(number + 1, contestants)
+
+    def _say_round(self, number: int, contestants: list[Contestant]) -> None:
+        """A round may take half an hour, and only a terminal has a progress bar."""
+        rates = [f"{each.name} {each.rates()[-1]:.1f}" for each in contestants if each.reason is None]
+        left = [each.name for each in contestants if each.reason is not None]
+        parts = [f"tokens/s of {', '.join(rates)}"] * bool(rates) + [f"left the run: {', '.join(left)}"] * bool(left)
+        self._say(f"round {number} of {self._conditions.rounds}: {'; '.join(parts)}")
 
     def _start(self, contestant: Contestant) -> Worker:
         conditions, peer = self._conditions, contestant.peer

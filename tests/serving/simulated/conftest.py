@@ -28,7 +28,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
 
     def slower_run(engine: Any, step: Any) -> None:
         time.sleep(steps.seconds)
-        if steps.error is not None:
+        if steps.error is not None and steps.num_errors:
+            steps.num_errors -= 1
             raise steps.error
         run(engine, step)
 

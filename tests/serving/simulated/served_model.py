@@ -1,5 +1,6 @@
 """What the tests of the model on a simulated server send it, and what they wait for."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ class Steps:
 
     seconds = 0.0
     error: Exception | None = None
+    num_errors = math.inf  # steps that raise it
 
 
 def wait_until(is_true: Callable[[], Any]) -> None:

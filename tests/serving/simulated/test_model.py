@@ -78,14 +78,39 @@ def test_after_the_engine_failed_every_request_gets_an_error(
     steps.error = RuntimeError("out of\nmemory")
     for request in requests:
         request.wait()
-        assert request.errors == [(TritonError.INTERNAL, "the engine failed: out of memory")]
+        ((code, error),) = request.errors
+        assert code == TritonError.INTERNAL
+        assert "(out of memory)" in error
     wait_until(lambda: not model.is_ready())
     later = send(model, **SHORT)
     later.wait()
     message = "the engine stopped after an error (out of memory): make a new one"
     assert later.errors == [(TritonError.INTERNAL, message)]
+    # The program that these tests run in is not the server's: it is not ended.
+    wait_until(lambda: any("its engine cannot run any more: load the model again" in text for _, text in server.log))
     model.finalize()
     assert threads() == set()
+
+
+def test_a_step_that_fails_ends_its_requests_only(
+    load: Callable[..., Any],
+    send: Callable[..., Request],
+    server: SimulatedTriton,
+    steps: Steps,
+    reference: dict[str, list[int]],
+) -> None:
+    model = load(settings={"max_batch_size": 1})
+    steps.seconds = SLOW_STEP_SECONDS
+    failing = send(model, **LONG)
+    wait_until_running(failing)
+    waiting = send(model, **SHORT)
+    wait_until(lambda: server.value(WAITING) == 1)
+    steps.error, steps.num_errors = RuntimeError("out of memory"), 1
+    failing.wait()
+    message = "request 1: the step that it was in failed (out of memory): send it again"
+    assert failing.errors == [(TritonError.INTERNAL, message)]
+    assert_answered(waiting, reference)
+    assert model.is_ready()
 
 
 def test_a_client_that_goes_away_frees_its_slot(
