@@ -7,7 +7,8 @@ from typing import Any
 from fly_trt.chat import ChatMessage
 from fly_trt.loaded import LoadedEngines
 from fly_trt.params import SpeculativeConfig
-from fly_trt.service import Service, ServiceConfig, TokensPrompt
+from fly_trt.prompts import TokensPrompt
+from fly_trt.service import Service, ServiceConfig
 
 
 class Facade:

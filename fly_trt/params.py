@@ -22,10 +22,14 @@ METHODS: tuple[str, ...] = get_args(Method)
 ACCEPTANCES: tuple[str, ...] = get_args(Acceptance)
 DEFAULT_MAX_TOKENS = 256
 MAX_LOGIT_BIAS = 100
-# What one request may cost the others: completions, and words that are looked for after every token.
+# What one request may cost the others: completions, words that are looked for after every token, and tokens that are
+# looked up or reported at every position. Those of tokens are vLLM's limits; its max_logprobs is OpenAI's too.
 MAX_COMPLETIONS = 128
 MAX_WORDS = 256
 MAX_WORD_CHARACTERS = 1000
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIASES = 1024
+MAX_STOP_TOKENS = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,6 +214,9 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs", "num_speculative_tokens"):
             if getattr(self, name) is not None:
                 self._check_whole(name, 0, "or None")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(self, name) or 0) > MAX_LOGPROBS:
+                raise RequestError(f"{name} {getattr(self, name)}: at most {MAX_LOGPROBS}: ask for fewer")
         if self.seed is not None and not _is_whole(self.seed):
             raise RequestError(f"seed {self.seed!r}: expected a whole number or None")
         self._check_number("temperature", 0, math.inf)
@@ -219,6 +226,8 @@ class SamplingParams:
         self._check_number("frequency_penalty", -2, 2)
         self._check_number("repetition_penalty", 0, math.inf, above=True)
         token_ids = self.stop_token_ids
+        if isinstance(token_ids, Sequence) and len(token_ids) > MAX_STOP_TOKENS:
+            raise RequestError(f"stop_token_ids: {len(token_ids)} tokens, at most {MAX_STOP_TOKENS}: leave some out")
         if token_ids is not None and not (isinstance(token_ids, Sequence) and all(map(_is_whole, token_ids))):
             raise RequestError(f"stop_token_ids {token_ids!r}: expected a list of token ids")
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
@@ -258,6 +267,8 @@ class SamplingParams:
         bias = self.logit_bias
         if bias is None:
             return
+        if isinstance(bias, Mapping) and len(bias) > MAX_LOGIT_BIASES:
+            raise RequestError(f"logit_bias: {len(bias)} tokens, at most {MAX_LOGIT_BIASES}: leave some out")
         if not isinstance(bias, Mapping) or not all(
             _is_whole(token) and _is_number(value) and abs(value) <= MAX_LOGIT_BIAS for token, value in bias.items()
         ):
@@ -280,6 +291,19 @@ def _check_words(name: str, words: Sequence[str]) -> None:
         raise RequestError(f"{name}: {len(words)} strings, at most {MAX_WORDS}: leave some out")
     if (longest := max(map(len, words), default=0)) > MAX_WORD_CHARACTERS:
         raise RequestError(f"{name}: a string of {longest} characters, at most {MAX_WORD_CHARACTERS}: shorten it")
+    for word in words:
+        check_text(name, word)
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises RequestError for a lone surrogate: Python makes one of a byte that is no UTF-8, and of JSON's escapes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{name}: {text[error.start]!a} at character {error.start} is half of a surrogate pair and no text: "
+            "decode its source as UTF-8, or leave it out"
+        ) from None
 
 
 def _is_whole(value: Any) -> bool:
