@@ -42,9 +42,9 @@ class ServiceConfig:
     tokens that one iteration reads, and tokens that its verification step has; less keeps the pauses of running
     requests short while a long prompt is read, more reads it faster. max_queue_size: requests that may wait.
     enable_prefix_caching: a prompt starts from the cache of another that begins alike. num_threads: CPU threads, shared
-    by all engines of the process; None means all cores. device_id: CUDA device of the engines, for TensorRT; None means
-    the calling thread's current one, and the thread is left with theirs as its current one. verify_hashes: check every
-    file against the manifest's sha256 first.
+    by all engines of the process; None means all cores that it may use, within its container's quota. device_id: CUDA
+    device of the engines, for TensorRT; None means the calling thread's current one, and the thread is left with theirs
+    as its current one. verify_hashes: check every file against the manifest's sha256 first.
     """
 
     max_batch_size: int | None = None
