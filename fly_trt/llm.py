@@ -78,7 +78,7 @@ class LLM(Facade):
         **template_variables: Any,
     ) -> list[RequestOutput]:
         """Answers one conversation or many, each a list of {"role": ..., "content": ...}, with the model's own chat
-        template; `template_variables` go to the template (add_generation_prompt is True by default)."""
+        template; chat_template, tools and other `template_variables` are as render_chat has them."""
         is_many = isinstance(messages, Sequence) and messages and not isinstance(messages[0], (dict, str))
         conversations: Any = messages if is_many else [messages]
         prompts: list[Prompt] = [self.render_chat(one, **template_variables) for one in conversations]

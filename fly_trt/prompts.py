@@ -55,15 +55,18 @@ class PromptReader:
         return {"prompt_token_ids": self._encode("the rendered chat", text, add_special_tokens=False)}
 
     def bad_words(self, words: Sequence[str]) -> list[list[int]]:
-        """Each word as it is tokenized at the start of a text and after a space, as vLLM does."""
+        """The tokens of each word at the start of a text and after a space, as in vLLM; what the target has no row for
+        it cannot generate."""
         found = []
         for word in words:
             plain, spaced = (
                 self._tokenizer.encode(text, add_special_tokens=False).ids
                 for text in (word.lstrip(), " " + word.lstrip())
             )
+            if not plain:
+                raise RequestError(f"bad_words: {word!r} has no tokens of its own: leave it out")
             found += [plain] if plain == spaced else [plain, spaced]
-        return found
+        return [ids for ids in found if max(ids) < self._vocab_size]
 
     def _encode(self, name: str, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Refuses what is too long by far before it is tokenised, which takes a second for a megabyte."""

@@ -209,7 +209,7 @@ def test_another_top_k_than_the_engines_names_the_fix() -> None:
         ({"n": 129, "temperature": 1.0}, "n 129: at most 128"),
         ({"logprobs": 21}, "logprobs 21: at most 20"),
         ({"prompt_logprobs": 21}, "prompt_logprobs 21: at most 20"),
-        ({"stop_token_ids": [*range(129)]}, "stop_token_ids: 129 tokens, at most 128"),
+        ({"stop_token_ids": [*range(1025)]}, "stop_token_ids: 1025 tokens, at most 1024"),
         ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "logit_bias: 1025 tokens, at most 1024"),
     ],
 )
@@ -220,7 +220,7 @@ def test_one_request_cannot_cost_the_others_much(settings: dict, message: str) -
 
 def test_what_is_at_a_limit_is_taken() -> None:
     params = SamplingParams(
-        logprobs=20, prompt_logprobs=20, stop_token_ids=[*range(128)], logit_bias=dict.fromkeys(range(1024), 1.0)
+        logprobs=20, prompt_logprobs=20, stop_token_ids=[*range(1024)], logit_bias=dict.fromkeys(range(1024), 1.0)
     )
     assert (params.logprobs, params.prompt_logprobs) == (20, 20)
 

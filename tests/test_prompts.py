@@ -157,3 +157,23 @@ def test_a_template_that_renders_nothing_is_refused(tokenizer: Tokenizer, tmp_pa
     (tmp_path / "chat_template.jinja").write_text("{# nothing #}")
     with pytest.raises(RequestError, match="the rendered chat is empty"):
         make_reader(tokenizer, tmp_path).render_chat([USER])
+
+
+def test_a_bad_word_is_its_tokens_at_the_start_and_after_a_space(tokenizer: Tokenizer) -> None:
+    """So that the same letters within a longer word are other tokens, which may come."""
+    reader = make_reader(tokenizer)
+    plain, spaced, longer = (tokenizer.encode(w, add_special_tokens=False).ids for w in ("eight", " eight", " eighty"))
+    assert reader.bad_words(["eight"]) == reader.bad_words([" eight"]) == [plain, spaced]
+    assert plain != spaced != longer[: len(spaced)]
+
+
+def test_a_bad_word_that_the_target_cannot_generate_needs_no_mask(tokenizer: Tokenizer) -> None:
+    reader = make_reader(tokenizer)
+    assert reader.bad_words(["[PAD7]", "eight"]) == reader.bad_words(["eight"])
+
+
+@pytest.mark.parametrize("word", [" ", "\n\t"])
+def test_a_bad_word_without_tokens_is_refused_by_name(tokenizer: Tokenizer, word: str) -> None:
+    with pytest.raises(RequestError) as raised:
+        make_reader(tokenizer).bad_words(["a", word])
+    assert str(raised.value) == f"bad_words: {word!r} has no tokens of its own: leave it out"
