@@ -4,6 +4,7 @@ Everything that can be wrong with a prompt is found here. This module knows the 
 limits; it knows nothing of engines, requests or threads.
 """
 
+import itertools
 from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any, TypedDict
@@ -36,7 +37,6 @@ class PromptReader:
         self._vocab_size = vocab_size
         self._max_seq_len = max_seq_len
         self._longest_token = max(map(len, tokenizer.get_vocab()))  # in characters
-        self._beginning = _beginning(tokenizer)
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt, each one a row of the embedding table.
@@ -78,9 +78,12 @@ class PromptReader:
             )
         check_text(name, text)
         # encode would keep Python's lock
-        token_ids = list(self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
-        added = self._beginning if add_special_tokens else []
-        return token_ids[len(added) :] if added and token_ids[: 2 * len(added)] == 2 * added else token_ids
+        encoding = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+        token_ids: list[int] = encoding.ids
+        num_added = len(list(itertools.takewhile(bool, encoding.special_tokens_mask)))  # 0 stands for the text's own
+        if token_ids[:num_added] == token_ids[num_added : 2 * num_added]:
+            del token_ids[:num_added]
+        return token_ids
 
     def _check_ids(self, token_ids: list[int]) -> None:
         outside = next((token for token in token_ids if not 0 <= token < self._vocab_size), None)
@@ -94,13 +97,6 @@ class PromptReader:
             f"only {self._vocab_size} rows: leave it out, or give the checkpoint a row for it "
             "(resize_token_embeddings) and rebuild the engine"
         )
-
-
-def _beginning(tokenizer: Tokenizer) -> list[int]:
-    """The special tokens that the tokenizer puts before a text."""
-    plain, whole = (tokenizer.encode("a", add_special_tokens=add).ids for add in (False, True))
-    starts = range(len(whole) - len(plain) + 1)
-    return list(whole[: next((at for at in starts if whole[at : at + len(plain)] == plain), 0)])
 
 
 def _check_not_empty(name: str, given: Sized) -> None:

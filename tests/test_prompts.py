@@ -139,7 +139,6 @@ def test_nothing_of_a_prompt_is_tokenised_under_pythons_lock(tokenizer: Tokenize
     """tokenizers' encode holds it, encode_batch does not."""
     watched = WatchedTokenizer(tokenizer)
     reader = make_reader(watched)
-    watched.blocking.clear()  # what a reader asks once, of short texts
     reader.tokenize("a prompt")
     reader.render_chat([USER])
     assert len(watched.encoded) == 2
