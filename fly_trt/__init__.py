@@ -1,19 +1,23 @@
 """fly-trt: compiled training-free loose speculative decoding (FLy, arXiv 2511.22972)."""
 
-from fly_trt.async_llm import AsyncLLM
-from fly_trt.errors import (
-    CheckpointError,
-    ConfigError,
-    EngineDeadError,
-    EngineError,
-    FlyError,
-    QueueFullError,
-    RequestError,
-)
-from fly_trt.llm import LLM
-from fly_trt.loaded import LoadedEngines
-from fly_trt.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from fly_trt.params import AcceptanceParams, RequestOutputKind, SamplingParams, SpeculativeConfig
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fly_trt.async_llm import AsyncLLM
+    from fly_trt.errors import (
+        CheckpointError,
+        ConfigError,
+        EngineDeadError,
+        EngineError,
+        FlyError,
+        QueueFullError,
+        RequestError,
+    )
+    from fly_trt.llm import LLM
+    from fly_trt.loaded import LoadedEngines
+    from fly_trt.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from fly_trt.params import AcceptanceParams, RequestOutputKind, SamplingParams, SpeculativeConfig
 
 __version__ = "0.1.0"
 
@@ -37,3 +41,18 @@ __all__ = [
     "SamplingParams",
     "SpeculativeConfig",
 ]
+
+_HOMES = ("errors", "outputs", "params", "loaded", "llm", "async_llm")
+
+
+def __getattr__(name: str) -> Any:
+    """Loads what is asked for: a command line that uses none of it starts at once and can be interrupted."""
+    if name in __all__:
+        for home in _HOMES:
+            if hasattr(module := import_module(f"fly_trt.{home}"), name):
+                return getattr(module, name)
+    raise AttributeError(f"module 'fly_trt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

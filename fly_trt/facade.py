@@ -7,7 +7,8 @@ from typing import Any
 from fly_trt.chat import ChatMessage
 from fly_trt.loaded import LoadedEngines
 from fly_trt.params import SpeculativeConfig
-from fly_trt.service import Service, ServiceConfig, TokensPrompt
+from fly_trt.prompts import TokensPrompt
+from fly_trt.service import Service, ServiceConfig
 
 
 class Facade:
@@ -31,8 +32,9 @@ class Facade:
         self.tokenizer = self._service.tokenizer
 
     def render_chat(self, messages: Sequence[ChatMessage], **template_variables: Any) -> TokensPrompt:
-        """A conversation as a prompt for `generate`, by the model's own chat template; `template_variables` go to the
-        template (add_generation_prompt is True by default)."""
+        """A conversation as a prompt for `generate`, by the model's own chat template: of several the one named by
+        chat_template, else "tool_use" where there are tools (JSON schemas), else "default". Other `template_variables`
+        go to the template (add_generation_prompt is True by default). Raises RequestError for what it refuses."""
         return self._service.render_chat(messages, **template_variables)
 
     def metrics(self) -> dict[str, float]:

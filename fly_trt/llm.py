@@ -1,7 +1,7 @@
 """`LLM`: an engine directory, ready to generate. The synchronous face of the runtime; `AsyncLLM` is the other one."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
@@ -13,8 +13,8 @@ from fly_trt.errors import FlyError, QueueFullError, RequestError
 from fly_trt.facade import Facade
 from fly_trt.outputs import RequestOutput
 from fly_trt.params import RequestOutputKind, SamplingParams
+from fly_trt.prompts import Prompt
 from fly_trt.runtime.group import RequestGroup
-from fly_trt.service import Prompt
 
 
 class LLM(Facade):
@@ -38,10 +38,15 @@ class LLM(Facade):
     ) -> list[RequestOutput]:
         """Completes one prompt or any number of them, in flight together; the outputs are in the order of the prompts.
 
-        A prompt is text or {"prompt_token_ids": [...]}. `sampling_params` is one for all or one for each. All prompts
-        are checked before the first one runs; the RequestError says which one is wrong. Ctrl-C or an error ends all.
+        A prompt is text, to which the tokenizer adds its special tokens unless it begins with them, or
+        {"prompt_token_ids": [...]}, taken as it is. `sampling_params` is one for all or one for each. All prompts are
+        checked before the first one runs; the RequestError says which one is wrong. Ctrl-C or an error ends all.
         """
-        batch: list[Prompt] = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
+        batch: list[Prompt] = (
+            [prompts]
+            if isinstance(prompts, (str, dict))
+            else _listed("prompts", prompts, "text, {'prompt_token_ids': [...]}")
+        )
         inbox: SimpleQueue[tuple[int, RequestOutput | FlyError]] = SimpleQueue()
         groups = self._make_groups(batch, sampling_params, inbox)
         outputs: list[RequestOutput | None] = [None] * len(groups)
@@ -73,9 +78,9 @@ class LLM(Facade):
         **template_variables: Any,
     ) -> list[RequestOutput]:
         """Answers one conversation or many, each a list of {"role": ..., "content": ...}, with the model's own chat
-        template; `template_variables` go to the template (add_generation_prompt is True by default)."""
-        is_one = not messages or isinstance(messages[0], dict)
-        conversations: Any = [messages] if is_one else messages
+        template; chat_template, tools and other `template_variables` are as render_chat has them."""
+        is_many = isinstance(messages, Sequence) and messages and not isinstance(messages[0], (dict, str))
+        conversations: Any = messages if is_many else [messages]
         prompts: list[Prompt] = [self.render_chat(one, **template_variables) for one in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -114,7 +119,8 @@ class LLM(Facade):
         params: SamplingParams | Sequence[SamplingParams] | None,
         inbox: "SimpleQueue[tuple[int, RequestOutput | FlyError]]",
     ) -> list[RequestGroup]:
-        each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+        is_one = params is None or isinstance(params, SamplingParams)
+        each: list[Any] = [params] * len(prompts) if is_one else _listed("sampling_params", params, "SamplingParams")
         if len(each) != len(prompts):
             raise RequestError(
                 f"{len(each)} sampling_params for {len(prompts)} prompts: give one, or one for each prompt"
@@ -148,6 +154,12 @@ class LLM(Facade):
             waiting.popleft()
             num_submitted += 1
         return num_submitted
+
+
+def _listed(name: str, values: Any, expected: str) -> list[Any]:
+    if not isinstance(values, Iterable) or isinstance(values, (str, bytes, dict)):
+        raise RequestError(f"{name} of type {type(values).__name__}: expected {expected} or a list of them")
+    return list(values)
 
 
 def _named(index: int, num_prompts: int, error: FlyError) -> str:

@@ -22,10 +22,14 @@ METHODS: tuple[str, ...] = get_args(Method)
 ACCEPTANCES: tuple[str, ...] = get_args(Acceptance)
 DEFAULT_MAX_TOKENS = 256
 MAX_LOGIT_BIAS = 100
-# What one request may cost the others: completions, and words that are looked for after every token.
+# What one request may cost the others: completions, words that are looked for after every token, and tokens that are
+# looked up or reported at every position. 20 is OpenAI's limit and vLLM's default, 1024 vLLM's of logit_bias; its 128
+# of stop_token_ids would shut out the reserved tokens of one tokenizer (Llama 3 has 256).
 MAX_COMPLETIONS = 128
 MAX_WORDS = 256
 MAX_WORD_CHARACTERS = 1000
+MAX_LOGPROBS = 20
+MAX_TOKEN_IDS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,11 +170,12 @@ class SamplingParams:
     temperature: 0 takes the most probable token, anything else samples. top_k (0 or -1: all), top_p, min_p: what is
     left of the distribution. seed: the same seed gives the same tokens, whatever else is served; None draws one. n:
     completions of the same prompt; completion i samples with (seed, i). presence_penalty, frequency_penalty: of output
-    tokens; repetition_penalty: of prompt and output tokens. logit_bias: added by token id. bad_words: texts that are
-    not generated. min_tokens: output tokens before any end. All of them also decide which draft tokens stand. logprobs:
-    most probable tokens to report for each output token, besides the token itself; of the model's own distribution.
-    prompt_logprobs: the same for prompt tokens. max_tokens: output tokens at most, exactly kept; None means up to the
-    engine's max_seq_len. stop: strings that end the text; it is cut before the string unless
+    tokens; repetition_penalty: of prompt and output tokens. logit_bias: added by token id. bad_words: not generated as
+    the tokens that a word has at the start of a text and after a space, as in vLLM; the same letters in other tokens,
+    as within a longer word, may still come. min_tokens: output tokens before any end. All of them also decide which
+    draft tokens stand. logprobs: most probable tokens to report for each output token, besides the token itself; of the
+    model's own distribution. prompt_logprobs: the same for prompt tokens. max_tokens: output tokens at most, exactly
+    kept; None means up to the engine's max_seq_len. stop: strings that end the text; it is cut before the string unless
     include_stop_str_in_output. stop_token_ids: tokens that end the sequence besides the model's own. ignore_eos: the
     model's own end tokens do not end it. acceptance: overrides the engine's SpeculativeConfig for this request.
     num_speculative_tokens: draft tokens per round of this request, at most the SpeculativeConfig's, which None means; 0
@@ -222,6 +227,9 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs", "num_speculative_tokens"):
             if getattr(self, name) is not None:
                 self._check_whole(name, 0, "or None")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(self, name) or 0) > MAX_LOGPROBS:
+                raise RequestError(f"{name} {getattr(self, name)}: at most {MAX_LOGPROBS}: ask for fewer")
         if self.seed is not None and not _is_whole(self.seed):
             raise RequestError(f"seed {self.seed!r}: expected a whole number or None")
         self._check_number("temperature", 0, math.inf)
@@ -231,6 +239,8 @@ class SamplingParams:
         self._check_number("frequency_penalty", -2, 2)
         self._check_number("repetition_penalty", 0, math.inf, above=True)
         token_ids = self.stop_token_ids
+        if isinstance(token_ids, Sequence) and len(token_ids) > MAX_TOKEN_IDS:
+            raise RequestError(f"stop_token_ids: {len(token_ids)} tokens, at most {MAX_TOKEN_IDS}: leave some out")
         if token_ids is not None and not (isinstance(token_ids, Sequence) and all(map(_is_whole, token_ids))):
             raise RequestError(f"stop_token_ids {token_ids!r}: expected a list of token ids")
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
@@ -270,6 +280,8 @@ class SamplingParams:
         bias = self.logit_bias
         if bias is None:
             return
+        if isinstance(bias, Mapping) and len(bias) > MAX_TOKEN_IDS:
+            raise RequestError(f"logit_bias: {len(bias)} tokens, at most {MAX_TOKEN_IDS}: leave some out")
         if not isinstance(bias, Mapping) or not all(
             _is_whole(token) and _is_number(value) and abs(value) <= MAX_LOGIT_BIAS for token, value in bias.items()
         ):
@@ -292,6 +304,19 @@ def _check_words(name: str, words: Sequence[str]) -> None:
         raise RequestError(f"{name}: {len(words)} strings, at most {MAX_WORDS}: leave some out")
     if (longest := max(map(len, words), default=0)) > MAX_WORD_CHARACTERS:
         raise RequestError(f"{name}: a string of {longest} characters, at most {MAX_WORD_CHARACTERS}: shorten it")
+    for word in words:
+        check_text(name, word)
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises RequestError for a lone surrogate: Python makes one of a byte that is no UTF-8, and of JSON's escapes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{name}: {text[error.start]!a} at character {error.start} is half of a surrogate pair and no text: "
+            "decode its source as UTF-8, or leave it out"
+        ) from None
 
 
 def _is_whole(value: Any) -> bool:

@@ -10,11 +10,9 @@ import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypedDict
+from typing import Any, Self
 
-import numpy as np
-
-from fly_trt.chat import ChatMessage, ChatTemplate
+from fly_trt.chat import ChatMessage
 from fly_trt.drafting import Drafter, Lookup, ModelDrafter, NgramDrafter
 from fly_trt.engines.base import AcceptancePolicy
 from fly_trt.errors import ConfigError, RequestError
@@ -22,6 +20,7 @@ from fly_trt.loaded import LoadedEngines
 from fly_trt.manifest import Manifest
 from fly_trt.metrics import Metrics
 from fly_trt.params import AcceptanceParams, RequestOutputKind, SamplingParams, SpeculativeConfig
+from fly_trt.prompts import Prompt, PromptReader, TokensPrompt
 from fly_trt.runtime.group import RequestGroup, Sink
 from fly_trt.runtime.loop import GenerationLoop, LoopConfig
 from fly_trt.runtime.loosening import DRAFT_TOKEN_COST, VERIFICATION_TOKEN_COST, StepCosts
@@ -31,13 +30,6 @@ from fly_trt.runtime.thread import EngineThread
 from fly_trt.sequence import TokenSequence
 from fly_trt.tokenizer import Detokenizer
 from fly_trt.verification.sampling import LogitsProcessor, UniformStream
-
-
-class TokensPrompt(TypedDict):
-    prompt_token_ids: list[int]
-
-
-Prompt = str | TokensPrompt
 
 DEFAULT_MAX_QUEUE_SIZE = 1024
 ALIASES = {"max_num_seqs": "max_batch_size", "max_model_len": "max_seq_len"}
@@ -51,9 +43,9 @@ class ServiceConfig:
     tokens that one iteration reads, and tokens that its verification step has; less keeps the pauses of running
     requests short while a long prompt is read, more reads it faster. max_queue_size: requests that may wait.
     enable_prefix_caching: a prompt starts from the cache of another that begins alike. num_threads: CPU threads, shared
-    by all engines of the process; None means all cores. device_id: CUDA device of the engines, for TensorRT; None means
-    the calling thread's current one, and the thread is left with theirs as its current one. verify_hashes: check every
-    file against the manifest's sha256 first.
+    by all engines of the process; None means all cores that it may use, within its container's quota. device_id: CUDA
+    device of the engines, for TensorRT; None means the calling thread's current one, and the thread is left with theirs
+    as its current one. verify_hashes: check every file against the manifest's sha256 first.
     """
 
     max_batch_size: int | None = None
@@ -115,12 +107,16 @@ class Service:
         self.speculative_config: SpeculativeConfig = speculative_config
         self.config = check_limits(config, speculative_config, self.manifest)
         self.tokenizer = engines.tokenizer
-        self._longest_token = max(map(len, self.tokenizer.get_vocab()))  # in characters
         self.metrics = Metrics()
-        self._chat_template = ChatTemplate(engines.directory / "tokenizer")
         self._request_ids = itertools.count()
         target = engines.target
         self._info = target.info
+        self._prompts = PromptReader(
+            self.tokenizer,
+            engines.directory / "tokenizer",
+            vocab_size=self._info.vocab_size,
+            max_seq_len=self.config.max_seq_len or 0,
+        )
         drafter = self._make_drafter(engines)
         loop_config = LoopConfig(
             num_slots=self.config.max_batch_size or 1,
@@ -148,9 +144,7 @@ class Service:
         return str(next(self._request_ids))
 
     def render_chat(self, messages: Sequence[ChatMessage], **variables: Any) -> TokensPrompt:
-        """The messages as a prompt. The template writes the special tokens, so that none is added."""
-        text = self._chat_template.render(messages, **variables)
-        return {"prompt_token_ids": list(self.tokenizer.encode(text, add_special_tokens=False).ids)}
+        return self._prompts.render_chat(messages, **variables)
 
     def make_group(
         self,
@@ -164,11 +158,13 @@ class Service:
         """A request as the engine thread takes it. Raises RequestError when it can never be served as asked, and what
         `EngineThread.check_running` raises."""
         self.thread.check_running()
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params of type {type(params).__name__}: expected SamplingParams")
         if params.n > self.config.max_queue_size:
             raise RequestError(f"n {params.n}: more than max_queue_size {self.config.max_queue_size}")
         self._check_num_draft_tokens(params.num_speculative_tokens or 0)
-        token_ids = self._tokenize(prompt)
+        token_ids = self._prompts.tokenize(prompt)
         room = (self.config.max_seq_len or 0) - len(token_ids)
         if room < 1:
             raise RequestError(
@@ -176,7 +172,7 @@ class Service:
                 "shorten it, or serve or build with a larger max_seq_len"
             )
         seed = draw_seed() if params.seed is None else params.seed
-        bad_words = self._bad_words(params.bad_words or ())
+        bad_words = self._prompts.bad_words(params.bad_words or ())
         requests = [
             self._make_request(token_ids, params, bad_words, request_id, room, seed, i) for i in range(params.n)
         ]
@@ -271,17 +267,6 @@ class Service:
         if unknown:
             raise RequestError(f"{name}: {unknown[0]} is not a token id, expected 0 to {self._info.vocab_size - 1}")
 
-    def _bad_words(self, words: Sequence[str]) -> list[list[int]]:
-        """Each word as it is tokenized at the start of a text and after a space, as vLLM does."""
-        found = []
-        for word in words:
-            plain, spaced = (
-                self.tokenizer.encode(text, add_special_tokens=False).ids
-                for text in (word.lstrip(), " " + word.lstrip())
-            )
-            found += [plain] if plain == spaced else [plain, spaced]
-        return found
-
     def _make_drafter(self, engines: LoadedEngines) -> Drafter | None:
         config = self.speculative_config
         if config.method is None:
@@ -293,41 +278,6 @@ class Service:
             lookup = Lookup(config.prompt_lookup_max, config.prompt_lookup_min, config.prompt_lookup_num_tokens)
         vocab_size = self.manifest.target.vocab_size
         return ModelDrafter(engines.draft, vocab_size, lookup, reuse_cache=self.config.enable_prefix_caching)
-
-    def _check_num_characters(self, prompt: str) -> None:
-        """Refuses what is too long by far before it is tokenised, which takes a second for a megabyte and holds up
-        everyone else."""
-        max_seq_len = self.config.max_seq_len or 0
-        if len(prompt) > max_seq_len * self._longest_token:
-            raise RequestError(
-                f"prompt has {len(prompt)} characters, max_seq_len is {max_seq_len} tokens of up to "
-                f"{self._longest_token}: shorten it, or serve or build with a larger max_seq_len"
-            )
-
-    def _tokenize(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if not prompt:
-                raise RequestError("the prompt is empty: give at least one character or token")
-            self._check_num_characters(prompt)
-            return list(self.tokenizer.encode_batch([prompt])[0].ids)  # encode would keep Python's lock
-        token_ids: Any = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
-        if token_ids is None:
-            raise RequestError(
-                f"prompt of type {type(prompt).__name__}: expected text or {{'prompt_token_ids': [...]}}"
-            )
-        try:
-            array = np.asarray(token_ids)
-        except ValueError:
-            array = np.empty(0, object)
-        if array.size == 0:
-            raise RequestError("the prompt is empty: give at least one character or token")
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise RequestError("prompt_token_ids: expected a flat list of whole numbers")
-        vocab_size = self._info.vocab_size
-        outside = array[(array < 0) | (array >= vocab_size)]
-        if len(outside):
-            raise RequestError(f"prompt_token_ids: {outside[0]} is not a token id, expected 0 to {vocab_size - 1}")
-        return [int(token) for token in array]
 
 
 def check_limits(config: ServiceConfig, speculative_config: SpeculativeConfig, manifest: Manifest) -> ServiceConfig:

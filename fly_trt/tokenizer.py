@@ -1,18 +1,22 @@
 """Text to tokens and back, from the engine directory's tokenizer; no transformers needed.
 
-`Detokenizer` turns tokens into text as they come: it holds back bytes of an unfinished character, and with stop strings
-it finds the first one even when it spans tokens or ends inside one.
+`Detokenizer` turns tokens into text as they come: what it shows never changes and, with what `finish` adds, is what
+decoding all tokens at once gives, whatever the tokenizer's style. It holds back what later tokens could change. With
+stop strings it finds the first one even when it spans tokens or ends inside one.
 """
 
+import os
 from pathlib import Path
+from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from fly_trt.errors import EngineError
 
-# How many prompt tokens give the decoder its context: some decoders treat the first token of a text differently.
+# How many tokens before the new ones give the decoder its context: some treat the first token of a text differently.
 CONTEXT_TOKENS = 6
+REPLACEMENT = "\ufffd"  # what an unfinished character decodes to
 
 
 def load_tokenizer(engine_dir: Path) -> Tokenizer:
@@ -26,8 +30,32 @@ def load_tokenizer(engine_dir: Path) -> Tokenizer:
     return tokenizer
 
 
+class _TokenKinds:
+    """The tokens of one tokenizer that text is not simply made of.
+
+    `special`: no text unless asked for. `bytes`: stand for bytes where the vocabulary has no word (`<0x0A>`). One of a
+    run of them that is no UTF-8 makes replacement characters of the whole run, which so is no text before it has ended.
+    """
+
+    _known: ClassVar["WeakKeyDictionary[Tokenizer, _TokenKinds]"] = WeakKeyDictionary()
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        added = tokenizer.get_added_tokens_decoder()
+        self.special = frozenset(token_id for token_id, token in added.items() if token.special)
+        found = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        self.bytes = frozenset(token_id for token_id in found if token_id is not None)
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "_TokenKinds":
+        """Found once: a vocabulary may have thousands of special tokens."""
+        if tokenizer not in cls._known:
+            cls._known[tokenizer] = cls(tokenizer)
+        return cls._known[tokenizer]
+
+
 class Detokenizer:
-    """The growing text of one sequence. `text` never contains a stop string unless include_stop_string."""
+    """The growing text of one sequence: what its tokens add to the prompt's text. `text` never contains a stop string
+    unless include_stop_string."""
 
     def __init__(
         self,
@@ -42,32 +70,43 @@ class Detokenizer:
         self.stop_string: str | None = None
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        context = _context(tokenizer, prompt_token_ids)
-        self._stream = DecodeStream(ids=context, skip_special_tokens=skip_special_tokens)
+        kinds = _TokenKinds.of(tokenizer)
+        self._bytes = kinds.bytes
+        self._skipped = kinds.special if skip_special_tokens else frozenset()
         self._stop_strings = stop_strings
         self._include_stop_string = include_stop_string
         self._longest_stop = max((len(string) for string in stop_strings), default=0)
-        self._pending: list[int] = []
+        self._window = self._context(prompt_token_ids)  # the last tokens: enough to know what a new one adds
+        self._shown = self._decode(self._window)  # what of their text is the prompt's or was emitted
 
     def push(self, token_id: int, *, may_stop: bool = True) -> bool:
         """Adds one token; True when a stop string is now complete, in which case `text` is cut. Stop strings that end
         in a token that may not stop are not looked for."""
-        self._pending.append(token_id)
-        try:
-            piece = self._stream.step(self._tokenizer, token_id)
-        except Exception:  # tokenizers gives up on bytes that are no UTF-8 ("Invalid prefix encountered")
-            self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
-            piece = self._decode_pending()
-        if not piece:
+        if self._is_left_out(token_id):
             return False
-        self._pending.clear()
+        self._window.append(token_id)
+        if token_id in self._bytes:
+            return False
+        text = self._decode(self._window)
+        finished = text.removesuffix(REPLACEMENT)
+        piece = _beyond(self._shown, finished)
+        if piece:
+            self._shown = finished
+        if len(self._window) > 2 * CONTEXT_TOKENS:
+            held = _beyond(self._shown, text)
+            self._window = self._window[-CONTEXT_TOKENS:]
+            self._shown = self._decode(self._window).removesuffix(held)
         return self._append(piece, may_stop)
 
-    def finish(self) -> None:
-        """Emits what is still held back, as replacement characters where a character stayed unfinished."""
-        if self._pending and self.stop_string is None:
-            self._append(self._decode_pending())
-            self._pending.clear()
+    def finish(self, *, may_stop: bool = True) -> bool:
+        """Emits what is still held back, as replacement characters where a character stayed unfinished. True when a
+        stop string is complete only now."""
+        if self.stop_string is not None:
+            return False
+        text = self._decode(self._window)
+        piece = _beyond(self._shown, text)
+        self._shown = text
+        return self._append(piece, may_stop)
 
     @property
     def streamable_length(self) -> int:
@@ -80,13 +119,27 @@ class Detokenizer:
                 return len(self.text) - len(tail) + start
         return len(self.text)
 
-    def _decode_pending(self) -> str:
-        return self._tokenizer.decode(self._pending, skip_special_tokens=self._skip_special_tokens)
+    def _context(self, prompt_token_ids: list[int]) -> list[int]:
+        """The prompt's last tokens that have a text, with the whole of a run of bytes."""
+        context: list[int] = []
+        for token_id in reversed(prompt_token_ids):
+            if not self._is_left_out(token_id):
+                context.append(token_id)
+                if len(context) >= CONTEXT_TOKENS and token_id not in self._bytes:
+                    break
+        return context[::-1]
 
-    def _append(self, piece: str, may_stop: bool = True) -> bool:
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+
+    def _is_left_out(self, token_id: int) -> bool:
+        """Whether decoding passes over it: a special token that is not shown, or an id without a token."""
+        return token_id in self._skipped or self._tokenizer.id_to_token(token_id) is None
+
+    def _append(self, piece: str, may_stop: bool) -> bool:
         before = len(self.text)
         self.text += piece
-        if not self._stop_strings or not may_stop:
+        if not piece or not self._stop_strings or not may_stop:
             return False
         found = [(self.text.find(string, max(0, before - len(string) + 1)), string) for string in self._stop_strings]
         found = [(at, string) for at, string in found if at >= 0]
@@ -97,9 +150,8 @@ class Detokenizer:
         return True
 
 
-def _context(tokenizer: Tokenizer, prompt_token_ids: list[int]) -> list[int]:
-    """The prompt's last tokens up to a complete character: the decoder would emit an unfinished one as output."""
-    context = prompt_token_ids[-CONTEXT_TOKENS:]
-    while context and tokenizer.decode(context, skip_special_tokens=False).endswith("\ufffd"):
-        context.pop()
-    return context
+def _beyond(shown: str, text: str) -> str:
+    """What `text` adds to `shown`, which it usually begins with: a prompt may have ended in an unfinished character."""
+    if text.startswith(shown):
+        return text[len(shown) :]
+    return text[len(os.path.commonprefix([shown, text])) :]  # noqa: RUF071 - these are no paths

@@ -176,6 +176,81 @@ def test_a_template_file_wins_over_the_configuration(tmp_path: Path) -> None:
     assert ChatTemplate(folder).render([USER]) == "new"
 
 
+NAMED = {
+    "default": "default{{ tools is none }}",
+    "tool_use": "tools{{ tools | length }}",
+    "rag": "rag{{ documents[0].text }}",
+}
+"""As Command R has them."""
+
+
+def write_named(folder: Path, form: str, names: list[str]) -> Path:
+    """A tokenizer folder with these templates, in one of the forms in which checkpoints have them."""
+    templates = {name: NAMED[name] for name in names}
+    if form == "list":
+        return write_tokenizer(folder, chat_template=[{"name": n, "template": t} for n, t in templates.items()])
+    write_tokenizer(folder, chat_template="the configuration's, which files replace")
+    (folder / "additional_chat_templates").mkdir()
+    for name, text in templates.items():
+        file = "chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"
+        (folder / file).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["list", "files"])
+@pytest.mark.parametrize("names", [["default", "tool_use", "rag"], ["default", "rag"], ["tool_use", "rag"]])
+def test_one_of_several_templates_is_chosen_as_in_transformers(tmp_path: Path, form: str, names: list[str]) -> None:
+    folder = write_named(tmp_path, form, names)
+    documents = [{"title": "t", "text": "x"}]
+    for variables in ({}, {"tools": TOOLS}, {"tools": []}, {"chat_template": "rag", "documents": documents}):
+        assert_like_transformers(folder, [USER], **variables)
+    assert_like_transformers(folder, [USER], tools=TOOLS, chat_template="rag", documents=documents)
+    if "tool_use" in names:
+        assert ChatTemplate(folder).render([USER], tools=TOOLS) == "tools1"
+    assert ChatTemplate(folder).render([USER], chat_template="rag", documents=documents) == "ragx"
+
+
+def test_templates_as_transformers_saves_them_are_found(tmp_path: Path) -> None:
+    known = PreTrainedTokenizerFast.from_pretrained(str(write_named(tmp_path / "list", "list", list(NAMED))))
+    known.save_pretrained(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "additional_chat_templates" / "tool_use.jinja").is_file()
+    assert ChatTemplate(tmp_path / "saved").render([USER], tools=TOOLS) == "tools1"
+    assert ChatTemplate(tmp_path / "saved").render([USER]) == "defaultTrue"
+
+
+def test_a_template_that_is_not_there_is_refused_with_the_names_that_are(tmp_path: Path) -> None:
+    named = ChatTemplate(write_named(tmp_path / "named", "files", ["tool_use", "rag"]))
+    with pytest.raises(RequestError, match="no default chat template: choose one with chat_template, of rag, tool_use"):
+        named.render([USER])
+    with pytest.raises(RequestError, match="chat_template 'x': expected the name of one of the model's own, rag, tool"):
+        named.render([USER], chat_template="x")
+    with pytest.raises(RequestError, match=r"chat_template '\{\{ 1 \}\}': expected the name of one of the"):
+        ChatTemplate(write_tokenizer(tmp_path / "one")).render([USER], chat_template="{{ 1 }}")
+
+
+@pytest.mark.parametrize("chat_template", [7, ["x"], [{"name": "default"}], [{"name": "a", "template": None}]])
+def test_a_configuration_with_something_else_for_a_template_is_named(tmp_path: Path, chat_template: Any) -> None:
+    with pytest.raises(EngineError, match=r"tokenizer_config\.json: chat_template is neither a text nor a list of"):
+        ChatTemplate(write_tokenizer(tmp_path, chat_template=chat_template))
+
+
+def find_weather(city: str) -> str:
+    """Finds it."""
+    return city
+
+
+@pytest.mark.parametrize(
+    ("tools", "got"),
+    [([find_weather], "the function find_weather"), ([TOOLS[0], "x"], "str"), ("tools", "str"), (TOOLS[0], "dict")],
+)
+def test_tools_that_are_no_schemas_are_refused_with_what_makes_one(tmp_path: Path, tools: Any, got: str) -> None:
+    with pytest.raises(RequestError) as raised:
+        ChatTemplate(write_tokenizer(tmp_path)).render([USER], tools=tools)
+    assert f"tools: {got}, expected a list of JSON schemas such as" in str(raised.value)
+    assert "transformers.utils.get_json_schema makes one of a function" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
 def test_the_generation_prompt_is_added_unless_refused(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path, chat_template="{% if add_generation_prompt %}go{% endif %}")
     assert ChatTemplate(folder).render([USER]) == "go"
@@ -192,6 +267,7 @@ def test_the_generation_prompt_is_added_unless_refused(tmp_path: Path) -> None:
         ("{{ messages[0]['content'] | int | log }}", "log"),
         ("{{ strftime_now(5) }}", "strftime"),
         ("{{ messages | tojson(default=strftime_now) }}", "unexpected keyword argument 'default'"),
+        ("{{ raise_exception('half: \\ud83d') }}", "half: \\ud83d"),
         ("{% for m in messages %}", "Unexpected end of template"),
         ("{% no_such_tag %}", "no_such_tag"),
     ],

@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,59 @@ def test_a_wrong_prompt_is_refused_in_one_line_and_nothing_runs(llm: LLM, prompt
     assert str(raised.value).startswith("prompts[1]: ")
     assert "\n" not in str(raised.value)
     assert llm.generate(PROMPTS[0])[0].finished
+
+
+def test_a_token_that_the_embedding_table_has_not_is_refused_and_the_others_are_served(demo_engine: Path) -> None:
+    """Fine-tunes often add tokens to a tokenizer and no rows to the model."""
+    with LLM(demo_engine) as llm:
+        llm.tokenizer.add_special_tokens([f"[PAD{i}]" for i in range(3, 8)])
+        talk = [{"role": "user", "content": "hello [PAD7]"}]
+        for params in (SamplingParams(max_tokens=2), SamplingParams(max_tokens=2, repetition_penalty=1.2)):
+            for prompt in ("hello [PAD7]", {"prompt_token_ids": [0, 896]}, llm.render_chat(talk)):
+                with pytest.raises(RequestError, match=r"the tokenizer's token '\[PAD7\]' has the id 896, and the tar"):
+                    llm.generate(prompt, params)
+            with pytest.raises(RequestError, match="has the id 896"):
+                llm.chat(talk, params)
+            assert llm.generate(PROMPTS[0], params)[0].finished
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda llm: llm.generate(None),
+            "prompts of type NoneType: expected text, {'prompt_token_ids': [...]} or a li",
+        ),
+        (lambda llm: llm.generate(5), "prompts of type int: expected text"),
+        (lambda llm: llm.generate(b"bytes"), "prompts of type bytes: expected text"),
+        (lambda llm: llm.generate([b"bytes"]), "prompt of type bytes: expected text"),
+        (lambda llm: next(llm.stream(None)), "prompt of type NoneType: expected text"),
+        (lambda llm: llm.chat(None), "messages None: expected a list of {'role': ..., 'content': ...}"),
+        (
+            lambda llm: llm.chat({"role": "user", "content": "x"}),
+            "messages {'role': 'user', 'content': 'x'}: expected a",
+        ),
+        (lambda llm: llm.chat("hello"), "messages 'hello': expected a list"),
+        (lambda llm: llm.chat(5), "messages 5: expected a list"),
+        (lambda llm: llm.chat(iter([])), "expected a list of {'role': ..., 'content': ...}"),
+        (
+            lambda llm: llm.generate("x", {"max_tokens": 3}),
+            "sampling_params of type dict: expected SamplingParams or a l",
+        ),
+        (lambda llm: llm.generate("x", 5), "sampling_params of type int: expected SamplingParams or a list"),
+        (lambda llm: llm.generate("x", [{"max_tokens": 3}]), "sampling_params of type dict: expected SamplingParams"),
+        (lambda llm: next(llm.stream("x", {})), "sampling_params of type dict: expected SamplingParams"),
+        (lambda llm: llm.generate("x\udcff"), "the prompt: '\\udcff' at character 1 is half of a surrogate pair"),
+        (lambda llm: llm.chat([{"role": "user", "content": "\udcff"}]), "the rendered chat: '\\udcff' at character"),
+    ],
+)
+def test_what_is_no_request_at_all_is_refused_in_one_line(
+    llm: LLM, call: Callable[[LLM], object], message: str
+) -> None:
+    with pytest.raises(RequestError) as raised:
+        call(llm)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_params_are_one_for_all_or_one_for_each(llm: LLM) -> None:

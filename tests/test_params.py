@@ -207,8 +207,31 @@ def test_another_top_k_than_the_engines_names_the_fix() -> None:
         ({"bad_words": ["x"] * 257}, "bad_words: 257 strings, at most 256"),
         ({"stop": "x" * 1001}, "stop: a string of 1001 characters, at most 1000"),
         ({"n": 129, "temperature": 1.0}, "n 129: at most 128"),
+        ({"logprobs": 21}, "logprobs 21: at most 20"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs 21: at most 20"),
+        ({"stop_token_ids": [*range(1025)]}, "stop_token_ids: 1025 tokens, at most 1024"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "logit_bias: 1025 tokens, at most 1024"),
     ],
 )
 def test_one_request_cannot_cost_the_others_much(settings: dict, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         SamplingParams(**settings)
+
+
+def test_what_is_at_a_limit_is_taken() -> None:
+    params = SamplingParams(
+        logprobs=20, prompt_logprobs=20, stop_token_ids=[*range(1024)], logit_bias=dict.fromkeys(range(1024), 1.0)
+    )
+    assert (params.logprobs, params.prompt_logprobs) == (20, 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("stop", "a\udcff"), ("stop", ["b", "a\udcff"]), ("bad_words", ["a\udcff"])]
+)
+def test_half_a_surrogate_pair_is_no_text(name: str, value: object) -> None:
+    with pytest.raises(RequestError) as raised:
+        SamplingParams(**{name: value})
+    assert str(raised.value) == (
+        f"{name}: '\\udcff' at character 1 is half of a surrogate pair and no text: decode its source as UTF-8, or "
+        "leave it out"
+    )

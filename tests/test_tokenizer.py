@@ -1,11 +1,12 @@
 """Streaming text: characters that span tokens, and stop strings that span tokens or end inside one."""
 
 import itertools
+import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from fly_trt.errors import EngineError
 from fly_trt.tokenizer import Detokenizer, load_tokenizer
@@ -114,6 +115,138 @@ def test_what_a_stream_has_shown_never_changes(tokenizer: Tokenizer, kind: str, 
     if "�" not in text:
         assert detokenizer.text == (text[: text.index(stop)] if stop and stop in text else text)
         assert "�" not in shown
+
+
+WORDS = ("▁hello", "▁world", "▁", "lo", "é", "�")
+BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
+LLAMA_2 = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+STYLES = {
+    "byte level": (decoders.ByteLevel(), (*ALPHABET, "Ġhello", "lo", "Ã©ï", "¿½")),
+    "Llama 2": (decoders.Sequence(LLAMA_2), (*BYTE_TOKENS, *WORDS)),
+    "Gemma": (decoders.Sequence(LLAMA_2[:-1]), (*BYTE_TOKENS, *WORDS)),
+    "Metaspace": (decoders.Metaspace(), WORDS),
+    "Metaspace with bytes": (
+        decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]),
+        (*BYTE_TOKENS, *WORDS),
+    ),
+    "WordPiece": (decoders.WordPiece(), ("hello", "##lo", ".", "'", "##s", "[UNK]")),
+    "end of word": (decoders.BPEDecoder(), ("hel", "lo</w>", "a</w>", "</w>")),
+    "no decoder": (None, ("hello", "lo", "�")),
+}
+"""Decoders of the kinds that checkpoints have, each with a small vocabulary."""
+NUM_SPECIAL = 2
+
+
+def make_styled(name: str) -> Tokenizer:
+    """Its last tokens are NUM_SPECIAL special ones."""
+    decoder, words = STYLES[name]
+    styled = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[-1]))
+    if decoder is not None:
+        styled.decoder = decoder
+    styled.add_tokens([AddedToken("<begin>", special=True), AddedToken("<end>", special=True)])
+    return styled
+
+
+STYLED = {name: make_styled(name) for name in STYLES}
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> tuple[str, list[int], list[int]]:
+    """A style, the tokens of a prompt, and those of an output: words, specials, and bytes that are text or none."""
+    name = draw(st.sampled_from(list(STYLES)))
+    ids = {word: i for i, word in enumerate(STYLES[name][1])}
+    size = STYLED[name].get_vocab_size()
+    kinds = [
+        st.lists(st.integers(max(0, size - 8), size), max_size=8),  # the last one stands for nothing
+        st.lists(st.sampled_from([size - 2, size - 1]), min_size=8, max_size=20),
+    ]
+    alphabet = BYTE_TOKENS if "<0x00>" in ids else [BYTE_CHARACTERS[byte] for byte in range(256)]
+    if alphabet[0] in ids:
+        texts = st.text("aé你🙂�", max_size=6).map(lambda text: list(text.encode()))
+        loose = st.lists(st.sampled_from([0xC3, 0xA9, 0xF0, 0x9F, 0x99, 0x82, 0xFF, 0x61]), max_size=9)
+        kinds += [data.map(lambda data: [ids[alphabet[byte]] for byte in data]) for data in (texts, loose)]
+    parts = st.lists(st.one_of(kinds), max_size=6).map(lambda parts: [token for part in parts for token in part])
+    return name, draw(parts), draw(parts)
+
+
+def text_after(tokenizer: Tokenizer, prompt: list[int], output: list[int], *, skip_special_tokens: bool = True) -> str:
+    """What decoding all tokens at once adds to the prompt's text."""
+    before = tokenizer.decode(prompt, skip_special_tokens=skip_special_tokens)
+    whole = tokenizer.decode(prompt + output, skip_special_tokens=skip_special_tokens)
+    return whole[len(os.path.commonprefix([before, whole])) :]  # noqa: RUF071 - these are no paths
+
+
+@settings(max_examples=300, deadline=None)
+@given(run=runs(), skip_special_tokens=st.booleans())
+def test_the_streamed_text_is_what_all_tokens_decode_to(
+    run: tuple[str, list[int], list[int]], skip_special_tokens: bool
+) -> None:
+    name, prompt, output = run
+    detokenizer = Detokenizer(STYLED[name], prompt, skip_special_tokens=skip_special_tokens)
+    shown = ""
+    for token in output:
+        detokenizer.push(token)
+        assert detokenizer.text.startswith(shown)
+        shown = detokenizer.text
+    detokenizer.finish()
+    assert detokenizer.text.startswith(shown)
+    assert detokenizer.text == text_after(STYLED[name], prompt, output, skip_special_tokens=skip_special_tokens)
+
+
+def test_a_word_after_bytes_that_are_no_text_keeps_its_space() -> None:
+    styled = STYLED["Llama 2"]
+    output = [styled.token_to_id(token) for token in ("<0xC3>", "<0xA9>", "<0xFF>", "▁hello", "▁world")]
+    prompt = [styled.token_to_id("▁hello")]
+    detokenizer = Detokenizer(styled, prompt, stop_strings=(" hello",))
+    stopped = [detokenizer.push(token) for token in output[:4]]
+    assert stopped == [False, False, False, True]
+    assert (detokenizer.text, detokenizer.stop_string) == ("���", " hello")
+    unstopped = Detokenizer(styled, prompt)
+    for token in output:
+        unstopped.push(token)
+    assert unstopped.text == "��� hello world"
+
+
+@pytest.mark.parametrize("name", ["byte level", "Llama 2"])
+def test_an_output_may_finish_the_character_that_its_prompt_began(name: str) -> None:
+    styled = STYLED[name]
+    alphabet = [BYTE_CHARACTERS[byte] for byte in range(256)] if name == "byte level" else BYTE_TOKENS
+    *prompt, last = (styled.token_to_id(alphabet[byte]) for byte in "🙂".encode())
+    detokenizer = Detokenizer(styled, prompt)
+    detokenizer.push(last)
+    detokenizer.finish()
+    assert detokenizer.text == "🙂"
+
+
+class CountingTokenizer:
+    """Counts the tokens that are decoded."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.num_decoded = 0
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        self.num_decoded += len(ids)
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._tokenizer, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "token"), [("byte level", ALPHABET[0]), ("byte level", BYTE_CHARACTERS[0x99]), ("Llama 2", "<0x99>"),
+                        ("byte level", "<end>"), ("Llama 2", "▁"), ("Metaspace", "�")]
+)  # fmt: skip
+@pytest.mark.parametrize("skip_special_tokens", [True, False])
+def test_a_long_output_costs_as_much_by_token_as_a_short_one(name: str, token: str, skip_special_tokens: bool) -> None:
+    counting = CountingTokenizer(STYLED[name])
+    ids = [STYLED[name].token_to_id(token)] * 2000
+    detokenizer = Detokenizer(counting, [], skip_special_tokens=skip_special_tokens)
+    for one in ids:
+        detokenizer.push(one)
+    detokenizer.finish()
+    assert detokenizer.text == STYLED[name].decode(ids, skip_special_tokens=skip_special_tokens)
+    assert counting.num_decoded <= 30 * len(ids)
 
 
 def test_an_unfinished_character_of_the_prompt_is_not_part_of_the_output(tokenizer: Tokenizer) -> None:

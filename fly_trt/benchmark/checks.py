@@ -14,6 +14,7 @@ Answers come from a model: a malformed one is a wrong one, and of code only inte
 
 import ast
 import json
+import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,18 +23,20 @@ from typing import Any
 Check = Mapping[str, Any]
 
 CODE_INPUTS = (0, 1, 7, -3, 50)
-ARITHMETIC = (
-    *(ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Return, ast.Assign, ast.AugAssign, ast.Expr),
-    *(ast.BinOp, ast.UnaryOp, ast.USub, ast.Add, ast.Sub, ast.Mult, ast.Name, ast.Load, ast.Store, ast.Constant),
-)
+OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+}
+MAX_INTEGER = 10**100  # an answer that squares its way past it would never end
 
 
 def is_right(check: Check, text: str) -> bool:
     """Whether the answer `text` passes `check`, which `problem_with` found nothing wrong with."""
     try:
         return KINDS[check["kind"]].is_right(check, text)
-    except (ValueError, IndexError, SyntaxError, NameError, TypeError):
-        return False
+    except (ValueError, LookupError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return False  # the last two are what parsers raise of deep nesting
 
 
 def problem_with(check: Any) -> str | None:
@@ -70,17 +73,57 @@ def _words(check: Check, text: str) -> bool:
 
 def _code(check: Check, text: str) -> bool:
     tree = ast.parse(text.split("```python\n")[1].split("```")[0])
-    if not all(isinstance(node, ARITHMETIC) for node in ast.walk(tree)):
-        return False
-    namespace: dict[str, Any] = {"__builtins__": {}}
-    exec(compile(tree, "<answer>", "exec"), namespace)
-    function = namespace.get(check["name"])
-    return function is not None and all(function(x) == _expected(check["ops"], x) for x in CODE_INPUTS)
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    names: dict[str, int] = {}
+    _run([node for node in tree.body if not isinstance(node, ast.FunctionDef)], names)
+    function = functions[check["name"]]
+    (argument,) = function.args.args
+    return all(_run(function.body, names | {argument.arg: x}) == _expected(check["ops"], x) for x in CODE_INPUTS)
+
+
+def _run(statements: list[ast.stmt], names: dict[str, int]) -> int | None:
+    """What the statements return, with the values of `names`, which they change. Raises ValueError for a statement
+    that is none of integer arithmetic, and KeyError for an unknown name."""
+    for statement in statements:
+        match statement:
+            case ast.Return(value=ast.expr() as value):
+                return _value(value, names)
+            case ast.Assign(targets=targets, value=value):
+                result = _value(value, names)
+                names.update((_name(target), result) for target in targets)
+            case ast.AugAssign(target=target, op=op, value=value):
+                names[_name(target)] = _value(ast.BinOp(ast.Name(_name(target)), op, value), names)
+            case ast.Expr(value=ast.Constant()):  # a docstring
+                pass
+            case _:
+                raise ValueError(f"no arithmetic: {type(statement).__name__}")
+    return None
+
+
+def _name(target: ast.expr) -> str:
+    if not isinstance(target, ast.Name):
+        raise ValueError(f"no name: {type(target).__name__}")
+    return target.id
+
+
+def _value(expression: ast.expr, names: Mapping[str, int]) -> int:
+    match expression:
+        case ast.Constant(value=int() as value):
+            return value
+        case ast.Name(id=name):
+            return names[name]
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_value(operand, names)
+        case ast.BinOp(left=left, op=op, right=right):
+            result = OPERATORS[type(op)](_value(left, names), _value(right, names))
+            if abs(result) <= MAX_INTEGER:
+                return result
+    raise ValueError(f"no arithmetic of usual integers: {type(expression).__name__}")
 
 
 def _expected(operations: list[list[Any]], x: int) -> int:
-    for operator, operand in operations:
-        x = {"+": x + operand, "-": x - operand, "*": x * operand}[operator]
+    for sign, operand in operations:
+        x = {"+": x + operand, "-": x - operand, "*": x * operand}[sign]
     return x
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from fly_trt.errors import ConfigError, FlyError
 from fly_trt.outputs import RequestMetrics, RequestOutput
 from fly_trt.params import RequestOutputKind, SamplingParams
+from fly_trt.prompts import Prompt
 from fly_trt.runtime.group import RequestGroup
-from fly_trt.service import Prompt, Service
+from fly_trt.service import Service
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from fly_trt.benchmark.workload import BenchmarkPrompt, built_in_prompts, random
 from fly_trt.errors import ConfigError, RequestError
 from fly_trt.loaded import LoadedEngines
 from fly_trt.params import SamplingParams, SpeculativeConfig
-from fly_trt.service import DEFAULT_MAX_QUEUE_SIZE, Prompt, Service, ServiceConfig
+from fly_trt.prompts import Prompt
+from fly_trt.service import DEFAULT_MAX_QUEUE_SIZE, Service, ServiceConfig
 
 WARMUP_PROMPTS = 2  # for each request in flight
 

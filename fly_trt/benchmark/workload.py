@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from fly_trt.benchmark.checks import Check, problem_with
 from fly_trt.chat import ChatMessage
 from fly_trt.errors import ConfigError
-from fly_trt.service import Prompt
+from fly_trt.prompts import Prompt
 
 # The frame around the built-in prompts. A chat template brings its own, so that this one is taken off.
 FRAME = ("### Instruction:\n", "\n### Response:\n")
@@ -49,7 +49,7 @@ def read_prompts(path: Path) -> list[BenchmarkPrompt]:
     Raises ConfigError, which names the file and the line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte-order mark first
     except UnicodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error}): convert the file") from None
     except OSError as error:

@@ -14,6 +14,7 @@ from fly_trt.errors import FlyError, RequestError
 from fly_trt.outputs import RequestOutput
 from fly_trt.params import DEFAULT_MAX_TOKENS
 
+ENCODING = "utf-8-sig"  # whatever the terminal's; some editors put a byte-order mark first
 ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_tokens", "ignore_eos")
 EXAMPLES = """
@@ -31,7 +32,7 @@ Examples:
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("engine_dir")
 @click.argument("prompt", required=False)
-@click.option("--file", "prompt_file", type=click.File(encoding="utf-8"), help="Read the prompt from a file.")
+@click.option("--file", "prompt_file", type=click.File(encoding=ENCODING), help="Read the prompt from a file.")
 @click.option("--chat", is_flag=True, help="PROMPT is a user's message: apply the model's chat template.")
 @click.option("--escape", is_flag=True, help="Read \\n, \\t and \\\\ in PROMPT as escapes.")
 @click.option("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, show_default=True, help="Output tokens at most.")
@@ -63,14 +64,15 @@ def main(engine_dir: str, prompt: str | None, prompt_file: Any, escape: bool, as
 def _read_prompt(prompt: str | None, file: Any, escape: bool) -> str:
     if (prompt is None) == (file is None):
         raise RequestError("give either PROMPT or --file")
+    if prompt == "-":
+        file = click.open_file("-", encoding=ENCODING)
     if file is not None:
         try:
             return str(file.read())
         except UnicodeError as error:
-            raise RequestError(f"{file.name}: not UTF-8 text ({error}): convert the file") from None
+            name = "standard input" if file.name in ("-", "<stdin>") else file.name
+            raise RequestError(f"{name}: not UTF-8 text ({error}): convert it") from None
     assert prompt is not None
-    if prompt == "-":
-        return sys.stdin.read()
     if escape:
         return re.sub(r"\\([nt\\])", lambda found: ESCAPES[found[1]], prompt)
     return prompt

@@ -6,7 +6,6 @@ blocks, and shrink when the long sequences are gone.
 """
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, LogitsBuffer, Step, StepCache
+from fly_trt.engines.cores import available_cores
 from fly_trt.errors import EngineError
 from fly_trt.manifest import ModelEngine
 
@@ -35,14 +35,10 @@ class _ThreadPool:
     @classmethod
     def size(cls, num_threads: int | None) -> None:
         if cls.num_threads is None:
-            cls.num_threads = num_threads or _available_cores()
+            cls.num_threads = num_threads or available_cores()
             ort.set_global_thread_pool_sizes(cls.num_threads, 1)
         elif num_threads and num_threads != cls.num_threads:
             logger.warning("num_threads %d ignored: this process already runs %d", num_threads, cls.num_threads)
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def session_options(num_threads: int | None = None) -> ort.SessionOptions:

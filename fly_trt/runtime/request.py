@@ -107,7 +107,11 @@ class Request:
         return len(tokens)
 
     def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
-        self.detokenizer.finish()
+        """Ends it for this reason, or for a stop string that came before and is found only now: in text that was held
+        back until the end. An abort cuts nothing."""
+        may_stop = reason != "abort" and self._may_stop
+        if self.detokenizer.finish(may_stop=may_stop):
+            reason, stop_reason = "stop", self.detokenizer.stop_string
         self._end(reason, stop_reason)
 
     def fail(self, error: FlyError) -> None:
@@ -128,6 +132,10 @@ class Request:
             stop_reason=self.stop_reason,
         )
 
+    @property
+    def _may_stop(self) -> bool:
+        return len(self.output_token_ids) > self.params.min_tokens
+
     def _end(self, reason: FinishReason, stop_reason: str | int | None) -> None:
         self.state = RequestState.FINISHED
         self.finish_reason = reason
@@ -136,13 +144,12 @@ class Request:
         self.metrics.latency = time.perf_counter() - self.arrival
 
     def _ends_with(self, token: int) -> bool:
-        num_tokens = len(self.output_token_ids)
-        if token in self.end_token_ids:
-            if self.params.include_stop_str_in_output:
-                self.detokenizer.push(token)
-            self.finish("stop", token if token in self.stop_token_ids else None)
-        elif self.detokenizer.push(token, may_stop=num_tokens > self.params.min_tokens):
+        is_end = token in self.end_token_ids
+        is_shown = not is_end or self.params.include_stop_str_in_output
+        if is_shown and self.detokenizer.push(token, may_stop=self._may_stop):
             self.finish("stop", self.detokenizer.stop_string)
-        elif num_tokens >= self.max_tokens:
+        elif is_end:
+            self.finish("stop", token if token in self.stop_token_ids else None)
+        elif len(self.output_token_ids) >= self.max_tokens:
             self.finish("length")
         return self.state is RequestState.FINISHED

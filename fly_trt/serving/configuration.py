@@ -6,12 +6,12 @@ where Triton's operators look for it, in dynamic_batching.default_queue_policy.
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from fly_trt.engines.cores import available_cores
 from fly_trt.errors import ConfigError
 from fly_trt.manifest import read_manifest
 from fly_trt.params import SpeculativeConfig
@@ -104,7 +104,7 @@ def _threads_of_an_instance(model_config: Mapping[str, Any]) -> int | None:
     """The instances on the CPU share its cores; a single one takes what it finds."""
     groups = model_config.get("instance_group", [])
     num_instances = sum(int(group.get("count", 1)) for group in groups if group.get("kind") == "KIND_CPU")
-    return max(1, len(os.sched_getaffinity(0)) // num_instances) if num_instances > 1 else None
+    return max(1, available_cores() // num_instances) if num_instances > 1 else None
 
 
 def _as_text(value: Any) -> str:

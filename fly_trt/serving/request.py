@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from fly_trt.errors import RequestError
 from fly_trt.outputs import CompletionOutput, RequestOutput
 from fly_trt.params import AcceptanceParams, RequestOutputKind, SamplingParams
-from fly_trt.service import Prompt
+from fly_trt.prompts import Prompt
 from fly_trt.serving.tensors import INPUTS
 
 Array = npt.NDArray[Any]

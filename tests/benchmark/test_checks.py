@@ -37,6 +37,54 @@ def test_code_that_is_no_arithmetic_is_not_run() -> None:
     assert not is_right({"kind": "code", "name": "f", "ops": []}, answer)
 
 
+CODE = {"kind": "code", "name": "f", "ops": [["*", 2], ["+", 3]]}
+
+
+def python(code: str) -> str:
+    return f"Here it is:\n```python\n{code}\n```\nDone."
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def f(x):\n    return x + x + 3",
+        "def f(n: int) -> int:\n    'Doubles.'\n    y = z = n * 2\n    y += 3\n    return y",
+        "c = 3\ndef g(x):\n    return x\ndef f(x):\n    x -= -x\n    return x + c\n    return 0",
+        "def f(x):\n    return 0\ndef f(x):\n    return 2 * x + 3",
+    ],
+)
+def test_code_that_does_the_same_is_right_however_it_is_written(code: str) -> None:
+    assert is_right(CODE, python(code))
+
+
+@pytest.mark.parametrize(
+    ("check", "text"),
+    [
+        (CODE, python("def f(x):\n    return " + "-" * 100_000 + "x")),
+        (CODE, python("def f(x):\n    return x" + " + x" * 50_000)),
+        (CODE, python("def f(x):\n    return " + "(" * 5_000 + "x" + ")" * 5_000)),
+        (CODE, python("def f(x):\n" + "    x = x * x\n" * 60 + "    return x")),
+        (CODE, python("y = 3\n" + "y *= y\n" * 60 + "def f(x):\n    return y")),
+        (CODE, python("def f(x):\n    return 'a' * 10000000000000")),
+        (CODE, python("def f(x):\n    return f(x)")),
+        (CODE, python("def f(x):\n    return y")),
+        (CODE, python("def f(x):\n    return 1 / 0")),
+        (CODE, python("def f():\n    return 3")),
+        (CODE, python("def f(x):\n    x.y = 3\n    return x")),
+        (CODE, python("def g(x):\n    return 2 * x + 3")),
+        (CODE, python("f = 3")),
+        (CODE, python("\0")),
+        ({"kind": "json", "value": {}}, '{"a": ' + "[" * 100_000 + "}"),
+        ({"kind": "number", "value": 1}, "#### " + "1" * 10_000),
+    ],
+    ids=range(16),
+)
+def test_an_answer_that_no_computer_could_bear_is_wrong(check: dict[str, Any], text: str) -> None:
+    """Models repeat themselves; whatever comes of it is a wrong answer, and costs neither memory nor time."""
+    assert problem_with(check) is None
+    assert not is_right(check, text)
+
+
 @pytest.mark.parametrize(
     ("check", "problem"),
     [

@@ -47,6 +47,12 @@ def test_the_wheel_has_them(tmp_path: Path) -> None:
     assert "fly_trt/benchmark/prompts.jsonl" in zipfile.ZipFile(wheel).namelist()
 
 
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('\ufeff{"prompt": "a"}\n', encoding="utf-8")
+    assert [prompt.prompt for prompt in read_prompts(file)] == ["a"]
+
+
 def test_a_file_may_have_blank_lines_other_keys_and_line_separators_in_its_texts(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     check = {"kind": "contains", "value": "b"}

@@ -1,6 +1,7 @@
 """fly-generate as a user runs it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,43 @@ def test_a_file_that_is_not_text_is_named(demo_engine: Path, tmp_path: Path) -> 
     result = run(str(demo_engine), "--file", str(file))
     assert result.exit_code == 2
     assert "latin1.txt: not UTF-8 text" in result.stderr
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_byte_order_mark_is_no_part_of_the_prompt(demo_engine: Path, tmp_path: Path, mark: str) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text(mark + PROMPT, encoding="utf-8")
+    flags = ("--max-tokens", "1", "--json")
+    from_file = json.loads(run(str(demo_engine), "--file", str(file), *flags).stdout)
+    piped = json.loads(run(str(demo_engine), "-", *flags, text=mark + PROMPT).stdout)
+    plain = json.loads(run(str(demo_engine), PROMPT, *flags).stdout)
+    assert from_file["prompt_token_ids"] == piped["prompt_token_ids"] == plain["prompt_token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "-"], "standard input: not UTF-8 text"),
+        (["nowhere", "--file", "-"], "standard input: not UTF-8 text"),
+        (["{engine}", b"a\xff"], r"the prompt: '\udcff' at character 1 is half of a surrogate pair"),
+        (
+            ["{engine}", "a", "--stop", b"\xff"],
+            r"stop: '\udcff' at character 0 is half of a surrogate pair",
+        ),
+    ],
+)
+@pytest.mark.parametrize("locale", ["C.UTF-8", "POSIX"])
+def test_bytes_that_are_no_text_are_one_line(
+    demo_engine: Path, arguments: list[str | bytes], message: str, locale: str
+) -> None:
+    """In a process of its own: what becomes of the bytes before they are read depends on the locale."""
+    given = [part.format(engine=demo_engine) if isinstance(part, str) else part for part in arguments]
+    environment = os.environ | {"LC_ALL": locale}
+    command = [sys.executable, "-m", "fly_trt.cli.generate", *given]
+    result = subprocess.run(command, input=b"a\xff", capture_output=True, env=environment)
+    assert result.returncode == 2, result.stderr.decode()
+    (line,) = result.stderr.decode().strip().splitlines()
+    assert line.startswith(f"fly-generate: {message}")
 
 
 def test_an_unknown_option_value_is_exit_code_2(demo_engine: Path) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ from hypothesis import strategies as st
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from fly_trt import ConfigError, EngineError, SpeculativeConfig
+from fly_trt.engines.cores import available_cores
 from fly_trt.manifest import Limits, read_manifest, write_manifest
 from fly_trt.service import DEFAULT_MAX_QUEUE_SIZE, ServiceConfig, resolve_speculative_config
 from fly_trt.serving.configuration import ModelConfiguration, write_parameters
 from fly_trt.serving.repository import make_plan
 
-CORES = len(os.sched_getaffinity(0))
+CORES = available_cores()
 NOWHERE = Path("/nowhere/1")
 ENGINE_DEFAULTS: dict[str, dict[str, Any]] = {
     "none": {},
