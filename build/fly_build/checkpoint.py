@@ -4,6 +4,7 @@ Everything but `load_weights` works from the configuration alone, so what cannot
 is read. Local folders and hub ids are the same to transformers, and so they are here.
 """
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from fly_build.operators import ATTENTION_NAME
+from fly_build.tensors import first_line, load_tensors
 from fly_trt.errors import CheckpointError
 
 transformers_logging.set_verbosity_error()  # errors are raised as one line
@@ -86,24 +87,28 @@ class Checkpoint:
 
     def make_empty_model(self, dtype: torch.dtype) -> Any:
         """The model with its structure but no values: parameters are allocated and never touched, so they cost
-        address space and no memory. Buffers such as rotary frequencies are real, and float32 in any dtype."""
+        address space and no memory. Buffers such as rotary frequencies are real, and float32 in any dtype. No
+        parameters are tied: whether they are, the weights say."""
         # Of transformers' ways to run a mixture of experts, the one that has an ONNX form.
         experts = {"experts_implementation": "batched_mm"} if self.is_mixture_of_experts else {}
+        config = copy.deepcopy(self.config)
+        config.tie_word_embeddings = False
         try:
             with no_init_weights():
                 model = AutoModelForCausalLM.from_config(
-                    self.config, dtype=dtype, attn_implementation=ATTENTION_NAME, **experts
+                    config, dtype=dtype, attn_implementation=ATTENTION_NAME, **experts
                 )
         except (KeyError, ValueError, TypeError) as error:  # such as an unknown rope type or activation
             raise CheckpointError(
-                f"{self.name}: transformers cannot make the model of this config.json: {_first_line(error)}"
+                f"{self.name}: transformers cannot make the model of this config.json: {first_line(error)}"
             ) from None
-        model.tie_weights()
         return model.eval().requires_grad_(False)
 
     @cached_property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.empty_model.parameters())
+        """As the configuration ties them."""
+        tied = self.empty_model.get_output_embeddings().weight.numel() if self.config.tie_word_embeddings else 0
+        return sum(parameter.numel() for parameter in self.empty_model.parameters()) - tied
 
     @property
     def num_expert_parameters(self) -> int:
@@ -111,28 +116,14 @@ class Checkpoint:
         return sum(parameter.numel() for parameter in self.empty_model.parameters() if parameter.ndim == 3)
 
     def load_weights(self) -> dict[str, torch.Tensor]:
-        """All parameters in the checkpoint's own dtype, by the names of the transformers model.
-
-        Raises CheckpointError also when a tensor is missing, which transformers would fill with random values.
-        """
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.name, revision=self.revision, dtype="auto", use_safetensors=True, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"{self.name}: the weights do not load: {_first_line(error)}") from None
-        model, info = loaded
-        if missing := sorted(info["missing_keys"]):
-            raise CheckpointError(
-                f"{self.name}: {len(missing)} missing tensors, the first is {missing[0]}: download it again"
-            )
-        return dict(model.state_dict())
+        """All parameters, see `tensors.load_tensors`."""
+        return load_tensors(self.name, self.revision)
 
     def load_tokenizer(self) -> PreTrainedTokenizerFast:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.name}: no tokenizer: {_first_line(error)}") from None
+            raise CheckpointError(f"{self.name}: no tokenizer: {first_line(error)}") from None
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise CheckpointError(f"{self.name}: no tokenizer.json: convert the slow tokenizer to a fast one first")
         return tokenizer
@@ -142,7 +133,7 @@ class Checkpoint:
             return GenerationConfig.from_pretrained(self.name, revision=self.revision or "main")
         except OSError as error:
             if (Path(self.name) / "generation_config.json").is_file():
-                raise CheckpointError(f"{self.name}: no usable generation_config.json: {_first_line(error)}") from None
+                raise CheckpointError(f"{self.name}: no usable generation_config.json: {first_line(error)}") from None
             return GenerationConfig.from_model_config(self.config)
 
 
@@ -157,7 +148,7 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
             str(Path(name).expanduser()) if looks_local else name, revision=revision, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise CheckpointError(f"{name}: no usable config.json: {_first_line(error)}") from None
+        raise CheckpointError(f"{name}: no usable config.json: {first_line(error)}") from None
     reason = refusal(config)
     if reason:
         raise CheckpointError(f"{name}: {reason}")
@@ -224,7 +215,3 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     return nested or [parameters]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -26,6 +26,7 @@ from fly_build.tensorrt import (
     default_timing_cache,
     fix_cache_length,
 )
+from fly_build.tensors import check_values, count_parameters
 from fly_build.weights import DTYPES, WeightWriter
 from fly_trt.engines.tensorrt_library import Library, import_library
 from fly_trt.errors import ConfigError
@@ -187,8 +188,7 @@ def _build_model(model: ModelPlan, plan: Plan, workspace: Path, report: Report) 
     make_shape_invariant(decoder.model, model.checkpoint.config.num_attention_heads, model.checkpoint.num_kv_heads)
     append_head(decoder.model, plan.head.entropy_top_k, plan.head.stop_token_ids, form="lazy_functions")
     report(f"{model.folder}: trace", 1.0)
-    _save_graph(model, decoder, "float32", workspace / model.engine.model, report)
-    return model.engine
+    return _save_graph(model, decoder, "float32", workspace / model.engine.model, report)
 
 
 def _compile_model(model: ModelPlan, plan: Plan, library: Library, workspace: Path, report: Report) -> ModelEngine:
@@ -204,7 +204,7 @@ def _compile_model(model: ModelPlan, plan: Plan, library: Library, workspace: Pa
 
     plan_path = workspace / model.engine.model
     onnx_path = plan_path.with_name(MODEL_FILE)
-    _save_graph(model, decoder, dtype, onnx_path, report)
+    engine = _save_graph(model, decoder, dtype, onnx_path, report)
     if recipe.plugin_library is not None:
         shutil.copy(recipe.plugin_library, workspace / PLUGIN_LIBRARY)
     timing_cache = Path(recipe.timing_cache) if recipe.timing_cache else default_timing_cache(library)
@@ -220,13 +220,16 @@ def _compile_model(model: ModelPlan, plan: Plan, library: Library, workspace: Pa
     for path in onnx_path.parent.glob(f"{MODEL_FILE}*"):
         path.unlink()
     report(step, 1.0)
-    return model.engine.model_copy(update={"tensorrt": record})
+    return engine.model_copy(update={"tensorrt": record})
 
 
-def _save_graph(model: ModelPlan, decoder: DecoderGraph, compute_dtype: Dtype, path: Path, report: Report) -> None:
-    """Writes the graph with its weights as external data."""
+def _save_graph(
+    model: ModelPlan, decoder: DecoderGraph, compute_dtype: Dtype, path: Path, report: Report
+) -> ModelEngine:
+    """Writes the graph with its weights as external data. Returns the engine with the parameters that there were."""
     report(f"{model.folder}: load weights", 0.0)
     tensors = model.checkpoint.load_weights()
+    check_values(model.checkpoint.name, tensors, DTYPES[model.engine.dtype][0])
     report(f"{model.folder}: load weights", 1.0)
 
     step = f"{model.folder}: write weights"
@@ -235,7 +238,6 @@ def _save_graph(model: ModelPlan, decoder: DecoderGraph, compute_dtype: Dtype, p
         tensors=tensors,
         dtype=model.engine.dtype,
         quantization=model.engine.quantization,
-        output_name="lm_head.weight" if "lm_head.weight" in decoder.parameters else "model.embed_tokens.weight",
         compute_dtype=compute_dtype,
     )
     writer.attach(decoder.parameters)
@@ -250,6 +252,8 @@ def _save_graph(model: ModelPlan, decoder: DecoderGraph, compute_dtype: Dtype, p
         max_workers=1,
     )
     report(step, 1.0)
+    source = model.engine.source.model_copy(update={"num_parameters": count_parameters(tensors)})
+    return model.engine.model_copy(update={"source": source})
 
 
 def _finish(plan: Plan, engines: dict[str, ModelEngine], workspace: Path, report: Report) -> Manifest:
