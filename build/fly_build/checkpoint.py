@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from fly_build.operators import ATTENTION_NAME
 from fly_build.tensors import first_line, load_tensors
+from fly_build.tokenizer import load_tokenizer, splits_alike
 from fly_trt.errors import CheckpointError
 
 transformers_logging.set_verbosity_error()  # errors are raised as one line
@@ -119,14 +120,10 @@ class Checkpoint:
         """All parameters, see `tensors.load_tensors`."""
         return load_tensors(self.name, self.revision)
 
-    def load_tokenizer(self) -> PreTrainedTokenizerFast:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.name}: no tokenizer: {first_line(error)}") from None
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise CheckpointError(f"{self.name}: no tokenizer.json: convert the slow tokenizer to a fast one first")
-        return tokenizer
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """See `tokenizer.load_tokenizer`."""
+        return load_tokenizer(self.name, self.revision)
 
     def load_generation_config(self) -> GenerationConfig:
         try:
@@ -183,7 +180,7 @@ def refusal(config: Any) -> str | None:
 def check_same_tokenizer(target: Checkpoint, draft: Checkpoint) -> None:
     """Raises CheckpointError unless both tokenizers give every token the same id. Embedding tables may be padded to
     different sizes; a few added tokens that only one side knows are fine."""
-    ours, theirs = target.load_tokenizer(), draft.load_tokenizer()
+    ours, theirs = target.tokenizer, draft.tokenizer
     ids, draft_ids = ours.get_vocab(), theirs.get_vocab()
     shared = ids.keys() & draft_ids.keys()
     moved = [token for token in shared if ids[token] != draft_ids[token]]
@@ -196,15 +193,14 @@ def check_same_tokenizer(target: Checkpoint, draft: Checkpoint) -> None:
             else f"{missing} tokens are not shared"
         )
         raise CheckpointError(f"{target.name} and {draft.name} have different tokenizers ({detail}): {fix}")
-    text = "A tokenizer check: 3.14159, naïve café\n\n\tdef f(x): return x**2  # déjà-vu 你好 🙂"
-    if ours(text)["input_ids"] != theirs(text)["input_ids"]:
+    if not splits_alike(ours, theirs):
         raise CheckpointError(f"{target.name} and {draft.name} split the same text into different tokens: {fix}")
 
 
 def stop_token_ids(checkpoint: Checkpoint) -> list[int]:
     """Every token that ends a sequence: from the generation config, the model config and the tokenizer."""
     found: set[int] = set()
-    sources = (checkpoint.load_generation_config(), checkpoint.config, checkpoint.load_tokenizer())
+    sources = (checkpoint.load_generation_config(), checkpoint.config, checkpoint.tokenizer)
     for value in (source.eos_token_id for source in sources):
         found.update([value] if isinstance(value, int) else value or [])
     return sorted(found)

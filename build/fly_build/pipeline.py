@@ -27,6 +27,7 @@ from fly_build.tensorrt import (
     fix_cache_length,
 )
 from fly_build.tensors import check_values, count_parameters
+from fly_build.tokenizer import warn_of_tokens_without_embedding
 from fly_build.weights import DTYPES, WeightWriter
 from fly_trt.engines.tensorrt_library import Library, import_library
 from fly_trt.errors import ConfigError
@@ -120,6 +121,7 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
     smallest = min(checkpoint.config.vocab_size for checkpoint in checkpoints.values())
     if recipe.entropy_top_k > smallest:
         raise ConfigError(f"entropy_top_k {recipe.entropy_top_k}: the vocabulary has {smallest} tokens: use 3")
+    warn_of_tokens_without_embedding(target.name, target.tokenizer, target.config.vocab_size)
     head = Head(entropy_top_k=recipe.entropy_top_k, stop_token_ids=stop_token_ids(target))
     models = [
         ModelPlan(folder, checkpoint, _engine(folder, checkpoint, recipe)) for folder, checkpoint in checkpoints.items()
@@ -259,7 +261,7 @@ def _save_graph(
 def _finish(plan: Plan, engines: dict[str, ModelEngine], workspace: Path, report: Report) -> Manifest:
     report("tokenizer and manifest", 0.0)
     target = plan.models[0].checkpoint
-    target.load_tokenizer().save_pretrained(workspace / "tokenizer")
+    target.tokenizer.save_pretrained(workspace / "tokenizer")
     generation = target.load_generation_config().to_diff_dict()
     (workspace / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}

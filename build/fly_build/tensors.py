@@ -137,12 +137,12 @@ def _check_unexpected(name: str, unexpected: list[str], modules: set[str]) -> No
     if inside:
         fields = "attention_bias, mlp_bias or model_type" if inside[0].endswith(".bias") else "config.json"
         raise CheckpointError(
-            f"{name}: config.json announces no {_some(inside)}: the model would compute something else without: "
+            f"{name}: config.json announces no {some(inside)}: the model would compute something else without: "
             f"correct {fields}, or remove what is not part of the model"
         )
     if unexpected:
         logger.warning(
-            "%s: not used, because config.json does not announce them: %s", name, _some(_by_layer(unexpected))
+            "%s: not used, because config.json does not announce them: %s", name, some(_by_layer(unexpected))
         )
 
 
@@ -159,7 +159,8 @@ def _by_layer(keys: list[str]) -> list[str]:
     return list(dict.fromkeys(f"{key[: found.end()]}*" if found else key for key, found in layers.items()))
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first few, and how many more there are."""
     names = list(names)
     more = len(names) - NAMED_AT_MOST
     return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
