@@ -4,6 +4,7 @@ It happens in a temporary folder that is renamed into place last."""
 
 import importlib.metadata
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from fly_build.tensorrt import (
     fix_cache_length,
 )
 from fly_build.tensors import check_values, count_parameters
-from fly_build.tokenizer import warn_of_tokens_without_embedding
+from fly_build.tokenizer import save_tokenizer, warn_of_tokens_without_embedding
 from fly_build.weights import DTYPES, WeightWriter
 from fly_trt.engines.tensorrt_library import Library, import_library
 from fly_trt.errors import ConfigError
@@ -54,6 +55,8 @@ LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxrunt
 # A block of 32 weights has a float32 scale, so one bit more per weight; int4 keeps the vocabulary projection in 8 bits.
 BITS_PER_WEIGHT = {"int8": 8.0, "int4": 5.0}
 BITS_PER_PROJECTION_WEIGHT = {"int8": 8.0, "int4": 9.0}
+
+logger = logging.getLogger(__name__)
 
 Report = Callable[[str, float], None]
 
@@ -222,6 +225,14 @@ def _compile_model(model: ModelPlan, plan: Plan, library: Library, workspace: Pa
     for path in onnx_path.parent.glob(f"{MODEL_FILE}*"):
         path.unlink()
     report(step, 1.0)
+    if number := record.layers.decomposed_attention:
+        logger.warning(
+            "%s: no kernel computes the attention of %d of %d layers whole (float32, a soft cap, or a head size that "
+            "has none): slower than it could be",
+            model.folder,
+            number,
+            model.engine.num_layers,
+        )
     return engine.model_copy(update={"tensorrt": record})
 
 
@@ -261,7 +272,7 @@ def _save_graph(
 def _finish(plan: Plan, engines: dict[str, ModelEngine], workspace: Path, report: Report) -> Manifest:
     report("tokenizer and manifest", 0.0)
     target = plan.models[0].checkpoint
-    target.tokenizer.save_pretrained(workspace / "tokenizer")
+    save_tokenizer(target.tokenizer, workspace / "tokenizer")
     generation = target.load_generation_config().to_diff_dict()
     (workspace / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}

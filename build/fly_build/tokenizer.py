@@ -6,7 +6,10 @@ would have split text otherwise, a warning says so.
 """
 
 import logging
+import os
+import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -59,6 +62,16 @@ def load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerFast:
             sample,
         )
     return kept
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """tokenizer.json, tokenizer_config.json, and chat templates in files of their own. Raises OSError."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare Exception, with the system's error in its text
+        if (code := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from None
 
 
 def tokens_without_embedding(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[str]:
