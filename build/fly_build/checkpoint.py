@@ -5,6 +5,7 @@ is read. Local folders and hub ids are the same to transformers, and so they are
 """
 
 import copy
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from fly_build.operators import ATTENTION_NAME
 from fly_build.tensors import first_line, load_tensors
@@ -41,6 +43,8 @@ SUPPORTED_MODEL_TYPES = (
 )
 ALIBI_MODEL_TYPES = ("bloom", "mpt")
 STATE_SPACE_WORDS = ("mamba", "rwkv", "ssm", "recurrent", "linear_attention", "conv", "jamba", "zamba")
+ADAPTER_CONFIG = "adapter_config.json"
+NO_FILE = "does not appear to have a file named"  # what transformers says of a repository that it could read
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -136,23 +140,59 @@ class Checkpoint:
 
 def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     """Reads the configuration and refuses, with the reason, what cannot be exported. Raises CheckpointError."""
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_local and not Path(name).expanduser().is_dir():
-        raise CheckpointError(f"{name}: no such folder: give a checkpoint folder or a hub id such as org/model")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if (base := _adapted_model(str(folder), None)) is not None:
+            raise CheckpointError(f"{name}: {_merge(base)}")
+    else:
+        _check_hub_id(name, revision)
+    source = str(folder) if folder.is_dir() else name
     try:
         # Without trust_remote_code=False transformers asks on the terminal whether to run a repository's own code.
-        config = AutoConfig.from_pretrained(
-            str(Path(name).expanduser()) if looks_local else name, revision=revision, trust_remote_code=False
-        )
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise CheckpointError(f"{name}: no usable config.json: {first_line(error)}") from None
+        if folder.is_dir():
+            raise CheckpointError(f"{name}: no usable config.json: {first_line(error)}") from None
+        if NO_FILE in str(error) and (base := _adapted_model(name, revision)) is not None:
+            raise CheckpointError(f"{name}: {_merge(base)}") from None
+        raise CheckpointError(
+            f"{name}: no such folder, and no usable config.json of a hub model of that name: {first_line(error)}"
+        ) from None
     reason = refusal(config)
     if reason:
         raise CheckpointError(f"{name}: {reason}")
-    folder = Path(name).expanduser()
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{name}: no *.safetensors file: save the checkpoint with safe_serialization=True")
-    return Checkpoint(str(folder) if folder.is_dir() else name, revision, config)
+    return Checkpoint(source, revision, config)
+
+
+def _check_hub_id(name: str, revision: str | None) -> None:
+    """A path that is no folder must look like org/model. Where `org` is a folder here, it is a mistyped path, unless a
+    revision says that the hub is meant: asking the hub for it would end in an error of the network."""
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_local or (revision is None and Path(name).parent.is_dir()):
+        hub = "a hub id such as org/model" if looks_local else "a revision too if the hub's model of that name is meant"
+        raise CheckpointError(f"{name}: no such folder: give a checkpoint folder or {hub}")
+
+
+def _adapted_model(source: str, revision: str | None) -> str | None:
+    """The base model of a LoRA (or other) adapter, "" where it is not named, or None where `source` is no adapter."""
+    try:
+        path = cached_file(source, ADAPTER_CONFIG, revision=revision)
+        content = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except ValueError:
+        return ""
+    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    return str(base or "")
+
+
+def _merge(base: str) -> str:
+    return (
+        f"{ADAPTER_CONFIG} makes it an adapter (LoRA) of {base or 'another model'}, which is not applied here: merge "
+        "them (merge_and_unload of peft), save the result and build that"
+    )
 
 
 def refusal(config: Any) -> str | None:

@@ -107,6 +107,39 @@ def test_missing_folder_is_named(name: str) -> None:
         open_checkpoint(name)
 
 
+def test_mistyped_path_is_no_question_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def hub(name: str, **options: Any) -> None:
+        asked.append((name, options["revision"]))
+        raise OSError("We couldn't connect to the hub")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", hub)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(CheckpointError, match=r"^models/targt: no such folder: give a checkpoint folder or a rev"):
+        open_checkpoint("models/targt")
+    assert asked == []
+    for name, revision in (("models/targt", "main"), ("org/model", None)):
+        expected = f"^{name}: no such folder, and no usable config.json of a hub model of that name: We couldn't"
+        with pytest.raises(CheckpointError, match=expected):
+            open_checkpoint(name, revision)
+    assert asked == [("models/targt", "main"), ("org/model", None)]
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+@pytest.mark.parametrize(
+    ("content", "base"), [('{"base_model_name_or_path": "org/base"}', "org/base"), ("{", "another model")]
+)
+def test_adapter_is_refused_with_its_base_model(content: str, base: str, has_config: bool, copied: Path) -> None:
+    (copied / "model.safetensors").rename(copied / "adapter_model.safetensors")
+    if not has_config:
+        (copied / "config.json").unlink()
+    (copied / "adapter_config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=rf"makes it an adapter \(LoRA\) of {base}.*: merge them"):
+        open_checkpoint(str(copied))
+
+
 def test_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no usable config\.json"):
         open_checkpoint(str(tmp_path))
