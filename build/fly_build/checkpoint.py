@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
+from fly_build.fields import refused_fields, warn_of_unread_fields
 from fly_build.operators import ATTENTION_NAME
 from fly_build.tensors import first_line, load_tensors
 from fly_build.tokenizer import load_tokenizer, splits_alike
@@ -97,13 +98,14 @@ class Checkpoint:
         # Of transformers' ways to run a mixture of experts, the one that has an ONNX form.
         experts = {"experts_implementation": "batched_mm"} if self.is_mixture_of_experts else {}
         config = copy.deepcopy(self.config)
-        config.tie_word_embeddings = False
+        config.tie_word_embeddings = config.output_hidden_states = config.output_router_logits = False
+        config.return_dict = True
         try:
             with no_init_weights():
                 model = AutoModelForCausalLM.from_config(
                     config, dtype=dtype, attn_implementation=ATTENTION_NAME, **experts
                 )
-        except (KeyError, ValueError, TypeError) as error:  # such as an unknown rope type or activation
+        except Exception as error:  # whatever a wrong field causes, such as an unknown rope type or activation
             raise CheckpointError(
                 f"{self.name}: transformers cannot make the model of this config.json: {first_line(error)}"
             ) from None
@@ -161,6 +163,7 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     reason = refusal(config)
     if reason:
         raise CheckpointError(f"{name}: {reason}")
+    warn_of_unread_fields(name, config)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{name}: no *.safetensors file: save the checkpoint with safe_serialization=True")
     return Checkpoint(source, revision, config)
@@ -214,7 +217,7 @@ def refusal(config: Any) -> str | None:
         return f"the checkpoint is already quantised ({method}): give the original and use --quantization"
     if model_type not in SUPPORTED_MODEL_TYPES:
         return f"model type {model_type!r} is not supported: expected one of {', '.join(SUPPORTED_MODEL_TYPES)}"
-    return None
+    return refused_fields(config)
 
 
 def check_same_tokenizer(target: Checkpoint, draft: Checkpoint) -> None:

@@ -41,7 +41,7 @@ def load_tensors(name: str, revision: str | None) -> dict[str, torch.Tensor]:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
         raise CheckpointError(f"{name}: the weights do not load: {first_line(error)}") from None
     model, info = loaded
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
