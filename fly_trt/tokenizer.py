@@ -5,6 +5,7 @@ decoding all tokens at once gives, whatever the tokenizer's style. It holds back
 stop strings it finds the first one even when it spans tokens or ends inside one.
 """
 
+import json
 import os
 from pathlib import Path
 from typing import ClassVar
@@ -27,7 +28,18 @@ def load_tokenizer(engine_dir: Path) -> Tokenizer:
         raise EngineError(f"{path}: not a readable tokenizer ({error}): rebuild the engine with fly-build") from None
     tokenizer.no_truncation()  # a checkpoint's training settings must not cut or pad a prompt
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = _splits_special_tokens(path.with_name("tokenizer_config.json"))
     return tokenizer
+
+
+def _splits_special_tokens(path: Path) -> bool:
+    """Whether special tokens in a text are text like any other, which tokenizer.json has no place for."""
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")).get("split_special_tokens"))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{path}: not readable ({error}): rebuild the engine with fly-build") from None
 
 
 class _TokenKinds:

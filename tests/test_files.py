@@ -1,6 +1,8 @@
 """A directory appears whole or not at all, and what lay in its place survives every other end."""
 
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,3 +135,68 @@ def test_an_error_leaves_the_old_file_and_nothing_beside_it(output: Path, error:
     with pytest.raises(error):
         _write_file_until(output, error())
     assert _contents(output.parent) == {"output": b"old"}
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from fly_trt.files import new_directory, new_file
+with {kind}(Path(sys.argv[1])) as path:
+    print(path, flush=True)
+    sys.stdin.read()
+"""
+
+
+def _holder(kind: str, output: Path) -> tuple[subprocess.Popen[str], Path]:
+    """A process that writes `output` until its input ends, and its temporary folder."""
+    command = [sys.executable, "-c", HOLDER.format(kind=kind), str(output)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    path = Path(process.stdout.readline().strip())
+    return process, path if kind == "new_directory" else path.parent
+
+
+@pytest.mark.parametrize("kind", ["new_directory", "new_file"])
+def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(kind: str, output: Path) -> None:
+    killed, stale = _holder(kind, output)
+    living, in_use = _holder(kind, output)
+    killed.kill()
+    killed.wait()
+    assert stale.is_dir(), "nothing can clean up after SIGKILL"
+    neighbours = [output.parent / name for name in (f".{output.name}-x.building-1", ".other.building-1", "plain")]
+    for neighbour in neighbours:
+        neighbour.mkdir()
+    with (new_directory if kind == "new_directory" else new_file)(output) as path:
+        assert not stale.exists()
+        assert in_use.is_dir()
+        if kind == "new_file":
+            path.touch()
+    living.communicate("")
+    assert sorted(output.parent.iterdir()) == sorted([output, *neighbours])
+
+
+def test_error_of_a_full_disk_names_the_output_and_not_its_temporary_folder(output: Path) -> None:
+    def write(workspace: Path) -> None:
+        (workspace / "data").symlink_to("/dev/full")
+        with (workspace / "data").open("wb", buffering=0) as file:
+            file.write(b"x")
+
+    with pytest.raises(OSError, match="No space left on device") as full, new_directory(output) as workspace:
+        write(workspace)
+    assert full.value.filename == str(output)
+    assert list(output.parent.iterdir()) == []
+
+
+def test_error_that_names_another_file_keeps_its_name(output: Path) -> None:
+    with pytest.raises(FileNotFoundError) as missing, new_directory(output):
+        Path("/no/such/file").read_bytes()
+    assert missing.value.filename == "/no/such/file"
+
+
+def test_place_where_nothing_can_be_written_is_named(output: Path) -> None:
+    output.write_bytes(b"a file")
+    for place in (output / "deeper" / "out", Path("/proc/out")):
+        with pytest.raises(OSError, match="write elsewhere") as refused, new_directory(place):
+            pass
+        assert refused.value.filename == str(place)
+    assert output.read_bytes() == b"a file"

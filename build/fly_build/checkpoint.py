@@ -4,6 +4,8 @@ Everything but `load_weights` works from the configuration alone, so what cannot
 is read. Local folders and hub ids are the same to transformers, and so they are here.
 """
 
+import copy
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +13,15 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
+from fly_build.fields import refused_fields, warn_of_unread_fields
 from fly_build.operators import ATTENTION_NAME
+from fly_build.tensors import first_line, load_tensors
+from fly_build.tokenizer import load_tokenizer, splits_alike
 from fly_trt.errors import CheckpointError
 
 transformers_logging.set_verbosity_error()  # errors are raised as one line
@@ -39,6 +44,8 @@ SUPPORTED_MODEL_TYPES = (
 )
 ALIBI_MODEL_TYPES = ("bloom", "mpt")
 STATE_SPACE_WORDS = ("mamba", "rwkv", "ssm", "recurrent", "linear_attention", "conv", "jamba", "zamba")
+ADAPTER_CONFIG = "adapter_config.json"
+NO_FILE = "does not appear to have a file named"  # what transformers says of a repository that it could read
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -86,24 +93,29 @@ class Checkpoint:
 
     def make_empty_model(self, dtype: torch.dtype) -> Any:
         """The model with its structure but no values: parameters are allocated and never touched, so they cost
-        address space and no memory. Buffers such as rotary frequencies are real, and float32 in any dtype."""
+        address space and no memory. Buffers such as rotary frequencies are real, and float32 in any dtype. No
+        parameters are tied: whether they are, the weights say."""
         # Of transformers' ways to run a mixture of experts, the one that has an ONNX form.
         experts = {"experts_implementation": "batched_mm"} if self.is_mixture_of_experts else {}
+        config = copy.deepcopy(self.config)
+        config.tie_word_embeddings = config.output_hidden_states = config.output_router_logits = False
+        config.return_dict = True
         try:
             with no_init_weights():
                 model = AutoModelForCausalLM.from_config(
-                    self.config, dtype=dtype, attn_implementation=ATTENTION_NAME, **experts
+                    config, dtype=dtype, attn_implementation=ATTENTION_NAME, **experts
                 )
-        except (KeyError, ValueError, TypeError) as error:  # such as an unknown rope type or activation
+        except Exception as error:  # whatever a wrong field causes, such as an unknown rope type or activation
             raise CheckpointError(
-                f"{self.name}: transformers cannot make the model of this config.json: {_first_line(error)}"
+                f"{self.name}: transformers cannot make the model of this config.json: {first_line(error)}"
             ) from None
-        model.tie_weights()
         return model.eval().requires_grad_(False)
 
     @cached_property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.empty_model.parameters())
+        """As the configuration ties them."""
+        tied = self.empty_model.get_output_embeddings().weight.numel() if self.config.tie_word_embeddings else 0
+        return sum(parameter.numel() for parameter in self.empty_model.parameters()) - tied
 
     @property
     def num_expert_parameters(self) -> int:
@@ -111,60 +123,79 @@ class Checkpoint:
         return sum(parameter.numel() for parameter in self.empty_model.parameters() if parameter.ndim == 3)
 
     def load_weights(self) -> dict[str, torch.Tensor]:
-        """All parameters in the checkpoint's own dtype, by the names of the transformers model.
+        """All parameters, see `tensors.load_tensors`."""
+        return load_tensors(self.name, self.revision)
 
-        Raises CheckpointError also when a tensor is missing, which transformers would fill with random values.
-        """
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.name, revision=self.revision, dtype="auto", use_safetensors=True, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"{self.name}: the weights do not load: {_first_line(error)}") from None
-        model, info = loaded
-        if missing := sorted(info["missing_keys"]):
-            raise CheckpointError(
-                f"{self.name}: {len(missing)} missing tensors, the first is {missing[0]}: download it again"
-            )
-        return dict(model.state_dict())
-
-    def load_tokenizer(self) -> PreTrainedTokenizerFast:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.name}: no tokenizer: {_first_line(error)}") from None
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise CheckpointError(f"{self.name}: no tokenizer.json: convert the slow tokenizer to a fast one first")
-        return tokenizer
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """See `tokenizer.load_tokenizer`."""
+        return load_tokenizer(self.name, self.revision)
 
     def load_generation_config(self) -> GenerationConfig:
         try:
             return GenerationConfig.from_pretrained(self.name, revision=self.revision or "main")
         except OSError as error:
             if (Path(self.name) / "generation_config.json").is_file():
-                raise CheckpointError(f"{self.name}: no usable generation_config.json: {_first_line(error)}") from None
+                raise CheckpointError(f"{self.name}: no usable generation_config.json: {first_line(error)}") from None
             return GenerationConfig.from_model_config(self.config)
 
 
 def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     """Reads the configuration and refuses, with the reason, what cannot be exported. Raises CheckpointError."""
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_local and not Path(name).expanduser().is_dir():
-        raise CheckpointError(f"{name}: no such folder: give a checkpoint folder or a hub id such as org/model")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if (base := _adapted_model(str(folder), None)) is not None:
+            raise CheckpointError(f"{name}: {_merge(base)}")
+    else:
+        _check_hub_id(name, revision)
+    source = str(folder) if folder.is_dir() else name
     try:
         # Without trust_remote_code=False transformers asks on the terminal whether to run a repository's own code.
-        config = AutoConfig.from_pretrained(
-            str(Path(name).expanduser()) if looks_local else name, revision=revision, trust_remote_code=False
-        )
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise CheckpointError(f"{name}: no usable config.json: {_first_line(error)}") from None
+        if folder.is_dir():
+            raise CheckpointError(f"{name}: no usable config.json: {first_line(error)}") from None
+        if NO_FILE in str(error) and (base := _adapted_model(name, revision)) is not None:
+            raise CheckpointError(f"{name}: {_merge(base)}") from None
+        raise CheckpointError(
+            f"{name}: no such folder, and no usable config.json of a hub model of that name: {first_line(error)}"
+        ) from None
     reason = refusal(config)
     if reason:
         raise CheckpointError(f"{name}: {reason}")
-    folder = Path(name).expanduser()
+    warn_of_unread_fields(name, config)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{name}: no *.safetensors file: save the checkpoint with safe_serialization=True")
-    return Checkpoint(str(folder) if folder.is_dir() else name, revision, config)
+    return Checkpoint(source, revision, config)
+
+
+def _check_hub_id(name: str, revision: str | None) -> None:
+    """A path that is no folder must look like org/model. Where `org` is a folder here, it is a mistyped path, unless a
+    revision says that the hub is meant: asking the hub for it would end in an error of the network."""
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_local or (revision is None and Path(name).parent.is_dir()):
+        hub = "a hub id such as org/model" if looks_local else "a revision too if the hub's model of that name is meant"
+        raise CheckpointError(f"{name}: no such folder: give a checkpoint folder or {hub}")
+
+
+def _adapted_model(source: str, revision: str | None) -> str | None:
+    """The base model of a LoRA (or other) adapter, "" where it is not named, or None where `source` is no adapter."""
+    try:
+        path = cached_file(source, ADAPTER_CONFIG, revision=revision)
+        content = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except ValueError:
+        return ""
+    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    return str(base or "")
+
+
+def _merge(base: str) -> str:
+    return (
+        f"{ADAPTER_CONFIG} makes it an adapter (LoRA) of {base or 'another model'}, which is not applied here: merge "
+        "them (merge_and_unload of peft), save the result and build that"
+    )
 
 
 def refusal(config: Any) -> str | None:
@@ -186,13 +217,13 @@ def refusal(config: Any) -> str | None:
         return f"the checkpoint is already quantised ({method}): give the original and use --quantization"
     if model_type not in SUPPORTED_MODEL_TYPES:
         return f"model type {model_type!r} is not supported: expected one of {', '.join(SUPPORTED_MODEL_TYPES)}"
-    return None
+    return refused_fields(config)
 
 
 def check_same_tokenizer(target: Checkpoint, draft: Checkpoint) -> None:
     """Raises CheckpointError unless both tokenizers give every token the same id. Embedding tables may be padded to
     different sizes; a few added tokens that only one side knows are fine."""
-    ours, theirs = target.load_tokenizer(), draft.load_tokenizer()
+    ours, theirs = target.tokenizer, draft.tokenizer
     ids, draft_ids = ours.get_vocab(), theirs.get_vocab()
     shared = ids.keys() & draft_ids.keys()
     moved = [token for token in shared if ids[token] != draft_ids[token]]
@@ -205,15 +236,14 @@ def check_same_tokenizer(target: Checkpoint, draft: Checkpoint) -> None:
             else f"{missing} tokens are not shared"
         )
         raise CheckpointError(f"{target.name} and {draft.name} have different tokenizers ({detail}): {fix}")
-    text = "A tokenizer check: 3.14159, naïve café\n\n\tdef f(x): return x**2  # déjà-vu 你好 🙂"
-    if ours(text)["input_ids"] != theirs(text)["input_ids"]:
+    if not splits_alike(ours, theirs):
         raise CheckpointError(f"{target.name} and {draft.name} split the same text into different tokens: {fix}")
 
 
 def stop_token_ids(checkpoint: Checkpoint) -> list[int]:
     """Every token that ends a sequence: from the generation config, the model config and the tokenizer."""
     found: set[int] = set()
-    sources = (checkpoint.load_generation_config(), checkpoint.config, checkpoint.load_tokenizer())
+    sources = (checkpoint.load_generation_config(), checkpoint.config, checkpoint.tokenizer)
     for value in (source.eos_token_id for source in sources):
         found.update([value] if isinstance(value, int) else value or [])
     return sorted(found)
@@ -224,7 +254,3 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     return nested or [parameters]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

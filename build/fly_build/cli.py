@@ -2,8 +2,9 @@
 
 import contextlib
 import json
-import sys
+import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fly_trt.cli.ending import ending_in_one_line
 from fly_trt.errors import FlyError
 from fly_trt.manifest import Backend, Dtype, Manifest, Quantization, TensorRTLibrary
 
@@ -59,14 +61,11 @@ def main(recipe: str | None, output: Path | None, overwrite: bool, dry_run: bool
 
     RECIPE is a YAML file or the name of one in engines/recipes; flags override its fields.
     """
-    try:
+    ending = ending_in_one_line("fly-build", when_interrupted="interrupted, nothing was written")
+    with ending, _collected_warnings() as warnings:
         _run(recipe, output, overwrite, dry_run, as_json, flags)
-    except FlyError as error:
-        click.echo(f"fly-build: {error}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        click.echo("fly-build: interrupted, nothing was written", err=True)
-        sys.exit(130)
+        for warning in warnings:
+            click.echo(f"warning: {warning}", err=True)
 
 
 def _run(
@@ -102,9 +101,21 @@ def _run(
         click.echo(manifest.model_dump_json(indent=2))
         return
     Console().print(_summary(manifest))
-    for warning in _warnings(manifest):
-        click.echo(f"warning: {warning}", err=True)
     click.echo(f"{plan.output} is ready after {time.perf_counter() - started:.1f} s")
+
+
+@contextlib.contextmanager
+def _collected_warnings() -> Iterator[list[str]]:
+    """What the build warns of while the block runs, to be printed after the summary, where it is seen."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("fly_build")
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
 
 
 def _print_plan(plan: Any, as_json: bool) -> None:
@@ -159,18 +170,6 @@ def _summary(manifest: Manifest) -> Table:
                 _bytes(size),
             )
     return table
-
-
-def _warnings(manifest: Manifest) -> list[str]:
-    found = []
-    for role, engine in (("target", manifest.target), ("draft", manifest.draft)):
-        if engine is not None and engine.tensorrt is not None and engine.tensorrt.layers.decomposed_attention:
-            number = engine.tensorrt.layers.decomposed_attention
-            found.append(
-                f"{role}: no kernel computes the attention of {number} of {engine.num_layers} layers whole (float32, a "
-                "soft cap, or a head size that has none): slower than it could be"
-            )
-    return found
 
 
 def _count(number: int) -> str:

@@ -75,8 +75,7 @@ def export_decoder(
         )
     model = checkpoint.empty_model if dtype == torch.float32 else checkpoint.make_empty_model(dtype)
     parameters = dict(model.state_dict(keep_vars=True).items())
-    unique = {id(value): name for name, value in reversed(parameters.items())}
-    names = [name for name in parameters if unique[id(parameters[name])] == name]
+    names = list(parameters)
     num_layers = checkpoint.config.num_hidden_layers
     cache_shape = (2, checkpoint.num_kv_heads, 64, checkpoint.head_dim)
     past = [torch.zeros(cache_shape, dtype=dtype) for _ in range(2 * num_layers)]

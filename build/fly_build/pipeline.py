@@ -4,6 +4,7 @@ It happens in a temporary folder that is renamed into place last."""
 
 import importlib.metadata
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from fly_build.tensorrt import (
     default_timing_cache,
     fix_cache_length,
 )
+from fly_build.tensors import check_values, count_parameters
+from fly_build.tokenizer import save_tokenizer, warn_of_tokens_without_embedding
 from fly_build.weights import DTYPES, WeightWriter
 from fly_trt.engines.tensorrt_library import Library, import_library
 from fly_trt.errors import ConfigError
@@ -53,6 +56,8 @@ LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxrunt
 # A block of 32 weights has a float32 scale, so one bit more per weight; int4 keeps the vocabulary projection in 8 bits.
 BITS_PER_WEIGHT = {"int8": 8.0, "int4": 5.0}
 BITS_PER_PROJECTION_WEIGHT = {"int8": 8.0, "int4": 9.0}
+
+logger = logging.getLogger(__name__)
 
 Report = Callable[[str, float], None]
 
@@ -120,6 +125,7 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
     smallest = min(checkpoint.config.vocab_size for checkpoint in checkpoints.values())
     if recipe.entropy_top_k > smallest:
         raise ConfigError(f"entropy_top_k {recipe.entropy_top_k}: the vocabulary has {smallest} tokens: use 3")
+    warn_of_tokens_without_embedding(target.name, target.tokenizer, target.config.vocab_size)
     head = Head(entropy_top_k=recipe.entropy_top_k, stop_token_ids=stop_token_ids(target))
     models = [
         ModelPlan(folder, checkpoint, _engine(folder, checkpoint, recipe)) for folder, checkpoint in checkpoints.items()
@@ -188,8 +194,7 @@ def _build_model(model: ModelPlan, plan: Plan, workspace: Path, report: Report) 
     make_shape_invariant(decoder.model, model.checkpoint.config.num_attention_heads, model.checkpoint.num_kv_heads)
     append_head(decoder.model, plan.head.entropy_top_k, plan.head.stop_token_ids, form="lazy_functions")
     report(f"{model.folder}: trace", 1.0)
-    _save_graph(model, decoder, "float32", workspace / model.engine.model, report)
-    return model.engine
+    return _save_graph(model, decoder, "float32", workspace / model.engine.model, report)
 
 
 def _compile_model(model: ModelPlan, plan: Plan, library: Library, workspace: Path, report: Report) -> ModelEngine:
@@ -205,7 +210,7 @@ def _compile_model(model: ModelPlan, plan: Plan, library: Library, workspace: Pa
 
     plan_path = workspace / model.engine.model
     onnx_path = plan_path.with_name(MODEL_FILE)
-    _save_graph(model, decoder, dtype, onnx_path, report)
+    engine = _save_graph(model, decoder, dtype, onnx_path, report)
     if recipe.plugin_library is not None:
         shutil.copy(recipe.plugin_library, workspace / PLUGIN_LIBRARY)
     timing_cache = Path(recipe.timing_cache) if recipe.timing_cache else default_timing_cache(library)
@@ -221,13 +226,24 @@ def _compile_model(model: ModelPlan, plan: Plan, library: Library, workspace: Pa
     for path in onnx_path.parent.glob(f"{MODEL_FILE}*"):
         path.unlink()
     report(step, 1.0)
-    return model.engine.model_copy(update={"tensorrt": record})
+    if number := record.layers.decomposed_attention:
+        logger.warning(
+            "%s: no kernel computes the attention of %d of %d layers whole (float32, a soft cap, or a head size that "
+            "has none): slower than it could be",
+            model.folder,
+            number,
+            model.engine.num_layers,
+        )
+    return engine.model_copy(update={"tensorrt": record})
 
 
-def _save_graph(model: ModelPlan, decoder: DecoderGraph, compute_dtype: Dtype, path: Path, report: Report) -> None:
-    """Writes the graph with its weights as external data."""
+def _save_graph(
+    model: ModelPlan, decoder: DecoderGraph, compute_dtype: Dtype, path: Path, report: Report
+) -> ModelEngine:
+    """Writes the graph with its weights as external data. Returns the engine with the parameters that there were."""
     report(f"{model.folder}: load weights", 0.0)
     tensors = model.checkpoint.load_weights()
+    check_values(model.checkpoint.name, tensors, DTYPES[model.engine.dtype][0])
     report(f"{model.folder}: load weights", 1.0)
 
     step = f"{model.folder}: write weights"
@@ -236,7 +252,6 @@ def _save_graph(model: ModelPlan, decoder: DecoderGraph, compute_dtype: Dtype, p
         tensors=tensors,
         dtype=model.engine.dtype,
         quantization=model.engine.quantization,
-        output_name="lm_head.weight" if "lm_head.weight" in decoder.parameters else "model.embed_tokens.weight",
         compute_dtype=compute_dtype,
     )
     writer.attach(decoder.parameters)
@@ -251,12 +266,14 @@ def _save_graph(model: ModelPlan, decoder: DecoderGraph, compute_dtype: Dtype, p
         max_workers=1,
     )
     report(step, 1.0)
+    source = model.engine.source.model_copy(update={"num_parameters": count_parameters(tensors)})
+    return model.engine.model_copy(update={"source": source})
 
 
 def _finish(plan: Plan, engines: dict[str, ModelEngine], workspace: Path, report: Report) -> Manifest:
     report("tokenizer and manifest", 0.0)
     target = plan.models[0].checkpoint
-    target.load_tokenizer().save_pretrained(workspace / "tokenizer")
+    save_tokenizer(target.tokenizer, workspace / "tokenizer")
     generation = target.load_generation_config().to_diff_dict()
     (workspace / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}

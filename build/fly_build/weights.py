@@ -41,14 +41,15 @@ class WeightWriter:
 
     `dtype` is how unquantised weights are stored, `compute_dtype` what the graph was traced in: float32 for ONNX
     Runtime, whose CPU provider has no bfloat16 arithmetic and emulates float16. `output_name` is the parameter of the
-    vocabulary projection, which 4-bit models keep in 8 bits.
+    vocabulary projection, which 4-bit models keep in 8 bits. Parameters whose tensors share their memory are stored
+    once.
     """
 
     graph: ir.Graph
     tensors: dict[str, torch.Tensor]
     dtype: Dtype
     quantization: Quantization
-    output_name: str
+    output_name: str = "lm_head.weight"
     compute_dtype: Dtype = "float32"
     _zero_points: dict[tuple[Any, ...], ir.Value] = field(default_factory=dict)
     _constants: dict[str, ir.Value] = field(default_factory=dict)
@@ -58,6 +59,7 @@ class WeightWriter:
         return DTYPES[self.compute_dtype][1]
 
     def attach(self, parameters: dict[str, ir.Value]) -> None:
+        parameters = self._share_tied(parameters)
         linears = [linear for name, value in parameters.items() for linear in _linears(name, value)]
         if self.quantization == "int8":
             for group in self._by_input(linears):
@@ -73,6 +75,19 @@ class WeightWriter:
                 self._store(name, value)
         if self.quantization != "none":
             self.graph.opset_imports[CONTRIB_DOMAIN] = 1
+
+    def _share_tied(self, parameters: dict[str, ir.Value]) -> dict[str, ir.Value]:
+        """The parameters with those that are tied as one, under the first name."""
+        first: dict[int, str] = {}
+        distinct = {}
+        for name, value in parameters.items():
+            shared = first.setdefault(self.tensors[name].data_ptr(), name)
+            if shared == name:
+                distinct[name] = value
+            else:
+                ir.convenience.replace_all_uses_with(value, distinct[shared])
+                self.output_name = shared if name == self.output_name else self.output_name
+        return distinct
 
     def _by_input(self, linears: list[_Linear]) -> list[list[_Linear]]:
         """Those that read the same value together, such as query, key and value projections, in the graph's order."""

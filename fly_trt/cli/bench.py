@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fly_trt.cli.ending import ending_in_one_line
 from fly_trt.cli.speculative import speculative_overrides, tuning_options
-from fly_trt.errors import ConfigError, FlyError
+from fly_trt.errors import ConfigError
 
 CONFIG_FLAGS = ("rounds", "prompts", "random_tokens", "num_prompts", "chat", "max_tokens", "ignore_eos", "temperature")
 ROOFLINE_FLAGS = ("engine_dir", "roofline", "rounds", "num_threads", "output", "as_json")
@@ -72,17 +73,8 @@ request, of one token or several; TPOT the time from the first output to the las
 def main(engine_dir: Path, plot: Path | None, output: Path | None, as_json: bool, **flags: Any) -> None:
     """Compares plain decoding, exact speculation, FLy and n-gram lookup with the engines in ENGINE_DIR, by turns in one
     run, on engines that are loaded once."""
-    try:
+    with ending_in_one_line("fly-bench", streams=True):
         _run(engine_dir, plot, output, as_json, flags)
-    except FlyError as error:
-        click.echo(f"fly-bench: {error}", err=True)
-        sys.exit(2)
-    except OSError as error:
-        click.echo(f"fly-bench: {error.filename or engine_dir}: {error.strerror}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        click.echo("\nfly-bench: interrupted", err=True)
-        sys.exit(130)
 
 
 def _run(engine_dir: Path, plot: Path | None, output: Path | None, as_json: bool, flags: dict[str, Any]) -> None:

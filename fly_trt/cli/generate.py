@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
+from fly_trt.cli.ending import ending_in_one_line
 from fly_trt.cli.speculative import speculative_options, speculative_overrides
-from fly_trt.errors import FlyError, RequestError
+from fly_trt.errors import RequestError
 from fly_trt.outputs import RequestOutput
 from fly_trt.params import DEFAULT_MAX_TOKENS
 
@@ -50,15 +51,9 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
 def main(engine_dir: str, prompt: str | None, prompt_file: Any, escape: bool, as_json: bool, **flags: Any) -> None:
     """Completes PROMPT (or standard input, with -) with the engines in ENGINE_DIR."""
-    try:
+    with ending_in_one_line("fly-generate", streams=True):
         text = _read_prompt(prompt, prompt_file, escape)
         _run(engine_dir, text, as_json, flags)
-    except FlyError as error:
-        click.echo(f"fly-generate: {error}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        click.echo("\nfly-generate: interrupted", err=True)
-        sys.exit(130)
 
 
 def _read_prompt(prompt: str | None, file: Any, escape: bool) -> str:

@@ -1,7 +1,6 @@
 """`fly-triton`: writes a Triton model repository for an engine directory."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
+from fly_trt.cli.ending import ending_in_one_line
 from fly_trt.cli.speculative import speculative_options, speculative_overrides
-from fly_trt.errors import ConfigError, FlyError
+from fly_trt.errors import ConfigError
 from fly_trt.service import DEFAULT_MAX_QUEUE_SIZE
 
 SETTING_FLAGS = ("max_batch_size", "max_seq_len", "num_threads")
@@ -51,17 +51,8 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the summary.")
 def main(engine_dir: Path, output: Path, dry_run: bool, as_json: bool, **flags: Any) -> None:
     """Writes a Triton model repository that serves the engines in ENGINE_DIR."""
-    try:
+    with ending_in_one_line("fly-triton", when_interrupted="interrupted, nothing was written"):
         _run(engine_dir, output, dry_run, as_json, flags)
-    except FlyError as error:
-        click.echo(f"fly-triton: {error}", err=True)
-        sys.exit(2)
-    except OSError as error:
-        click.echo(f"fly-triton: {error.filename or output}: {error.strerror}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        click.echo("fly-triton: interrupted, nothing was written", err=True)
-        sys.exit(130)
 
 
 def _run(engine_dir: Path, repository: Path, dry_run: bool, as_json: bool, flags: dict[str, Any]) -> None:

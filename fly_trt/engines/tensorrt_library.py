@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fly_trt.errors import EngineError
+from fly_trt.files import new_file
 from fly_trt.manifest import TensorRTLibrary
 
 logger = logging.getLogger(__name__)
@@ -91,12 +92,10 @@ def cache_folder() -> Path:
 
 
 def keep(path: Path, content: Any, what: str) -> None:
-    """Writes a buffer aside and renames it to `path`. Where that cannot be done `what` is only not kept."""
+    """Writes a buffer to `path`, whole or not at all. Where that cannot be done `what` is only not kept."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        os.replace(file.name, path)
+        with new_file(path) as file:
+            file.write_bytes(content)
     except OSError as error:
         logger.info("%s: %s are not kept: %s", path, what, error)
 

@@ -2,18 +2,37 @@
 ends with where the engine is.
 """
 
+import errno
 import json
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 
 import fly_build.pipeline
+from fly_build.checkpoint import open_checkpoint
 from fly_build.cli import main
+from fly_build.tokenizer import save_tokenizer
 from fly_trt.manifest import read_manifest
 from tiny_models import TinyPair
 
+FEW_BYTES = 20_000
+WAITS_WHILE_TRACING = """
+import signal
+import fly_build.cli, fly_build.pipeline
+def wait(*arguments, **keywords):
+    print("tracing", flush=True)
+    while True:
+        signal.pause()
+fly_build.pipeline.export_decoder = wait
+fly_build.cli.main()
+"""
 KV_BYTES_PER_TOKEN = 2 * 1 * 2 * 16 * 4  # key and value, 1 layer, 2 heads, 16 channels, float32
 
 
@@ -137,6 +156,77 @@ def test_interrupted_build_says_so_and_leaves_nothing(
     assert result.exit_code == 130
     assert result.stderr == "fly-build: interrupted, nothing was written\n"
     assert list(working_directory.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", ["file/engine", "file/deeper/engine", "/proc/engine"])
+def test_place_where_nothing_can_be_written_is_an_error_before_anything_is_built(
+    output: str, tiny_pair: TinyPair, working_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fly_build.pipeline, "export_decoder", lambda *arguments, **keywords: pytest.fail("built"))
+    (working_directory / "file").write_text("a file", encoding="utf-8")
+    error = _error(_fly_build("--target", tiny_pair.target, "-o", output))
+    assert error.startswith(str(working_directory / output))
+    assert error.endswith(": write elsewhere\n")
+    assert [path.name for path in working_directory.iterdir()] == ["file"]
+
+
+def _limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FEW_BYTES, FEW_BYTES))
+
+
+def test_file_that_cannot_be_written_to_its_end_is_an_error_and_leaves_nothing(
+    tiny_pair: TinyPair, working_directory: Path
+) -> None:
+    """As on a full disk: the weights' file does not fit. numpy writes it, and says only how far it came."""
+    command = [sys.executable, "-m", "fly_build.cli", "--target", tiny_pair.target, "-o", "here"]
+    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=_limit_file_size)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith(f"fly-build: {working_directory / 'here'}: No space for all bytes (")
+    assert result.stderr.endswith(": free some space, or write elsewhere\n")
+    assert result.stderr.count("\n") == 1
+    assert list(working_directory.iterdir()) == []
+
+
+def test_tokenizer_that_cannot_be_written_is_an_error_of_the_system(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as full:
+        save_tokenizer(open_checkpoint(str(tiny_pair.target)).tokenizer, tmp_path)
+    assert full.value.errno == errno.ENOSPC
+
+
+def test_sigterm_in_the_middle_of_a_build_leaves_nothing(tiny_pair: TinyPair, working_directory: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS_WHILE_TRACING, "--target", str(tiny_pair.target), "-o", "here"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "tracing\n"
+    assert [path.name.partition("-")[0] for path in working_directory.iterdir()] == [".here.building"]
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (143, "fly-build: terminated, nothing was written\n")
+    assert list(working_directory.iterdir()) == []
+
+
+def test_warnings_follow_the_summary_on_stderr(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_pair.target, tmp_path / "copied"))
+    tensors = load_file(folder / "model.safetensors") | {"score.weight": torch.ones(2, 64)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer = open_checkpoint(str(folder)).tokenizer
+    tokenizer.add_tokens([f"[PAD{n}]" for n in range(5)])
+    tokenizer.save_pretrained(folder)
+    unembedded = f"warning: {folder}: the tokenizer has tokens that the model has no embedding for (896 rows)"
+    dry = _fly_build("--target", folder, "-o", "here", "--dry-run", "--json")
+    assert json.loads(dry.stdout)["output"] == "here"
+    assert dry.stderr.startswith(unembedded)
+    result = _fly_build("--target", folder, "-o", "here", "--max-seq-len", 64)
+    assert result.exit_code == 0, result.output
+    first, second = result.stderr.splitlines()
+    assert first.startswith(unembedded)
+    assert second.endswith("config.json does not announce them: score.weight")
+    assert _fly_build("--target", tiny_pair.target, "--dry-run").stderr == ""
 
 
 def test_build_writes_the_engine_where_it_says(tiny_pair: TinyPair, working_directory: Path) -> None:

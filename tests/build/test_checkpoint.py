@@ -107,6 +107,39 @@ def test_missing_folder_is_named(name: str) -> None:
         open_checkpoint(name)
 
 
+def test_mistyped_path_is_no_question_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def hub(name: str, **options: Any) -> None:
+        asked.append((name, options["revision"]))
+        raise OSError("We couldn't connect to the hub")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", hub)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(CheckpointError, match=r"^models/targt: no such folder: give a checkpoint folder or a rev"):
+        open_checkpoint("models/targt")
+    assert asked == []
+    for name, revision in (("models/targt", "main"), ("org/model", None)):
+        expected = f"^{name}: no such folder, and no usable config.json of a hub model of that name: We couldn't"
+        with pytest.raises(CheckpointError, match=expected):
+            open_checkpoint(name, revision)
+    assert asked == [("models/targt", "main"), ("org/model", None)]
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+@pytest.mark.parametrize(
+    ("content", "base"), [('{"base_model_name_or_path": "org/base"}', "org/base"), ("{", "another model")]
+)
+def test_adapter_is_refused_with_its_base_model(content: str, base: str, has_config: bool, copied: Path) -> None:
+    (copied / "model.safetensors").rename(copied / "adapter_model.safetensors")
+    if not has_config:
+        (copied / "config.json").unlink()
+    (copied / "adapter_config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=rf"makes it an adapter \(LoRA\) of {base}.*: merge them"):
+        open_checkpoint(str(copied))
+
+
 def test_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no usable config\.json"):
         open_checkpoint(str(tmp_path))
@@ -159,7 +192,7 @@ def test_tensor_of_another_shape_is_refused(copied: Path) -> None:
 
 def test_checkpoint_without_tokenizer_is_refused_when_the_tokenizer_is_needed(tiny: Path) -> None:
     with pytest.raises(CheckpointError, match="no tokenizer: "):
-        open_checkpoint(str(tiny)).load_tokenizer()
+        _ = open_checkpoint(str(tiny)).tokenizer
 
 
 def test_demo_pair_shares_one_tokenizer() -> None:
@@ -176,10 +209,10 @@ def test_embedding_tables_of_different_size_are_fine_when_the_tokenizers_agree(t
 
 def test_few_added_tokens_on_one_side_are_fine(tmp_path: Path) -> None:
     target, draft = _tokenizer_only(tmp_path / "target"), _tokenizer_only(tmp_path / "draft")
-    tokenizer = draft.load_tokenizer()
+    tokenizer = Checkpoint(draft.name, None, draft.config).tokenizer  # a cached one would stay
     tokenizer.add_tokens(["<|tool|>", "<|image|>"], special_tokens=True)
     tokenizer.save_pretrained(draft.name)
-    assert len(draft.load_tokenizer()) == len(target.load_tokenizer()) + 2
+    assert len(draft.tokenizer) == len(target.tokenizer) + 2
     check_same_tokenizer(target, draft)
 
 

@@ -102,9 +102,7 @@ def finish_graph(
 ) -> ir.Model:
     if attention == "lengths":  # as for ONNX Runtime
         make_shape_invariant(decoder.model, checkpoint.config.num_attention_heads, checkpoint.num_kv_heads)
-    tied = "lm_head.weight" not in decoder.parameters
-    output_name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-    writer = WeightWriter(decoder.model.graph, checkpoint.load_weights(), dtype, quantization, output_name)
+    writer = WeightWriter(decoder.model.graph, checkpoint.load_weights(), dtype, quantization)
     writer.attach(decoder.parameters)
     append_head(decoder.model, 3, [2], form="lazy_functions" if attention == "lengths" else "functions")
     ir.save(decoder.model, path, external_data=f"{path.name}.data")

@@ -222,8 +222,7 @@ def test_an_output_that_cannot_be_written_is_named(demo_engine: Path, tmp_path: 
         assert message.split(": ")[1] in ("File exists", "Not a directory")
     assert file.read_bytes() == b"content"
     message = error(demo_engine, "-o", tmp_path / "models", "--name", "a" * 300)
-    assert message.startswith(f"{tmp_path}/.aaa")
-    assert message.endswith(": File name too long")
+    assert message == f"{tmp_path}/models/{'a' * 300}: File name too long: write elsewhere"
 
 
 def test_a_flag_that_is_missing_or_unknown_is_exit_code_2(demo_engine: Path, repository: Path) -> None:

@@ -1,0 +1,170 @@
+"""The tensors of a checkpoint: read as they are stored, and held against what its configuration announces.
+
+transformers makes a model of the configuration and fills it with what fits: tensors that are missing become random
+values, others are dropped. Here both are an error where the model would compute something else, and are named where
+it does not.
+"""
+
+import logging
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from fly_trt.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+# The float types of safetensors that weights are read in, by what they hold; float32 holds all of them.
+READABLE = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INDEX_NAME = "model.safetensors.index.json"
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+NAMED_AT_MOST = 3
+
+
+def load_tensors(name: str, revision: str | None) -> dict[str, torch.Tensor]:
+    """All parameters by the names of the transformers model; those that are tied share their memory. They are in the
+    dtype of the files, whatever the configuration calls it; in float32 when the files mix several.
+
+    Raises CheckpointError for weights that do not load, are missing, or belong to another computation than the
+    configuration's. What the model does not use is logged as a warning.
+    """
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype=_stored_dtype(name, revision),
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
+        raise CheckpointError(f"{name}: the weights do not load: {first_line(error)}") from None
+    model, info = loaded
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        raise CheckpointError(f"{name}: {_why_missing(missing, unexpected, len(model.state_dict()))}")
+    _check_unexpected(name, unexpected, {path for path, _ in model.named_modules()})
+    tensors = dict(model.state_dict())
+    if model.config.tie_word_embeddings and not _is_shared(tensors):
+        logger.warning(
+            "%s: tie_word_embeddings is true, but lm_head.weight differs from the embeddings: both are used, as "
+            "transformers does",
+            name,
+        )
+    return tensors
+
+
+def count_parameters(tensors: dict[str, torch.Tensor]) -> int:
+    """Those that share their memory are one."""
+    return sum({tensor.data_ptr(): tensor.numel() for tensor in tensors.values()}.values())
+
+
+def check_values(name: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Raises CheckpointError for values that no engine could compute with, or that `dtype` does not hold."""
+    for key, tensor in tensors.items():
+        if tensor.numel() == 0:
+            continue
+        low, high = (float(bound) for bound in torch.aminmax(tensor))
+        largest = max(-low, high)
+        if largest != largest:
+            raise CheckpointError(f"{name}: {key} has NaN values, in any dtype: the checkpoint is broken, get it anew")
+        if largest == float("inf"):
+            raise CheckpointError(
+                f"{name}: {key} has infinite values, in any dtype: the checkpoint is broken, get it anew"
+            )
+        limit = torch.finfo(dtype).max
+        # Rounded, as writing it will: what is a little beyond the limit rounds to it.
+        if largest > limit and torch.tensor(largest).to(dtype).isinf():
+            stored = str(dtype).removeprefix("torch.")
+            wider = "float32" if dtype == torch.bfloat16 else "bfloat16 or float32"
+            raise CheckpointError(
+                f"{name}: {key} has values up to {largest:.6g}, {stored} ends at {limit:.6g}: use --dtype {wider}"
+            )
+
+
+def _stored_dtype(name: str, revision: str | None) -> torch.dtype:
+    """The one dtype of all float tensors in the files, or float32, which holds the values of all."""
+    dtypes = set()
+    for path in _files(name, revision):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 - no mapping
+                kind = file.get_slice(key).get_dtype()
+                if kind in READABLE:
+                    dtypes.add(READABLE[kind])
+                elif key.endswith(".weight"):  # transformers would read integers as if they were weights
+                    raise CheckpointError(
+                        f"{name}: {key} is stored as {kind}, which looks quantised: give the original and use "
+                        "--quantization"
+                    )
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def _files(name: str, revision: str | None) -> list[str]:
+    """The safetensors files that transformers reads, downloaded where it would."""
+    optional: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    if (single := cached_file(name, "model.safetensors", **optional)) is not None:
+        return [single]
+    if (index := cached_file(name, INDEX_NAME, **optional)) is None:
+        return []
+    return get_checkpoint_shard_files(name, index, revision=revision)[0]
+
+
+def _is_shared(tensors: dict[str, torch.Tensor]) -> bool:
+    output = tensors.get("lm_head.weight")
+    return output is None or output.data_ptr() == tensors["model.embed_tokens.weight"].data_ptr()
+
+
+def _why_missing(missing: list[str], unexpected: list[str], num_tensors: int) -> str:
+    for name in unexpected:
+        prefix, dot, _ = name.partition("layers.0.")
+        if dot and prefix not in ("", "model."):
+            return (
+                f"its tensors begin with {prefix!r}, as those of a larger (multimodal) model do: save its text decoder "
+                "as a checkpoint of its own and build that"
+            )
+    fix = "download it again" if len(missing) == num_tensors else "download it again, or correct config.json"
+    return f"{len(missing)} missing tensors, the first is {missing[0]}: {fix}"
+
+
+def _check_unexpected(name: str, unexpected: list[str], modules: set[str]) -> None:
+    """A tensor inside of a module that computes changes what it computes; one beside them all is only unused."""
+    containers = {"", "model", "model.layers"}
+    inside = [key for key in unexpected if _nearest(key, modules) not in containers]
+    if inside:
+        fields = "attention_bias, mlp_bias or model_type" if inside[0].endswith(".bias") else "config.json"
+        raise CheckpointError(
+            f"{name}: config.json announces no {some(inside)}: the model would compute something else without: "
+            f"correct {fields}, or remove what is not part of the model"
+        )
+    if unexpected:
+        logger.warning(
+            "%s: not used, because config.json does not announce them: %s", name, some(_by_layer(unexpected))
+        )
+
+
+def _nearest(key: str, modules: set[str]) -> str:
+    """The innermost module of the model that the tensor's name lies in."""
+    while key not in modules:
+        key = key.rpartition(".")[0]
+    return key
+
+
+def _by_layer(keys: list[str]) -> list[str]:
+    """Tensors of one layer as one item."""
+    layers = {key: LAYER.search(key) for key in keys}
+    return list(dict.fromkeys(f"{key[: found.end()]}*" if found else key for key, found in layers.items()))
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few, and how many more there are."""
+    names = list(names)
+    more = len(names) - NAMED_AT_MOST
+    return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
