@@ -41,7 +41,7 @@ MODES: dict[str, tuple[str | None, SamplingParams]] = {
     "sampled": ("multi_level", loose(temperature=0.8, seed=11)),
     "sampled-paper": ("multi_level", loose(temperature=0.8, seed=11, preset="paper", fly_entropy_threshold=0.02)),
     "ngram": ("ngram", loose()),
-    "ngram-paper": ("ngram", loose(preset="paper", fly_entropy_threshold=0.005)),
+    "ngram-paper": ("ngram", loose(preset="paper", fly_entropy_threshold=0.005, fly_window_size=2)),
 }
 LOOSE_MODES = [mode for mode, (_, params) in MODES.items() if params is not EXACT]
 Tokens = list[list[int]]
