@@ -2,25 +2,18 @@
 
 import asyncio
 import dataclasses
-import gc
 import random
 from pathlib import Path
 
 from eval_prompts import load_eval_prompts
 from fly_trt import AcceptanceParams, AsyncLLM, RequestOutputKind, SamplingParams
-from fly_trt.runtime.invariants import check_invariants
+from leftovers import MIB, check_nothing_is_left, resident_bytes
 
 NUM_REQUESTS = 2000
 NUM_CLIENTS = 24
 NUM_SETTLED = 200  # requests after which memory must not grow
-MAX_GROWTH_BYTES = 32 << 20
+MAX_GROWTH_BYTES = 32 * MIB
 TEXTS = [record["prompt"] for record in load_eval_prompts()]
-
-
-def resident_bytes() -> int:
-    gc.collect()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS:"))
 
 
 def random_params(rng: random.Random) -> SamplingParams:
@@ -81,20 +74,7 @@ def test_two_thousand_requests_leave_no_slot_taken_and_no_memory_behind(demo_eng
             grown = resident_bytes() - settled
             assert sum(counts.values()) == NUM_REQUESTS - NUM_SETTLED
             assert min(counts.values()) > 20, counts
-            assert grown < MAX_GROWTH_BYTES, f"{grown >> 20} MiB"
-            thread = llm._service.thread
-            for _ in range(100):
-                if not thread._groups:
-                    break
-                await asyncio.sleep(0.1)
-            assert not thread._groups
-            assert not thread._group_of
-            loop = thread._loop
-            check_invariants(loop)
-            assert not loop.scheduler.running
-            assert not loop.scheduler.waiting
-            assert all(slot.request is None for slot in loop.scheduler.slots.table)
-            metrics = llm.metrics()
-            assert metrics["fly_trt:num_requests_running"] == metrics["fly_trt:num_requests_waiting"] == 0
+            assert grown < MAX_GROWTH_BYTES, f"{grown // MIB} MiB"
+            await check_nothing_is_left(llm)
 
     asyncio.run(run())

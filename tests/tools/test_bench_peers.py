@@ -169,7 +169,9 @@ def test_a_summary_is_the_median_of_the_rounds_beside_fly() -> None:
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """What would have been run, instead of running it."""
     commands: list[list[str]] = []
-    monkeypatch.setattr(environments, "_run", lambda command, what: commands.append([str(part) for part in command]))
+    monkeypatch.setattr(
+        environments, "run_quietly", lambda command, what: commands.append([str(part) for part in command])
+    )
     return commands
 
 
@@ -185,7 +187,7 @@ def test_an_environment_that_cannot_be_made_leaves_nothing(tmp_path: Path, monke
     def fail(command: list, what: str) -> None:
         raise PreparationError(f"{what} failed: no network")
 
-    monkeypatch.setattr(environments, "_run", fail)
+    monkeypatch.setattr(environments, "run_quietly", fail)
     with pytest.raises(PreparationError, match="no network"):
         Preparation(tmp_path / "peers", lambda line: None).python(PEERS["transformers"])
     assert list((tmp_path / "peers").iterdir()) == []
@@ -194,7 +196,7 @@ def test_an_environment_that_cannot_be_made_leaves_nothing(tmp_path: Path, monke
 def test_a_program_that_fails_is_told_by_its_error(checkpoint: Path) -> None:
     program = "import sys; print('ERROR: no such package', file=sys.stderr); print('bye', file=sys.stderr); sys.exit(1)"
     with pytest.raises(PreparationError, match="installing x failed: ERROR: no such package"):
-        environments._run([sys.executable, "-c", program], "installing x")
+        environments.run_quietly([sys.executable, "-c", program], "installing x")
 
 
 def test_a_checkpoint_is_converted_once_until_it_changes(

@@ -64,20 +64,21 @@ class Preparation:
             python = self.python(peer)
             self._say(f"{peer.name}: converting {checkpoint} to {form}")
             with new_directory(model) as workspace:
-                _run([python, *peer.convert(str(checkpoint), form, str(workspace))], f"converting {checkpoint}")
+                run_quietly([python, *peer.convert(str(checkpoint), form, str(workspace))], f"converting {checkpoint}")
         return model
 
     def _install(self, peer: Peer, workspace: Path) -> None:
-        _run([sys.executable, "-m", "venv", workspace], "making a virtual environment")
+        run_quietly([sys.executable, "-m", "venv", workspace], "making a virtual environment")
         # By its module: a program of the environment knows it by the name that it has before it is renamed.
         pip = [workspace / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "--quiet"]
         for requirements in peer.requirements:
-            _run([*pip, "install", *requirements], f"installing {', '.join(requirements)}")
+            run_quietly([*pip, "install", *requirements], f"installing {', '.join(requirements)}")
         if peer.unwanted:
-            _run([*pip, "uninstall", "--yes", *peer.unwanted], f"removing {', '.join(peer.unwanted)}")
+            run_quietly([*pip, "uninstall", "--yes", *peer.unwanted], f"removing {', '.join(peer.unwanted)}")
 
 
-def _run(command: list[str | Path], what: str) -> None:
+def run_quietly(command: list[str | Path], what: str) -> None:
+    """Runs a command in the environment of the workers, and takes what it prints. Raises PreparationError."""
     done = subprocess.run(command, env=worker_environment(), capture_output=True, text=True, errors="replace")
     if done.returncode:
         lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
