@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import sys
 import time
 from typing import Any
 
