@@ -119,7 +119,7 @@ class DraftLengths(DraftLength):
         super().__init__(max_draft_tokens, adaptive=True)
         self._given = cycle(lengths)
 
-    def choose(self, rates: Sequence[float], limits: Sequence[int], num_context: int) -> int:
+    def choose(self, rates: Sequence[float], limits: Sequence[int], num_context: int, num_unread: int = 0) -> int:
         return min(next(self._given), self.max_draft_tokens)
 
 

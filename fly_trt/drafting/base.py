@@ -28,6 +28,11 @@ class Drafter(Protocol):
         """That of its engine, or 0 without one."""
         ...
 
+    def num_unread(self, slot: int, length: int) -> int:
+        """Tokens of the slot's sequence, of `length` tokens, that the drafter would read before it proposes any. What
+        it has of a former sequence in the slot does not count."""
+        ...
+
     def prepare(self, rows: Sequence[DraftRow]) -> None:
         """Reads what the rows' sequences have that the drafter has not seen, so that `propose` costs what drafting
         costs. Optional: `propose` does it too."""

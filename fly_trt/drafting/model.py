@@ -74,6 +74,10 @@ class ModelDrafter:
     def num_preparations(self) -> int:
         return self._engine.num_preparations
 
+    def num_unread(self, slot: int, length: int) -> int:
+        state = self._slots.get(slot)
+        return length - min(length, state.num_cached) if state is not None and state.num_committed else length
+
     def prepare(self, rows: Sequence[DraftRow]) -> None:
         for slot, tokens, num_tokens in rows:
             state = self._slots.get(slot)

@@ -75,6 +75,9 @@ class NgramDrafter:
         self._min_n = min_n
         self._indexes: dict[int, NgramIndex] = {}
 
+    def num_unread(self, slot: int, length: int) -> int:
+        return 0  # reading is a few dictionary look-ups a token
+
     def prepare(self, rows: Sequence[DraftRow]) -> None:
         for slot, tokens, _ in rows:
             index = self._indexes.get(slot)

@@ -13,14 +13,17 @@ import numpy.typing as npt
 SMOOTHING = 0.2  # weight of a new measurement
 FIRST_RATE = 0.8  # acceptance of a draft token before any was seen
 MEMORY = 0.95  # what a round leaves of the evidence before it
+FADING = 0.97  # the same for a step without drafts
 # Steps without drafts until speculation gets another chance: for each the draft model has to read what it missed, so
 # that the next one comes later, unless speculation paid for some rounds.
 FIRST_WAIT, WAIT_GROWTH, MAX_WAIT = 32, 8, 16_384
 PAYING_ROUNDS = 32
 RENEWAL = 8  # steps for which looked-up costs are used again
 MAX_KNOWN_STEPS = 256
-COST_FADING = 0.995
+DOUBT = 0.5  # what is left of a cost at another chance, until it is measured again
 PRIOR_TOKENS = 4.0
+# Tokens in which drafting has to make up for what the draft model must read first of a sequence that it fell behind.
+CATCH_UP_TOKENS = 64
 
 
 class CostCurve:
@@ -78,6 +81,11 @@ class AcceptanceRate:
         self._accepted = MEMORY * self._accepted + num_accepted
         self._rejected = MEMORY * self._rejected + was_rejected
 
+    def fade(self) -> None:
+        """A step without drafts says nothing; what is known ages towards what was expected."""
+        self._accepted *= FADING
+        self._rejected *= FADING
+
     def forget(self) -> None:
         """Starts anew from the first guess, which a single round corrects."""
         self._expected, self._weight = FIRST_RATE, 1.0
@@ -94,6 +102,7 @@ class DraftLength:
         self._usual = AcceptanceRate(FIRST_RATE)
         self.target_cost = CostCurve()
         self._draft_seconds: dict[int, float] = {}  # of one more draft token, by rows
+        self._doubted: set[int] = set()  # rows
         self._lengths = np.arange(max_draft_tokens + 1)
         self._num_rests = 0  # steps without drafts, all of them and since the last chance
         self._num_waited = 0
@@ -104,18 +113,20 @@ class DraftLength:
     def observe_drafting(self, num_rows: int, num_tokens: int, seconds: float) -> None:
         """`seconds` to draft up to `num_tokens` tokens for each of `num_rows` rows."""
         each = seconds / num_tokens
-        before = self._draft_seconds.setdefault(num_rows, each)
+        before = each if num_rows in self._doubted else self._draft_seconds.setdefault(num_rows, each)
         self._draft_seconds[num_rows] = before + SMOOTHING * (each - before)
+        self._doubted.discard(num_rows)
 
     def rest(self) -> bool:
-        """A step without drafts, although some could have been made. True when it is time for another chance. A cost
-        that is not measured again is doubted more and more, until it is."""
+        """A step without drafts, although some could have been made. True when it is time for another chance, at which
+        the measured costs are doubted too."""
         self._num_rests += 1
-        for rows in self._draft_seconds:
-            self._draft_seconds[rows] *= COST_FADING
         self._num_waited += 1
         if self._num_waited < self._wait:
             return False
+        self._doubted.update(self._draft_seconds)
+        for rows in self._draft_seconds:
+            self._draft_seconds[rows] *= DOUBT
         self._wait = min(self._wait * WAIT_GROWTH, MAX_WAIT)
         self._num_waited = self._num_paying = 0
         return True
@@ -132,10 +143,11 @@ class DraftLength:
         if self._num_paying >= PAYING_ROUNDS:
             self._wait = FIRST_WAIT
 
-    def choose(self, rates: Sequence[float], limits: Sequence[int], num_context: int) -> int:
+    def choose(self, rates: Sequence[float], limits: Sequence[int], num_context: int, num_unread: int = 0) -> int:
         """Draft tokens 0 .. max(limits) for a step of len(rates) rows with `num_context` context tokens each: the
         number with the most expected tokens per second, where rates are the rows' acceptance rates and limits,
-        0 .. max_draft_tokens, the draft tokens that each of them has at most."""
+        0 .. max_draft_tokens, the draft tokens that each of them has at most. num_unread: tokens of the rows that the
+        draft model has to read before it drafts."""
         longest = max(limits)
         if not self.adaptive or not len(self.target_cost) or not longest:
             return longest
@@ -143,6 +155,7 @@ class DraftLength:
         parts = _equal_parts(longest)
         expected = float(len(rates))  # tokens: the accepted prefixes and the target's own
         best, best_speed = 0, expected / seconds[0]
+        reading = self._reading_seconds(num_unread) / CATCH_UP_TOKENS
         chances = [1.0] * len(rates)
         for length in range(1, longest + 1):
             chances = [
@@ -150,8 +163,8 @@ class DraftLength:
                 for chance, rate, limit in zip(chances, rates, limits, strict=True)
             ]
             expected += sum(chances)
-            if length in parts and expected > best_speed * seconds[length]:
-                best, best_speed = length, expected / seconds[length]
+            if length in parts and expected > best_speed * (seconds[length] + reading):
+                best, best_speed = length, expected / (seconds[length] + reading)
         return best
 
     def _step_seconds(self, num_rows: int, num_drafting: int, num_context: int) -> list[float]:
@@ -168,6 +181,13 @@ class DraftLength:
             self._known_seconds.clear()
         self._known_seconds[num_rows, num_drafting, num_context] = num_changes, seconds
         return seconds
+
+    def _reading_seconds(self, num_tokens: int) -> float:
+        """Expected seconds in which the draft model reads so many tokens: the target's cost of them, in proportion."""
+        if not num_tokens:
+            return 0.0
+        one, all_ = self.target_cost(np.array([1, num_tokens]))
+        return float(self._draft_cost(1) * all_ / one)
 
     def _draft_cost(self, num_rows: int) -> float:
         if not self._draft_seconds:

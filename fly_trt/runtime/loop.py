@@ -28,6 +28,7 @@ from fly_trt.verification import Verdict
 # its last token only is read without any up to there.
 MAX_LOGITS_CHUNK = 64
 MIN_PREFILL_CHUNK = 16
+MAX_USUAL_CONTEXT = 2
 WARM_UP_SECONDS = 1.0
 
 
@@ -155,9 +156,19 @@ class GenerationLoop:
         fits = self._num_fitting(num_rows, num_context)
         rates = [self._rate(request) for request in rows]
         limits = [self._draft_limit(request) for request in rows]
-        length = self.draft_length.choose([rate.value for rate in rates], limits, num_context)
-        if not length and any(limits) and self.draft_length.rest():  # one row tries: all would have to catch up
-            next(rate for rate, limit in zip(rates, limits, strict=True) if limit).forget()
+        unread = 0
+        if self._drafter is not None:
+            drafting = (request for request, limit in zip(rows, limits, strict=True) if limit)
+            unread = sum(self._drafter.num_unread(request.slot, len(request.sequence)) for request in drafting)
+        # What pays in the long step of a prompt need not pay in those that follow it.
+        num_usual = min(num_context, MAX_USUAL_CONTEXT)
+        length = self.draft_length.choose([rate.value for rate in rates], limits, num_usual, unread)
+        if not length and any(limits):
+            may_draft = [rate for rate, limit in zip(rates, limits, strict=True) if limit]
+            for rate in may_draft:
+                rate.fade()
+            if self.draft_length.rest():
+                may_draft[0].forget()  # one tries: all would have to catch up
         return min(fits, length)
 
     def _num_fitting(self, num_rows: int, num_context: int) -> int:

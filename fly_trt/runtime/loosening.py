@@ -27,9 +27,9 @@ DRAFT_TOKEN_COST = 0.1
 VERIFICATION_TOKEN_COST = 0.05
 
 TRY_SHARE = 0.005
-MAX_PAUSE_TOKENS = 4096
+MAX_PAUSE_TOKENS = 1024
 MEMORY = 0.9  # what a round leaves of the evidence before it
-FIRST_AGREEMENT, AGREEMENT_TOKENS = 0.8, 4.0  # taken for granted before the first round, and its weight in tokens
+FIRST_AGREEMENT, AGREEMENT_TOKENS = 0.75, 4.0  # taken for granted before the first round, and its weight in tokens
 CHANCE_WINDOWS = 1.0  # weight of a^L among the request's own windows
 
 
@@ -112,9 +112,10 @@ class Loosening:
         if chance * num_tokens >= cost * speed:
             return None
         steps = cost if has_failed else self._costs.of_round(1) - 1
-        # A draft model that pays nowhere must read, before it drafts again, what was decoded without it.
-        share = TRY_SHARE - (0 if paying else self._costs.draft_token * self._costs.verification_token)
-        return min(math.ceil(steps * speed / share), MAX_PAUSE_TOKENS) if share > 0 else MAX_PAUSE_TOKENS
+        # Before it drafts again, the draft model may have to read all that was decoded without it.
+        if self._costs.draft_token * self._costs.verification_token > TRY_SHARE:
+            return MAX_PAUSE_TOKENS
+        return min(math.ceil(steps * speed / TRY_SHARE), MAX_PAUSE_TOKENS)
 
 
 @cache
