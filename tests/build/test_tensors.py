@@ -57,7 +57,9 @@ def _transformers_logits(folder: Path) -> np.ndarray:
 
 
 def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING and r.name.startswith("fly_build")]
+    """What is said of tensors: the tokenizer of these checkpoints has more tokens than they have embeddings."""
+    records = [r for r in caplog.records if r.levelno >= logging.WARNING and r.name.startswith("fly_build")]
+    return [message for r in records if "the tokenizer has tokens" not in (message := r.getMessage())]
 
 
 @pytest.fixture(scope="module")

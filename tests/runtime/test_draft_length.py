@@ -118,12 +118,22 @@ def test_a_new_request_starts_from_what_others_saw() -> None:
 
 def test_a_rate_follows_the_recent_rounds() -> None:
     rate = AcceptanceRate(0.8)
-    for _ in range(30):
+    for _ in range(60):
         rate.observe(0, was_rejected=True)
-    assert rate.value < 0.05
-    for _ in range(30):
+    assert rate.value < 0.2
+    for _ in range(60):
         rate.observe(15, was_rejected=False)
     assert rate.value > 0.95
+
+
+def test_a_rate_ages_towards_what_was_expected_without_drafts() -> None:
+    rate = AcceptanceRate(0.6)
+    for _ in range(60):
+        rate.observe(0, was_rejected=True)
+    before = rate.value
+    for _ in range(300):
+        rate.fade()
+    assert before < rate.value == pytest.approx(0.6, abs=0.01)
 
 
 def test_a_rate_that_was_forgotten_is_the_first_guess_until_the_next_round() -> None:
@@ -214,6 +224,16 @@ def test_the_choice_is_always_a_number_of_draft_tokens(
 ) -> None:
     choice = chosen(lambda p: base + each * p, rates, draft_seconds=draft, num_context=num_context)
     assert 0 <= choice <= K
+
+
+def test_what_the_draft_model_must_read_first_counts() -> None:
+    """A request that was decoded without drafts for long does not draft again for a small gain."""
+    lengths = DraftLength(K, adaptive=True)
+    lengths.target_cost = measured(lambda positions: 0.01 + 0.001 * positions)
+    lengths.observe_drafting(1, 10, 10 * 0.003)
+    assert lengths.choose([0.5], [K], 1, num_unread=1) > 0
+    assert lengths.choose([0.5], [K], 1, num_unread=500) == 0
+    assert lengths.choose([0.95], [K], 1, num_unread=500) > 0
 
 
 def test_switched_off_the_maximum_is_drafted_whatever_it_costs() -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from fly_trt import ConfigError, EngineError, SpeculativeConfig
 from fly_trt.engines.cores import available_cores
-from fly_trt.manifest import Limits, read_manifest, write_manifest
+from fly_trt.manifest import MANIFEST_NAME, Limits, read_manifest, write_manifest
 from fly_trt.service import DEFAULT_MAX_QUEUE_SIZE, ServiceConfig, resolve_speculative_config
 from fly_trt.serving.configuration import ModelConfiguration, write_parameters
 from fly_trt.serving.repository import make_plan
@@ -31,9 +33,10 @@ ENGINE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def engine_with(built: Path, directory: Path, **changes: Any) -> Path:
-    """The manifest of a built engine with other contents; its files are not needed here."""
-    directory.mkdir()
-    write_manifest(read_manifest(built).model_copy(update={"files": {}, **changes}), directory)
+    """A built engine with another manifest."""
+    shutil.copytree(built, directory, copy_function=os.link)
+    (directory / MANIFEST_NAME).unlink()
+    write_manifest(read_manifest(built).model_copy(update=changes), directory)
     return directory
 
 
