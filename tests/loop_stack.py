@@ -16,6 +16,7 @@ from fly_trt.params import SamplingParams
 from fly_trt.runtime.draft_length import DraftLength
 from fly_trt.runtime.invariants import check_invariants
 from fly_trt.runtime.loop import GenerationLoop, LoopConfig
+from fly_trt.runtime.loosening import StepCosts
 from fly_trt.runtime.request import Request
 from fly_trt.runtime.sampler import Sampler
 from fly_trt.sequence import TokenSequence
@@ -180,6 +181,7 @@ def make_stack(
     entropy: Entropy = lambda tokens: 0.0,
     logits: Logits | None = None,
     trim_block: int | None = None,
+    step_costs: StepCosts | None = None,
 ) -> Stack:
     """max_seq_len: what is served, where the engine was built for 256. draft_lengths: what the loop's choice of draft
     tokens is, step by step; otherwise it chooses."""
@@ -192,6 +194,7 @@ def make_stack(
         max_queue_size=max_queue_size,
         adaptive_draft_length=adaptive_draft_length,
         prefix_caching=prefix_caching,
+        step_costs=step_costs,
     )
     metrics = Metrics()
     loop = GenerationLoop(engine, drafter, config, letters(), metrics)
