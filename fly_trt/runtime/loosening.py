@@ -10,8 +10,9 @@ p: the chance that a window of L tokens stands, a^L with a the share of draft to
 then what became of the request's own windows; L + 1: the tokens that one brings; X: what one costs in steps of one
 token, less the more of it is drafted anyway; r: the tokens that a step of one token brings without it.
 
-While that does not hold, the request is decoded exactly, for so many tokens that looking again costs TRY_SHARE of them
-(or the window that failed did). Looking again is one exact round that shows how well the draft fits.
+While that does not hold, the request is decoded exactly: as long as the draft tokens seen are few, in rounds that show
+how well the draft fits, and then for so many tokens that looking again costs TRY_SHARE of them (or the window that
+failed did). Looking again is one more such round.
 
 This is part of the rule, since it decides tokens. So it rests on what is the same whatever is served beside the
 request, however its rounds are cut and however fast the machine is: the rounds that `observe` is given, and two ratios
@@ -29,7 +30,8 @@ VERIFICATION_TOKEN_COST = 0.05
 TRY_SHARE = 0.005
 MAX_PAUSE_TOKENS = 1024
 MEMORY = 0.9  # what a round leaves of the evidence before it
-FIRST_AGREEMENT, AGREEMENT_TOKENS = 0.75, 4.0  # taken for granted before the first round, and its weight in tokens
+FIRST_AGREEMENT, AGREEMENT_TOKENS = 0.78, 4.0  # taken for granted before the first round, and its weight in tokens
+LOOK_TOKENS = 12.0  # draft tokens seen, the first ones included, that are enough to look away
 CHANCE_WINDOWS = 1.0  # weight of a^L among the request's own windows
 
 
@@ -101,8 +103,9 @@ class Loosening:
 
     def _lost(self, *, has_failed: bool = False) -> int | None:
         """None while windows pay, and otherwise the tokens of the pause that makes up for looking again or, where one
-        has failed, for the window."""
-        agreement = self._agreed / (self._agreed + self._differed)
+        has failed, for the window. 0 goes on looking."""
+        seen = self._agreed + self._differed
+        agreement = self._agreed / seen
         # To a percent: neighbours in it decide alike, and what is looked up is small.
         paying, speed = _best_exact_round(self._costs, self._num_draft, round(agreement, 2))
         num_tokens = self._lookahead + 1
@@ -111,6 +114,8 @@ class Loosening:
         chance = (CHANCE_WINDOWS * agreement**self._lookahead + self._stood) / weight
         if chance * num_tokens >= cost * speed:
             return None
+        if seen < LOOK_TOKENS and paying and not has_failed:
+            return 0
         steps = cost if has_failed else self._costs.of_round(1) - 1
         # Before it drafts again, the draft model may have to read all that was decoded without it.
         if self._costs.draft_token * self._costs.verification_token > TRY_SHARE:

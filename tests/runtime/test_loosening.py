@@ -62,7 +62,7 @@ def test_a_draft_that_misses_is_looked_at_more_often_than_windows_that_fail() ->
 
 
 def test_a_draft_model_that_reads_as_long_as_it_may_cost_is_left_alone_for_long() -> None:
-    assert after(HALF, MISSES).resume_at == 100 + MAX_PAUSE_TOKENS
+    assert after(HALF, MISSES, MISSES).resume_at == 100 + MAX_PAUSE_TOKENS
 
 
 def test_a_draft_that_fits_again_opens_windows_again() -> None:
