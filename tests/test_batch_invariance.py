@@ -37,7 +37,7 @@ MODES: dict[str, tuple[str | None, SamplingParams]] = {
     "fly": ("multi_level", loose()),
     "paper": ("multi_level", loose(preset="paper", fly_entropy_threshold=0.02)),
     "paper-short": ("multi_level", loose(preset="paper", fly_entropy_threshold=0.01, fly_window_size=2)),
-    "custom": ("multi_level", loose(preset="vllm", fly_entropy_threshold=0.05, fly_window_size=8)),
+    "custom": ("multi_level", loose(preset="vllm", fly_entropy_threshold=0.05, fly_window_size=4)),
     "sampled": ("multi_level", loose(temperature=0.8, seed=11)),
     "sampled-paper": ("multi_level", loose(temperature=0.8, seed=11, preset="paper", fly_entropy_threshold=0.02)),
     "ngram": ("ngram", loose()),
