@@ -16,7 +16,7 @@ def _build(output: Path, **flags: object) -> Path:
     from fly_build.recipe import load_recipe
 
     # Given, not measured: what is accepted may depend on them, and no test may depend on the machine.
-    costs = {"draft_token_cost": 0.07, "verification_token_cost": 0.06}
+    costs = {"draft_token_cost": 0.12, "verification_token_cost": 0.06}
     recipe = load_recipe(None, {"target": str(PAIR / "target"), "max_seq_len": 2048, "speculative": costs, **flags})
     build(make_plan(recipe, output), lambda step, fraction: None)
     return output

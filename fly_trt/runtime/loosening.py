@@ -30,7 +30,7 @@ VERIFICATION_TOKEN_COST = 0.05
 TRY_SHARE = 0.005
 MAX_PAUSE_TOKENS = 1024
 MEMORY = 0.9  # what a round leaves of the evidence before it
-FIRST_AGREEMENT, AGREEMENT_TOKENS = 0.78, 4.0  # taken for granted before the first round, and its weight in tokens
+FIRST_AGREEMENT, AGREEMENT_TOKENS = 0.79, 4.0  # taken for granted before the first round, and its weight in tokens
 LOOK_TOKENS = 12.0  # draft tokens seen, the first ones included, that are enough to look away
 CHANCE_WINDOWS = 1.0  # weight of a^L among the request's own windows
 
