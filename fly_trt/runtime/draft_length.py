@@ -4,6 +4,7 @@ What it decides changes speed and never tokens, so it may rest on clocks. It kno
 knows nothing of requests.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 
@@ -15,12 +16,12 @@ FIRST_RATE = 0.8  # acceptance of a draft token before any was seen
 MEMORY = 0.95  # what a round leaves of the evidence before it
 FADING = 0.97  # the same for a step without drafts
 # Steps without drafts until speculation gets another chance: for each the draft model has to read what it missed, so
-# that the next one comes later, unless speculation paid for some rounds.
+# that the next one comes later, unless speculation paid for some steps.
 FIRST_WAIT, WAIT_GROWTH, MAX_WAIT = 32, 8, 16_384
-PAYING_ROUNDS = 32
+PAYING_STEPS = 32
 RENEWAL = 8  # steps for which looked-up costs are used again
 MAX_KNOWN_STEPS = 256
-DOUBT = 0.5  # what is left of a cost at another chance, until it is measured again
+DOUBT, SURE = 0.5, 5  # what is left at another chance of a cost that was measured fewer than SURE times
 PRIOR_TOKENS = 4.0
 # Tokens in which drafting has to make up for what the draft model must read first of a sequence that it fell behind.
 CATCH_UP_TOKENS = 64
@@ -102,31 +103,33 @@ class DraftLength:
         self._usual = AcceptanceRate(FIRST_RATE)
         self.target_cost = CostCurve()
         self._draft_seconds: dict[int, float] = {}  # of one more draft token, by rows
-        self._doubted: set[int] = set()  # rows
+        self._num_measured: Counter[int] = Counter()  # by rows
         self._lengths = np.arange(max_draft_tokens + 1)
         self._num_rests = 0  # steps without drafts, all of them and since the last chance
         self._num_waited = 0
         self._wait = FIRST_WAIT
-        self._num_paying = 0  # rounds with drafts since the last chance
+        self._num_paying = 0  # steps with drafts beyond those without since the last chance
         self._known_seconds: dict[tuple[int, int, int], tuple[int, list[float]]] = {}
 
     def observe_drafting(self, num_rows: int, num_tokens: int, seconds: float) -> None:
         """`seconds` to draft up to `num_tokens` tokens for each of `num_rows` rows."""
         each = seconds / num_tokens
-        before = each if num_rows in self._doubted else self._draft_seconds.setdefault(num_rows, each)
-        self._draft_seconds[num_rows] = before + SMOOTHING * (each - before)
-        self._doubted.discard(num_rows)
+        self._num_measured[num_rows] += 1
+        weight = max(SMOOTHING, 1 / self._num_measured[num_rows])
+        before = self._draft_seconds.get(num_rows, each)
+        self._draft_seconds[num_rows] = before + weight * (each - before)
 
     def rest(self) -> bool:
         """A step without drafts, although some could have been made. True when it is time for another chance, at which
-        the measured costs are doubted too."""
+        costs that were hardly measured are doubted too."""
         self._num_rests += 1
         self._num_waited += 1
+        self._num_paying = max(0, self._num_paying - 1)
         if self._num_waited < self._wait:
             return False
-        self._doubted.update(self._draft_seconds)
-        for rows in self._draft_seconds:
-            self._draft_seconds[rows] *= DOUBT
+        for rows, num_measured in self._num_measured.items():
+            if num_measured < SURE:
+                self._draft_seconds[rows] *= DOUBT
         self._wait = min(self._wait * WAIT_GROWTH, MAX_WAIT)
         self._num_waited = self._num_paying = 0
         return True
@@ -139,9 +142,6 @@ class DraftLength:
     def observe_round(self, num_accepted: int, was_rejected: bool) -> None:
         """A request's round with drafts ended."""
         self._usual.observe(num_accepted, was_rejected)
-        self._num_paying += 1
-        if self._num_paying >= PAYING_ROUNDS:
-            self._wait = FIRST_WAIT
 
     def choose(self, rates: Sequence[float], limits: Sequence[int], num_context: int, num_unread: int = 0) -> int:
         """Draft tokens 0 .. max(limits) for a step of len(rates) rows with `num_context` context tokens each: the
@@ -165,6 +165,9 @@ class DraftLength:
             expected += sum(chances)
             if length in parts and expected > best_speed * (seconds[length] + reading):
                 best, best_speed = length, expected / (seconds[length] + reading)
+        self._num_paying += best > 0
+        if self._num_paying >= PAYING_STEPS:
+            self._wait = FIRST_WAIT
         return best
 
     def _step_seconds(self, num_rows: int, num_drafting: int, num_context: int) -> list[float]:

@@ -15,7 +15,7 @@ from fly_trt.drafting import Drafter, DraftRow
 from fly_trt.engines.base import EXACT, Engine, FloatArray, IntArray, Step
 from fly_trt.errors import EngineError, FlyError
 from fly_trt.metrics import Metrics
-from fly_trt.runtime.draft_length import AcceptanceRate, DraftLength
+from fly_trt.runtime.draft_length import SURE, AcceptanceRate, DraftLength
 from fly_trt.runtime.loosening import Loosening, StepCosts
 from fly_trt.runtime.request import Request, RequestState
 from fly_trt.runtime.rounds import Round
@@ -147,7 +147,7 @@ class GenerationLoop:
                     step.set_row(row, 0, token)
                 self._run(step)
             if self._drafter is not None:
-                for _ in range(2):
+                for _ in range(SURE + 1):
                     self._propose([DraftRow(slot, token, 2) for slot in range(num_rows)])
                     for slot in range(num_rows):
                         self._drafter.release(slot)
@@ -296,10 +296,12 @@ class GenerationLoop:
 
     def _propose(self, rows: list[DraftRow]) -> list[IntArray]:
         assert self._drafter is not None
+        unread = max(self._drafter.num_unread(row.slot, len(row.tokens)) for row in rows)
         self._drafter.prepare(rows)
         prepared, started = self._drafter.num_preparations, time.perf_counter()
         proposals = self._drafter.propose(rows)
-        if self._drafter.num_preparations == prepared:
+        # What was read at length has brought its first draft tokens already.
+        if self._drafter.num_preparations == prepared and unread <= MAX_USUAL_CONTEXT:
             longest = max(row.num_tokens for row in rows)
             self.draft_length.observe_drafting(len(rows), longest, time.perf_counter() - started)
         return proposals

@@ -10,9 +10,9 @@ p: the chance that a window of L tokens stands, a^L with a the share of draft to
 then what became of the request's own windows; L + 1: the tokens that one brings; X: what one costs in steps of one
 token, less the more of it is drafted anyway; r: the tokens that a step of one token brings without it.
 
-While that does not hold, the request is decoded exactly: as long as the draft tokens seen are few, in rounds that show
-how well the draft fits, and then for so many tokens that looking again costs TRY_SHARE of them (or the window that
-failed did). Looking again is one more such round.
+While that does not hold, the request is decoded exactly, for so many tokens that looking again costs TRY_SHARE of them
+(or the window that failed did). Looking again is decoding it exactly in rounds that show how well the draft fits, until
+they have shown enough.
 
 This is part of the rule, since it decides tokens. So it rests on what is the same whatever is served beside the
 request, however its rounds are cut and however fast the machine is: the rounds that `observe` is given, and two ratios
@@ -87,8 +87,8 @@ class Loosening:
         self._agreed = FIRST_AGREEMENT * AGREEMENT_TOKENS
         self._differed = (1 - FIRST_AGREEMENT) * AGREEMENT_TOKENS
         self._stood = self._failed = 0.0
-        self.resume_at = length
-        self.is_open = self._lost() is None
+        self.is_open, self.resume_at = True, length
+        self._decide(length)
 
     def observe(self, evidence: Evidence, length: int) -> None:
         """A round ended, with so many tokens in the sequence."""
@@ -96,31 +96,27 @@ class Loosening:
         self._differed = MEMORY * self._differed + evidence.num_differed
         self._stood = MEMORY * self._stood + evidence.num_stood
         self._failed = MEMORY * self._failed + evidence.num_failed
-        lost = self._lost(has_failed=evidence.num_failed > 0)
-        self.is_open = lost is None
-        if lost is not None:
-            self.resume_at = length + lost
+        goes_on = not evidence.num_failed and self._agreed + self._differed < LOOK_TOKENS
+        self._decide(length, has_failed=evidence.num_failed > 0, goes_on=goes_on)
 
-    def _lost(self, *, has_failed: bool = False) -> int | None:
-        """None while windows pay, and otherwise the tokens of the pause that makes up for looking again or, where one
-        has failed, for the window. 0 goes on looking."""
-        seen = self._agreed + self._differed
-        agreement = self._agreed / seen
+    def _decide(self, length: int, *, has_failed: bool = False, goes_on: bool = False) -> None:
+        """Opens windows where they pay. Otherwise pauses for as long as makes up for looking again or, where one has
+        failed, for the window; `goes_on` looks at the next round already, if drafting pays at all."""
+        agreement = self._agreed / (self._agreed + self._differed)
         # To a percent: neighbours in it decide alike, and what is looked up is small.
         paying, speed = _best_exact_round(self._costs, self._num_draft, round(agreement, 2))
         num_tokens = self._lookahead + 1
         cost = max(0.0, 1 - paying / num_tokens) * self._costs.of_round(self._lookahead)
         weight = CHANCE_WINDOWS + self._stood + self._failed
         chance = (CHANCE_WINDOWS * agreement**self._lookahead + self._stood) / weight
-        if chance * num_tokens >= cost * speed:
-            return None
-        if seen < LOOK_TOKENS and paying and not has_failed:
-            return 0
+        self.is_open = chance * num_tokens >= cost * speed
+        if self.is_open or (goes_on and paying):
+            return
         steps = cost if has_failed else self._costs.of_round(1) - 1
         # Before it drafts again, the draft model may have to read all that was decoded without it.
-        if self._costs.draft_token * self._costs.verification_token > TRY_SHARE:
-            return MAX_PAUSE_TOKENS
-        return min(math.ceil(steps * speed / TRY_SHARE), MAX_PAUSE_TOKENS)
+        reading = self._costs.draft_token * self._costs.verification_token
+        pause = MAX_PAUSE_TOKENS if reading > TRY_SHARE else math.ceil(steps * speed / TRY_SHARE)
+        self.resume_at = length + min(pause, MAX_PAUSE_TOKENS)
 
 
 @cache

@@ -11,7 +11,7 @@ from fly_trt.runtime.draft_length import (
     FIRST_RATE,
     FIRST_WAIT,
     MAX_WAIT,
-    PAYING_ROUNDS,
+    PAYING_STEPS,
     WAIT_GROWTH,
     AcceptanceRate,
     CostCurve,
@@ -278,8 +278,9 @@ def test_the_next_chance_comes_later_unless_speculation_paid_in_between() -> Non
 
     waits = [wait() for _ in range(6)]
     assert waits == [min(FIRST_WAIT * WAIT_GROWTH**n, MAX_WAIT) for n in range(6)]
-    for _ in range(PAYING_ROUNDS):
-        lengths.observe_round(5, False)
+    lengths.target_cost = measured(free)
+    for _ in range(PAYING_STEPS):
+        assert lengths.choose([0.9], [K], 1) > 0
     assert wait() == FIRST_WAIT
 
 
