@@ -37,13 +37,18 @@ def after(costs: StepCosts, *rounds: Evidence, length: int = 100) -> Loosening:
 def test_where_long_drafts_pay_windows_are_open_from_the_first_round_on() -> None:
     assert after(GPU).is_open
     assert after(StepCosts(0.03, 0.01)).is_open
-    assert not after(HALF).is_open
+
+
+@pytest.mark.parametrize("costs", [DEAR, HALF])
+def test_where_they_pay_only_for_a_draft_that_fits_they_wait_until_it_was_seen(costs: StepCosts) -> None:
+    assert not after(costs).is_open
+    assert 100 < after(costs).resume_at <= 100 + MAX_PAUSE_TOKENS
 
 
 @pytest.mark.parametrize("costs", [GPU, DEAR, StepCosts(0.07, 0.06), StepCosts(0.0, 0.0)])
 def test_windows_that_stand_stay_open(costs: StepCosts) -> None:
     assert after(costs, *[FITS] * 20).is_open
-    assert after(costs, *[FITS] * 20).resume_at == 100
+    assert after(costs, *[FITS] * 20).resume_at == after(costs).resume_at  # not paused again
 
 
 @pytest.mark.parametrize("costs", [GPU, DEAR])
