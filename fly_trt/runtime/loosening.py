@@ -10,9 +10,9 @@ p: the chance that a window of L tokens stands, a^L with a the share of draft to
 then what became of the request's own windows; L + 1: the tokens that one brings; X: what one costs in steps of one
 token, less the more of it is drafted anyway; r: the tokens that a step of one token brings without it.
 
-While that does not hold, the request is decoded exactly, for so many tokens that looking again costs TRY_SHARE of them
-(or the window that failed did). Looking again is decoding it exactly in rounds that show how well the draft fits, until
-they have shown enough.
+While that does not hold, the request is decoded exactly: first, as long as windows promise at least HOPE of their price,
+in rounds that show how well the draft fits, until they have shown enough; then for so many tokens that looking again
+costs TRY_SHARE of them (or the window that failed did).
 
 This is part of the rule, since it decides tokens. So it rests on what is the same whatever is served beside the
 request, however its rounds are cut and however fast the machine is: the rounds that `observe` is given, and two ratios
@@ -32,6 +32,7 @@ MAX_PAUSE_TOKENS = 1024
 MEMORY = 0.9  # what a round leaves of the evidence before it
 FIRST_AGREEMENT, AGREEMENT_TOKENS = 0.79, 4.0  # taken for granted before the first round, and its weight in tokens
 LOOK_TOKENS = 12.0  # draft tokens seen, the first ones included, that are enough to look away
+HOPE = 0.35  # the share of their price that windows must promise to be looked at on
 CHANCE_WINDOWS = 1.0  # weight of a^L among the request's own windows
 
 
@@ -88,7 +89,7 @@ class Loosening:
         self._differed = (1 - FIRST_AGREEMENT) * AGREEMENT_TOKENS
         self._stood = self._failed = 0.0
         self.is_open, self.resume_at = True, length
-        self._decide(length)
+        self._decide(length, goes_on=True)
 
     def observe(self, evidence: Evidence, length: int) -> None:
         """A round ended, with so many tokens in the sequence."""
@@ -101,7 +102,7 @@ class Loosening:
 
     def _decide(self, length: int, *, has_failed: bool = False, goes_on: bool = False) -> None:
         """Opens windows where they pay. Otherwise pauses for as long as makes up for looking again or, where one has
-        failed, for the window; `goes_on` looks at the next round already, if drafting pays at all."""
+        failed, for the window; `goes_on` looks at the next round already, where there is hope."""
         agreement = self._agreed / (self._agreed + self._differed)
         # To a percent: neighbours in it decide alike, and what is looked up is small.
         paying, speed = _best_exact_round(self._costs, self._num_draft, round(agreement, 2))
@@ -109,8 +110,9 @@ class Loosening:
         cost = max(0.0, 1 - paying / num_tokens) * self._costs.of_round(self._lookahead)
         weight = CHANCE_WINDOWS + self._stood + self._failed
         chance = (CHANCE_WINDOWS * agreement**self._lookahead + self._stood) / weight
-        self.is_open = chance * num_tokens >= cost * speed
-        if self.is_open or (goes_on and paying):
+        promise, price = chance * num_tokens, cost * speed
+        self.is_open = promise >= price
+        if self.is_open or (goes_on and promise >= HOPE * price):
             return
         steps = cost if has_failed else self._costs.of_round(1) - 1
         # Before it drafts again, the draft model may have to read all that was decoded without it.

@@ -40,9 +40,18 @@ def test_where_long_drafts_pay_windows_are_open_from_the_first_round_on() -> Non
 
 
 @pytest.mark.parametrize("costs", [DEAR, HALF])
-def test_where_they_pay_only_for_a_draft_that_fits_they_wait_until_it_was_seen(costs: StepCosts) -> None:
-    assert not after(costs).is_open
-    assert 100 < after(costs).resume_at <= 100 + MAX_PAUSE_TOKENS
+def test_where_they_pay_only_for_a_draft_that_fits_it_is_looked_at_first(costs: StepCosts) -> None:
+    first = after(costs)
+    assert (first.is_open, first.resume_at) == (False, 100)
+    assert after(costs, FITS).is_open
+    missed = after(costs, MISSES, MISSES)
+    assert not missed.is_open
+    assert missed.resume_at > 100
+
+
+def test_without_hope_nothing_is_looked_at() -> None:
+    hopeless = after(StepCosts(draft_token=1.0, verification_token=0.1))
+    assert (hopeless.is_open, hopeless.resume_at) == (False, 100 + MAX_PAUSE_TOKENS)
 
 
 @pytest.mark.parametrize("costs", [GPU, DEAR, StepCosts(0.07, 0.06), StepCosts(0.0, 0.0)])
