@@ -10,9 +10,9 @@ p: the chance that a window of L tokens stands, a^L with a the share of draft to
 then what became of the request's own windows; L + 1: the tokens that one brings; X: what one costs in steps of one
 token, less the more of it is drafted anyway; r: the tokens that a step of one token brings without it.
 
-While that does not hold, the request is decoded exactly: first, as long as windows promise at least HOPE of their price,
-in rounds that show how well the draft fits, until they have shown enough; then for so many tokens that looking again
-costs TRY_SHARE of them (or the window that failed did).
+While that does not hold, the request is decoded exactly: first, as long as windows promise at least HOPE of their
+price, in rounds that show how well the draft fits, until they have shown enough; then for so many tokens that looking
+again costs TRY_SHARE of them (or the window that failed did).
 
 This is part of the rule, since it decides tokens. So it rests on what is the same whatever is served beside the
 request, however its rounds are cut and however fast the machine is: the rounds that `observe` is given, and two ratios
