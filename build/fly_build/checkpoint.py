@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from fly_build.fields import refused_fields, warn_of_unread_fields
+from fly_build.fields import refused_fields, rope_parameters, warn_of_unread_fields
 from fly_build.operators import ATTENTION_NAME
 from fly_build.tensors import first_line, load_tensors
 from fly_build.tokenizer import load_tokenizer, splits_alike
@@ -72,12 +72,12 @@ class Checkpoint:
 
     @property
     def is_mixture_of_experts(self) -> bool:
-        return any(hasattr(self.config, name) for name in ("num_local_experts", "num_experts"))
+        return any(getattr(self.config, name, None) for name in ("num_local_experts", "num_experts"))
 
     @property
     def max_seq_len(self) -> int:
         """The longest sequence whose positions the graph computes as transformers does."""
-        rope = _rope_parameters(self.config)
+        rope = rope_parameters(self.config)
         if any(parameters.get("rope_type") in LENGTH_DEPENDENT_ROPE for parameters in rope):
             originals = [parameters.get("original_max_position_embeddings") for parameters in rope]
             original = getattr(self.config, "original_max_position_embeddings", None) or next(
@@ -247,10 +247,3 @@ def stop_token_ids(checkpoint: Checkpoint) -> list[int]:
     for value in (source.eos_token_id for source in sources):
         found.update([value] if isinstance(value, int) else value or [])
     return sorted(found)
-
-
-def _rope_parameters(config: Any) -> list[dict[str, Any]]:
-    """transformers 5 keeps one dict, or one per layer type."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    return nested or [parameters]

@@ -21,7 +21,7 @@ def _names(*lines: str) -> frozenset[str]:
 
 HONOURED = _names(
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim",
-    "max_position_embeddings rms_norm_eps rope_parameters rope_theta rope_scaling partial_rotary_factor",
+    "max_position_embeddings original_max_position_embeddings rms_norm_eps rope_parameters rope_theta rope_scaling",
     "tie_word_embeddings eos_token_id dtype torch_dtype",
 )
 GEMMA = "attention_bias attn_logit_softcapping final_logit_softcapping hidden_activation query_pre_attn_scalar"
@@ -38,7 +38,7 @@ HONOURED_BY = {
     "mistral": _names("hidden_act sliding_window"),
     "mixtral": _names("hidden_act sliding_window num_experts_per_tok num_local_experts"),
     "olmo2": _names("hidden_act attention_bias"),
-    "phi3": _names("hidden_act sliding_window original_max_position_embeddings"),
+    "phi3": _names("hidden_act sliding_window partial_rotary_factor"),
     "qwen2": _names("hidden_act", WINDOWED),
     "qwen3": _names("hidden_act attention_bias", WINDOWED),
     "qwen3_moe": _names(
@@ -60,7 +60,17 @@ HARMLESS = _names(
     "model_type architectures transformers_version auto_map tokenizer_class task_specific_params model_name",
     "unsloth_version unsloth_fixed is_llama_config transformers.js_config",
 )
-# Values, besides None, False and what is empty, with which a field changes nothing.
+QK_NORM = {"use_qk_norm": True, "qk_layernorm": True}
+# What an architecture does without asking: with these values a field changes nothing there, and any other is left out.
+FIXED: dict[str, dict[str, Any]] = {
+    "gemma3_text": QK_NORM,
+    "mixtral": {"norm_topk_prob": True, "decoder_sparse_step": 1},
+    "olmo2": QK_NORM,
+    "qwen3": QK_NORM,
+    "qwen3_moe": QK_NORM,
+}
+OF_EXPERTS = _names("decoder_sparse_step mlp_only_layers moe_intermediate_size norm_topk_prob num_experts_per_tok")
+# Values, besides None, False, 0 and what is empty, with which a field changes nothing.
 NEUTRAL: dict[str, Any] = {
     "is_causal": True,
     "attention_multiplier": 1,
@@ -69,6 +79,7 @@ NEUTRAL: dict[str, Any] = {
     "logits_scaling": 1,
     "full_attn_mod": 1,
     "interpolate_factor": 1,
+    "partial_rotary_factor": 1,
 }
 KNOWN = REFUSED.union(*HONOURED_BY.values())
 
@@ -92,7 +103,7 @@ def warn_of_unread_fields(name: str, config: Any) -> None:
 
 def _not_honoured(config: Any) -> tuple[list[str], list[str]]:
     """`field = value` of what changes the computation and is left out, and of what no architecture knows."""
-    values = config.to_dict()
+    values = _fields(config)
     passed = HONOURED | HONOURED_BY[config.model_type] | HARMLESS
     declared = {field.name: field.default for field in dataclasses.fields(config)}
     left_out: list[str] = []
@@ -107,18 +118,41 @@ def _not_honoured(config: Any) -> tuple[list[str], list[str]]:
     return left_out, unread
 
 
+def rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """transformers 5 keeps one dict, or one per layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """By name, with the one of those that transformers 5 moves into rope_parameters which most architectures ignore."""
+    # All architectures have "proportional": it turns the rest of a head by 0.
+    ropes = [rope for rope in rope_parameters(config) if rope.get("rope_type") != "proportional"]
+    factors = [factor for rope in ropes if (factor := rope.get("partial_rotary_factor")) not in (None, 1)]
+    moved = {"partial_rotary_factor": factors[0]} if factors else {}
+    return config.to_dict() | moved
+
+
 def _is_neutral(name: str, value: Any, values: dict[str, Any]) -> bool:
-    """Of a field that is not read: whether it would change anything if it were."""
-    if name in NEUTRAL:
-        return value is None or value == NEUTRAL[name]
-    if value is None or value is False or value in ("", [], {}):
+    """Of a field that is not read: that it would change nothing if it were."""
+    always = NEUTRAL | FIXED.get(values["model_type"], {})
+    if name in always:
+        return value is None or value == always[name]
+    if value in (None, False, 0, "", [], {}):
+        return True
+    if name in OF_EXPERTS and not (values.get("num_experts") or values.get("num_local_experts")):
+        return True
+    if name == "attention_bias" and values["model_type"] == "qwen2":  # always has those of q, k and v: its tensors say
         return True
     if name in ("sliding_window", "use_sliding_window", "max_window_layers"):  # as conversions leave them behind
         window = values.get("sliding_window")
         is_used = values.get("use_sliding_window", True) and window is not None
-        return not is_used or window >= values["max_position_embeddings"]
+        return not is_used or (isinstance(window, int | float) and window >= values["max_position_embeddings"])
     if name == "layer_types":
-        return set(value) == {"full_attention"}
-    if name in ("hidden_act", "hidden_activation"):  # an architecture reads one of the two names
-        return value == values["hidden_activation" if name == "hidden_act" else "hidden_act"]
+        return all(kind == "full_attention" for kind in value)
+    if name == "hidden_activation":
+        return bool(value == values["hidden_act"])
+    if name == "hidden_act":  # of Gemma, which reads hidden_activation: the older name says gelu for gelu_pytorch_tanh
+        return value in ("gelu", values["hidden_activation"])
     return False

@@ -14,10 +14,11 @@ from transformers import masking_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fly_build.checkpoint import SUPPORTED_MODEL_TYPES, open_checkpoint, refusal
-from fly_build.fields import HARMLESS, HONOURED, HONOURED_BY, REFUSED
+from fly_build.fields import HARMLESS, HONOURED, HONOURED_BY, REFUSED, warn_of_unread_fields
 from fly_trt.errors import CheckpointError
 from tiny_models import save_tiny, tiny_llama
 
+QK_NORM = ("use_qk_norm", "qk_layernorm")
 ROPE = {"rope_theta": 5e5, "rope_scaling": None}
 WINDOW_OFF = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 28}
 # What published checkpoints say beside the names that transformers declares, or with values that change nothing.
@@ -69,8 +70,40 @@ LEFT_OUT = [
     ("llama", {"sliding_window": 512}, "sliding_window = 512"),
     ("qwen3_moe", {"layer_types": ["sliding_attention"] * 24}, r"layer_types = \["),
     ("llama", {"hidden_activation": "gelu"}, "hidden_activation = 'gelu'"),
-    ("gemma2", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    ("gemma2", {"hidden_act": "silu"}, "hidden_act = 'silu'"),
     ("qwen2", {"no_rope_layers": [1, 0]}, r"no_rope_layers = \[1, 0\]"),
+    ("llama", {"use_qk_norm": True}, "use_qk_norm = True"),
+    ("phi3", {"qk_layernorm": True}, "qk_layernorm = True"),
+    ("qwen3", {"use_qk_norm": False}, "use_qk_norm = False"),
+    ("llama", {"num_experts": 8, "num_experts_per_tok": 2}, "num_experts = 8, num_experts_per_tok = 2"),
+    ("mixtral", {"norm_topk_prob": False}, "norm_topk_prob = False"),
+    ("granite", {"embedding_multiplier": 12.0, "num_local_experts": 4}, "num_local_experts = 4"),
+    ("llama", {"sliding_window": "4096"}, "sliding_window = '4096'"),
+]
+CHANGES_NOTHING = [
+    *((name, {field: True}) for name in ("qwen3_moe", "qwen3", "olmo2", "gemma3_text") for field in QK_NORM),
+    *((name, {"original_max_position_embeddings": 4096}) for name in SUPPORTED_MODEL_TYPES),
+    ("llama", {"num_experts": 0}),
+    ("llama", {"final_logit_softcapping": 0.0, "attn_logit_softcapping": 0}),
+    ("granite", {"num_local_experts": 0, "num_experts_per_tok": 0}),
+    ("llama", {"num_experts_per_tok": 2, "norm_topk_prob": True, "num_experts": None}),
+    ("qwen2", {"attention_bias": True}),
+    ("gemma2", {"hidden_act": "gelu"}),
+    ("gemma3_text", {"hidden_act": "gelu", "hidden_activation": "relu"}),
+    ("mixtral", {"norm_topk_prob": True}),
+    ("qwen3_moe", {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0}),
+    *((name, {"partial_rotary_factor": 1.0}) for name in SUPPORTED_MODEL_TYPES),
+    ("phi3", {"partial_rotary_factor": 0.75}),
+    ("llama", {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+]
+ROTARY = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+FULL = {"partial_rotary_factor": 1.0}
+PARTIAL = [
+    *((name, {"partial_rotary_factor": 0.5}) for name in SUPPORTED_MODEL_TYPES if name != "phi3"),
+    ("llama", {"rope_parameters": ROTARY}),
+    ("llama", {"partial_rotary_factor": 0.5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    ("gemma3_text", {"rope_parameters": {"sliding_attention": {"rope_type": "default"}, "full_attention": ROTARY}}),
+    ("gemma3_text", {"rope_parameters": {"sliding_attention": ROTARY, "full_attention": ROTARY | FULL}}),
 ]
 
 
@@ -91,6 +124,25 @@ def test_field_that_would_be_left_out_is_refused_by_name(model_type: str, fields
     reason = refusal(CONFIG_MAPPING[model_type](**fields))
     assert reason is not None
     assert re.search(rf"config\.json says {named}.*, and {model_type} is built without", reason)
+
+
+@pytest.mark.parametrize(("model_type", "fields"), PARTIAL)
+def test_rotation_of_a_part_of_each_head_is_refused_where_it_is_not_read(
+    model_type: str, fields: dict[str, Any]
+) -> None:
+    reason = refusal(CONFIG_MAPPING[model_type](**fields))
+    assert reason is not None
+    assert f"config.json says partial_rotary_factor = 0.5, and {model_type} is built without" in reason
+
+
+@pytest.mark.parametrize(("model_type", "fields"), CHANGES_NOTHING)
+def test_value_that_changes_nothing_is_neither_refused_nor_warned_of(
+    model_type: str, fields: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = CONFIG_MAPPING[model_type](**fields)
+    assert refusal(config) is None
+    warn_of_unread_fields("here", config)
+    assert _warnings(caplog) == []
 
 
 @pytest.mark.parametrize("model_type", PUBLISHED)
