@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
@@ -59,7 +58,9 @@ class Checkpoint:
 
     @property
     def architecture(self) -> str:
-        return (self.config.architectures or [type(self.config).__name__])[0]
+        named = self.config.architectures
+        is_named = isinstance(named, list) and named and isinstance(named[0], str)
+        return named[0] if is_named else type(self.config).__name__
 
     @property
     def head_dim(self) -> int:
@@ -133,11 +134,13 @@ class Checkpoint:
 
     def load_generation_config(self) -> GenerationConfig:
         try:
-            return GenerationConfig.from_pretrained(self.name, revision=self.revision or "main")
-        except OSError as error:
-            if (Path(self.name) / "generation_config.json").is_file():
-                raise CheckpointError(f"{self.name}: no usable generation_config.json: {first_line(error)}") from None
-            return GenerationConfig.from_model_config(self.config)
+            config = GenerationConfig.from_pretrained(self.name, revision=self.revision or "main")
+            _ids(config.eos_token_id)
+        except Exception as error:  # whatever a wrong file causes
+            if isinstance(error, OSError) and not (Path(self.name) / "generation_config.json").is_file():
+                return GenerationConfig.from_model_config(self.config)
+            raise CheckpointError(f"{self.name}: no usable generation_config.json: {first_line(error)}") from None
+        return config
 
 
 def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
@@ -152,7 +155,7 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     try:
         # Without trust_remote_code=False transformers asks on the terminal whether to run a repository's own code.
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except Exception as error:  # whatever a wrong field causes
         if folder.is_dir():
             raise CheckpointError(f"{name}: no usable config.json: {first_line(error)}") from None
         if NO_FILE in str(error) and (base := _adapted_model(name, revision)) is not None:
@@ -244,6 +247,14 @@ def stop_token_ids(checkpoint: Checkpoint) -> list[int]:
     """Every token that ends a sequence: from the generation config, the model config and the tokenizer."""
     found: set[int] = set()
     sources = (checkpoint.load_generation_config(), checkpoint.config, checkpoint.tokenizer)
-    for value in (source.eos_token_id for source in sources):
-        found.update([value] if isinstance(value, int) else value or [])
+    for source in sources:
+        found.update(_ids(source.eos_token_id))
     return sorted(found)
+
+
+def _ids(value: Any) -> list[int]:
+    """An eos_token_id as a list. Raises ValueError for what is none."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if any(type(token) is not int for token in ids):
+        raise ValueError(f"eos_token_id {value!r}: expected a token id or a list of them")
+    return ids

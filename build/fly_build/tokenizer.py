@@ -40,6 +40,11 @@ def load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerFast:
         path = cached_file(name, "tokenizer.json", **source, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name}: no tokenizer: {first_line(error)}") from None
+    except Exception as error:  # whatever a wrong file causes
+        raise CheckpointError(
+            f"{name}: no usable tokenizer files: {type(error).__name__}: {first_line(error)}"
+        ) from None
+    _check_chat_template(name, made.chat_template)
     if path is None:
         if not isinstance(made, PreTrainedTokenizerFast):
             raise CheckpointError(f"{name}: no tokenizer.json: convert the slow tokenizer to a fast one first")
@@ -93,6 +98,12 @@ def warn_of_tokens_without_embedding(name: str, tokenizer: PreTrainedTokenizerFa
 
 def splits_alike(ours: PreTrainedTokenizerFast, theirs: PreTrainedTokenizerFast) -> bool:
     return all(ours(text)["input_ids"] == theirs(text)["input_ids"] for text in SAMPLES)
+
+
+def _check_chat_template(name: str, template: Any) -> None:
+    texts = template.values() if isinstance(template, dict) else [template]
+    if not all(text is None or isinstance(text, str) for text in texts):
+        raise CheckpointError(f"{name}: no usable tokenizer files: a chat_template is no text: {template!r:.100}")
 
 
 def _first_difference(file: Tokenizer, made: Any) -> str | None:

@@ -39,6 +39,12 @@ UNREADABLE = {
     "no-model-type": "{}",
     "unknown-model-type": '{"model_type": "nobody-knows"}',
     "wrong-field-type": '{"model_type": "llama", "hidden_size": "wide"}',
+    "number-of-layer-types": '{"model_type": "llama", "layer_types": 5}',
+    "nested-layer-types": '{"model_type": "llama", "layer_types": [["full_attention"]]}',
+    "unknown-dtype": '{"model_type": "llama", "dtype": "wide"}',
+    "no-heads": '{"model_type": "llama", "num_attention_heads": 0}',
+    "quantised-by-a-word": '{"model_type": "llama", "quantization_config": "gptq"}',
+    "number-for-a-map": '{"model_type": "llama", "auto_map": 5}',
 }
 
 
@@ -249,8 +255,20 @@ def test_stop_tokens_are_those_of_generation_config_config_and_tokenizer(tmp_pat
     assert stop_token_ids(checkpoint) == [1, 5, 7, 9]
 
 
-def test_unreadable_generation_config_is_refused_because_stop_tokens_would_be_lost(tmp_path: Path) -> None:
+NO_TOKEN_IDS = [json.dumps({"eos_token_id": value}) for value in ("x", [1, None], 2.5, [[1]], True)]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"x"', "null", *NO_TOKEN_IDS])
+def test_unusable_generation_config_is_refused_because_stop_tokens_would_be_lost(content: str, tmp_path: Path) -> None:
     add_demo_tokenizer(tmp_path)
-    (tmp_path / "generation_config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"no usable generation_config\.json"):
+    (tmp_path / "generation_config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"no usable generation_config\.json: \S") as refused:
         stop_token_ids(Checkpoint(str(tmp_path), None, tiny_llama()))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [5, [], "LlamaForCausalLM", [5], {"a": 1}])
+def test_architecture_that_config_json_does_not_say_is_that_of_its_type(value: Any) -> None:
+    config = tiny_llama()
+    config.architectures = value
+    assert Checkpoint("here", None, config).architecture == "LlamaConfig"

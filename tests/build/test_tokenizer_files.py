@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from tokenizers import Regex, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
 
 from fly_build.checkpoint import Checkpoint, check_same_tokenizer
+from fly_build.cli import main
 from fly_build.pipeline import build, make_plan
 from fly_build.recipe import load_recipe
 from fly_build.tokenizer import load_tokenizer, tokens_without_embedding
@@ -139,6 +141,31 @@ def test_broken_tokenizer_file_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="tokenizer") as refused:
         _ = checkpoint.tokenizer
     assert "\n" not in str(refused.value)
+
+
+UNUSABLE: dict[str, tuple[str, Any]] = {
+    "empty": ("tokenizer.json", {}),
+    "no model": ("tokenizer.json", {"version": "1.0", "added_tokens": []}),
+    "a list": ("tokenizer_config.json", []),
+    "class is a number": ("tokenizer_config.json", {"tokenizer_class": 5}),
+    "template without a text": ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}),
+    "template is a number": ("tokenizer_config.json", {"chat_template": 5}),
+    "template of numbers": ("tokenizer_config.json", {"chat_template": [{"name": "default", "template": 5}]}),
+    "token of no kind": ("tokenizer_config.json", {"eos_token": {"content": "<|eos|>"}}),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_files_that_make_no_tokenizer_end_the_build_in_one_line(case: str, tmp_path: Path) -> None:
+    name, content = UNUSABLE[case]
+    folder = tmp_path / "checkpoint"
+    save_tiny(tiny_llama(vocab_size=896, num_hidden_layers=1), folder)
+    _checkpoint(folder)
+    (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    result = CliRunner().invoke(main, ["--target", str(folder), "-o", str(tmp_path / "engine"), "--dry-run"])
+    assert result.exit_code == 2, result.exception
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"fly-build: {folder}: no usable tokenizer files: ")
 
 
 NAMED = [{"name": "default", "template": "plain {{ messages }}"}, {"name": "tool_use", "template": "tools {{ tools }}"}]
