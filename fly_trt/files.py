@@ -27,6 +27,7 @@ def new_directory(output: Path, beside: Path | None = None) -> Iterator[Path]:
     that writes the same. OSErrors of writing name `output`.
     """
     folder = (beside or output).parent
+    _remove_left_behind(output, folder, "replaced")
     with _temporary_folder(output, folder, "building") as workspace:
         yield workspace
         _move_into_place(workspace, output, folder)
@@ -50,7 +51,7 @@ def _temporary_folder(output: Path, folder: Path, purpose: str) -> Iterator[Path
     prefix = f".{output.name}.{purpose}-"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left_behind(folder, prefix)
+        _remove_left_behind(output, folder, purpose)
         made = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=folder))
         lock = _lock(made)  # before it has the name by which others find it
         workspace = made.rename(made.with_name(prefix + made.name.rpartition(".")[2]))
@@ -66,18 +67,25 @@ def _temporary_folder(output: Path, folder: Path, purpose: str) -> Iterator[Path
             error.filename, error.filename2 = str(output), None
         raise
     finally:
-        shutil.rmtree(workspace, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        _remove(workspace, output, purpose, lock)
 
 
-def _remove_left_behind(folder: Path, prefix: str) -> None:
+def _remove_left_behind(output: Path, folder: Path, purpose: str) -> None:
     """Folders of this name whose process has ended: it holds a lock while it lives, on this machine or another."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
-            if path.name.startswith(prefix) and (lock := _lock(path)) is not None:
-                shutil.rmtree(path, ignore_errors=True)
-                os.close(lock)
+            if path.name.startswith(f".{output.name}.{purpose}-") and (lock := _lock(path)) is not None:
+                _remove(path, output, purpose, lock)
+
+
+def _remove(workspace: Path, output: Path, purpose: str, lock: int | None) -> None:
+    """What was replaced stays while nothing is in its place: it is the only one there is."""
+    try:
+        if purpose != "replaced" or output.exists():
+            shutil.rmtree(workspace, ignore_errors=True)
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _lock(folder: Path) -> int | None:
@@ -101,11 +109,10 @@ def _move_into_place(workspace: Path, output: Path, folder: Path) -> None:
     if not output.exists():
         os.rename(workspace, output)
         return
-    replaced = Path(tempfile.mkdtemp(prefix=f".{output.name}.replaced-", dir=folder))
-    try:
-        os.rename(output, replaced / output.name)
-        os.rename(workspace, output)
-    finally:
-        if not output.exists():
-            os.rename(replaced / output.name, output)
-        shutil.rmtree(replaced)
+    with _temporary_folder(output, folder, "replaced") as replaced:
+        try:
+            os.rename(output, replaced / output.name)
+            os.rename(workspace, output)
+        finally:
+            if not output.exists():
+                os.rename(replaced / output.name, output)

@@ -1,9 +1,13 @@
 """A directory appears whole or not at all, and what lay in its place survives every other end."""
 
+import fcntl
+import os
+import shutil
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -173,6 +177,57 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(kind
             path.touch()
     living.communicate("")
     assert sorted(output.parent.iterdir()) == sorted([output, *neighbours])
+
+
+def _interrupt_the_removal_of_what_is_replaced(output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What lay at `output`, left beside the new one."""
+    remove = shutil.rmtree
+
+    def interrupted(path: Path, **options: Any) -> None:
+        if ".replaced-" in str(path):
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt), new_directory(output) as workspace:
+            _write(workspace)
+    (left,) = output.parent.glob(".*.replaced-*")
+    return left
+
+
+def test_replaced_directory_that_an_interrupt_left_is_removed_by_the_next_write(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _contents(old)
+    left = _interrupt_the_removal_of_what_is_replaced(old, monkeypatch)
+    assert _contents(left / old.name) == before
+    assert _contents(old) == {"sub/new.bin": b"new", "both": b"new"}
+    with new_directory(old):
+        assert not left.exists(), "the new one needs the space"
+    assert list(old.parent.iterdir()) == [old]
+
+
+def test_replaced_directory_stays_while_nothing_is_in_its_place(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _contents(old)
+    left = _interrupt_the_removal_of_what_is_replaced(old, monkeypatch)
+    shutil.rmtree(old)  # as after SIGKILL between the moves
+    with pytest.raises(ValueError, match="no luck"):
+        _write_until(old, ValueError("no luck"))
+    assert _contents(left / old.name) == before
+
+
+def test_replaced_directory_of_a_living_process_stays(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = _interrupt_the_removal_of_what_is_replaced(old, monkeypatch)
+    descriptor = os.open(left, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with new_directory(old):
+        pass
+    assert left.is_dir()
+    os.close(descriptor)
+    with new_directory(old):
+        pass
+    assert list(old.parent.iterdir()) == [old]
 
 
 def test_error_of_a_full_disk_names_the_output_and_not_its_temporary_folder(output: Path) -> None:
