@@ -18,6 +18,8 @@ from fly_trt.errors import EngineError, RequestError
 
 TOOL = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}'
 
+SHORT = 80  # characters of a wrong value that an error repeats
+
 
 class ChatMessage(TypedDict):
     role: str
@@ -61,7 +63,7 @@ class ChatTemplate:
         """
         well_formed = isinstance(messages, Sequence) and all(isinstance(m, dict) and "role" in m for m in messages)
         if not messages or not well_formed:
-            raise RequestError(f"messages {messages!r}: expected a list of {{'role': ..., 'content': ...}}")
+            raise RequestError(f"messages {_short(messages)}: expected a list of {{'role': ..., 'content': ...}}")
         if "continue_final_message" in variables:
             raise RequestError("continue_final_message: not supported: the template is applied to whole messages")
         _check_tools(tools)
@@ -78,8 +80,10 @@ class ChatTemplate:
             raise RequestError("this model has no chat template: use generate() with a prompt")
         names = ", ".join(sorted(self._sources))
         if asked is not None:
-            if asked not in self._sources:
-                raise RequestError(f"chat_template {asked!r}: expected the name of one of the model's own, {names}")
+            if not isinstance(asked, str) or asked not in self._sources:
+                raise RequestError(
+                    f"chat_template {_short(asked)}: expected the name of one of the model's own, {names}"
+                )
             return asked
         if has_tools and "tool_use" in self._sources:
             return "tool_use"
@@ -133,16 +137,21 @@ def _check_tools(tools: Any) -> None:
     if tools is None:
         return
     is_list = isinstance(tools, Sequence) and not isinstance(tools, str)
-    wrong = next((tool for tool in tools if not isinstance(tool, dict)), None) if is_list else tools
-    if wrong is not None:
+    wrong = [tool for tool in tools if not isinstance(tool, dict)] if is_list else [tools]
+    if wrong:
         raise RequestError(
-            f"tools: {_kind(wrong)}, expected a list of JSON schemas such as {TOOL}: "
+            f"tools: {_kind(wrong[0])}, expected a list of JSON schemas such as {TOOL}: "
             "transformers.utils.get_json_schema makes one of a function"
         )
 
 
 def _kind(value: Any) -> str:
     return f"the function {value.__name__}" if callable(value) and hasattr(value, "__name__") else type(value).__name__
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHORT else f"{text[:SHORT]}..."
 
 
 def _one_line(error: Exception) -> str:

@@ -228,6 +228,28 @@ def test_a_template_that_is_not_there_is_refused_with_the_names_that_are(tmp_pat
         ChatTemplate(write_tokenizer(tmp_path / "one")).render([USER], chat_template="{{ 1 }}")
 
 
+@pytest.mark.parametrize("name", [["x"], {}, 7, b"default"])
+def test_a_template_name_of_another_type_is_refused(tmp_path: Path, name: Any) -> None:
+    with pytest.raises(RequestError) as raised:
+        ChatTemplate(write_tokenizer(tmp_path)).render([USER], chat_template=name)
+    assert str(raised.value) == f"chat_template {name!r}: expected the name of one of the model's own, default"
+
+
+def test_a_text_that_is_no_name_and_messages_that_are_none_are_not_repeated_whole(tmp_path: Path) -> None:
+    template = ChatTemplate(write_tokenizer(tmp_path))
+    with pytest.raises(RequestError) as raised:
+        template.render([USER], chat_template="{{ messages }}" * 100)
+    start = "chat_template '{{ messages }}{{ messages }}"
+    assert str(raised.value).startswith(start)
+    assert str(raised.value).endswith("...: expected the name of one of the model's own, default")
+    assert len(str(raised.value)) < 200
+    wrong: Any = [USER] * 100 + [None]
+    with pytest.raises(RequestError) as raised:
+        template.render(wrong)
+    assert str(raised.value).startswith("messages [{'role': 'user', 'content'")
+    assert len(str(raised.value)) < 200
+
+
 @pytest.mark.parametrize("chat_template", [7, ["x"], [{"name": "default"}], [{"name": "a", "template": None}]])
 def test_a_configuration_with_something_else_for_a_template_is_named(tmp_path: Path, chat_template: Any) -> None:
     with pytest.raises(EngineError, match=r"tokenizer_config\.json: chat_template is neither a text nor a list of"):
@@ -241,7 +263,15 @@ def find_weather(city: str) -> str:
 
 @pytest.mark.parametrize(
     ("tools", "got"),
-    [([find_weather], "the function find_weather"), ([TOOLS[0], "x"], "str"), ("tools", "str"), (TOOLS[0], "dict")],
+    [
+        ([find_weather], "the function find_weather"),
+        ([TOOLS[0], "x"], "str"),
+        ("tools", "str"),
+        (TOOLS[0], "dict"),
+        ([None], "NoneType"),
+        ([*TOOLS, None], "NoneType"),
+        (0, "int"),
+    ],
 )
 def test_tools_that_are_no_schemas_are_refused_with_what_makes_one(tmp_path: Path, tools: Any, got: str) -> None:
     with pytest.raises(RequestError) as raised:
