@@ -5,9 +5,11 @@ values, others are dropped. Here both are an error where the model would compute
 it does not.
 """
 
+import contextlib
 import logging
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 READABLE = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INDEX_NAME = "model.safetensors.index.json"
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+ROTARY_BUFFER = re.compile(r"(?:^|\.)rotary_emb\.")  # old checkpoints stored what is computed anyway
+MULTIMODAL_WORDS = ("language_model", "text_model", "vision", "visual")
 NAMED_AT_MOST = 3
 
 
@@ -34,20 +38,19 @@ def load_tensors(name: str, revision: str | None) -> dict[str, torch.Tensor]:
     configuration's. What the model does not use is logged as a warning.
     """
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=revision,
-            dtype=_stored_dtype(name, revision),
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        stored = _stored(name, revision)
+        likely_used = [key for key in stored if not ROTARY_BUFFER.search(key)]
+        model, info = _load(name, revision, dtype=_common_dtype(stored, likely_used))
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
-        raise CheckpointError(f"{name}: the weights do not load: {first_line(error)}") from None
-    model, info = loaded
+        reason = _why_not_loaded(name, revision, error)
+        raise CheckpointError(f"{name}: {reason}") from None
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
         raise CheckpointError(f"{name}: {_why_missing(missing, unexpected, len(model.state_dict()))}")
-    _check_unexpected(name, unexpected, {path for path, _ in model.named_modules()})
+    ineffective = [key for key in unexpected if ROTARY_BUFFER.search(key) or _is_bias_of_zeros(key, stored)]
+    _check_unexpected(name, unexpected, ineffective, {path for path, _ in model.named_modules()})
+    # One that is not used may be all that was in another dtype.
+    model.to(_common_dtype(stored, [key for key in likely_used if key not in unexpected]))
     tensors = dict(model.state_dict())
     if model.config.tie_word_embeddings and not _is_shared(tensors):
         logger.warning(
@@ -86,21 +89,49 @@ def check_values(name: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype
             )
 
 
-def _stored_dtype(name: str, revision: str | None) -> torch.dtype:
-    """The one dtype of all float tensors in the files, or float32, which holds the values of all."""
-    dtypes = set()
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies, and the name that safetensors has for its type."""
+
+    path: str
+    kind: str
+
+
+def _load(name: str, revision: str | None, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The transformers model, and what it says of names and shapes."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        name, revision=revision, use_safetensors=True, output_loading_info=True, **options
+    )
+    return loaded
+
+
+def _stored(name: str, revision: str | None) -> dict[str, _Stored]:
+    """Every tensor in the files."""
+    stored = {}
     for path in _files(name, revision):
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 - no mapping
                 kind = file.get_slice(key).get_dtype()
-                if kind in READABLE:
-                    dtypes.add(READABLE[kind])
-                elif key.endswith(".weight"):  # transformers would read integers as if they were weights
+                if kind not in READABLE and key.endswith(".weight"):  # transformers would read integers as weights
                     raise CheckpointError(
                         f"{name}: {key} is stored as {kind}, which looks quantised: give the original and use "
                         "--quantization"
                     )
+                stored[key] = _Stored(path, kind)
+    return stored
+
+
+def _common_dtype(stored: dict[str, _Stored], keys: list[str]) -> torch.dtype:
+    """The one dtype of these float tensors, or float32, which holds the values of all."""
+    dtypes = {READABLE[kind] for key in keys if (kind := stored[key].kind) in READABLE}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def _is_bias_of_zeros(key: str, stored: dict[str, _Stored]) -> bool:
+    if not key.endswith(".bias") or key not in stored or stored[key].kind not in READABLE:
+        return False
+    with safe_open(stored[key].path, "pt") as file:
+        return not file.get_tensor(key).any()
 
 
 def _files(name: str, revision: str | None) -> list[str]:
@@ -118,31 +149,53 @@ def _is_shared(tensors: dict[str, torch.Tensor]) -> bool:
     return output is None or output.data_ptr() == tensors["model.embed_tokens.weight"].data_ptr()
 
 
+def _why_not_loaded(name: str, revision: str | None, error: Exception) -> str:
+    """transformers refuses tensors of another shape without naming them, so it is asked once more."""
+    shapes: list[str] = []
+    if isinstance(error, RuntimeError):
+        with contextlib.suppress(Exception):
+            # Untied: it fails at comparing output weights of another shape with tied embeddings.
+            _, info = _load(name, revision, ignore_mismatched_sizes=True, tie_word_embeddings=False)
+            shapes = [
+                f"{key} has shape {list(stored)}, config.json makes it {list(made)}"
+                for key, stored, made in sorted(info["mismatched_keys"])
+            ]
+    if shapes:
+        return f"{some(shapes, '; ')}: correct config.json, or download it again"
+    return f"the weights do not load: {first_line(error)}"
+
+
 def _why_missing(missing: list[str], unexpected: list[str], num_tensors: int) -> str:
     for name in unexpected:
         prefix, dot, _ = name.partition("layers.0.")
-        if dot and prefix not in ("", "model."):
+        if not dot or prefix in ("", "model."):
+            continue
+        if any(word in prefix for word in MULTIMODAL_WORDS):
             return (
                 f"its tensors begin with {prefix!r}, as those of a larger (multimodal) model do: save its text decoder "
                 "as a checkpoint of its own and build that"
             )
+        added = prefix.removesuffix("model.")
+        return f"its tensors begin with {added!r}, as those of a wrapped model or of other code do: save it without"
     fix = "download it again" if len(missing) == num_tensors else "download it again, or correct config.json"
     return f"{len(missing)} missing tensors, the first is {missing[0]}: {fix}"
 
 
-def _check_unexpected(name: str, unexpected: list[str], modules: set[str]) -> None:
-    """A tensor inside of a module that computes changes what it computes; one beside them all is only unused."""
+def _check_unexpected(name: str, unexpected: list[str], ineffective: list[str], modules: set[str]) -> None:
+    """A tensor inside of a module that computes changes what it computes, unless it is one of `ineffective`; one beside
+    them all is only unused."""
     containers = {"", "model", "model.layers"}
-    inside = [key for key in unexpected if _nearest(key, modules) not in containers]
-    if inside:
+    within = [key for key in unexpected if _nearest(key, modules) not in containers]
+    if inside := [key for key in within if key not in ineffective]:
         fields = "attention_bias, mlp_bias or model_type" if inside[0].endswith(".bias") else "config.json"
         raise CheckpointError(
             f"{name}: config.json announces no {some(inside)}: the model would compute something else without: "
             f"correct {fields}, or remove what is not part of the model"
         )
     if unexpected:
+        beside = [key for key in unexpected if key not in within]
         logger.warning(
-            "%s: not used, because config.json does not announce them: %s", name, some(_by_layer(unexpected))
+            "%s: not used, because config.json does not announce them: %s", name, some(_by_layer(beside) + within)
         )
 
 
@@ -159,11 +212,11 @@ def _by_layer(keys: list[str]) -> list[str]:
     return list(dict.fromkeys(f"{key[: found.end()]}*" if found else key for key, found in layers.items()))
 
 
-def some(names: Iterable[str]) -> str:
+def some(names: Iterable[str], separator: str = ", ") -> str:
     """The first few, and how many more there are."""
     names = list(names)
     more = len(names) - NAMED_AT_MOST
-    return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+    return separator.join(names[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
 
 
 def first_line(error: BaseException) -> str:

@@ -116,6 +116,71 @@ def test_tensor_inside_of_the_computation_that_the_config_does_not_announce_is_r
     assert ("attention_bias" in str(error.value)) == name.endswith("bias")
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [("model.layers.0.mlp.up_proj.weight", (7, 64), (96, 64)), ("model.embed_tokens.weight", (170, 64), (160, 64))],
+)
+def test_tensor_of_another_shape_is_named_with_both_shapes(
+    name: str, shape: tuple[int, int], expected: tuple[int, int], copied: Path
+) -> None:
+    _rewrite(copied, lambda tensors: tensors.update({name: torch.zeros(shape)}))
+    with pytest.raises(CheckpointError) as refused:
+        open_checkpoint(str(copied)).load_weights()
+    start = f"{copied}: {name} has shape {list(shape)}, config.json makes it {list(expected)}: "
+    assert str(refused.value) == f"{start}correct config.json, or download it again"
+
+
+def test_all_tensors_of_another_shape_are_counted(copied: Path) -> None:
+    _edit_config(copied, vocab_size=150, intermediate_size=90)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight has shape \[160, 64\], .*\[150, 64\]; .* and 2 more: "):
+        open_checkpoint(str(copied)).load_weights()
+
+
+def test_output_weights_of_another_shape_than_tied_embeddings_are_named(tmp_path: Path) -> None:
+    save_tiny(tiny_llama(**SMALL, tie_word_embeddings=True), tmp_path)
+    _rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(170, 64)}))
+    with pytest.raises(
+        CheckpointError, match=r"lm_head\.weight has shape \[170, 64\], config\.json makes it \[160, 64\]"
+    ):
+        open_checkpoint(str(tmp_path)).load_weights()
+
+
+def test_bias_of_zeros_and_rotary_buffers_are_left_out_and_named(
+    copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored = load_file(copied / "model.safetensors")
+    extra = {f"{Q_PROJ}.bias": torch.zeros(64), "model.layers.0.self_attn.rotary_emb.cos_cached": torch.ones(8)}
+    _rewrite(copied, lambda tensors: tensors.update(extra))
+    tensors = open_checkpoint(str(copied)).load_weights()
+    assert tensors.keys() == stored.keys()
+    (warning,) = _warnings(caplog)
+    assert warning.endswith(f"not announce them: {', '.join(sorted(extra))}")
+
+
+def test_bias_of_zeros_does_not_let_one_of_other_values_pass(copied: Path) -> None:
+    values = torch.zeros(64)
+    values[63] = 1e-3
+    extra = {f"{Q_PROJ}.bias": torch.zeros(64), "model.layers.0.self_attn.k_proj.bias": values[-32:]}
+    _rewrite(copied, lambda tensors: tensors.update(extra))
+    with pytest.raises(
+        CheckpointError, match=r"announces no model\.layers\.0\.self_attn\.k_proj\.bias: the model would"
+    ):
+        open_checkpoint(str(copied)).load_weights()
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "v_head.summary.weight", f"{Q_PROJ}.bias"]
+)
+def test_unused_float32_tensor_does_not_make_the_others_float32(name: str, tmp_path: Path) -> None:
+    save_tiny(tiny_llama(**SMALL, tie_word_embeddings=True), tmp_path, dtype=torch.bfloat16)
+    stored = load_file(tmp_path / "model.safetensors")
+    _rewrite(tmp_path, lambda tensors: tensors.update({name: torch.zeros(64)}))
+    tensors = open_checkpoint(str(tmp_path)).load_weights()
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert all(torch.equal(tensors[name], stored[name]) for name in stored)
+    assert tensors["lm_head.weight"].data_ptr() == tensors["model.embed_tokens.weight"].data_ptr()
+
+
 def test_bias_of_a_layer_of_experts_is_refused(tmp_path: Path) -> None:
     save_tiny(transformers.MixtralConfig(**(SHAPE | SMALL), num_local_experts=2), tmp_path)
     name = "model.layers.0.block_sparse_moe.experts.0.w1.bias"
@@ -140,18 +205,40 @@ def test_rotary_frequencies_of_old_checkpoints_are_no_surprise(copied: Path, cap
     assert _warnings(caplog) == []
 
 
-@pytest.mark.parametrize(
-    ("old", "new"), [("", "language_model."), ("model.", "model.language_model."), ("model.", "transformer.")]
-)
-def test_tensors_of_a_larger_model_are_recognised_by_their_prefix(old: str, new: str, copied: Path) -> None:
+def _rename(folder: Path, old: str, new: str) -> None:
     def rename(tensors: Tensors) -> None:
         for name in [name for name in tensors if name.startswith(old)]:
             tensors[new + name.removeprefix(old)] = tensors.pop(name)
 
-    _rewrite(copied, rename)
+    _rewrite(folder, rename)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("", "language_model."), ("model.", "model.language_model."), ("model.", "model.text_model.")]
+)
+def test_tensors_of_a_larger_model_are_recognised_by_their_prefix(old: str, new: str, copied: Path) -> None:
+    _rename(copied, old, new)
     prefix = f"{new}{'model.' if not old else ''}"
-    with pytest.raises(CheckpointError, match=f"its tensors begin with '{prefix}'.*: save its text decoder"):
+    with pytest.raises(CheckpointError, match=f"its tensors begin with '{prefix}'.*multimodal.*: save its text deco"):
         open_checkpoint(str(copied)).load_weights()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "prefix"),
+    [
+        ("", "_orig_mod.", "_orig_mod."),
+        ("", "module.", "module."),
+        ("", "module._orig_mod.", "module._orig_mod."),
+        ("model.", "transformer.", "transformer."),
+    ],
+)
+def test_names_that_a_wrapper_left_are_named_and_not_called_multimodal(
+    old: str, new: str, prefix: str, copied: Path
+) -> None:
+    _rename(copied, old, new)
+    with pytest.raises(CheckpointError, match=f"its tensors begin with '{prefix}'.*: save it without") as refused:
+        open_checkpoint(str(copied)).load_weights()
+    assert "multimodal" not in str(refused.value)
 
 
 @pytest.mark.parametrize("named", ["bfloat16", "float16", None])
