@@ -6,6 +6,7 @@ is read. Local folders and hub ids are the same to transformers, and so they are
 
 import copy
 import json
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,8 @@ from fly_build.operators import ATTENTION_NAME
 from fly_build.tensors import first_line, load_tensors
 from fly_build.tokenizer import load_tokenizer, splits_alike
 from fly_trt.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 transformers_logging.set_verbosity_error()  # errors are raised as one line
 transformers_logging.disable_progress_bar()  # fly-build shows its own
@@ -148,7 +151,14 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if (base := _adapted_model(str(folder), None)) is not None:
-            raise CheckpointError(f"{name}: {_merge(base)}")
+            if not _is_whole_model(folder):
+                raise CheckpointError(f"{name}: {_merge(base)}")
+            logger.warning(
+                "%s: %s (of %s) is not used: the folder has a whole model",
+                name,
+                ADAPTER_CONFIG,
+                base or "another model",
+            )
     else:
         _check_hub_id(name, revision)
     source = str(folder) if folder.is_dir() else name
@@ -179,6 +189,11 @@ def _check_hub_id(name: str, revision: str | None) -> None:
     if looks_local or (revision is None and Path(name).parent.is_dir()):
         hub = "a hub id such as org/model" if looks_local else "a revision too if the hub's model of that name is meant"
         raise CheckpointError(f"{name}: no such folder: give a checkpoint folder or {hub}")
+
+
+def _is_whole_model(folder: Path) -> bool:
+    weights = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*")]
+    return (folder / "config.json").is_file() and bool(weights)
 
 
 def _adapted_model(source: str, revision: str | None) -> str | None:

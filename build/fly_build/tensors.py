@@ -27,6 +27,8 @@ INDEX_NAME = "model.safetensors.index.json"
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 ROTARY_BUFFER = re.compile(r"(?:^|\.)rotary_emb\.")  # old checkpoints stored what is computed anyway
 MULTIMODAL_WORDS = ("language_model", "text_model", "vision", "visual")
+# Where peft is installed, transformers applies an adapter that lies beside the model, unless it is to look elsewhere.
+NO_ADAPTER = {"subfolder": "no-adapter"}
 NAMED_AT_MOST = 3
 
 
@@ -100,7 +102,12 @@ class _Stored:
 def _load(name: str, revision: str | None, **options: Any) -> tuple[Any, dict[str, Any]]:
     """The transformers model, and what it says of names and shapes."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        name, revision=revision, use_safetensors=True, output_loading_info=True, **options
+        name,
+        revision=revision,
+        use_safetensors=True,
+        output_loading_info=True,
+        adapter_kwargs=NO_ADAPTER,
+        **options,
     )
     return loaded
 

@@ -146,6 +146,28 @@ def test_adapter_is_refused_with_its_base_model(content: str, base: str, has_con
         open_checkpoint(str(copied))
 
 
+@pytest.mark.parametrize("has_peft", [False, True])
+def test_whole_model_with_an_adapter_config_left_beside_it_is_built_with_a_warning(
+    has_peft: bool, copied: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("transformers.models.auto.auto_factory", "transformers.integrations.peft"):
+        monkeypatch.setattr(f"{module}.is_peft_available", lambda: has_peft)
+    expected = load_file(copied / "model.safetensors")
+    _write_json(copied / "adapter_config.json", {"base_model_name_or_path": "org/base"})
+    tensors = open_checkpoint(str(copied)).load_weights()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "fly_build.checkpoint"]
+    assert warning.startswith(f"{copied}: adapter_config.json (of org/base) is not used: ")
+
+
+def test_adapter_beside_a_config_is_refused_also_with_weights_of_no_name_of_a_model(copied: Path) -> None:
+    (copied / "model.safetensors").rename(copied / "adapter_model.safetensors")
+    _write_json(copied / "adapter_config.json", {"base_model_name_or_path": "org/base"})
+    shutil.copy(copied / "adapter_model.safetensors", copied / "optimizer.safetensors")
+    with pytest.raises(CheckpointError, match=r"makes it an adapter \(LoRA\) of org/base"):
+        open_checkpoint(str(copied))
+
+
 def test_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no usable config\.json"):
         open_checkpoint(str(tmp_path))
