@@ -34,7 +34,7 @@ NAMED_AT_MOST = 3
 
 def load_tensors(name: str, revision: str | None) -> dict[str, torch.Tensor]:
     """All parameters by the names of the transformers model; those that are tied share their memory. They are in the
-    dtype of the files, whatever the configuration calls it; in float32 when the files mix several.
+    dtype of the files, whatever the configuration calls it; in float32 when those that are used have several.
 
     Raises CheckpointError for weights that do not load, are missing, or belong to another computation than the
     configuration's. What the model does not use is logged as a warning.
@@ -44,8 +44,10 @@ def load_tensors(name: str, revision: str | None) -> dict[str, torch.Tensor]:
         likely_used = [key for key in stored if not ROTARY_BUFFER.search(key)]
         model, info = _load(name, revision, dtype=_common_dtype(stored, likely_used))
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
-        reason = _why_not_loaded(name, revision, error)
-        raise CheckpointError(f"{name}: {reason}") from None
+        raise CheckpointError(f"{name}: {_why_not_loaded(name, revision, error)}") from None
+    except (AttributeError, LookupError, TypeError) as error:  # what a wrong index file causes
+        kind = type(error).__name__
+        raise CheckpointError(f"{name}: the weights do not load: {kind}: {first_line(error)}") from None
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
         raise CheckpointError(f"{name}: {_why_missing(missing, unexpected, len(model.state_dict()))}")

@@ -283,6 +283,15 @@ def test_shards_of_different_dtypes_are_all_looked_at(tmp_path: Path) -> None:
     assert torch.equal(loaded["model.norm.weight"], shards["second.safetensors"]["model.norm.weight"])
 
 
+@pytest.mark.parametrize("index", [[], {}, 5, {"weight_map": []}, {"weight_map": {"x": 5}}, {"weight_map": {}}])
+def test_wrong_index_of_shards_is_refused_in_one_line(index: Any, copied: Path) -> None:
+    (copied / "model.safetensors").rename(copied / "shard.safetensors")
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=f"^{copied}: the weights do not load: [A-Za-z]+Error: ") as refused:
+        open_checkpoint(str(copied)).load_weights()
+    assert "\n" not in str(refused.value)
+
+
 def test_quantised_tensors_without_a_quantization_config_are_refused(copied: Path) -> None:
     _rewrite(copied, lambda tensors: tensors.update({f"{Q_PROJ}.weight": tensors[f"{Q_PROJ}.weight"].to(torch.int8)}))
     with pytest.raises(CheckpointError, match=r"q_proj\.weight is stored as I8, which looks quantised"):
