@@ -137,8 +137,10 @@ class Service:
         self._finalizer = weakref.finalize(self, self.thread.shutdown)
 
     def shutdown(self) -> None:
-        """Aborts what is served and releases the engines, unless they are shared. Safe to call twice."""
-        self._finalizer()
+        """Aborts what is served and releases the engines, unless they are shared. Safe to call twice. Raises
+        EngineError when a step does not end."""
+        self.thread.shutdown()
+        self._finalizer.detach()
 
     def new_request_id(self) -> str:
         return str(next(self._request_ids))
@@ -327,11 +329,12 @@ def step_costs(manifest: Manifest, config: SpeculativeConfig) -> StepCosts | Non
     they are always opened."""
     if not config.adaptive_acceptance:
         return None
-    costs = {"draft_token_cost": DRAFT_TOKEN_COST, "verification_token_cost": VERIFICATION_TOKEN_COST}
-    for name in costs:
-        chosen = getattr(config, name)
-        costs[name] = manifest.speculative.get(name, costs[name]) if chosen is None else chosen
-    return StepCosts(*costs.values())
+    usual = {"draft_token_cost": DRAFT_TOKEN_COST, "verification_token_cost": VERIFICATION_TOKEN_COST}
+    costs = []
+    for name, cost in usual.items():
+        given = [value for value in (getattr(config, name), manifest.speculative.get(name)) if value is not None]
+        costs.append(given[0] if given else cost)
+    return StepCosts(*costs)
 
 
 def resolve_speculative_config(manifest: Manifest, overrides: Mapping[str, Any]) -> SpeculativeConfig:

@@ -2,8 +2,11 @@
 
 It keeps the tokens of each slot as a real engine keeps its cache, refuses a step that reads what was never written,
 uses a shape's buffers again, and decides with the reference rule, so that loops and drafters can be tested on any
-acceptance pattern. It gives no more than an engine promises: what a step says of its padding is not a number, nor are
-the full entropies of a step in which no row uses them, nor the logits of an earlier step once others are asked for.
+acceptance pattern. A position that is no number (its entropy is not, or its logits are not) spoils the whole row, and
+every later step of the slot until it is written over or cleared. It gives no more than an engine promises: what a step
+says of its padding is not a number, nor are the full entropies of a step in which no row uses them, nor the logits of
+an earlier step once others are asked for; and what it says of a spoilt row looks right where it is no float.
+
 What it was asked to do is recorded: `shapes` of the steps, `copies` and `swaps` of slots, `trims`, and the positions of
 steps with logits.
 """
@@ -60,6 +63,7 @@ class TableEngine:
         self._entropy = entropy
         self._logits = logits
         self.slots: list[list[int]] = [[] for _ in range(max_batch_size)]  # the tokens that each slot's cache holds
+        self._spoilt: list[set[int]] = [set() for _ in range(max_batch_size)]  # where its memory holds no numbers
         self.shapes: list[tuple[int, int, int]] = []  # first slot, rows and tokens of every step
         self.copies: list[tuple[int, int, int]] = []  # source, target and tokens
         self.swaps: list[tuple[int, int, int]] = []  # two slots and tokens
@@ -96,11 +100,21 @@ class TableEngine:
         assert num_tokens <= len(self.slots[source]), "what is copied was computed"
         self.copies.append((source, target, num_tokens))
         self.slots[target] = self.slots[source][:num_tokens]
+        self._spoilt[target] = {at for at in self._spoilt[target] if at >= num_tokens} | {
+            at for at in self._spoilt[source] if at < num_tokens
+        }
 
     def swap_slots(self, first: int, second: int, num_tokens: int) -> None:
         self.swaps.append((first, second, num_tokens))
         a, b = self.slots[first][:num_tokens], self.slots[second][:num_tokens]
         self.slots[first], self.slots[second] = b, a
+        a, b = self._spoilt[first], self._spoilt[second]
+        for slot, own, others in ((first, a, b), (second, b, a)):
+            self._spoilt[slot] = {at for at in own if at >= num_tokens} | {at for at in others if at < num_tokens}
+
+    def clear_slot(self, slot: int, start: int) -> None:
+        del self.slots[slot][start:]
+        self._spoilt[slot] = {at for at in self._spoilt[slot] if at < start}
 
     def trim(self, num_tokens: int) -> int:
         self.trims.append(num_tokens)
@@ -138,15 +152,26 @@ class TableEngine:
         assert cached <= len(slot), "the cache holds every token before the write index"
         assert all(0 <= token < self.info.vocab_size for token in ids), "token ids are in the vocabulary"
         slot[cached:] = ids
-        use_full_entropy = bool(step.use_full_entropy.any())
+        spoilt = self._spoilt[step.first_slot + row]
+        spoilt.difference_update(range(cached, cached + len(ids)))
         for t in range(len(ids)):
             prefix = tuple(slot[: cached + t + 1])
             is_padding = t >= context + drafts
             step.argmax[row, t] = 0 if is_padding else self._next_token(prefix)
             step.entropy_topk[row, t] = np.nan if is_padding else self._entropy(prefix)
-            step.entropy[row, t] = FULL_ENTROPY * step.entropy_topk[row, t] if use_full_entropy else np.nan
+            logits = None if self._logits is None and step.logits is None else self._logits_of(prefix)
+            if not is_padding and logits is not None and (np.isnan(logits).any() or logits.max() == np.inf):
+                step.entropy_topk[row, t] = np.nan
+            if not is_padding and np.isnan(step.entropy_topk[row, t]):
+                spoilt.add(cached + t)
             if step.logits is not None:
-                step.logits[row, t] = np.nan if is_padding else self._logits_of(prefix)
+                step.logits[row, t] = np.nan if is_padding else logits
+        if spoilt:
+            step.entropy_topk[row] = np.nan
+            if step.logits is not None:
+                step.logits[row] = np.nan
+        use_full_entropy = bool(step.use_full_entropy.any())
+        step.entropy[row] = FULL_ENTROPY * step.entropy_topk[row] if use_full_entropy else np.nan
         policy = AcceptancePolicy(
             entropy_threshold=float(step.entropy_threshold[row]),
             use_full_entropy=bool(step.use_full_entropy[row]),

@@ -18,11 +18,15 @@ from fly_trt import (
     LLM,
     AcceptanceParams,
     ConfigError,
+    EngineError,
     RequestError,
     RequestOutput,
     SamplingParams,
     SpeculativeConfig,
 )
+from fly_trt.engines.base import Step
+from fly_trt.engines.onnxruntime import OnnxRuntimeEngine
+from fly_trt.runtime import thread as thread_module
 
 PROMPTS = [record["prompt"] for record in load_eval_prompts()[:6]]
 LONG = SamplingParams(max_tokens=1500, ignore_eos=True)
@@ -300,6 +304,31 @@ def test_shutdown_ends_a_running_stream_with_what_it_has(demo_engine: Path) -> N
         next(llm.stream(PROMPTS[0]))
     llm.abort(first.request_id)
     assert llm.metrics()["fly_trt:num_requests_running"] == 0
+
+
+def test_every_shutdown_says_when_a_step_does_not_end(demo_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends, is_stuck = threading.Event(), threading.Event()
+    run = OnnxRuntimeEngine.run
+
+    def stuck(engine: OnnxRuntimeEngine, step: Step) -> None:
+        is_stuck.set()
+        assert ends.wait(60)
+        run(engine, step)
+
+    monkeypatch.setattr(thread_module, "JOIN_SECONDS", 0.01)
+    llm = LLM(demo_engine)
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", stuck)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(llm.generate, PROMPTS[0])
+        assert is_stuck.wait(60)
+        for _ in range(2):
+            with pytest.raises(EngineError, match="has not ended"):
+                llm.shutdown()
+        monkeypatch.setattr(thread_module, "JOIN_SECONDS", 60)
+        ends.set()
+        assert call.result(60)[0].outputs[0].finish_reason == "abort"
+        llm.shutdown()
+        llm.shutdown()
 
 
 @pytest.mark.usefixtures("slow_steps")

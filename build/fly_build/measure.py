@@ -28,13 +28,14 @@ def add_costs(manifest: Manifest, directory: Path, report: Callable[[float], Non
     given: measured for ONNX Runtime; for engines of a GPU, which the machine that builds them may not have, taken from
     the sizes of the weights."""
     names = ("draft_token_cost", "verification_token_cost")
-    if manifest.draft is None or all(name in manifest.speculative for name in names):
+    given = {name: manifest.speculative[name] for name in names if manifest.speculative.get(name) is not None}
+    if manifest.draft is None or len(given) == len(names):
         return manifest
     report(0.0)
     costs = _measured(manifest, directory) if manifest.backend == "onnxruntime" else _estimated(manifest)
     report(1.0)
     rounded = {name: float(f"{cost:.2g}") for name, cost in zip(names, costs, strict=True)}
-    return manifest.model_copy(update={"speculative": rounded | manifest.speculative})
+    return manifest.model_copy(update={"speculative": manifest.speculative | rounded | given})
 
 
 def _estimated(manifest: Manifest) -> tuple[float, float]:

@@ -5,6 +5,7 @@ one of its own, until there are enough. The text is the draft model's greedy tex
 steps differs. Source: arXiv 2511.22972, section 3.4.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ MAX_SHARED_CONTEXT = 8
 # few rows only: as long as a step's cost hardly depends on its positions.
 MAX_GUESSED_POSITIONS = 16
 
+NEVER = sys.maxsize
 IDLE_CONTEXT: IntArray = np.zeros(1, np.int64)
 
 
@@ -36,13 +38,25 @@ class Lookup:
 @dataclass(slots=True)
 class _Slot:
     """`held` is committed tokens and the drafts after them, of which the engine's cache has the first `num_cached`;
-    the first `num_committed` were committed when last seen; `wanted` is how long `held` shall become."""
+    the first `num_committed` were committed when last seen; `wanted` is how long `held` shall become. Reading its first
+    `lost_at` tokens came to something that is not a number, so that nothing follows them; one that `may_guess` no more
+    had a guess that did."""
 
     index: NgramIndex | None
     held: TokenSequence = field(default_factory=lambda: TokenSequence([]))
     num_cached: int = 0
     num_committed: int = 0
     wanted: int = 0
+    lost_at: int = NEVER
+    may_guess: bool = True
+
+    @property
+    def is_lost(self) -> bool:
+        return self.lost_at <= len(self.held)
+
+    @property
+    def is_pending(self) -> bool:
+        return len(self.held) < self.wanted and not self.is_lost
 
     @property
     def context(self) -> IntArray:
@@ -76,6 +90,8 @@ class ModelDrafter:
 
     def num_unread(self, slot: int, length: int) -> int:
         state = self._slots.get(slot)
+        if state is not None and state.is_lost:
+            return 0
         return length - min(length, state.num_cached) if state is not None and state.num_committed else length
 
     def prepare(self, rows: Sequence[DraftRow]) -> None:
@@ -85,13 +101,13 @@ class ModelDrafter:
                 state = self._slots[slot] = self._new_slot()
             self._follow(state, tokens)
             state.wanted = len(tokens) + num_tokens
-            if len(state.held) < state.wanted:
+            if state.is_pending:
                 self._prefill(slot, state)
 
     def propose(self, rows: Sequence[DraftRow]) -> list[IntArray]:
         self.prepare(rows)
         pending = [row.slot for row in rows]
-        while pending := [slot for slot in pending if len(self._slots[slot].held) < self._slots[slot].wanted]:
+        while pending := [slot for slot in pending if self._slots[slot].is_pending]:
             self._extend(pending)
         drafts = []
         for slot, tokens, num_tokens in rows:
@@ -117,6 +133,7 @@ class ModelDrafter:
         state = self._slots[target] = self._new_slot()
         state.held.append(original.held.tokens[:num_tokens])
         state.num_cached = min(num_tokens, original.num_cached)
+        state.lost_at = original.lost_at if original.lost_at <= num_tokens else NEVER
         self._engine.copy_slot(source, target, state.num_cached)
 
     def reset(self) -> None:
@@ -137,22 +154,25 @@ class ModelDrafter:
         kept = common_prefix(state.held.tokens, tokens, state.num_committed)
         if is_new or kept < len(tokens):
             state.held.truncate(kept)
+            state.lost_at = state.lost_at if state.lost_at <= kept else NEVER
             state.held.append(tokens[kept:])
             state.num_cached = min(state.num_cached, kept)
             if state.index is not None:
                 state.index.sync(state.held.tokens, min(kept, len(state.index)))
         state.num_committed = len(tokens)
+        state.may_guess = True
         state.num_cached = min(state.num_cached, len(state.held) - 1)
 
     def _prefill(self, slot: int, state: _Slot) -> None:
         """Runs a long context in steps of its own; the last one brings the first draft tokens."""
-        while len(state.context) > self._max_context:
+        while len(state.context) > self._max_context and state.is_pending:
             self._run([slot], [state.context[: self._max_context]], [NO_TOKENS])
-        if len(state.context) > MAX_SHARED_CONTEXT:
+        if len(state.context) > MAX_SHARED_CONTEXT and state.is_pending:
             self._extend([slot])
 
     def _extend(self, slots: list[int]) -> None:
-        """One step of the draft model: each slot gets at least one token more, at most what it still wants."""
+        """One step of the draft model: each slot gets at least one token more, at most what it still wants; but none
+        where what it read came to something that is not a number."""
         longest_guess = MAX_GUESSED_POSITIONS // (max(slots) - min(slots) + 1) - 1
         guesses = [self._guess(self._slots[slot], longest_guess) for slot in slots]
         contexts = [self._slots[slot].context for slot in slots]
@@ -160,13 +180,15 @@ class ModelDrafter:
             slots, guesses, self._run(slots, contexts, guesses), strict=True
         ):
             state = self._slots[slot]
+            if next_token < 0:
+                continue
             new = [*guess[:accepted].tolist(), next_token]
             state.held.append(new)
             if state.index is not None:
                 state.index.extend(new)
 
     def _guess(self, state: _Slot, longest: int) -> IntArray:
-        if state.index is None or self._lookup is None:
+        if state.index is None or self._lookup is None or not state.may_guess:
             return NO_TOKENS
         num_tokens = min(self._lookup.num_tokens, state.wanted - len(state.held) - 1, longest)
         if num_tokens <= 0:
@@ -176,7 +198,7 @@ class ModelDrafter:
 
     def _run(self, slots: list[int], contexts: list[IntArray], guesses: list[IntArray]) -> list[tuple[int, int]]:
         """Steps the slots from the first to the last of `slots`; those between them that are not asked for write where
-        nothing is held. Returns accepted tokens and next token of each."""
+        nothing is held. Returns accepted tokens and next token of each, or -1 where that is not a number."""
         first, last = min(slots), max(slots)
         num_tokens = max(len(context) + len(guess) for context, guess in zip(contexts, guesses, strict=True))
         step = self._engine.step(first, last - first + 1, num_tokens)
@@ -189,9 +211,17 @@ class ModelDrafter:
             step.set_row(slot - first, self._slots[slot].num_cached, context, guess)
         self._engine.run(step)
         results = []
-        for slot, context in zip(slots, contexts, strict=True):
+        for slot, context, guess in zip(slots, contexts, guesses, strict=True):
+            state = self._slots[slot]
+            if np.isnan(step.entropy_topk[slot - first, : len(context) + len(guess)]).any():
+                self._engine.clear_slot(slot, state.num_cached)
+                if not len(guess):
+                    state.lost_at = state.num_cached + len(context)
+                state.may_guess = False
+                results.append((0, -1))
+                continue
             accepted = int(step.num_accepted[slot - first])
-            self._slots[slot].num_cached += len(context) + accepted
+            state.num_cached += len(context) + accepted
             results.append((accepted, int(step.next_token[slot - first])))
         return results
 

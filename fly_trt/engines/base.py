@@ -205,6 +205,12 @@ class Engine(Protocol):
         """Exchanges the first `num_tokens` cached tokens of two slots."""
         ...
 
+    def clear_slot(self, slot: int, start: int) -> None:
+        """Zeroes what the slot holds from token `start` on. Due wherever a position of a step came to something that is
+        not a number: a masked key counts nothing only while it is one, so from the slot it would reach positions before
+        it and sequences after it."""
+        ...
+
     def trim(self, num_tokens: int) -> int:
         """Says that no slot needs more than `num_tokens` tokens any more, so that an engine whose cost follows the
         allocated length may shrink. Returns how many tokens of each slot are still held at most."""

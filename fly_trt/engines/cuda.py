@@ -157,8 +157,9 @@ class Stream:
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
         _check(self._runtime.cudaMemcpy2DAsync(*target, *source, row_bytes, num_rows, kind, self.handle))
 
-    def clear(self, buffer: DeviceBuffer) -> None:
-        _check(self._runtime.cudaMemsetAsync(buffer.address, 0, buffer.num_bytes, self.handle))
+    def clear(self, address: int, num_bytes: int) -> None:
+        """Zeroes device memory."""
+        _check(self._runtime.cudaMemsetAsync(address, 0, num_bytes, self.handle))
 
     def capture(self, work: Callable[[], None]) -> Graph:
         """Records what `work` puts on this stream, without running it. Raises EngineError where that is not allowed;

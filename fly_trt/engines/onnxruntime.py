@@ -107,6 +107,11 @@ class OnnxRuntimeEngine:
             cache[first, :, :num_tokens] = cache[second, :, :num_tokens]
             cache[second, :, :num_tokens] = held
 
+    def clear_slot(self, slot: int, start: int) -> None:
+        self._num_held[slot] = min(self._num_held[slot], start)
+        for cache in self._caches:
+            cache[slot, :, start:] = 0
+
     def trim(self, num_tokens: int) -> int:
         if self._capacity > SHRINK_FACTOR * _whole_blocks(num_tokens):
             self._resize(num_tokens)
@@ -160,18 +165,24 @@ class OnnxRuntimeEngine:
 
     def _resize(self, num_tokens: int) -> None:
         """Gives every slot room for `num_tokens`, in whole blocks. Memory of slots that were never used stays
-        untouched, so that the system need not provide it."""
+        untouched, so that the system need not provide it. Where there is not enough, the slots hold nothing."""
         model = self._model
-        self._capacity = _whole_blocks(num_tokens)
+        capacity = _whole_blocks(num_tokens)
         self._generation += 1
-        self._num_held = [min(held, self._capacity) for held in self._num_held]
-        shape = (self._num_slots, model.num_kv_heads, self._capacity, model.head_dim)
-        for index in range(2 * model.num_layers):
-            resized = np.zeros(shape, CACHE_DTYPES[model.kv_cache_dtype])
-            for slot, held in enumerate(self._num_held):
-                if held:
-                    resized[slot, :, :held] = self._caches[index][slot, :, :held]
-            self._caches[index : index + 1] = [resized]
+        self._num_held = [min(held, capacity) for held in self._num_held]
+        shape = (self._num_slots, model.num_kv_heads, capacity, model.head_dim)
+        try:
+            for index in range(2 * model.num_layers):
+                resized = np.zeros(shape, CACHE_DTYPES[model.kv_cache_dtype])
+                for slot, held in enumerate(self._num_held):
+                    if held:
+                        resized[slot, :, :held] = self._caches[index][slot, :, :held]
+                self._caches[index : index + 1] = [resized]
+        except BaseException:  # some layers have the new length and others the old one
+            self._caches.clear()
+            self._capacity, self._num_held = 0, [0] * self._num_slots
+            raise
+        self._capacity = capacity
 
 
 def _whole_blocks(num_tokens: int) -> int:

@@ -123,7 +123,7 @@ class TensorRTEngine:
         self._slot_bytes = model.num_kv_heads * self._plan.cache_tokens * self._token_bytes
         self._caches = [cuda.DeviceBuffer(num_slots * self._slot_bytes) for _ in range(2 * model.num_layers)]
         for cache in self._caches:
-            self._stream.clear(cache)  # a masked key counts nothing only while it is a number
+            self._stream.clear(cache.address, cache.num_bytes)  # a masked key counts nothing only while it is a number
         self._swapped = cuda.DeviceBuffer(self._slot_bytes)
         longest = max(num_slots * self._plan.max_row_tokens, _round_up(info.max_num_tokens, PREFILL_TOKENS_MULTIPLE))
         self._logits = cuda.DeviceBuffer(longest * model.vocab_size * item_bytes)
@@ -178,6 +178,13 @@ class TensorRTEngine:
             self._copy_tokens(self._swapped.address, one, num_tokens)
             self._copy_tokens(one, other, num_tokens)
             self._copy_tokens(other, self._swapped.address, num_tokens)
+
+    def clear_slot(self, slot: int, start: int) -> None:
+        cuda.use_device(self._device)
+        pitch, skipped = self._plan.cache_tokens * self._token_bytes, start * self._token_bytes
+        for cache in self._caches:
+            for head in range(self._model.num_kv_heads):
+                self._stream.clear(self._slot(cache, slot) + head * pitch + skipped, pitch - skipped)
 
     def trim(self, num_tokens: int) -> int:
         """The caches keep their size: the cost of a step does not follow it."""

@@ -31,7 +31,7 @@ def _check_running(request: Request) -> None:
     assert len(request.output_token_ids) < request.max_tokens, f"{name}: runs beyond max_tokens"
     assert (request.state is RequestState.DECODE) or not request.output_token_ids, f"{name}: emits while it prefills"
     round_ = request.round
-    if round_ is None:
+    if round_ is None or (round_.is_careful and not len(round_.choices)):
         assert 0 <= request.num_cached < committed, f"{name}: {request.num_cached} of {committed} tokens cached"
         return
     assert request.state is RequestState.DECODE, f"{name}: has a round while it prefills"

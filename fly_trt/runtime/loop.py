@@ -19,7 +19,7 @@ from fly_trt.runtime.draft_length import SURE, AcceptanceRate, DraftLength
 from fly_trt.runtime.loosening import Loosening, StepCosts
 from fly_trt.runtime.request import Request, RequestState
 from fly_trt.runtime.rounds import Round
-from fly_trt.runtime.sampler import token_logprobs
+from fly_trt.runtime.sampler import NO_CHOICE, token_logprobs
 from fly_trt.runtime.scheduler import Scheduler
 from fly_trt.runtime.slots import SlotTable
 from fly_trt.verification import Verdict
@@ -216,7 +216,7 @@ class GenerationLoop:
         step = self._target.step(request.slot, 1, num_tokens, with_logits=request.needs_prompt_logits)
         step.set_row(0, request.num_cached, request.sequence.tokens[request.num_cached :][:num_tokens])
         self._run(step)
-        self._advance_prompt(request, step, 0, num_tokens)
+        self._take(request, step, 0, num_tokens)
 
     def _verify(self, rows: list[Request], num_draft: int) -> int:
         """One step over `rows`, which own consecutive slots: decoding rows verify about `num_draft` draft tokens.
@@ -228,14 +228,7 @@ class GenerationLoop:
         fed = [self._fill(step, row, request, num_tokens) for row, request in enumerate(rows)]
         self._run(step)
         for row, request in enumerate(rows):
-            try:
-                if request.round is None:
-                    self._advance_prompt(request, step, row, fed[row])
-                else:
-                    self._settle(request, request.round, step, row, fed[row])
-            except FlyError as error:  # this request's settings leave no token: the others go on
-                request.fail(error)
-                self._changed[request] = None
+            self._take(request, step, row, fed[row])
         return num_tokens
 
     def _plan(self, rows: list[Request], num_draft: int) -> int:
@@ -314,12 +307,31 @@ class GenerationLoop:
             step.set_row(row, request.num_cached, context)
             return len(context)
         if len(round_.choices):
-            draft = round_.draft[round_.num_fed : min(round_.num_fed + num_tokens, round_.end)]
+            count = 1 if round_.is_careful else num_tokens
+            draft = round_.draft[round_.num_fed : min(round_.num_fed + count, round_.end)]
             step.set_row(row, request.num_cached, draft, policy=round_.policy)  # which says what the gate looks at
             return len(draft)
-        draft = round_.draft[: min(num_tokens - len(context), round_.end)]
+        draft = round_.draft[: 0 if round_.is_careful else min(num_tokens - len(context), round_.end)]
         step.set_row(row, request.num_cached, context, draft, round_.policy)
         return len(context) + len(draft)
+
+    def _take(self, request: Request, step: Step, row: int, num_fed: int) -> None:
+        """Takes what a step says of one row. What goes wrong here is this request's: the others go on."""
+        try:
+            if np.isnan(step.entropy_topk[row, :num_fed]).any():
+                self._target.clear_slot(request.slot, request.num_cached)
+                if request.round is not None and num_fed > max(1, request.num_context):
+                    request.round.is_careful = True  # the draft tokens may be to blame
+                    return
+                if request.round is None or not request.round.num_window:  # part of the sequence
+                    raise _not_numbers(request)
+            if request.round is None:
+                self._advance_prompt(request, step, row, num_fed)
+            else:
+                self._settle(request, request.round, step, row, num_fed)
+        except FlyError as error:
+            request.fail(error)
+            self._changed[request] = None
 
     def _settle(self, request: Request, round_: Round, step: Step, row: int, num_fed: int) -> None:
         """Takes a step's outputs for one decoding row, decides what they decide, and commits it."""
@@ -339,12 +351,6 @@ class GenerationLoop:
             round_.add(choices, gates, wanted)
             request.num_cached = min(request.num_cached, round_.start + round_.num_fed)  # a sampler may choose fewer
             verdict = round_.verdict(self._never_loosened(request))
-        num_decided = verdict.num_accepted + (verdict.next_token is not None)
-        if np.isnan(round_.gates[round_.num_committed : num_decided].sum()):  # behind them nobody asks
-            raise EngineError(
-                f"request {request.request_id}: the target's logits after {round_.start} tokens are not numbers: "
-                "its arithmetic overflows: rebuild with --dtype bfloat16 or float32"
-            )
         self._commit(request, round_, verdict)
 
     def _engine_decides(self, request: Request, round_: Round) -> bool:
@@ -358,7 +364,8 @@ class GenerationLoop:
         self, request: Request, round_: Round, step: Step, row: int, positions: slice, logits: FloatArray | None
     ) -> tuple[IntArray, FloatArray]:
         if request.sampler is None:
-            return step.argmax[row, positions].copy(), _gates(round_, step, row, positions).copy()
+            gates = _gates(round_, step, row, positions).copy()
+            return np.where(np.isnan(gates), NO_CHOICE, step.argmax[row, positions]), gates
         assert logits is not None
         verified = len(round_.choices)
         undecided = round_.draft[round_.num_committed : verified]
@@ -434,6 +441,14 @@ class GenerationLoop:
 
     def _set_load(self) -> None:
         self._metrics.set_load(self.scheduler, self._max_seq_len)
+
+
+def _not_numbers(request: Request) -> EngineError:
+    return EngineError(
+        f"request {request.request_id}: the target's logits after {len(request.sequence)} tokens are not numbers: a "
+        "float16 engine overflows where one of --dtype bfloat16 or float32 does not; with those, look at the "
+        "checkpoint's weights"
+    )
 
 
 def _gates(round_: Round, step: Step, row: int, positions: slice) -> FloatArray:

@@ -117,8 +117,8 @@ class Loosening:
         steps = cost if has_failed else self._costs.of_round(1) - 1
         # Before it drafts again, the draft model may have to read all that was decoded without it.
         reading = self._costs.draft_token * self._costs.verification_token
-        pause = MAX_PAUSE_TOKENS if reading > TRY_SHARE else math.ceil(steps * speed / TRY_SHARE)
-        self.resume_at = length + min(pause, MAX_PAUSE_TOKENS)
+        pause = math.inf if reading > TRY_SHARE else steps * speed / TRY_SHARE
+        self.resume_at = length + math.ceil(min(pause, MAX_PAUSE_TOKENS))
 
 
 @cache

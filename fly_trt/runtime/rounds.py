@@ -22,7 +22,8 @@ class Round:
 
     `draft` int64 [d] is the part of it that exists, all of it where the drafter `has_ended`; `choices` int64 [v] and
     `gates` float32 [v] are the target's choice and entropy at the positions that were verified, `logits` float32 [v, V]
-    where they are wanted; `num_committed` draft tokens are part of the sequence already.
+    where they are wanted; `num_committed` draft tokens are part of the sequence already. `is_careful`: a step came to
+    something that is not a number, so that one draft token at a time is fed and none spoils those before it.
     """
 
     start: int
@@ -35,6 +36,7 @@ class Round:
     gates: FloatArray = field(default_factory=lambda: NO_GATES)
     logits: FloatArray = field(default_factory=lambda: NO_GATES)
     num_committed: int = 0
+    is_careful: bool = False
 
     @property
     def num_fed(self) -> int:

@@ -11,6 +11,8 @@ from fly_trt.outputs import Logprob, TokenLogprobs
 from fly_trt.params import SamplingParams
 from fly_trt.verification import sampling
 
+NO_CHOICE = -1  # agrees with no draft token
+
 
 @dataclass(slots=True, eq=False)
 class Sampler:
@@ -28,7 +30,8 @@ class Sampler:
     ) -> tuple[IntArray, FloatArray]:
         """Choices int64 [m] and gate entropies float32 [m] (nats) at m positions, or at those before the first one that
         no token is left for or whose logits are not numbers: it may lie behind a rejected draft token, where nobody
-        asks. Raises RequestError when the first position is such a one.
+        asks. Where the first position is such a one, it is NO_CHOICE while the window before it is undecided, and so
+        closes it. Raises RequestError where it is the next that would be emitted.
 
         logits float32 [m, V]; output int64 [k], the committed output tokens; undecided int64 [u], draft tokens after
         them that were verified in an earlier step, so that the first position is k + u; draft int64 [m - 1 or more],
@@ -38,7 +41,9 @@ class Sampler:
             ahead = len(undecided)
             padded = np.concatenate([np.zeros((ahead, logits.shape[1]), np.float32), logits]) if ahead else logits
             logits = self.processor.process(padded, output, np.concatenate([undecided, draft]))[ahead:]
-        logits = _before_dead_end(logits)
+        logits, is_dead = _before_dead_end(logits)
+        if is_dead and len(undecided):
+            return np.array([NO_CHOICE]), np.array([-np.inf], np.float32)
         params = self.params
         if params.temperature < sampling.MIN_TEMPERATURE:
             choices = sampling.greedy(logits)
@@ -62,9 +67,11 @@ class Sampler:
         return gates
 
 
-def _before_dead_end(scores: FloatArray) -> FloatArray:
+def _before_dead_end(scores: FloatArray) -> tuple[FloatArray, bool]:
+    """The rows before the first one without a choice, or all where that is the first, and whether it is."""
     dead = np.flatnonzero(~np.isfinite(scores.max(axis=1)))
-    return scores[: dead[0]] if len(dead) and dead[0] else scores
+    is_first = len(dead) > 0 and dead[0] == 0
+    return scores[: dead[0]] if len(dead) and not is_first else scores, is_first
 
 
 def draw_seed() -> int:

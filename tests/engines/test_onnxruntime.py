@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,6 +108,40 @@ def test_a_slot_that_was_never_used_is_right_after_the_cache_grew(engine: Engine
     want = logits(engine, 0, TOKENS[:20])
     logits(engine, 0, np.resize(TOKENS, 2 * CACHE_BLOCK_TOKENS))
     np.testing.assert_allclose(logits(engine, 0, TOKENS[:20], slot=1), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_made", [0, 1, 2, 5])
+def test_where_memory_is_short_the_cache_grows_once_there_is_some(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, num_made: int
+) -> None:
+    """Of the arrays of a larger cache, so many are made before memory is short."""
+    want = logits(engine, 0, TOKENS)
+    fresh = [logits(engine, 0, np.resize(TOKENS, n), slot=1)[-1] for n in (2 * CACHE_BLOCK_TOKENS,)]
+    engine.trim(0)
+    zeros, made = np.zeros, []
+
+    def short(shape: Any, *arguments: Any) -> Any:
+        if np.ndim(shape) and len(shape) == 4:
+            made.append(shape)
+            if len(made) > num_made:
+                raise MemoryError
+        return zeros(shape, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fly_trt.engines.onnxruntime.np.zeros", short)
+        with pytest.raises(MemoryError):
+            run(engine, 0, np.resize(TOKENS, 3 * CACHE_BLOCK_TOKENS), slot=1)
+    np.testing.assert_allclose(logits(engine, 0, TOKENS), want, atol=1e-4)
+    again = logits(engine, 0, np.resize(TOKENS, 2 * CACHE_BLOCK_TOKENS), slot=1)[-1]
+    np.testing.assert_allclose(again, fresh[0], atol=1e-4)
+
+
+def test_a_cleared_slot_keeps_what_lies_before(engine: Engine) -> None:
+    want = logits(engine, 0, TOKENS[:30], slot=1)
+    run(engine, 0, TOKENS[:30], slot=0)
+    engine.clear_slot(1, 20)
+    np.testing.assert_allclose(logits(engine, 20, TOKENS[20:30], slot=1), want[20:], atol=1e-4)
+    np.testing.assert_allclose(logits(engine, 20, TOKENS[20:30], slot=0), want[20:], atol=1e-4)
 
 
 def test_trimming_gives_back_the_room_of_long_sequences(demo_engine: Path, manifest: Manifest) -> None:

@@ -170,6 +170,20 @@ def test_a_slot_that_was_never_used_holds_numbers(engine: Engine) -> None:
         logits(engine, 0, TOKENS[:1], slot=slot)
 
 
+def test_a_cleared_slot_holds_numbers_and_keeps_what_lies_before(engine: Engine, gpu: SimulatedCuda) -> None:
+    whole = logits(engine, 0, TOKENS[:30], slot=1)
+    logits(engine, 0, TOKENS[:30], slot=0)
+    engine.clear_slot(1, 20)
+    for slot in (0, 1):
+        same(logits(engine, 20, TOKENS[20:30], slot=slot), whole[20:])
+    for cache in engine._caches:
+        gpu.cudaMemsetAsync(cache.address, 0xFF, cache.num_bytes, engine._stream.handle)  # NaN
+    engine.clear_slot(1, 0)
+    same(logits(engine, 0, TOKENS[:30], slot=1), whole)
+    for slot in (0, 2):
+        assert np.isnan(run(engine, 0, TOKENS[:30], slot).logits).any()
+
+
 def test_trimming_gives_nothing_back(engine: Engine, simulated_engine: Path) -> None:
     whole = logits(engine, 0, TOKENS)
     assert engine.trim(5) == read_manifest(simulated_engine).draft.tensorrt.cache_tokens >= MAX_SEQ_LEN

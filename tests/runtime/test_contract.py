@@ -5,13 +5,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fly_trt.drafting import ModelDrafter
+from fly_trt.drafting import Lookup, ModelDrafter
 from fly_trt.engines.base import AcceptancePolicy
-from fly_trt.errors import EngineError, RequestError
+from fly_trt.errors import EngineError
 from fly_trt.runtime.loop import MAX_LOGITS_CHUNK
 from fly_trt.runtime.request import Request
-from loop_stack import PROMPT, make_drafter, make_request, make_stack, random_prompt
-from table_engine import FULL_ENTROPY, VOCAB_SIZE, TableEngine, hashed, sometimes_differs, sometimes_uncertain
+from loop_stack import DRAFTERS, LOOKUP, PROMPT, make_drafter, make_request, make_stack, random_prompt
+from table_engine import (
+    FULL_ENTROPY,
+    VOCAB_SIZE,
+    TableEngine,
+    greedy,
+    hashed,
+    sometimes_differs,
+    sometimes_uncertain,
+)
 
 # Half of the positions that `sometimes_uncertain` has are above it, by the full entropy only.
 FULL_GATE = AcceptancePolicy(entropy_threshold=1.0 + 1e-6, use_full_entropy=True, window=2, lookahead=2)
@@ -84,10 +92,10 @@ def test_what_is_no_number_behind_a_rejected_draft_token_harms_nobody(
     assert request.output_token_ids == plain.output_token_ids
 
 
-@pytest.mark.parametrize(("setting", "error"), [({}, EngineError), ({"temperature": 0.5}, RequestError)])
+@pytest.mark.parametrize("setting", [{}, {"temperature": 0.5}])
 @pytest.mark.parametrize("cut", [(), (1,), (0, 5)])
 def test_a_token_that_would_be_kept_and_is_no_number_ends_its_request(
-    setting: dict[str, Any], error: type[Exception], cut: tuple[int, ...]
+    setting: dict[str, Any], cut: tuple[int, ...]
 ) -> None:
     last = len(PROMPT) + 3
 
@@ -106,5 +114,103 @@ def test_a_token_that_would_be_kept_and_is_no_number_ends_its_request(
         logits=logits,
     )
     stack.run(request)
-    assert isinstance(request.error, error)
+    assert isinstance(request.error, EngineError)
     assert request.finish_reason == "abort"
+
+
+# --- what is no number stays with the request that it belongs to ------------------------------------------------------
+
+BAD = 31  # a token that the models overflow on
+LOOSE = AcceptancePolicy(entropy_threshold=0.1, use_full_entropy=False, window=2, lookahead=2)
+uncertain = sometimes_uncertain(4)
+
+
+def overflows(tokens: tuple[int, ...]) -> float:
+    return np.nan if BAD in tokens else uncertain(tokens)
+
+
+def overflows_in_logits(tokens: tuple[int, ...]) -> np.ndarray:
+    return np.full(VOCAB_SIZE, np.nan) if BAD in tokens else 8.0 * (np.arange(VOCAB_SIZE) == LANGUAGE(tokens))
+
+
+@pytest.mark.parametrize("setting", [{}, {"temperature": 0.7, "seed": 1}, {"prompt_logprobs": 1}])
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("length", [8, 60, 150])
+def test_a_prompt_that_overflows_harms_neither_its_neighbours_nor_the_next_in_its_slot(
+    setting: dict[str, Any], drafter: str, length: int
+) -> None:
+    bad = make_request([*random_prompt(3, length), BAD, 5], request_id="bad", **setting)
+    after = [make_request(random_prompt(i, 9), request_id=f"after {i}", max_tokens=30) for i in range(2)]
+    beside = make_request([7, 8, 9], request_id="beside", max_tokens=60)
+    draft = make_drafter(drafter, LANGUAGE, 2)
+    stack = make_stack(
+        LANGUAGE, draft, num_slots=2, entropy=overflows, logits=overflows_in_logits, max_num_tokens=70, max_seq_len=200
+    )
+    stack.run(beside, bad, *after)
+    assert isinstance(bad.error, EngineError)
+    assert "are not numbers" in str(bad.error)
+    for request in (beside, *after):
+        assert request.error is None
+        assert request.output_token_ids == greedy(LANGUAGE, request.prompt_token_ids, request.max_tokens)
+
+
+@pytest.mark.parametrize("place", range(2, 9))
+@pytest.mark.parametrize("setting", [{}, {"temperature": 0.7, "seed": 1}, {"logit_bias": {1: -5.0}}])
+def test_a_draft_token_that_overflows_spoils_no_token_before_it(place: int, setting: dict[str, Any]) -> None:
+    def draft(tokens: tuple[int, ...]) -> int:
+        return BAD if len(tokens) == len(PROMPT) + place else sometimes_differs(LANGUAGE, 3, 3)(tokens)
+
+    outputs = []
+    for cut in ((), (0,), (2,), (5,), (0, 7), (3, 0, 1)):
+        request = make_request(policy=LOOSE, max_tokens=12, **setting)
+        drafter = ModelDrafter(TableEngine(draft), VOCAB_SIZE)
+        make_stack(
+            LANGUAGE, drafter, draft_lengths=cut, entropy=overflows, logits=overflows_in_logits, num_slots=1
+        ).run(request)
+        assert request.error is None
+        outputs.append((request.output_token_ids, request.metrics.num_loosened_tokens))
+    assert all(output == outputs[0] for output in outputs)
+
+
+@pytest.mark.parametrize("setting", [{}, {"logit_bias": {1: -5.0}}])
+def test_a_window_that_ends_where_no_token_is_left_is_closed(setting: dict[str, Any]) -> None:
+    """The first draft token differs at an open gate and the second agrees, after which the target breaks."""
+    language = lambda tokens: 2 + (len(tokens) * 3) % 20  # noqa: E731
+    first = len(PROMPT)
+
+    def draft(tokens: tuple[int, ...]) -> int:
+        return 25 if len(tokens) == first else language(tokens)
+
+    def logits(tokens: tuple[int, ...]) -> np.ndarray:
+        breaks = len(tokens) > first + 1 and tokens[first] == 25
+        return np.full(VOCAB_SIZE, np.nan) if breaks else 3.0 * (np.arange(VOCAB_SIZE) == language(tokens))
+
+    for cut in ((), (0,), (1,), (2,)):
+        request = make_request(policy=LOOSE, max_tokens=6, **setting)
+        drafter = ModelDrafter(TableEngine(draft), VOCAB_SIZE)
+        make_stack(language, drafter, draft_lengths=cut, entropy=lambda tokens: 1.0, logits=logits).run(request)
+        assert request.error is None
+        assert request.output_token_ids == greedy(language, PROMPT, 6)
+
+
+@pytest.mark.parametrize("lookup", [None, LOOKUP])
+def test_a_draft_model_that_overflows_drafts_nothing_more_and_harms_no_other_request(lookup: Lookup | None) -> None:
+    model = sometimes_differs(LANGUAGE, 3, 3)
+
+    def run(*requests: Request) -> None:
+        entropy = lambda tokens: np.nan if BAD in tokens else 0.0  # noqa: E731
+        drafter = ModelDrafter(TableEngine(model, entropy=entropy), VOCAB_SIZE, lookup)
+        make_stack(LANGUAGE, drafter, num_slots=1, entropy=uncertain).run(*requests)
+
+    def good() -> Request:
+        return make_request(policy=LOOSE, max_tokens=30)
+
+    alone, after = good(), good()
+    bad = make_request([*random_prompt(3, 40), BAD, 5], policy=LOOSE, max_tokens=20)
+    run(alone)
+    run(bad, after)
+    assert bad.output_token_ids == greedy(LANGUAGE, bad.prompt_token_ids, 20)
+    assert bad.metrics.num_draft_tokens == 0
+    assert alone.metrics.num_loosened_tokens > 0
+    assert after.output_token_ids == alone.output_token_ids
+    assert after.metrics.num_draft_tokens == alone.metrics.num_draft_tokens

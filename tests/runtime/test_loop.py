@@ -302,7 +302,7 @@ def test_a_target_whose_logits_are_not_numbers_ends_that_request_alone(drafter: 
 
     make_stack(language, make_drafter(drafter, language), entropy=entropy).run(other, broken)
     assert isinstance(broken.error, EngineError)
-    assert "are not numbers: its arithmetic overflows: rebuild with --dtype bfloat16" in str(broken.error)
+    assert "are not numbers: a float16 engine overflows where one of --dtype bfloat16" in str(broken.error)
     assert broken.finish_reason == "abort"
     assert broken.output_token_ids == after[len(broken.prompt_token_ids) :][: len(broken.output_token_ids)]
     assert other.error is None

@@ -79,6 +79,12 @@ def test_a_draft_model_that_reads_as_long_as_it_may_cost_is_left_alone_for_long(
     assert after(HALF, MISSES, MISSES).resume_at == 100 + MAX_PAUSE_TOKENS
 
 
+def test_no_cost_is_too_high() -> None:
+    for costs in (StepCosts(1e307, 0.0), StepCosts(0.0, 1e307)):
+        assert not after(costs, FAILS, MISSES).is_open
+        assert after(costs, FAILS, MISSES).resume_at <= 100 + MAX_PAUSE_TOKENS
+
+
 def test_a_draft_that_fits_again_opens_windows_again() -> None:
     loosening = after(DEAR, *[FAILS] * 6)
     rounds = 0

@@ -1,0 +1,44 @@
+"""The costs that a request's windows are decided by, and who says what they are."""
+
+from pathlib import Path
+
+import pytest
+
+from fly_build.measure import add_costs
+from fly_trt import SpeculativeConfig
+from fly_trt.manifest import read_manifest
+from fly_trt.runtime.loosening import DRAFT_TOKEN_COST, VERIFICATION_TOKEN_COST, StepCosts
+from fly_trt.service import step_costs
+
+NAMES = ("draft_token_cost", "verification_token_cost")
+
+
+def costs_after(engine: Path, given: dict[str, float | None]) -> StepCosts | None:
+    manifest = read_manifest(engine).model_copy(update={"speculative": {"preset": "paper", **given}})
+    built = add_costs(manifest, engine, lambda fraction: None)
+    assert built.speculative["preset"] == "paper"
+    return step_costs(built, SpeculativeConfig())
+
+
+@pytest.mark.parametrize("given", [{}, dict.fromkeys(NAMES)])
+def test_costs_are_measured_where_none_are_given(demo_engine: Path, given: dict[str, float | None]) -> None:
+    costs = costs_after(demo_engine, given)
+    assert costs is not None
+    assert costs.draft_token > 0
+    assert costs.verification_token >= 0
+    assert costs != StepCosts(DRAFT_TOKEN_COST, VERIFICATION_TOKEN_COST)
+
+
+def test_given_costs_stay(demo_engine: Path) -> None:
+    assert costs_after(demo_engine, {NAMES[0]: 7.5, NAMES[1]: 0.0}) == StepCosts(7.5, 0.0)
+    half = costs_after(demo_engine, {NAMES[0]: 7.5, NAMES[1]: None})
+    assert half is not None
+    assert half.draft_token == 7.5
+
+
+def test_an_engine_without_costs_has_the_usual_ones_and_a_caller_may_choose(demo_engine: Path) -> None:
+    for kept in ({}, dict.fromkeys(NAMES)):
+        manifest = read_manifest(demo_engine).model_copy(update={"speculative": kept})
+        assert step_costs(manifest, SpeculativeConfig()) == StepCosts(0.1, 0.05)
+        assert step_costs(manifest, SpeculativeConfig(draft_token_cost=0.0)) == StepCosts(0.0, 0.05)
+        assert step_costs(manifest, SpeculativeConfig(adaptive_acceptance=False)) is None
