@@ -11,8 +11,9 @@ then what became of the request's own windows; L + 1: the tokens that one brings
 token, less the more of it is drafted anyway; r: the tokens that a step of one token brings without it.
 
 While that does not hold, the request is decoded exactly: first, as long as windows promise at least HOPE of their
-price, in rounds that show how well the draft fits, until they have shown enough; then for so many tokens that looking
-again costs TRY_SHARE of them (or the window that failed did).
+price, in rounds that show how well the draft fits, until they have shown enough (but not with a draft model that is
+too dear to read the prompt); then for so many tokens that looking again costs TRY_SHARE of them (or the window that
+failed did).
 
 This is part of the rule, since it decides tokens. So it rests on what is the same whatever is served beside the
 request, however its rounds are cut and however fast the machine is: the rounds that `observe` is given, and two ratios
@@ -33,6 +34,7 @@ MEMORY = 0.9  # what a round leaves of the evidence before it
 FIRST_AGREEMENT, AGREEMENT_TOKENS = 0.79, 4.0  # taken for granted before the first round, and its weight in tokens
 LOOK_TOKENS = 12.0  # draft tokens seen, the first ones included, that are enough to look away
 HOPE = 0.35  # the share of their price that windows must promise to be looked at on
+FIRST_READING = 0.02  # what reading a prompt's token may cost where nothing but a first look asks for it
 CHANCE_WINDOWS = 1.0  # weight of a^L among the request's own windows
 
 
@@ -43,6 +45,11 @@ class StepCosts:
 
     draft_token: float
     verification_token: float
+
+    @property
+    def reading(self) -> float:
+        """A token of the sequence that the draft model reads."""
+        return self.draft_token * self.verification_token
 
     def of_round(self, num_draft: int) -> float:
         """Drafting and verifying so many tokens."""
@@ -89,7 +96,7 @@ class Loosening:
         self._differed = (1 - FIRST_AGREEMENT) * AGREEMENT_TOKENS
         self._stood = self._failed = 0.0
         self.is_open, self.resume_at = True, length
-        self._decide(length, goes_on=True)
+        self._decide(length, goes_on=self._costs.reading <= FIRST_READING)
 
     def observe(self, evidence: Evidence, length: int) -> None:
         """A round ended, with so many tokens in the sequence."""
@@ -116,8 +123,7 @@ class Loosening:
             return
         steps = cost if has_failed else self._costs.of_round(1) - 1
         # Before it drafts again, the draft model may have to read all that was decoded without it.
-        reading = self._costs.draft_token * self._costs.verification_token
-        pause = math.inf if reading > TRY_SHARE else steps * speed / TRY_SHARE
+        pause = math.inf if self._costs.reading > TRY_SHARE else steps * speed / TRY_SHARE
         self.resume_at = length + math.ceil(min(pause, MAX_PAUSE_TOKENS))
 
 
