@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fly_trt.async_llm import AsyncLLM
+    from fly_trt.engines.directory import LoadedEngines
     from fly_trt.errors import (
         CheckpointError,
         ConfigError,
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
         RequestError,
     )
     from fly_trt.llm import LLM
-    from fly_trt.loaded import LoadedEngines
     from fly_trt.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from fly_trt.params import AcceptanceParams, RequestOutputKind, SamplingParams, SpeculativeConfig
 
@@ -42,7 +42,7 @@ __all__ = [
     "SpeculativeConfig",
 ]
 
-_HOMES = ("errors", "outputs", "params", "loaded", "llm", "async_llm")
+_HOMES = ("errors", "outputs", "params", "engines.directory", "llm", "async_llm")
 
 
 def __getattr__(name: str) -> Any:

@@ -6,10 +6,10 @@ from types import TracebackType
 from typing import Self
 
 from fly_trt.errors import FlyError
-from fly_trt.facade import Facade
 from fly_trt.outputs import RequestOutput
 from fly_trt.params import SamplingParams
-from fly_trt.prompts import Prompt
+from fly_trt.service.facade import Facade
+from fly_trt.text.prompts import Prompt
 
 LONG_PROMPT = 20_000  # characters; tokenising as many takes longer than the event loop may stand still
 

@@ -8,13 +8,13 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from fly_trt.chat import ChatMessage
 from fly_trt.errors import FlyError, QueueFullError, RequestError
-from fly_trt.facade import Facade
 from fly_trt.outputs import RequestOutput
 from fly_trt.params import RequestOutputKind, SamplingParams
-from fly_trt.prompts import Prompt
 from fly_trt.runtime.group import RequestGroup
+from fly_trt.service.facade import Facade
+from fly_trt.text.chat import ChatMessage
+from fly_trt.text.prompts import Prompt
 
 
 class LLM(Facade):

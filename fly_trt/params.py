@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal, Self, get_args
 
-from fly_trt.engines.base import EXACT, AcceptancePolicy
+from fly_trt.checks import check_at_least, check_choice, check_flag, is_number, is_whole
 from fly_trt.errors import ConfigError, RequestError
+from fly_trt.text.surrogates import check_text
 from fly_trt.verification import PRESETS, fly_policy
+from fly_trt.verification.policy import EXACT, AcceptancePolicy
 
 Method = Literal["multi_level", "draft_model", "ngram"]
 Acceptance = Literal["fly", "exact"]
@@ -48,12 +50,13 @@ class AcceptanceParams:
     fly_entropy_top_k: int | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("acceptance", self.acceptance, (None, *ACCEPTANCES))
-        _check_choice("preset", self.preset, (None, *PRESETS))
-        _check_at_least("fly_window_size", self.fly_window_size, 0)
-        _check_at_least("fly_entropy_top_k", self.fly_entropy_top_k, 1)
+        check_choice("acceptance", self.acceptance, (None, *ACCEPTANCES))
+        check_choice("preset", self.preset, (None, *PRESETS))
+        for name, least in (("fly_window_size", 0), ("fly_entropy_top_k", 1)):
+            if (value := getattr(self, name)) is not None:
+                check_at_least(name, value, least)
         threshold = self.fly_entropy_threshold
-        if threshold is not None and not (_is_number(threshold) and threshold >= 0):
+        if threshold is not None and not (is_number(threshold) and threshold >= 0):
             raise ConfigError(f"fly_entropy_threshold {threshold!r}: expected a number >= 0")
 
     def over(self, defaults: "AcceptanceParams") -> "AcceptanceParams":
@@ -124,20 +127,19 @@ class SpeculativeConfig:
     fly_entropy_top_k: int | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("method", self.method, (None, *METHODS))
-        _check_choice("acceptance", self.acceptance, (None, *ACCEPTANCES))
-        _check_choice("preset", self.preset, tuple(PRESETS))
+        check_choice("method", self.method, (None, *METHODS))
+        check_choice("acceptance", self.acceptance, (None, *ACCEPTANCES))
+        check_choice("preset", self.preset, tuple(PRESETS))
         if self.acceptance is None:
             object.__setattr__(self, "acceptance", "exact" if self.method == "ngram" else "fly")
         for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_num_tokens"):
-            _check_at_least(name, getattr(self, name), 1)
-        _check_at_least("prompt_lookup_max", self.prompt_lookup_max, self.prompt_lookup_min)
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("prompt_lookup_max", self.prompt_lookup_max, self.prompt_lookup_min)
         for name in ("adaptive_draft_length", "adaptive_acceptance"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} {getattr(self, name)!r}: expected True or False")
+            check_flag(name, getattr(self, name))
         for name in ("draft_token_cost", "verification_token_cost"):
             cost = getattr(self, name)
-            if cost is not None and not (_is_number(cost) and 0 <= cost < math.inf):
+            if cost is not None and not (is_number(cost) and 0 <= cost < math.inf):
                 raise ConfigError(f"{name} {cost!r}: expected a number >= 0, in target steps of one token, or None")
         self.acceptance_params()
 
@@ -230,7 +232,7 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(self, name) or 0) > MAX_LOGPROBS:
                 raise RequestError(f"{name} {getattr(self, name)}: at most {MAX_LOGPROBS}: ask for fewer")
-        if self.seed is not None and not _is_whole(self.seed):
+        if self.seed is not None and not is_whole(self.seed):
             raise RequestError(f"seed {self.seed!r}: expected a whole number or None")
         self._check_number("temperature", 0, math.inf)
         self._check_number("top_p", 0, 1, above=True)
@@ -241,7 +243,7 @@ class SamplingParams:
         token_ids = self.stop_token_ids
         if isinstance(token_ids, Sequence) and len(token_ids) > MAX_TOKEN_IDS:
             raise RequestError(f"stop_token_ids: {len(token_ids)} tokens, at most {MAX_TOKEN_IDS}: leave some out")
-        if token_ids is not None and not (isinstance(token_ids, Sequence) and all(map(_is_whole, token_ids))):
+        if token_ids is not None and not (isinstance(token_ids, Sequence) and all(map(is_whole, token_ids))):
             raise RequestError(f"stop_token_ids {token_ids!r}: expected a list of token ids")
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
@@ -264,13 +266,13 @@ class SamplingParams:
 
     def _check_whole(self, name: str, least: int, or_else: str = "") -> None:
         value = getattr(self, name)
-        if not (_is_whole(value) and value >= least):
+        if not (is_whole(value) and value >= least):
             raise RequestError(f"{name} {value!r}: expected a whole number, at least {least} {or_else}".rstrip())
 
     def _check_number(self, name: str, least: float, most: float, *, above: bool = False) -> None:
         value = getattr(self, name)
         if not (
-            _is_number(value) and least <= value <= most and math.isfinite(value) and not (above and value == least)
+            is_number(value) and least <= value <= most and math.isfinite(value) and not (above and value == least)
         ):
             relation = "above" if above else "at least"
             limit = f" and at most {most}" if math.isfinite(most) else ""
@@ -283,14 +285,9 @@ class SamplingParams:
         if isinstance(bias, Mapping) and len(bias) > MAX_TOKEN_IDS:
             raise RequestError(f"logit_bias: {len(bias)} tokens, at most {MAX_TOKEN_IDS}: leave some out")
         if not isinstance(bias, Mapping) or not all(
-            _is_whole(token) and _is_number(value) and abs(value) <= MAX_LOGIT_BIAS for token, value in bias.items()
+            is_whole(token) and is_number(value) and abs(value) <= MAX_LOGIT_BIAS for token, value in bias.items()
         ):
             raise RequestError(f"logit_bias {bias!r}: expected token ids with numbers of at most {MAX_LOGIT_BIAS}")
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} {value!r}: expected one of {', '.join(str(choice) for choice in choices)}")
 
 
 def _are_strings(value: Any) -> bool:
@@ -306,27 +303,3 @@ def _check_words(name: str, words: Sequence[str]) -> None:
         raise RequestError(f"{name}: a string of {longest} characters, at most {MAX_WORD_CHARACTERS}: shorten it")
     for word in words:
         check_text(name, word)
-
-
-def check_text(name: str, text: str) -> None:
-    """Raises RequestError for a lone surrogate: Python makes one of a byte that is no UTF-8, and of JSON's escapes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"{name}: {text[error.start]!a} at character {error.start} is half of a surrogate pair and no text: "
-            "decode its source as UTF-8, or leave it out"
-        ) from None
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
-
-
-def _check_at_least(name: str, value: int | None, least: int) -> None:
-    if value is not None and not (_is_whole(value) and value >= least):
-        raise ConfigError(f"{name} {value!r}: expected a whole number, at least {least}")

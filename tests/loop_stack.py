@@ -10,18 +10,18 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models
 
 from fly_trt.drafting import Drafter, DraftRow, Lookup, ModelDrafter, NgramDrafter
-from fly_trt.engines.base import EXACT, AcceptancePolicy, IntArray
-from fly_trt.metrics import PREFIX, Metrics
 from fly_trt.params import SamplingParams
 from fly_trt.runtime.draft_length import DraftLength
 from fly_trt.runtime.invariants import check_invariants
 from fly_trt.runtime.loop import GenerationLoop, LoopConfig
 from fly_trt.runtime.loosening import StepCosts
+from fly_trt.runtime.metrics import PREFIX, Metrics
 from fly_trt.runtime.request import Request
 from fly_trt.runtime.sampler import Sampler
-from fly_trt.sequence import TokenSequence
-from fly_trt.tokenizer import Detokenizer
+from fly_trt.text.tokenizer import Detokenizer
+from fly_trt.tokens import IntArray, TokenSequence
 from fly_trt.verification import LogitsProcessor, UniformStream
+from fly_trt.verification.policy import EXACT, AcceptancePolicy
 from table_engine import STOP_TOKEN, VOCAB_SIZE, Entropy, Logits, NextToken, TableEngine, greedy, sometimes_differs
 
 PROMPT = [3, 4, 5, 3, 4]

@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fly_trt.serving.tensors import INPUTS, OUTPUTS
+from fly_trt.serving.triton.tensors import INPUTS, OUTPUTS
 
 MODULE = "triton_python_backend_utils"
-MODEL_MODULES = ("fly_trt.serving.triton_model", "fly_trt.serving.triton_metrics")
+MODEL_MODULES = ("fly_trt.serving.triton.model", "fly_trt.serving.triton.metrics")
 """What imports the module."""
 
 FINAL = 1

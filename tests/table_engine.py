@@ -16,8 +16,9 @@ from functools import cache
 
 import numpy as np
 
-from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, AcceptancePolicy, EngineInfo, Step
+from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, Step
 from fly_trt.verification import accept
+from fly_trt.verification.policy import AcceptancePolicy
 
 VOCAB_SIZE = 32
 FULL_ENTROPY = 2.0  # how much larger the entropy of the whole vocabulary is than that of its most probable tokens

@@ -18,7 +18,7 @@ from fly_trt import (
     SamplingParams,
     SpeculativeConfig,
 )
-from fly_trt.service import resolve_speculative_config
+from fly_trt.service.config import resolve_speculative_config
 
 PROMPTS = [record["prompt"] for record in load_eval_prompts()[:6]]
 

@@ -13,8 +13,8 @@ from fly_trt import (
     SamplingParams,
     SpeculativeConfig,
 )
-from fly_trt.engines.base import EXACT
 from fly_trt.verification import PRESETS
+from fly_trt.verification.policy import EXACT
 
 GOOD_VALUES = {
     "n": [1, 4],

@@ -20,7 +20,7 @@ import onnxruntime as ort
 
 from fly_trt import LLM, SamplingParams
 from fly_trt.benchmark.workload import read_prompts
-from fly_trt.prompts import Prompt
+from fly_trt.text.prompts import Prompt
 
 EVAL_PROMPTS = Path(__file__).parents[1] / "tests" / "assets" / "pair" / "eval.jsonl"
 WARMUP_PROMPTS = 2

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from fly_trt import LLM, SamplingParams
 from fly_trt.benchmark.workload import read_prompts
-from fly_trt.serving.repository import make_plan, write_model
+from fly_trt.serving.triton.repository import make_plan, write_model
 from triton_server import TritonServer
 
 EVAL_PROMPTS = Path(__file__).parents[1] / "tests" / "assets" / "pair" / "eval.jsonl"

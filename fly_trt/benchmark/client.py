@@ -13,9 +13,9 @@ import numpy as np
 from fly_trt.errors import ConfigError, FlyError
 from fly_trt.outputs import RequestMetrics, RequestOutput
 from fly_trt.params import RequestOutputKind, SamplingParams
-from fly_trt.prompts import Prompt
 from fly_trt.runtime.group import RequestGroup
-from fly_trt.service import Service
+from fly_trt.service.service import Service
+from fly_trt.text.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True)

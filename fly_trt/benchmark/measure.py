@@ -13,11 +13,12 @@ from fly_trt.benchmark.client import Client, Load
 from fly_trt.benchmark.modes import choose_modes
 from fly_trt.benchmark.results import Round, Row, summarise
 from fly_trt.benchmark.workload import BenchmarkPrompt, built_in_prompts, random_prompts, read_prompts, repeated
+from fly_trt.engines.directory import LoadedEngines
 from fly_trt.errors import ConfigError, RequestError
-from fly_trt.loaded import LoadedEngines
 from fly_trt.params import SamplingParams, SpeculativeConfig
-from fly_trt.prompts import Prompt
-from fly_trt.service import DEFAULT_MAX_QUEUE_SIZE, Service, ServiceConfig
+from fly_trt.service.config import DEFAULT_MAX_QUEUE_SIZE, ServiceConfig
+from fly_trt.service.service import Service
+from fly_trt.text.prompts import Prompt
 
 WARMUP_PROMPTS = 2  # for each request in flight
 

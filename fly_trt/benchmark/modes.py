@@ -6,7 +6,7 @@ from typing import Any
 from fly_trt.errors import ConfigError
 from fly_trt.manifest import Manifest
 from fly_trt.params import SpeculativeConfig
-from fly_trt.service import ServiceConfig, check_limits, resolve_speculative_config
+from fly_trt.service.config import ServiceConfig, resolve_sizes, resolve_speculative_config
 
 AUTOREGRESSIVE = "autoregressive"
 EXACT = "exact"
@@ -53,7 +53,7 @@ def _config(mode: str, manifest: Manifest, overrides: Mapping[str, Any]) -> Spec
     fitting = {name: value for name, value in overrides.items() if _fits(name, mode)}
     try:
         config = resolve_speculative_config(manifest, {**MODES[mode], **fitting})
-        check_limits(ServiceConfig(), config, manifest)
+        resolve_sizes(ServiceConfig(), config, manifest)
     except ConfigError as error:
         raise ConfigError(f"mode {mode}: {error}") from None
     return config

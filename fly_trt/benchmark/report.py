@@ -16,7 +16,7 @@ from fly_trt.benchmark.client import Load
 from fly_trt.benchmark.measure import Benchmark
 from fly_trt.benchmark.results import Row, Spread
 from fly_trt.benchmark.roofline import ModelCost, Roofline
-from fly_trt.loaded import LoadedEngines
+from fly_trt.engines.directory import LoadedEngines
 from fly_trt.manifest import Manifest, ModelEngine
 from fly_trt.params import SpeculativeConfig
 

@@ -19,9 +19,9 @@ import numpy as np
 
 from fly_trt.benchmark.results import Spread
 from fly_trt.engines.base import Engine, Step
+from fly_trt.engines.directory import LoadedEngines, Role
 from fly_trt.errors import ConfigError
-from fly_trt.loaded import LoadedEngines, Role
-from fly_trt.service import resolve_speculative_config
+from fly_trt.service.config import resolve_speculative_config
 
 Arithmetic = Literal["float32", "int8"]
 

@@ -14,9 +14,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fly_trt.benchmark.checks import Check, problem_with
-from fly_trt.chat import ChatMessage
 from fly_trt.errors import ConfigError
-from fly_trt.prompts import Prompt
+from fly_trt.text.chat import ChatMessage
+from fly_trt.text.prompts import Prompt
 
 # The frame around the built-in prompts. A chat template brings its own, so that this one is taken off.
 FRAME = ("### Instruction:\n", "\n### Response:\n")

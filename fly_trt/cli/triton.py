@@ -12,7 +12,7 @@ from rich.table import Table
 from fly_trt.cli.ending import ending_in_one_line
 from fly_trt.cli.speculative import speculative_options, speculative_overrides
 from fly_trt.errors import ConfigError
-from fly_trt.service import DEFAULT_MAX_QUEUE_SIZE
+from fly_trt.service.config import DEFAULT_MAX_QUEUE_SIZE
 
 SETTING_FLAGS = ("max_batch_size", "max_seq_len", "num_threads")
 EXAMPLES = """
@@ -56,7 +56,7 @@ def main(engine_dir: Path, output: Path, dry_run: bool, as_json: bool, **flags: 
 
 
 def _run(engine_dir: Path, repository: Path, dry_run: bool, as_json: bool, flags: dict[str, Any]) -> None:
-    from fly_trt.serving.repository import RepositoryPlan, make_plan, write_model
+    from fly_trt.serving.triton.repository import RepositoryPlan, make_plan, write_model
 
     timeout = {} if flags["queue_timeout"] is None else {"queue_timeout": flags["queue_timeout"]}
     plan: RepositoryPlan = make_plan(

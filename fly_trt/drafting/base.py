@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
-from fly_trt.engines.base import IntArray
+from fly_trt.tokens import IntArray
 
 State = TypeVar("State")
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from fly_trt.drafting.base import DraftRow, common_prefix, exchange
 from fly_trt.drafting.ngram import NgramIndex
-from fly_trt.engines.base import NO_TOKENS, Engine, IntArray
-from fly_trt.sequence import TokenSequence
+from fly_trt.engines.base import Engine
+from fly_trt.tokens import NO_TOKENS, IntArray, TokenSequence
 
 # A row with more context than this gets a step of its own: in a common one every other row would be padded to it.
 MAX_SHARED_CONTEXT = 8

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fly_trt.drafting.base import DraftRow, exchange
-from fly_trt.engines.base import NO_TOKENS, IntArray
+from fly_trt.tokens import NO_TOKENS, IntArray
 
 
 class NgramIndex:

@@ -5,7 +5,6 @@ does not hold yet, draft tokens are proposals to verify. Rewinding a sequence is
 knows slots and tokens; it knows nothing of requests, text or drafters.
 """
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fly_trt.errors import EngineError
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float32]
-
-NO_TOKENS: IntArray = np.empty(0, np.int64)
+from fly_trt.tokens import NO_TOKENS, FloatArray, IntArray
+from fly_trt.verification.policy import EXACT, AcceptancePolicy
 
 # The tensors of a step and their types: per row [B], and per position [B, T] of the verification head.
 ROW_INPUTS: dict[str, type[np.generic]] = {
@@ -38,31 +34,6 @@ TOKEN_OUTPUTS: dict[str, type[np.generic]] = {
     "argmax_logprob": np.float32,
     "token_logprob": np.float32,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class AcceptancePolicy:
-    """Which draft tokens of a row stand, as four inputs of the engine, so that one target engine serves every policy.
-
-    A mismatching draft token j of n is loosened iff the gate's entropy at j is >= `entropy_threshold` (nats), draft
-    and target agree on the `lookahead` tokens after j, and j + max(window, lookahead) < n.
-
-    The gate is the entropy of the `k` largest probabilities, not renormalised, or with `use_full_entropy` that of the
-    whole vocabulary. A threshold of +inf means exact match.
-    """
-
-    entropy_threshold: float
-    use_full_entropy: bool
-    window: int
-    lookahead: int
-
-    @property
-    def is_loose(self) -> bool:
-        """Whether any draft token may stand that differs from the target's choice."""
-        return math.isfinite(self.entropy_threshold)
-
-
-EXACT = AcceptancePolicy(entropy_threshold=math.inf, use_full_entropy=False, window=0, lookahead=0)
 
 
 @dataclass(frozen=True, slots=True)

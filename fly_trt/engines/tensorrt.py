@@ -24,11 +24,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fly_trt.engines import cuda
-from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, FloatArray, LogitsBuffer, Step, StepCache
+from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, LogitsBuffer, Step, StepCache
 from fly_trt.engines.kernel_cache import KernelCache
 from fly_trt.engines.tensorrt_library import Library, import_library
 from fly_trt.errors import EngineError
 from fly_trt.manifest import Dtype, ModelEngine, TensorRTPlan
+from fly_trt.tokens import FloatArray
 
 logger = logging.getLogger(__name__)
 

@@ -12,17 +12,19 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fly_trt.drafting import Drafter, DraftRow
-from fly_trt.engines.base import EXACT, Engine, FloatArray, IntArray, Step
+from fly_trt.engines.base import Engine, Step
 from fly_trt.errors import EngineError, FlyError
-from fly_trt.metrics import Metrics
 from fly_trt.runtime.draft_length import SURE, AcceptanceRate, DraftLength
 from fly_trt.runtime.loosening import Loosening, StepCosts
+from fly_trt.runtime.metrics import Metrics
 from fly_trt.runtime.request import Request, RequestState
 from fly_trt.runtime.rounds import Round
 from fly_trt.runtime.sampler import NO_CHOICE, token_logprobs
 from fly_trt.runtime.scheduler import Scheduler
 from fly_trt.runtime.slots import SlotTable
+from fly_trt.tokens import FloatArray, IntArray
 from fly_trt.verification import Verdict
+from fly_trt.verification.policy import EXACT
 
 # Logits of a whole prompt chunk are large: V = 128 k and 64 tokens are 33 MB. A longer prompt that needs the logits of
 # its last token only is read without any up to there.

@@ -6,7 +6,6 @@ from enum import Enum
 
 import numpy as np
 
-from fly_trt.engines.base import AcceptancePolicy, IntArray
 from fly_trt.errors import FlyError
 from fly_trt.outputs import CompletionOutput, FinishReason, RequestMetrics, TokenLogprobs
 from fly_trt.params import SamplingParams
@@ -14,8 +13,9 @@ from fly_trt.runtime.draft_length import AcceptanceRate
 from fly_trt.runtime.loosening import Loosening
 from fly_trt.runtime.rounds import Round
 from fly_trt.runtime.sampler import Sampler
-from fly_trt.sequence import TokenSequence
-from fly_trt.tokenizer import Detokenizer
+from fly_trt.text.tokenizer import Detokenizer
+from fly_trt.tokens import IntArray, TokenSequence
+from fly_trt.verification.policy import AcceptancePolicy
 
 
 class RequestState(Enum):

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fly_trt.engines.base import NO_TOKENS, AcceptancePolicy, FloatArray, IntArray
 from fly_trt.runtime.loosening import Evidence
+from fly_trt.tokens import NO_TOKENS, FloatArray, IntArray
 from fly_trt.verification import Verdict, accept, count_loosened, opens_window
+from fly_trt.verification.policy import AcceptancePolicy
 
 NO_GATES: FloatArray = np.empty(0, np.float32)
 

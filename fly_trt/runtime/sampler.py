@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from fly_trt.engines.base import AcceptancePolicy, FloatArray, IntArray
 from fly_trt.outputs import Logprob, TokenLogprobs
 from fly_trt.params import SamplingParams
+from fly_trt.tokens import FloatArray, IntArray
 from fly_trt.verification import sampling
+from fly_trt.verification.policy import AcceptancePolicy
 
 NO_CHOICE = -1  # agrees with no draft token
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from fly_trt.drafting import Drafter
 from fly_trt.drafting.base import common_prefix
-from fly_trt.engines.base import NO_TOKENS, Engine, IntArray
+from fly_trt.engines.base import Engine
 from fly_trt.runtime.request import Request
+from fly_trt.tokens import NO_TOKENS, IntArray
 
 # Shorter prefixes are computed anew: that costs less than the copy, and any two prompts share their first token.
 MIN_PREFIX_TOKENS = 16

@@ -11,12 +11,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from fly_trt.engines.fork import HomeProcess
+from fly_trt.engines.turn import Turn
 from fly_trt.errors import ConfigError, EngineDeadError, EngineError, QueueFullError, RequestError
-from fly_trt.fork import HomeProcess
 from fly_trt.runtime.group import RequestGroup
 from fly_trt.runtime.loop import GenerationLoop
 from fly_trt.runtime.request import Request
-from fly_trt.runtime.turn import Turn
 
 logger = logging.getLogger(__name__)
 

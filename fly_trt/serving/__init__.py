@@ -1,1 +1,1 @@
-"""Triton Inference Server: what a model repository holds, and the model that the server runs."""
+"""Servers that fly-trt runs in, one package each."""

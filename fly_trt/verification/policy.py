@@ -1,10 +1,35 @@
 """The named acceptance policies: which draft tokens that differ from the target's argmax may stand."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from fly_trt.engines.base import AcceptancePolicy
 from fly_trt.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptancePolicy:
+    """Which draft tokens of a row stand, as four inputs of the engine, so that one target engine serves every policy.
+
+    A mismatching draft token j of n is loosened iff the gate's entropy at j is >= `entropy_threshold` (nats), draft
+    and target agree on the `lookahead` tokens after j, and j + max(window, lookahead) < n.
+
+    The gate is the entropy of the `k` largest probabilities, not renormalised, or with `use_full_entropy` that of the
+    whole vocabulary. A threshold of +inf means exact match.
+    """
+
+    entropy_threshold: float
+    use_full_entropy: bool
+    window: int
+    lookahead: int
+
+    @property
+    def is_loose(self) -> bool:
+        """Whether any draft token may stand that differs from the target's choice."""
+        return math.isfinite(self.entropy_threshold)
+
+
+EXACT = AcceptancePolicy(entropy_threshold=math.inf, use_full_entropy=False, window=0, lookahead=0)
+
 
 PRESETS: dict[str, AcceptancePolicy] = {
     # The authors' program, which produced the published speedups: the window counts the mismatch itself.

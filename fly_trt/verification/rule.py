@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fly_trt.engines.base import AcceptancePolicy, IntArray
+from fly_trt.tokens import IntArray
+from fly_trt.verification.policy import AcceptancePolicy
 
 
 @dataclass(frozen=True, slots=True)

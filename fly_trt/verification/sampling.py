@@ -17,8 +17,8 @@ from dataclasses import KW_ONLY, InitVar, dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from fly_trt.engines.base import FloatArray, IntArray
 from fly_trt.errors import RequestError
+from fly_trt.tokens import FloatArray, IntArray
 
 # Below it a request is decoded greedily, as in vLLM.
 MIN_TEMPERATURE = 1e-5

@@ -27,7 +27,7 @@ from rich.table import Table
 from fly_trt import LLM, FlyError, RequestOutput, SamplingParams
 from fly_trt.benchmark.checks import is_right
 from fly_trt.benchmark.workload import BenchmarkPrompt, read_prompts
-from fly_trt.prompts import Prompt
+from fly_trt.text.prompts import Prompt
 
 EVAL_PROMPTS = Path(__file__).resolve().parents[2] / "tests" / "assets" / "pair" / "eval.jsonl"
 MODES: dict[str, dict[str, Any]] = {"plain": {"method": None}, "exact": {"acceptance": "exact"}, "FLy": {}}

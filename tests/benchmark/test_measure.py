@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import fly_trt.loaded
+import fly_trt.engines.directory
 from fly_trt import ConfigError, RequestError
 from fly_trt.benchmark.client import Load
 from fly_trt.benchmark.measure import Benchmark, BenchmarkConfig, run_benchmark
@@ -71,7 +71,7 @@ def test_engines_are_loaded_once_for_all_modes_and_loads(demo_engine: Path, monk
         loaded.append(settings["num_slots"])
         return load_engine(*arguments, **settings)
 
-    monkeypatch.setattr(fly_trt.loaded, "load_engine", counting)
+    monkeypatch.setattr(fly_trt.engines.directory, "load_engine", counting)
     loads = (Load(concurrency=1), Load(concurrency=2))
     found = run_benchmark(demo_engine, BenchmarkConfig(modes=["exact", "fly"], loads=loads, **SHORT))
     assert loaded == [2, 2]

@@ -10,7 +10,7 @@ import pytest
 
 from fly_trt import ConfigError
 from fly_trt.benchmark.workload import FRAME, built_in_prompts, random_prompts, read_prompts, repeated
-from fly_trt.tokenizer import load_tokenizer
+from fly_trt.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ from fly_build.measure import add_costs
 from fly_trt import SpeculativeConfig
 from fly_trt.manifest import read_manifest
 from fly_trt.runtime.loosening import DRAFT_TOKEN_COST, VERIFICATION_TOKEN_COST, StepCosts
-from fly_trt.service import step_costs
+from fly_trt.service.config import step_costs
 
 NAMES = ("draft_token_cost", "verification_token_cost")
 

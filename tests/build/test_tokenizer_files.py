@@ -18,7 +18,7 @@ from fly_build.pipeline import build, make_plan
 from fly_build.recipe import load_recipe
 from fly_build.tokenizer import load_tokenizer, tokens_without_embedding
 from fly_trt.errors import CheckpointError
-from fly_trt.tokenizer import load_tokenizer as load_engine_tokenizer
+from fly_trt.text.tokenizer import load_tokenizer as load_engine_tokenizer
 from tiny_models import PAIR, add_demo_tokenizer, save_tiny, tiny_llama
 
 TEXTS = [

@@ -39,7 +39,7 @@ LATER = {
     "fly-bench": ["fly_trt.benchmark.plot", "tokenizers"],
     "fly-build": ["rich", "fly_build.recipe", "torch"],
     "fly-generate": ["tokenizers", "jinja2", "fly_trt.llm"],
-    "fly-triton": ["rich", "fly_trt.serving.repository"],
+    "fly-triton": ["rich", "fly_trt.serving.triton.repository"],
 }
 
 

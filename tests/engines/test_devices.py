@@ -17,7 +17,7 @@ from fly_trt import LLM, ConfigError, EngineError, LoadedEngines, SamplingParams
 from fly_trt.engines import Engine, load_engine
 from fly_trt.engines.cuda import DeviceBuffer, device_name
 from fly_trt.manifest import read_manifest
-from fly_trt.service import ServiceConfig
+from fly_trt.service.config import ServiceConfig
 from simulated_cuda import Error, SimulatedCuda
 from simulated_engine import TOKENS, logits, run, same
 

@@ -12,9 +12,10 @@ import onnx_ir as ir
 import pytest
 
 from fly_trt.engines import Engine
-from fly_trt.engines.base import AcceptancePolicy, Step
+from fly_trt.engines.base import Step
 from fly_trt.engines.tensorrt import OUTPUTS, _widen
 from fly_trt.manifest import Dtype, read_manifest
+from fly_trt.verification.policy import AcceptancePolicy
 from simulated_cuda import SimulatedCuda
 from simulated_engine import LONGEST, LONGEST_ROW, MAX_SEQ_LEN, TOKENS, load, logits, numbers, run, same
 from simulated_tensorrt import deserialise, serialise

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import kernel_library as library
 import kernels as check
 from fly_build.head import GATE_OUTPUTS
-from fly_trt.engines.base import AcceptancePolicy
 from fly_trt.verification import accept
+from fly_trt.verification.policy import AcceptancePolicy
 from portable_head import head_session
 
 TYPES = ["float32", "float16", "bfloat16"]

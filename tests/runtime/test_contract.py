@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from fly_trt.drafting import Lookup, ModelDrafter
-from fly_trt.engines.base import AcceptancePolicy
 from fly_trt.errors import EngineError
 from fly_trt.runtime.loop import MAX_LOGITS_CHUNK
 from fly_trt.runtime.request import Request
+from fly_trt.verification.policy import AcceptancePolicy
 from loop_stack import DRAFTERS, LOOKUP, PROMPT, make_drafter, make_request, make_stack, random_prompt
 from table_engine import (
     FULL_ENTROPY,

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fly_trt.drafting import ModelDrafter, NgramDrafter
-from fly_trt.engines.base import EXACT, AcceptancePolicy
 from fly_trt.errors import EngineError
 from fly_trt.runtime.request import Request, RequestState
-from fly_trt.sequence import TokenSequence
+from fly_trt.tokens import TokenSequence
 from fly_trt.verification import PRESETS
+from fly_trt.verification.policy import EXACT, AcceptancePolicy
 from loop_stack import (
     DRAFTERS,
     NUM_DRAFT_TOKENS,

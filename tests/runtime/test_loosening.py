@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fly_trt.drafting import ModelDrafter
-from fly_trt.engines.base import EXACT, AcceptancePolicy
 from fly_trt.runtime.loosening import MAX_PAUSE_TOKENS, TRY_SHARE, Evidence, Loosening, StepCosts
 from fly_trt.runtime.request import Request
 from fly_trt.runtime.rounds import Round
 from fly_trt.verification import PRESETS
+from fly_trt.verification.policy import EXACT, AcceptancePolicy
 from loop_stack import NUM_DRAFT_TOKENS, PROMPT, SHORT_WINDOW, Stack, make_drafter, make_request, make_stack
 from table_engine import VOCAB_SIZE, TableEngine, greedy, hashed, sometimes_differs, sometimes_uncertain
 

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from fly_trt.runtime.request import Request
-from fly_trt.tokenizer import Detokenizer
+from fly_trt.text.tokenizer import Detokenizer
 from loop_stack import make_request
 from table_engine import STOP_TOKEN
 

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fly_trt.drafting import DraftRow, ModelDrafter
-from fly_trt.engines.base import EXACT, AcceptancePolicy, IntArray
 from fly_trt.runtime.request import Request
+from fly_trt.tokens import IntArray
 from fly_trt.verification import PRESETS
+from fly_trt.verification.policy import EXACT, AcceptancePolicy
 from loop_stack import (
     DRAFTERS,
     NUM_DRAFT_TOKENS,

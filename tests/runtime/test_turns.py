@@ -4,11 +4,11 @@ import threading
 
 import pytest
 
+from fly_trt.engines.turn import Turn
 from fly_trt.errors import EngineError
 from fly_trt.runtime import thread as thread_module
 from fly_trt.runtime.loop import GenerationLoop
 from fly_trt.runtime.thread import EngineThread
-from fly_trt.runtime.turn import Turn
 from loop_stack import random_prompt
 from stepped_engine import LANGUAGE, SECONDS, Inbox, SteppedEngine, make_group, make_loop
 from table_engine import greedy

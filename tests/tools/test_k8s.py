@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 from fly_build.cli import main as fly_build
 from fly_trt.cli.triton import main as fly_triton
-from fly_trt.metrics import GAUGES, PREFIX
+from fly_trt.runtime.metrics import GAUGES, PREFIX
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "tools" / "k8s"

@@ -7,8 +7,8 @@ import onnxruntime as ort
 import pytest
 
 from fly_build.head import GATE_OUTPUTS
-from fly_trt.engines.base import EXACT, AcceptancePolicy
 from fly_trt.verification import accept
+from fly_trt.verification.policy import EXACT, AcceptancePolicy
 from portable_head import head_session
 
 VOCAB_SIZE = 97

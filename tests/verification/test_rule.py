@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fly_trt.engines.base import EXACT, AcceptancePolicy
 from fly_trt.errors import ConfigError
 from fly_trt.verification import PRESETS, accept, count_loosened, fly_policy
+from fly_trt.verification.policy import EXACT, AcceptancePolicy
 
 TARGET = np.arange(100, 117)  # the target's choice at 16 draft positions and after them
 UNCERTAIN = np.full(17, 1.0)

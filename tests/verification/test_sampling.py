@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fly_trt.engines.base import NO_TOKENS
 from fly_trt.errors import RequestError
+from fly_trt.tokens import NO_TOKENS
 from fly_trt.verification import (
     MIN_TEMPERATURE,
     LogitsProcessor,

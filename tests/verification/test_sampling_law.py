@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fly_trt.engines.base import EXACT, AcceptancePolicy
 from fly_trt.verification import LogitsProcessor, UniformStream, accept, distribution, gate_entropy, sample
+from fly_trt.verification.policy import EXACT, AcceptancePolicy
 from sampling_definitions import processed_row, random_scores, truncated_softmax
 
 TOY_SIZE = 12

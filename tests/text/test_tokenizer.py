@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from fly_trt.errors import EngineError
-from fly_trt.tokenizer import Detokenizer, load_tokenizer
+from fly_trt.text.tokenizer import Detokenizer, load_tokenizer
 
 
 def bytes_to_unicode() -> dict[int, str]:

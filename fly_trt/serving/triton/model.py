@@ -21,9 +21,9 @@ import triton_python_backend_utils as pb_utils
 
 from fly_trt.async_llm import AsyncLLM
 from fly_trt.errors import ConfigError, FlyError, QueueFullError, RequestError
-from fly_trt.serving.configuration import ModelConfiguration
-from fly_trt.serving.request import ClientRequest, ResponseWriter, read_request
-from fly_trt.serving.triton_metrics import TritonMetrics
+from fly_trt.serving.triton.configuration import ModelConfiguration
+from fly_trt.serving.triton.metrics import TritonMetrics
+from fly_trt.serving.triton.request import ClientRequest, ResponseWriter, read_request
 
 logger = logging.getLogger(__name__)
 

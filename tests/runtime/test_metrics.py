@@ -13,11 +13,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from eval_prompts import load_eval_prompts
 from fly_trt import LLM, RequestOutput, SamplingParams
-from fly_trt import metrics as metrics_module
 from fly_trt.engines.base import Step
 from fly_trt.engines.onnxruntime import OnnxRuntimeEngine
-from fly_trt.metrics import Metrics
+from fly_trt.runtime import metrics as metrics_module
 from fly_trt.runtime import request as request_module
+from fly_trt.runtime.metrics import Metrics
 
 PROMPTS = [record["prompt"] for record in load_eval_prompts()[:6]]
 NAMES = (
@@ -161,7 +161,7 @@ def test_a_line_is_logged_every_few_seconds_of_service(
     demo_engine: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(metrics_module, "LOG_SECONDS", 0.1)
-    caplog.set_level(logging.INFO, logger="fly_trt.metrics")
+    caplog.set_level(logging.INFO, logger="fly_trt.runtime.metrics")
     with LLM(demo_engine) as llm:
         llm.generate(PROMPTS * 2, SamplingParams(max_tokens=150, ignore_eos=True))
     found = [LOG_LINE.fullmatch(record.getMessage()) for record in caplog.records]
@@ -178,7 +178,7 @@ def test_the_line_has_the_rates_of_its_window_and_idle_time_is_no_window(
 ) -> None:
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(metrics_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    caplog.set_level(logging.INFO, logger="fly_trt.metrics")
+    caplog.set_level(logging.INFO, logger="fly_trt.runtime.metrics")
     metrics = Metrics()
     request = SimpleNamespace(num_cached=150, arrival=990.0, last_emission=0.0, output_token_ids=[])
     scheduler = SimpleNamespace(running=[request], waiting=[None] * 3, slots=[None] * 4)
@@ -205,7 +205,7 @@ def test_the_line_has_the_rates_of_its_window_and_idle_time_is_no_window(
 
 
 def test_nothing_is_logged_in_less_time_than_that(demo_engine: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="fly_trt.metrics")
+    caplog.set_level(logging.INFO, logger="fly_trt.runtime.metrics")
     with LLM(demo_engine) as llm:
         llm.generate(PROMPTS, SamplingParams(max_tokens=10))
     assert caplog.records == []

@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 
 from fly_trt import RequestOutputKind, SamplingParams
 from fly_trt.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
-from fly_trt.serving.request import ClientRequest, ResponseWriter
-from fly_trt.serving.tensors import OUTPUTS
+from fly_trt.serving.triton.request import ClientRequest, ResponseWriter
+from fly_trt.serving.triton.tensors import OUTPUTS
 
-TOKENIZER = Tokenizer.from_file(str(Path(__file__).parents[1] / "assets" / "pair" / "target" / "tokenizer.json"))
+TOKENIZER = Tokenizer.from_file(str(Path(__file__).parents[2] / "assets" / "pair" / "target" / "tokenizer.json"))
 PROMPT = "Tell me"
 PROMPT_IDS = list(TOKENIZER.encode(PROMPT).ids)
 DTYPES = {"TYPE_STRING": np.object_, "TYPE_INT32": np.int32, "TYPE_FP32": np.float32}

@@ -11,7 +11,7 @@ import pytest
 from engine_switch import SLOW, add_switch
 
 from eval_prompts import load_eval_prompts
-from fly_trt.serving.repository import make_plan, write_model
+from fly_trt.serving.triton.repository import make_plan, write_model
 from triton_server import TritonServer, wait_until
 
 PROMPTS = [record["prompt"] for record in load_eval_prompts()[50:90]]

@@ -13,7 +13,7 @@ import pytest
 
 from eval_prompts import load_eval_prompts
 from fly_trt import LLM, SamplingParams
-from fly_trt.serving.repository import make_plan, write_model
+from fly_trt.serving.triton.repository import make_plan, write_model
 from triton_server import TritonServer
 
 PROMPTS = [record["prompt"] for record in load_eval_prompts()[90:94]]

@@ -17,9 +17,9 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from fly_trt import ConfigError, EngineError, SpeculativeConfig
 from fly_trt.engines.cores import available_cores
 from fly_trt.manifest import MANIFEST_NAME, Limits, read_manifest, write_manifest
-from fly_trt.service import DEFAULT_MAX_QUEUE_SIZE, ServiceConfig, resolve_speculative_config
-from fly_trt.serving.configuration import ModelConfiguration, write_parameters
-from fly_trt.serving.repository import make_plan
+from fly_trt.service.config import DEFAULT_MAX_QUEUE_SIZE, ServiceConfig, resolve_speculative_config
+from fly_trt.serving.triton.configuration import ModelConfiguration, write_parameters
+from fly_trt.serving.triton.repository import make_plan
 
 CORES = available_cores()
 NOWHERE = Path("/nowhere/1")

@@ -15,7 +15,7 @@ from fly_trt.engines.cores import available_cores
 from fly_trt.errors import ConfigError
 from fly_trt.manifest import read_manifest
 from fly_trt.params import SpeculativeConfig
-from fly_trt.service import DEFAULT_MAX_QUEUE_SIZE, ServiceConfig, resolve_speculative_config
+from fly_trt.service.config import DEFAULT_MAX_QUEUE_SIZE, ServiceConfig, resolve_speculative_config
 
 ENGINE_DIR = "engine_dir"
 EXCLUDE_INPUT = "exclude_input_in_output"

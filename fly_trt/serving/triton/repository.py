@@ -15,9 +15,9 @@ import fly_trt
 from fly_trt.errors import ConfigError
 from fly_trt.files import new_directory
 from fly_trt.manifest import MANIFEST_NAME, Manifest, read_manifest
-from fly_trt.service import DEFAULT_MAX_QUEUE_SIZE, ServiceConfig, check_limits, resolve_speculative_config
-from fly_trt.serving.configuration import write_parameters
-from fly_trt.serving.tensors import INPUTS, OUTPUTS
+from fly_trt.service.config import DEFAULT_MAX_QUEUE_SIZE, ServiceConfig, resolve_sizes, resolve_speculative_config
+from fly_trt.serving.triton.configuration import write_parameters
+from fly_trt.serving.triton.tensors import INPUTS, OUTPUTS
 
 CONFIG_NAME = "config.pbtxt"
 VERSION = "1"
@@ -31,7 +31,7 @@ SHELL_CHARACTER = re.compile(r"""[\s"'`$&|;<>(){}\[\]*?\\]""")
 
 MODEL_PY = '''"""Serves the engines that config.pbtxt names. Python's fly-trt does the work: pip install fly-trt."""
 
-from fly_trt.serving.triton_model import TritonPythonModel
+from fly_trt.serving.triton.model import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 '''
@@ -87,7 +87,7 @@ def make_plan(
     model_dir = repository.expanduser().absolute() / name
     _check_place(model_dir, engine_dir, overwrite)
     config = resolve_speculative_config(manifest, speculative or {})
-    limits = check_limits(
+    sizes = resolve_sizes(
         ServiceConfig.from_dict({**(settings or {}), "max_queue_size": max_queue_size}), config, manifest
     )
     gpus_text = f"GPUs {', '.join(map(str, gpus))} each" if gpus else "each GPU"
@@ -119,7 +119,7 @@ def make_plan(
             "engines": f"{engine_dir} ({'copied' if copy_engines else 'referenced'})",
             "backend": manifest.backend,
             "instances": instances if not is_gpu else f"{instances} on {gpus_text}",
-            "requests in flight": limits.max_batch_size,
+            "requests in flight": sizes.max_batch_size,
             "method": config.method or "none",
             "acceptance": config.acceptance,
             "num_speculative_tokens": config.num_speculative_tokens,

@@ -8,24 +8,46 @@ import dataclasses
 import os
 import time
 import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from tokenizers import Tokenizer
 
+from fly_trt.checks import check_at_least, check_flag
 from fly_trt.engines import Engine, load_engine
+from fly_trt.engines.fork import HomeProcess, let_children_exit
+from fly_trt.engines.turn import Turn
 from fly_trt.errors import ConfigError, EngineError
-from fly_trt.fork import HomeProcess, let_children_exit
 from fly_trt.manifest import Manifest, read_manifest
-from fly_trt.runtime.turn import Turn
-from fly_trt.tokenizer import load_tokenizer
-
-if TYPE_CHECKING:
-    from fly_trt.service import ServiceConfig
+from fly_trt.text.tokenizer import load_tokenizer
 
 Role = Literal["target", "draft"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSettings:
+    """How the engines of a directory are loaded.
+
+    max_batch_size: slots of the caches; None means as many as were built for. num_threads: CPU threads, shared by all
+    engines of the process; None means all cores that it may use, within its container's quota. device_id: CUDA device,
+    for TensorRT; None means the calling thread's current one, and the thread is left with theirs as its current one.
+    verify_hashes: check every file against the manifest's sha256 first.
+    """
+
+    max_batch_size: int | None = None
+    num_threads: int | None = None
+    device_id: int | None = None
+    verify_hashes: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_batch_size", 1), ("num_threads", 1), ("device_id", 0)):
+            if (value := getattr(self, name)) is not None:
+                check_at_least(name, value, least)
+        check_flag("verify_hashes", self.verify_hashes)
 
 
 class LoadedEngines:
@@ -40,27 +62,20 @@ class LoadedEngines:
     another one writes to, so that all of them go without prefix caching.
     Shutting one down leaves the engines to the others; `close` releases them, after the last one was shut down.
 
-    max_batch_size: slots of the caches, None means as many as were built for; whoever shares them may use fewer.
-    num_threads, device_id, verify_hashes: as ServiceConfig has them. `load_seconds` has the time that each engine took.
-    Raises EngineError for a directory that cannot be used.
+    settings: the fields of EngineSettings; whoever shares the engines may use fewer than max_batch_size slots.
+    `load_seconds` has the time that each engine took. Raises EngineError for a directory that cannot be used, and
+    ConfigError for a setting that cannot be.
     """
 
-    def __init__(
-        self,
-        engine_dir: str | os.PathLike[str],
-        *,
-        max_batch_size: int | None = None,
-        num_threads: int | None = None,
-        device_id: int | None = None,
-        verify_hashes: bool = False,
-    ) -> None:
+    def __init__(self, engine_dir: str | os.PathLike[str], **settings: Any) -> None:
+        wanted = _engine_settings(settings)
         self.directory = Path(engine_dir).expanduser()
-        self.manifest: Manifest = read_manifest(self.directory, verify_hashes=verify_hashes)
-        self.max_batch_size = max_batch_size or self.manifest.limits.max_batch_size
+        self.manifest: Manifest = read_manifest(self.directory, verify_hashes=wanted.verify_hashes)
+        self.max_batch_size = wanted.max_batch_size or self.manifest.limits.max_batch_size
         self.load_seconds: dict[Role, float] = {}
         self.turn = Turn()
         self._home = HomeProcess("engines")
-        self._settings: dict[str, Any] = {"num_threads": num_threads, "device_id": device_id}
+        self._settings: dict[str, Any] = {"num_threads": wanted.num_threads, "device_id": wanted.device_id}
         self._engines: dict[Role, Engine] = {}
         # Also when the interpreter ends without a close(), and then after the threads that use them.
         self._finalizer = weakref.finalize(self, _close_all, self._engines, self._home)
@@ -82,24 +97,9 @@ class LoadedEngines:
         """Releases the engines. Safe to call twice, and in a forked process, which has none."""
         self._finalizer()
 
-    def fitted(self, config: "ServiceConfig") -> "ServiceConfig":
-        """The settings of one of those that share these engines. Raises ConfigError for what was settled by loading
-        them, for what cannot be shared, and in a forked process."""
+    def check_home(self) -> None:
+        """Raises ConfigError in a process that was forked from the one that made this."""
         self._home.check()
-        for name, default in (("num_threads", None), ("device_id", None), ("verify_hashes", False)):
-            if (value := getattr(config, name)) is not default:
-                raise ConfigError(f"{name} {value!r}: the engines are loaded already: give it to LoadedEngines")
-        if config.enable_prefix_caching:
-            raise ConfigError(
-                "enable_prefix_caching True: others write to the caches of shared engines: add "
-                "enable_prefix_caching=False"
-            )
-        if (config.max_batch_size or 0) > self.max_batch_size:
-            raise ConfigError(
-                f"max_batch_size {config.max_batch_size}: the engines were loaded for {self.max_batch_size}: give "
-                f"LoadedEngines max_batch_size={config.max_batch_size}"
-            )
-        return dataclasses.replace(config, max_batch_size=config.max_batch_size or self.max_batch_size)
 
     def __enter__(self) -> Self:
         return self
@@ -124,6 +124,13 @@ class LoadedEngines:
             )
             self.load_seconds[role] = time.perf_counter() - started
         return self._engines[role]
+
+
+def _engine_settings(settings: Mapping[str, Any]) -> EngineSettings:
+    known = [field.name for field in dataclasses.fields(EngineSettings)]
+    if unknown := sorted(settings.keys() - set(known)):
+        raise ConfigError(f"unknown setting {unknown[0]!r}: expected one of {', '.join(known)}")
+    return EngineSettings(**settings)
 
 
 def _close_all(engines: dict[Role, Engine], home: HomeProcess) -> None:

@@ -12,9 +12,9 @@ from typing import Any, TypedDict
 import numpy as np
 from tokenizers import Tokenizer
 
-from fly_trt.chat import ChatMessage, ChatTemplate
 from fly_trt.errors import RequestError
-from fly_trt.params import check_text
+from fly_trt.text.chat import ChatMessage, ChatTemplate
+from fly_trt.text.surrogates import check_text
 
 
 class TokensPrompt(TypedDict):

@@ -14,9 +14,9 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInsta
 
 from fly_trt import ConfigError, EngineError
 from fly_trt.manifest import MANIFEST_NAME, hash_directory, read_manifest, write_manifest
-from fly_trt.service import DEFAULT_MAX_QUEUE_SIZE
-from fly_trt.serving.repository import COPY_BLOCK_BYTES, RepositoryPlan, make_plan, write_model
-from fly_trt.serving.tensors import INPUTS, OUTPUTS
+from fly_trt.service.config import DEFAULT_MAX_QUEUE_SIZE
+from fly_trt.serving.triton.repository import COPY_BLOCK_BYTES, RepositoryPlan, make_plan, write_model
+from fly_trt.serving.triton.tensors import INPUTS, OUTPUTS
 
 FILES = {
     "target/model.onnx": b"graph",

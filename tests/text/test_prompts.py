@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from fly_trt import RequestError
-from fly_trt.prompts import PromptReader
+from fly_trt.text.prompts import PromptReader
 
-TARGET = Path(__file__).parent / "assets" / "pair" / "target"
+TARGET = Path(__file__).parents[1] / "assets" / "pair" / "target"
 USER = {"role": "user", "content": "Spell out: 21."}
 BOS, EOS = 0, 1
 HALF = "a\ud83d"

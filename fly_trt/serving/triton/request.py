@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from fly_trt.errors import RequestError
 from fly_trt.outputs import CompletionOutput, RequestOutput
 from fly_trt.params import AcceptanceParams, RequestOutputKind, SamplingParams
-from fly_trt.prompts import Prompt
-from fly_trt.serving.tensors import INPUTS
+from fly_trt.serving.triton.tensors import INPUTS
+from fly_trt.text.prompts import Prompt
 
 Array = npt.NDArray[Any]
 

@@ -1,14 +1,21 @@
-"""The tokens of one request: prompt and committed output in one growing array."""
+"""The ground floor: arrays of tokens and of scores, and the tokens of one sequence in one growing array."""
 
 import numpy as np
+import numpy.typing as npt
 
-from fly_trt.engines.base import IntArray
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+NO_TOKENS: IntArray = np.empty(0, np.int64)
 
 GROWTH_TOKENS = 512
 
 
 class TokenSequence:
-    """`tokens` is a view of the committed tokens, int64 [length]; it stays valid until the next append."""
+    """Prompt and committed output of one request.
+
+    `tokens` is a view of the committed tokens, int64 [length]; it stays valid until the next append.
+    """
 
     __slots__ = ("_buffer", "_length")
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fly_trt import AcceptanceParams, FlyError, RequestError, RequestOutputKind, SamplingParams
-from fly_trt.serving.request import ClientRequest, read_request
-from fly_trt.serving.tensors import INPUTS
+from fly_trt.serving.triton.request import ClientRequest, read_request
+from fly_trt.serving.triton.tensors import INPUTS
 
 SPECS = {spec.name: spec for spec in INPUTS}
 DTYPES = {

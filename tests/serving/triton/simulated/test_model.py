@@ -134,7 +134,7 @@ def test_nobody_is_asked_about_a_request_that_was_answered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = load()
-    monkeypatch.setattr(sys.modules["fly_trt.serving.triton_model"], "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(sys.modules["fly_trt.serving.triton.model"], "POLL_SECONDS", 0.0)
     asked: list[Request] = []
     requests = []
     for index in range(200):

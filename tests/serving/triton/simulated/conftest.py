@@ -16,7 +16,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from fly_trt import LLM, SamplingParams
 from fly_trt.engines import onnxruntime
-from fly_trt.serving.repository import make_plan
+from fly_trt.serving.triton.repository import make_plan
 from served_model import PROMPTS, SHORT, Steps
 from simulated_triton import MODEL_MODULES, Request, SimulatedTriton, install
 
@@ -74,7 +74,7 @@ def load(
         config["parameters"] |= {name: {"string_value": text} for name, text in (parameters or {}).items()}
         # Else pytest keeps the log's tracebacks, and they the metrics. It looks at this when a test starts.
         monkeypatch.setattr(logging.getLogger("fly_trt"), "propagate", False)
-        model = importlib.import_module("fly_trt.serving.triton_model").TritonPythonModel()
+        model = importlib.import_module("fly_trt.serving.triton.model").TritonPythonModel()
         model.initialize(
             {
                 "model_config": json.dumps(config),

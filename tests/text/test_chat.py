@@ -9,9 +9,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from fly_trt import LLM, EngineError, RequestError, SamplingParams
-from fly_trt.chat import ChatTemplate
+from fly_trt.text.chat import ChatTemplate
 
-PAIR = Path(__file__).parent / "assets" / "pair"
+PAIR = Path(__file__).parents[1] / "assets" / "pair"
 USER = {"role": "user", "content": "Spell out: 21."}
 TALK = [
     {"role": "system", "content": "  You are terse.\n"},

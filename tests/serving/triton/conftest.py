@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from engine_switch import SLOW, add_switch
 
-from fly_trt.serving.repository import make_plan, write_model
+from fly_trt.serving.triton.repository import make_plan, write_model
 from triton_server import LAUNCHER, TritonServer
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from eval_prompts import load_eval_prompts
 from fly_trt import LLM, AcceptanceParams, SamplingParams
-from fly_trt.serving.tensors import OUTPUTS
+from fly_trt.serving.triton.tensors import OUTPUTS
 from triton_server import TritonServer
 
 PROMPTS = [record["prompt"] for record in load_eval_prompts()[:50]]

@@ -10,7 +10,7 @@ import pytest
 from engine_switch import BROKEN, add_switch
 
 from eval_prompts import load_eval_prompts
-from fly_trt.serving.repository import make_plan, write_model
+from fly_trt.serving.triton.repository import make_plan, write_model
 from triton_server import GrpcStream, TritonServer, wait_until
 
 PROMPT = load_eval_prompts()[0]["prompt"]

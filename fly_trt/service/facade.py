@@ -4,11 +4,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fly_trt.chat import ChatMessage
-from fly_trt.loaded import LoadedEngines
+from fly_trt.engines.directory import LoadedEngines
 from fly_trt.params import SpeculativeConfig
-from fly_trt.prompts import TokensPrompt
-from fly_trt.service import Service, ServiceConfig
+from fly_trt.service.config import ServiceConfig
+from fly_trt.service.service import Service
+from fly_trt.text.chat import ChatMessage
+from fly_trt.text.prompts import TokensPrompt
 
 
 class Facade:

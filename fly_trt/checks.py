@@ -1,0 +1,30 @@
+"""Whether a setting is what its field says. What is wrong is a ConfigError in one line."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from fly_trt.errors import ConfigError
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def check_at_least(name: str, value: Any, least: int) -> None:
+    if not (is_whole(value) and value >= least):
+        raise ConfigError(f"{name} {value!r}: expected a whole number, at least {least}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} {value!r}: expected True or False")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} {value!r}: expected one of {', '.join(str(choice) for choice in choices)}")

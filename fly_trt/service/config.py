@@ -1,0 +1,158 @@
+"""How an engine directory is served: what is asked for, and the sizes and settings that come of it.
+
+Asked-for settings may leave things open; what they resolve to leaves nothing open. Everything that does not fit the
+engines is found here, before one of them is loaded.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from fly_trt.checks import check_at_least, check_flag
+from fly_trt.engines.directory import EngineSettings, LoadedEngines
+from fly_trt.errors import ConfigError
+from fly_trt.manifest import Manifest
+from fly_trt.params import AcceptanceParams, SpeculativeConfig
+from fly_trt.runtime.loosening import DRAFT_TOKEN_COST, VERIFICATION_TOKEN_COST, StepCosts
+
+DEFAULT_MAX_QUEUE_SIZE = 1024
+ALIASES = {"max_num_seqs": "max_batch_size", "max_model_len": "max_seq_len"}
+ENGINE_SETTINGS = tuple(field.name for field in dataclasses.fields(EngineSettings))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceConfig(EngineSettings):
+    """How an engine directory is served, beside how its engines are loaded. None means: as it was built.
+
+    max_batch_size: requests in flight. max_seq_len: tokens of a sequence, prompt and output. max_num_tokens: prompt
+    tokens that one iteration reads, and tokens that its verification step has; less keeps the pauses of running
+    requests short while a long prompt is read, more reads it faster. max_queue_size: requests that may wait.
+    enable_prefix_caching: a prompt starts from the cache of another that begins alike.
+    """
+
+    max_seq_len: int | None = None
+    max_num_tokens: int | None = None
+    max_queue_size: int = DEFAULT_MAX_QUEUE_SIZE
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        EngineSettings.__post_init__(self)
+        for name in ("max_seq_len", "max_num_tokens", "max_queue_size"):
+            if (value := getattr(self, name)) is not None or name == "max_queue_size":
+                check_at_least(name, value, 1)
+        check_flag("enable_prefix_caching", self.enable_prefix_caching)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        """Raises ConfigError for an unknown name; vLLM's max_num_seqs and max_model_len are known too."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        given: dict[str, Any] = {}
+        for name, value in settings.items():
+            field = ALIASES.get(name, name)
+            if field not in known:
+                raise ConfigError(f"unknown setting {name!r}: expected one of {', '.join([*known, *ALIASES])}")
+            if field in given:
+                raise ConfigError(f"{name}: the same setting as {field}: give one of them")
+            given[field] = value
+        return cls(**given)
+
+    def engine_settings(self) -> dict[str, Any]:
+        """Those of LoadedEngines."""
+        return {name: getattr(self, name) for name in ENGINE_SETTINGS}
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What is served, in requests and tokens; ServiceConfig's sizes with nothing left open."""
+
+    max_batch_size: int
+    max_seq_len: int
+    max_num_tokens: int
+    max_queue_size: int
+
+
+def resolve_sizes(config: ServiceConfig, speculative_config: SpeculativeConfig, manifest: Manifest) -> Sizes:
+    """The engine's limits where nothing was asked for. Raises ConfigError for more than was built."""
+    _check_speculative_limits(speculative_config, manifest)
+    limits = manifest.limits
+    sizes = {}
+    for name in ("max_batch_size", "max_seq_len", "max_num_tokens"):
+        limit, asked = getattr(limits, name), getattr(config, name)
+        if asked is not None and asked > limit:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"{name} {asked}: {manifest.name} was built for {limit}: rebuild with --{flag} {asked}")
+        sizes[name] = limit if asked is None else asked
+    if sizes["max_num_tokens"] < sizes["max_batch_size"]:
+        raise ConfigError(
+            f"max_num_tokens {sizes['max_num_tokens']}: less than one token for each of max_batch_size "
+            f"{sizes['max_batch_size']} requests: raise it, or lower max_batch_size"
+        )
+    return Sizes(**sizes, max_queue_size=config.max_queue_size)
+
+
+def fit_to_shared(config: ServiceConfig, engines: LoadedEngines) -> ServiceConfig:
+    """The settings of one of those that share these engines. Raises ConfigError for what was settled by loading them,
+    for what cannot be shared, and in a forked process."""
+    engines.check_home()
+    for name, default in (("num_threads", None), ("device_id", None), ("verify_hashes", False)):
+        if (value := getattr(config, name)) is not default:
+            raise ConfigError(f"{name} {value!r}: the engines are loaded already: give it to LoadedEngines")
+    if config.enable_prefix_caching:
+        raise ConfigError(
+            "enable_prefix_caching True: others write to the caches of shared engines: add enable_prefix_caching=False"
+        )
+    if (config.max_batch_size or 0) > engines.max_batch_size:
+        raise ConfigError(
+            f"max_batch_size {config.max_batch_size}: the engines were loaded for {engines.max_batch_size}: give "
+            f"LoadedEngines max_batch_size={config.max_batch_size}"
+        )
+    return dataclasses.replace(config, max_batch_size=config.max_batch_size or engines.max_batch_size)
+
+
+def _check_speculative_limits(config: SpeculativeConfig, manifest: Manifest) -> None:
+    if config.method in ("multi_level", "draft_model") and manifest.draft is None:
+        raise ConfigError(
+            f"method {config.method!r} needs a draft model and {manifest.name} was built without one: "
+            "use method='ngram' or rebuild with --draft"
+        )
+    if config.method is not None and config.num_speculative_tokens > manifest.limits.max_draft_len:
+        raise ConfigError(
+            f"num_speculative_tokens {config.num_speculative_tokens}: built for max_draft_len "
+            f"{manifest.limits.max_draft_len}: rebuild with --max-draft-len {config.num_speculative_tokens}"
+        )
+    config.acceptance_params().policy(manifest.target.vocab_size, manifest.head.entropy_top_k)
+
+
+def step_costs(manifest: Manifest, config: SpeculativeConfig) -> StepCosts | None:
+    """What windows are decided by: as configured, as measured when the engine was built, or as is usual. None where
+    they are always opened."""
+    if not config.adaptive_acceptance:
+        return None
+    usual = {"draft_token_cost": DRAFT_TOKEN_COST, "verification_token_cost": VERIFICATION_TOKEN_COST}
+    costs = []
+    for name, cost in usual.items():
+        given = [value for value in (getattr(config, name), manifest.speculative.get(name)) if value is not None]
+        costs.append(given[0] if given else cost)
+    return StepCosts(*costs)
+
+
+def resolve_speculative_config(manifest: Manifest, overrides: Mapping[str, Any]) -> SpeculativeConfig:
+    """The engine's defaults with `overrides` on top. Without a draft model the default is n-gram lookup, and the
+    default number of draft tokens is at most the engine's max_draft_len."""
+    limit = manifest.limits.max_draft_len
+    settings = dict(manifest.speculative)
+    if overrides.get("preset") not in (None, settings.get("preset", "reference")):
+        for name in ("fly_window_size", "fly_entropy_threshold"):  # in the unit of the other preset
+            settings.pop(name, None)
+    if manifest.draft is None and settings.get("method", "multi_level") in ("multi_level", "draft_model"):
+        settings["method"] = "ngram"
+    if limit == 0:
+        settings["method"] = None
+    wanted = settings.get("num_speculative_tokens", SpeculativeConfig().num_speculative_tokens)
+    settings["num_speculative_tokens"] = max(1, min(wanted, limit))
+    config = SpeculativeConfig.from_dict(settings | dict(overrides))
+    names = [f.name for f in dataclasses.fields(AcceptanceParams)]
+    asked = AcceptanceParams(**{name: overrides[name] for name in names if name in overrides})
+    asked.over(config.acceptance_params())  # refuses a FLy setting that would have no effect
+    return config

@@ -1,0 +1,1 @@
+"""Text to tokens and back: the tokenizer, chat templates, and what callers give as a prompt."""
