@@ -1,7 +1,7 @@
 """Whether a setting is what its field says. What is wrong is a ConfigError in one line."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 from fly_trt.errors import ConfigError
@@ -25,6 +25,6 @@ def check_flag(name: str, value: Any) -> None:
         raise ConfigError(f"{name} {value!r}: expected True or False")
 
 
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} {value!r}: expected one of {', '.join(str(choice) for choice in choices)}")

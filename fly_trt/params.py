@@ -6,22 +6,20 @@ most used ones. Unknown names and values that cannot be honoured are refused; no
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 from fly_trt.checks import check_at_least, check_choice, check_flag, is_number, is_whole
+from fly_trt.drafting import DRAFTERS
 from fly_trt.errors import ConfigError, RequestError
 from fly_trt.text.surrogates import check_text
-from fly_trt.verification import PRESETS, fly_policy
-from fly_trt.verification.policy import EXACT, AcceptancePolicy
+from fly_trt.verification import POLICIES, PRESETS, AcceptancePolicy
 
-Method = Literal["multi_level", "draft_model", "ngram"]
-Acceptance = Literal["fly", "exact"]
-Preset = Literal["reference", "paper", "vllm"]
-METHODS: tuple[str, ...] = get_args(Method)
-ACCEPTANCES: tuple[str, ...] = get_args(Acceptance)
+DEFAULT_ACCEPTANCE = "fly"
+DEFAULT_PRESET = "reference"
+PRESET_SETTINGS = ("fly_window_size", "fly_entropy_threshold")  # in the unit of their preset
 DEFAULT_MAX_TOKENS = 256
 MAX_LOGIT_BIAS = 100
 # What one request may cost the others: completions, words that are looked for after every token, and tokens that are
@@ -34,8 +32,69 @@ MAX_LOGPROBS = 20
 MAX_TOKEN_IDS = 1024
 
 
+@dataclass(frozen=True, slots=True)
+class Option:
+    """How a setting of acceptance is given where it is not given in Python: on command lines, in requests to servers.
+
+    kind: str, int or float. choices: the values that there are, where they are names; a table, so that it is up to
+    date. least: the smallest value of a number.
+    """
+
+    kind: type
+    help: str
+    metavar: str | None = None
+    choices: Collection[str] | None = None
+    least: int = 0
+
+    def check(self, name: str, value: Any) -> None:
+        if value is None:
+            return
+        if self.choices is not None:
+            check_choice(name, value, self.choices)
+        elif self.kind is int:
+            check_at_least(name, value, self.least)
+        elif not (is_number(value) and value >= self.least):
+            raise ConfigError(f"{name} {value!r}: expected a number >= {self.least}")
+
+
+def _setting(kind: type, text: str, **more: Any) -> Any:
+    return field(default=None, metadata={"option": Option(kind, text, **more)})
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AcceptanceParams:
+class AcceptanceSettings:
+    """The settings of all acceptance policies, declared once: an engine's SpeculativeConfig and a request's
+    AcceptanceParams have them, and flags and request fields are made of them. Each policy says which it reads."""
+
+    acceptance: str | None = _setting(str, "Loose, or exact (lossless). [as built]", choices=POLICIES)
+    preset: str | None = _setting(str, "Which FLy. [as built]", choices=PRESETS)
+    fly_entropy_threshold: float | None = _setting(
+        float, "Gate, in nats; under preset paper a fraction of ln V. [the preset's]", metavar="X"
+    )
+    fly_window_size: int | None = _setting(int, "Deferred window, in tokens. [the preset's]", metavar="W")
+    fly_entropy_top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, option in acceptance_options().items():
+            option.check(name, getattr(self, name))
+        if self.fly_entropy_top_k is not None:
+            check_at_least("fly_entropy_top_k", self.fly_entropy_top_k, 1)
+
+    def policy(self, vocab_size: int, entropy_top_k: int) -> AcceptancePolicy:
+        """The rule for a vocabulary of so many tokens. Raises ConfigError when the engine's gate looks at another
+        number of tokens."""
+        rule = POLICIES[self.acceptance or DEFAULT_ACCEPTANCE]
+        asked = self.fly_entropy_top_k
+        if "fly_entropy_top_k" in rule.settings and asked not in (None, entropy_top_k):
+            raise ConfigError(
+                f"fly_entropy_top_k {asked}: the engine was built for {entropy_top_k}: "
+                f"rebuild with --entropy-top-k {asked}"
+            )
+        return rule.make({f.name: getattr(self, f.name) for f in dataclasses.fields(AcceptanceSettings)}, vocab_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AcceptanceParams(AcceptanceSettings):
     """Which draft tokens stand. Every field None means: as the engine was configured.
 
     acceptance: "fly" (loose) or "exact" (lossless). preset: "reference" (the authors' code), "paper" or "vllm".
@@ -43,59 +102,35 @@ class AcceptanceParams:
     fly_entropy_top_k: probabilities that the gate looks at; fixed when the engine is built.
     """
 
-    acceptance: Acceptance | None = None
-    preset: Preset | None = None
-    fly_window_size: int | None = None
-    fly_entropy_threshold: float | None = None
-    fly_entropy_top_k: int | None = None
-
-    def __post_init__(self) -> None:
-        check_choice("acceptance", self.acceptance, (None, *ACCEPTANCES))
-        check_choice("preset", self.preset, (None, *PRESETS))
-        for name, least in (("fly_window_size", 0), ("fly_entropy_top_k", 1)):
-            if (value := getattr(self, name)) is not None:
-                check_at_least(name, value, least)
-        threshold = self.fly_entropy_threshold
-        if threshold is not None and not (is_number(threshold) and threshold >= 0):
-            raise ConfigError(f"fly_entropy_threshold {threshold!r}: expected a number >= 0")
-
-    def over(self, defaults: "AcceptanceParams") -> "AcceptanceParams":
+    def over(self, defaults: AcceptanceSettings) -> "AcceptanceParams":
         """These settings where given, `defaults` elsewhere. Another preset drops the defaults' window and
-        threshold."""
-        if (self.acceptance or defaults.acceptance) == "exact":
-            self._check_nothing_loose()
+        threshold. Raises ConfigError for a setting that the policy does not read."""
+        self._check_has_effect(self.acceptance or defaults.acceptance or DEFAULT_ACCEPTANCE)
         changes_preset = self.preset is not None and self.preset != defaults.preset
         base = AcceptanceParams(acceptance=defaults.acceptance) if changes_preset else defaults
-        names = [f.name for f in dataclasses.fields(AcceptanceParams)]
-        given = {name: getattr(self, name) for name in names}
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return AcceptanceParams(**{n: getattr(base, n) if v is None else v for n, v in given.items()})
 
-    def _check_nothing_loose(self) -> None:
-        for name in ("preset", "fly_window_size", "fly_entropy_threshold"):
-            if getattr(self, name) is not None:
-                value = getattr(self, name)
-                raise ConfigError(f"{name} {value!r}: has no effect with acceptance 'exact': add acceptance='fly'")
-
-    def policy(self, vocab_size: int, entropy_top_k: int) -> AcceptancePolicy:
-        """The numbers for the engine. Raises ConfigError when the engine's gate looks at another number of tokens."""
-        if self.acceptance == "exact":
-            return EXACT
-        if self.fly_entropy_top_k not in (None, entropy_top_k):
+    def _check_has_effect(self, acceptance: str) -> None:
+        for name in acceptance_options():
+            value = getattr(self, name)
+            if value is None or name == "acceptance" or name in POLICIES[acceptance].settings:
+                continue
+            reader = next(other for other, policy in POLICIES.items() if name in policy.settings)
             raise ConfigError(
-                f"fly_entropy_top_k {self.fly_entropy_top_k}: the engine was built for {entropy_top_k}: "
-                f"rebuild with --entropy-top-k {self.fly_entropy_top_k}"
+                f"{name} {value!r}: has no effect with acceptance {acceptance!r}: add acceptance={reader!r}"
             )
-        return fly_policy(
-            self.preset or "reference",
-            vocab_size,
-            entropy_threshold=self.fly_entropy_threshold,
-            window=self.fly_window_size,
-        )
+
+
+def acceptance_options() -> dict[str, Option]:
+    """The settings of acceptance that can be given anywhere, by name."""
+    fields = dataclasses.fields(AcceptanceSettings)
+    return {f.name: f.metadata["option"] for f in fields if "option" in f.metadata}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SpeculativeConfig:
-    """How draft tokens are made, and by default accepted.
+class SpeculativeConfig(AcceptanceSettings):
+    """How draft tokens are made, and by default accepted: the fields of AcceptanceParams are the requests' defaults.
 
     method: "multi_level" (draft model that is itself accelerated by n-gram lookup), "draft_model", "ngram" (no draft
     model), or None for plain decoding. num_speculative_tokens: draft tokens per round; a request may ask for fewer.
@@ -108,10 +143,10 @@ class SpeculativeConfig:
     draft_token_cost, verification_token_cost: what that is decided by, a draft token and each further token of a target
     step, in target steps of one token; None means as measured when the engine was built.
     acceptance None: "fly" with a draft model; "exact" for n-gram drafts, which are copies rather than alternatives: a
-    loosened one costs accuracy (181 instead of 240 right answers of 240 on the demo pair).
+    loosened one costs accuracy (181 instead of 240 right answers of 240 on the demo pair). preset None: "reference".
     """
 
-    method: Method | None = "multi_level"
+    method: str | None = "multi_level"
     num_speculative_tokens: int = 15
     prompt_lookup_max: int = 4
     prompt_lookup_min: int = 1
@@ -120,18 +155,15 @@ class SpeculativeConfig:
     adaptive_acceptance: bool = True
     draft_token_cost: float | None = None
     verification_token_cost: float | None = None
-    acceptance: Acceptance | None = None
-    preset: Preset = "reference"
-    fly_window_size: int | None = None
-    fly_entropy_threshold: float | None = None
-    fly_entropy_top_k: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice("method", self.method, (None, *METHODS))
-        check_choice("acceptance", self.acceptance, (None, *ACCEPTANCES))
-        check_choice("preset", self.preset, tuple(PRESETS))
+        check_choice("method", self.method, (None, *DRAFTERS))
+        AcceptanceSettings.__post_init__(self)
         if self.acceptance is None:
-            object.__setattr__(self, "acceptance", "exact" if self.method == "ngram" else "fly")
+            usual = DEFAULT_ACCEPTANCE if self.method is None else DRAFTERS[self.method].acceptance
+            object.__setattr__(self, "acceptance", usual)
+        if self.preset is None:
+            object.__setattr__(self, "preset", DEFAULT_PRESET)
         for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_num_tokens"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("prompt_lookup_max", self.prompt_lookup_max, self.prompt_lookup_min)
@@ -141,7 +173,6 @@ class SpeculativeConfig:
             cost = getattr(self, name)
             if cost is not None and not (is_number(cost) and 0 <= cost < math.inf):
                 raise ConfigError(f"{name} {cost!r}: expected a number >= 0, in target steps of one token, or None")
-        self.acceptance_params()
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> Self:
@@ -151,10 +182,6 @@ class SpeculativeConfig:
         if unknown:
             raise ConfigError(f"speculative: unknown field {sorted(unknown)[0]!r}: expected one of {', '.join(known)}")
         return cls(**settings)
-
-    def acceptance_params(self) -> AcceptanceParams:
-        names = [f.name for f in dataclasses.fields(AcceptanceParams)]
-        return AcceptanceParams(**{name: getattr(self, name) for name in names})
 
 
 class RequestOutputKind(Enum):

@@ -20,13 +20,12 @@ from fly_trt.runtime.request import Request
 from fly_trt.runtime.sampler import Sampler
 from fly_trt.text.tokenizer import Detokenizer
 from fly_trt.tokens import IntArray, TokenSequence
-from fly_trt.verification import LogitsProcessor, UniformStream
-from fly_trt.verification.policy import EXACT, AcceptancePolicy
+from fly_trt.verification import EXACT, AcceptancePolicy, FlyPolicy, LogitsProcessor, UniformStream
 from table_engine import STOP_TOKEN, VOCAB_SIZE, Entropy, Logits, NextToken, TableEngine, greedy, sometimes_differs
 
 PROMPT = [3, 4, 5, 3, 4]
 NUM_DRAFT_TOKENS = 15
-SHORT_WINDOW = AcceptancePolicy(entropy_threshold=0.1, use_full_entropy=False, window=2, lookahead=2)
+SHORT_WINDOW = FlyPolicy(entropy_threshold=0.1, use_full_entropy=False, window=2, lookahead=2)
 DRAFTERS = ("none", "ngram", "draft_model", "multi_level")
 LOOKUP = Lookup(max_n=4, min_n=1, num_tokens=6)
 
@@ -149,7 +148,7 @@ class Stack:
 
     def check(self) -> None:
         """Asserts what holds between two steps, also of what the target's cache holds."""
-        check_invariants(self.loop)
+        check_invariants(self.loop.scheduler)
         for request in self.loop.scheduler.running:
             tokens = request.sequence.tokens.tolist()
             if request.round is not None:
@@ -199,7 +198,7 @@ def make_stack(
     metrics = Metrics()
     loop = GenerationLoop(engine, drafter, config, letters(), metrics)
     if draft_lengths and drafter is not None:
-        loop.draft_length = DraftLengths(draft_lengths, num_draft_tokens)
+        loop.speculation.draft_length = DraftLengths(draft_lengths, num_draft_tokens)
     return Stack(engine, loop, metrics)
 
 

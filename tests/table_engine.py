@@ -17,8 +17,7 @@ from functools import cache
 import numpy as np
 
 from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, Step
-from fly_trt.verification import accept
-from fly_trt.verification.policy import AcceptancePolicy
+from fly_trt.verification import FlyPolicy, accept
 
 VOCAB_SIZE = 32
 FULL_ENTROPY = 2.0  # how much larger the entropy of the whole vocabulary is than that of its most probable tokens
@@ -173,7 +172,7 @@ class TableEngine:
                 step.logits[row] = np.nan
         use_full_entropy = bool(step.use_full_entropy.any())
         step.entropy[row] = FULL_ENTROPY * step.entropy_topk[row] if use_full_entropy else np.nan
-        policy = AcceptancePolicy(
+        policy = FlyPolicy(
             entropy_threshold=float(step.entropy_threshold[row]),
             use_full_entropy=bool(step.use_full_entropy[row]),
             window=int(step.window[row]),

@@ -84,7 +84,7 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
         field = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{path or 'flags'}: {field}: {first['msg']}, got {first['input']!r}") from None
     speculative = SpeculativeConfig.from_dict(recipe.speculative)
-    speculative.acceptance_params().policy(vocab_size=2, entropy_top_k=recipe.entropy_top_k)
+    speculative.policy(vocab_size=2, entropy_top_k=recipe.entropy_top_k)
     _check_backend(recipe)
     if recipe.max_num_tokens <= recipe.max_draft_len:
         raise ConfigError(

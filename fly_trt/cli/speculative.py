@@ -5,16 +5,16 @@ from typing import Any
 
 import click
 
-from fly_trt.params import ACCEPTANCES, METHODS
-from fly_trt.verification import PRESETS
+from fly_trt.drafting import DRAFTERS
+from fly_trt.verification import POLICIES, PRESETS
 
 OPTIONS = {
-    "method": click.option("--method", type=click.Choice([*METHODS, "none"]), help="How drafts are made. [as built]"),
+    "method": click.option("--method", type=click.Choice([*DRAFTERS, "none"]), help="How drafts are made. [as built]"),
     "num_speculative_tokens": click.option(
         "--num-speculative-tokens", type=int, metavar="K", help="Draft tokens per step, at most. [as built]"
     ),
     "acceptance": click.option(
-        "--acceptance", type=click.Choice(ACCEPTANCES), help="Loose, or exact (lossless). [as built]"
+        "--acceptance", type=click.Choice(list(POLICIES)), help="Loose, or exact (lossless). [as built]"
     ),
     "preset": click.option("--preset", type=click.Choice(list(PRESETS)), help="Which FLy. [as built]"),
     "fly_entropy_threshold": click.option(

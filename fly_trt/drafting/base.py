@@ -1,9 +1,12 @@
-"""What the loop needs of a drafter."""
+"""What the runtime needs of a drafter, and what the table of drafters says of each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
+from fly_trt.engines.base import Engine
 from fly_trt.tokens import IntArray
+from fly_trt.verification import DraftSource
 
 State = TypeVar("State")
 
@@ -22,6 +25,8 @@ class Drafter(Protocol):
 
     is_free: bool
     """A proposal costs nothing worth saving, so that a whole draft may be asked for before any of it is needed."""
+    source: DraftSource
+    """Where its draft tokens come from."""
 
     @property
     def num_preparations(self) -> int:
@@ -62,6 +67,66 @@ class Drafter(Protocol):
     def trim(self, num_tokens: int) -> None:
         """No sequence is longer than `num_tokens` any more."""
         ...
+
+
+class FreeDrafter:
+    """A drafter without a model that keeps nothing by slot: it only has to `propose`."""
+
+    is_free = True
+    source = DraftSource.LOOKUP
+    num_preparations = 0
+
+    def num_unread(self, slot: int, length: int) -> int:
+        return 0
+
+    def prepare(self, rows: Sequence[DraftRow]) -> None:
+        pass
+
+    def release(self, slot: int) -> None:
+        pass
+
+    def swap(self, first: int, second: int) -> None:
+        pass
+
+    def copy(self, source: int, target: int, num_tokens: int) -> None:
+        pass
+
+    def reset(self) -> None:
+        pass
+
+    def trim(self, num_tokens: int) -> None:
+        pass
+
+
+class DraftSettings(Protocol):
+    """What drafters are set by: fields of SpeculativeConfig."""
+
+    @property
+    def prompt_lookup_max(self) -> int: ...
+    @property
+    def prompt_lookup_min(self) -> int: ...
+    @property
+    def prompt_lookup_num_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DraftParts:
+    """What a drafter can be made of. load_draft_model: the engine of the draft model, loaded at the first call; raises
+    EngineError where none was built. target_vocab_size: rows of the target's embedding table. reuse_cache: a sequence
+    may start from what a slot's cache still holds of its prefix."""
+
+    load_draft_model: Callable[[], Engine]
+    target_vocab_size: int
+    reuse_cache: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterKind:
+    """A line of the table of drafters. acceptance: which policy its drafts get where nobody says."""
+
+    make: Callable[[DraftSettings, DraftParts], Drafter]
+    needs_draft_model: bool
+    acceptance: str
 
 
 def common_prefix(held: IntArray, tokens: IntArray, known: int = 0) -> int:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fly_trt.drafting.base import DraftRow, common_prefix, exchange
+from fly_trt.drafting.base import DraftParts, DraftRow, DraftSettings, common_prefix, exchange
 from fly_trt.drafting.ngram import NgramIndex
 from fly_trt.engines.base import Engine
 from fly_trt.tokens import NO_TOKENS, IntArray, TokenSequence
+from fly_trt.verification import DraftSource
 
 # A row with more context than this gets a step of its own: in a common one every other row would be padded to it.
 MAX_SHARED_CONTEXT = 8
@@ -70,6 +71,7 @@ class ModelDrafter:
     """
 
     is_free = False
+    source = DraftSource.MODEL
 
     def __init__(
         self, engine: Engine, target_vocab_size: int, lookup: Lookup | None = None, *, reuse_cache: bool = True
@@ -224,6 +226,16 @@ class ModelDrafter:
             state.num_cached += len(context) + accepted
             results.append((accepted, int(step.next_token[slot - first])))
         return results
+
+
+def draft_model(settings: DraftSettings, parts: DraftParts, lookup: Lookup | None = None) -> ModelDrafter:
+    engine = parts.load_draft_model()
+    return ModelDrafter(engine, parts.target_vocab_size, lookup, reuse_cache=parts.reuse_cache)
+
+
+def multi_level(settings: DraftSettings, parts: DraftParts) -> ModelDrafter:
+    lookup = Lookup(settings.prompt_lookup_max, settings.prompt_lookup_min, settings.prompt_lookup_num_tokens)
+    return draft_model(settings, parts, lookup)
 
 
 def _before(tokens: IntArray, vocab_size: int) -> IntArray:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from fly_trt.drafting.base import DraftRow, exchange
+from fly_trt.drafting.base import DraftParts, DraftRow, DraftSettings, FreeDrafter, exchange
 from fly_trt.tokens import NO_TOKENS, IntArray
 
 
@@ -64,19 +64,14 @@ class NgramIndex:
         return NO_TOKENS
 
 
-class NgramDrafter:
-    """Drafts without a model: what followed the last few tokens where they occurred first."""
-
-    is_free = True
-    num_preparations = 0
+class NgramDrafter(FreeDrafter):
+    """Drafts without a model: what followed the last few tokens where they occurred first. Reading a token costs a few
+    dictionary operations, and so does a copy: nothing of it is worth keeping."""
 
     def __init__(self, max_n: int, min_n: int) -> None:
         self._max_n = max_n
         self._min_n = min_n
         self._indexes: dict[int, NgramIndex] = {}
-
-    def num_unread(self, slot: int, length: int) -> int:
-        return 0  # reading is a few dictionary look-ups a token
 
     def prepare(self, rows: Sequence[DraftRow]) -> None:
         for slot, tokens, _ in rows:
@@ -95,11 +90,9 @@ class NgramDrafter:
     def swap(self, first: int, second: int) -> None:
         exchange(self._indexes, first, second)
 
-    def copy(self, source: int, target: int, num_tokens: int) -> None:
-        """Indexing the tokens again costs no more than a copy."""
-
     def reset(self) -> None:
         self._indexes.clear()
 
-    def trim(self, num_tokens: int) -> None:
-        """An index holds no more than its sequence."""
+
+def ngram(settings: DraftSettings, parts: DraftParts) -> NgramDrafter:
+    return NgramDrafter(settings.prompt_lookup_max, settings.prompt_lookup_min)

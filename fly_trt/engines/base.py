@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from fly_trt.errors import EngineError
 from fly_trt.tokens import NO_TOKENS, FloatArray, IntArray
-from fly_trt.verification.policy import EXACT, AcceptancePolicy
+from fly_trt.verification.exact import EXACT
+from fly_trt.verification.policy import AcceptancePolicy
 
 # The tensors of a step and their types: per row [B], and per position [B, T] of the verification head.
 ROW_INPUTS: dict[str, type[np.generic]] = {

@@ -57,7 +57,7 @@ class StepCosts:
 
 
 @dataclass(slots=True)
-class Evidence:
+class WindowCounts:
     """What one round shows: draft tokens, up to the first that did not stand, which were the target's choice, and
     others; windows that stood, and one that did not."""
 
@@ -98,14 +98,14 @@ class Loosening:
         self.is_open, self.resume_at = True, length
         self._decide(length, goes_on=self._costs.reading <= FIRST_READING)
 
-    def observe(self, evidence: Evidence, length: int) -> None:
+    def observe(self, counts: WindowCounts, length: int) -> None:
         """A round ended, with so many tokens in the sequence."""
-        self._agreed = MEMORY * self._agreed + evidence.num_agreed
-        self._differed = MEMORY * self._differed + evidence.num_differed
-        self._stood = MEMORY * self._stood + evidence.num_stood
-        self._failed = MEMORY * self._failed + evidence.num_failed
-        goes_on = not evidence.num_failed and self._agreed + self._differed < LOOK_TOKENS
-        self._decide(length, has_failed=evidence.num_failed > 0, goes_on=goes_on)
+        self._agreed = MEMORY * self._agreed + counts.num_agreed
+        self._differed = MEMORY * self._differed + counts.num_differed
+        self._stood = MEMORY * self._stood + counts.num_stood
+        self._failed = MEMORY * self._failed + counts.num_failed
+        goes_on = not counts.num_failed and self._agreed + self._differed < LOOK_TOKENS
+        self._decide(length, has_failed=counts.num_failed > 0, goes_on=goes_on)
 
     def _decide(self, length: int, *, has_failed: bool = False, goes_on: bool = False) -> None:
         """Opens windows where they pay. Otherwise pauses for as long as makes up for looking again or, where one has

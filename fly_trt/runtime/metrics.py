@@ -13,14 +13,9 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-
-if TYPE_CHECKING:
-    from fly_trt.runtime.request import Request
-    from fly_trt.runtime.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -129,31 +124,29 @@ class Metrics:
         counts["spec_decode_num_loosened_tokens"] += num_loosened
         self._rounds_by_length[num_accepted] += 1
 
-    def record_emission(self, request: "Request", num_tokens: int) -> None:
-        if not num_tokens:
-            return
-        now = time.perf_counter()
+    def record_tokens(self, num_tokens: int, seconds: float, *, is_first: bool) -> None:
+        """Tokens that a step emitted for one sequence, `seconds` after its arrival or after those before them."""
         self._counts["generation_tokens"] += num_tokens
-        if num_tokens == len(request.output_token_ids):
-            self._first_token.observe(now - request.arrival)
+        if is_first:
+            self._first_token.observe(seconds)
         else:
-            self._inter_token.observe((now - request.last_emission) / num_tokens, num_tokens)
-        request.last_emission = now
+            self._inter_token.observe(seconds / num_tokens, num_tokens)
 
-    def record_end(self, request: "Request") -> None:
-        self._ended[request.finish_reason or "abort"] += 1
-        self._latency.observe(request.metrics.latency or 0.0)
-        if request.num_cached:  # it was admitted
-            self._counts["prompt_tokens"] += len(request.prompt_token_ids)
-            self._counts["prefix_cache_queries"] += len(request.prompt_token_ids)
-            self._counts["prefix_cache_hits"] += request.num_prefix_hits
+    def record_prompt(self, num_tokens: int, num_hits: int) -> None:
+        """A sequence that was admitted ended: its prompt, and the tokens of it whose cache was reused."""
+        self._counts["prompt_tokens"] += num_tokens
+        self._counts["prefix_cache_queries"] += num_tokens
+        self._counts["prefix_cache_hits"] += num_hits
 
-    def set_load(self, scheduler: "Scheduler", max_seq_len: int) -> None:
+    def record_end(self, reason: str, seconds: float) -> None:
+        self._ended[reason] += 1
+        self._latency.observe(seconds)
+
+    def set_load(self, num_running: int, num_waiting: int, cache_usage: float) -> None:
         """The gauges, and once in LOG_SECONDS one line in the log."""
-        self._levels["num_requests_running"] = len(scheduler.running)
-        self._levels["num_requests_waiting"] = len(scheduler.waiting)
-        used = sum(request.num_cached for request in scheduler.running)
-        self._levels["kv_cache_usage_perc"] = used / (len(scheduler.slots) * max_seq_len)
+        self._levels["num_requests_running"] = num_running
+        self._levels["num_requests_waiting"] = num_waiting
+        self._levels["kv_cache_usage_perc"] = cache_usage
         elapsed = time.perf_counter() - self._window[0]
         if elapsed >= LOG_SECONDS:
             self._log(is_idle=elapsed >= 2 * LOG_SECONDS)

@@ -14,8 +14,8 @@ from fly_trt.runtime.loosening import Loosening
 from fly_trt.runtime.rounds import Round
 from fly_trt.runtime.sampler import Sampler
 from fly_trt.text.tokenizer import Detokenizer
-from fly_trt.tokens import IntArray, TokenSequence
-from fly_trt.verification.policy import AcceptancePolicy
+from fly_trt.tokens import FloatArray, IntArray, TokenSequence
+from fly_trt.verification import AcceptancePolicy, Positions
 
 
 class RequestState(Enum):
@@ -60,7 +60,10 @@ class Request:
     stop_reason: str | int | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     arrival: float = field(default_factory=time.perf_counter)
-    last_emission: float = 0.0
+    _asked_at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._asked_at = self.arrival
 
     @property
     def is_finished(self) -> bool:
@@ -81,7 +84,12 @@ class Request:
     @property
     def num_context(self) -> int:
         """Committed tokens that the cache does not hold, at the start of a round; 0 within one."""
-        return max(0, len(self.sequence) - self.num_cached) if self.round is None or not len(self.round.choices) else 0
+        return max(0, len(self.sequence) - self.num_cached) if self.round is None or not self.round.has_begun else 0
+
+    @property
+    def uncached(self) -> IntArray:
+        """The committed tokens that the cache does not hold."""
+        return self.sequence.tokens[self.num_cached :]
 
     @property
     def cached_tokens(self) -> IntArray:
@@ -91,6 +99,20 @@ class Request:
     @property
     def output_tokens(self) -> IntArray:
         return self.sequence.tokens[len(self.prompt_token_ids) :]
+
+    def enter(self, state: RequestState) -> None:
+        """The only place where the state changes."""
+        self.state = state
+
+    def hold(self, num_tokens: int) -> None:
+        """The target's cache holds so many tokens of the sequence and of the draft after it: the only place where this
+        changes."""
+        self.num_cached = num_tokens
+
+    def choose(self, logits: FloatArray, undecided: IntArray, draft: IntArray) -> Positions:
+        """What its sampler says of the next positions; see `Sampler.choose`."""
+        assert self.sampler is not None
+        return self.sampler.choose(logits, self.output_tokens, undecided, draft)
 
     def commit(self, tokens: list[int], logprobs: list[TokenLogprobs] | None = None) -> int:
         """Emits tokens until the request ends and returns how many it took; the rest never existed for the caller."""
@@ -105,6 +127,11 @@ class Request:
             if self._ends_with(token):
                 return count
         return len(tokens)
+
+    def take_pause(self) -> float:
+        """Seconds since this was asked last, or since the request came."""
+        before, self._asked_at = self._asked_at, time.perf_counter()
+        return self._asked_at - before
 
     def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         """Ends it for this reason, or for a stop string that came before and is found only now: in text that was held
@@ -137,7 +164,7 @@ class Request:
         return len(self.output_token_ids) > self.params.min_tokens
 
     def _end(self, reason: FinishReason, stop_reason: str | int | None) -> None:
-        self.state = RequestState.FINISHED
+        self.enter(RequestState.FINISHED)
         self.finish_reason = reason
         self.stop_reason = stop_reason
         self.metrics.num_cached_tokens = self.num_prefix_hits

@@ -1,53 +1,88 @@
-"""One request's round: up to K draft tokens, what the target chose at each, and what is decided so far.
+"""One request's round: up to K draft tokens, what the target says of each, and what is decided so far.
 
-A round may be verified in one step or in several, as the load asks for; its verdict is the same, because the rule sees
-the same draft, the same choices and the same length either way. So the cut changes speed and never tokens.
+A round may be verified in one step or in several, as the load asks for; its verdict is the same, because the policy
+sees the same draft, the same choices and the same length either way. So the cut changes speed and never tokens. The
+round owns it: it says what it feeds next and takes what a step says of that. It knows steps and tokens, and nothing of
+requests or drafters.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
-from fly_trt.runtime.loosening import Evidence
+from fly_trt.engines.base import Step
+from fly_trt.runtime.loosening import WindowCounts
 from fly_trt.tokens import NO_TOKENS, FloatArray, IntArray
-from fly_trt.verification import Verdict, accept, count_loosened, opens_window
-from fly_trt.verification.policy import AcceptancePolicy
+from fly_trt.verification import NO_SCORES, AcceptancePolicy, DraftSource, Evidence, Positions, Verdict
 
-NO_GATES: FloatArray = np.empty(0, np.float32)
+NO_CHOICE = -1  # agrees with no draft token
+
+Choose = Callable[[FloatArray, IntArray, IntArray], Positions]
+"""From logits float32 [m, V], the draft tokens that are verified and undecided, and those that follow, to what the
+target says of the positions, or of the first ones of them."""
+
+
+class Feed(NamedTuple):
+    """What one row of a step processes: committed tokens that are not cached yet, and draft tokens after them; within a
+    round draft tokens come as context. `first` is the row's first position that a round wants to hear of. Where it
+    `takes_risks` there are draft tokens behind the first position, and one of them may spoil the row."""
+
+    context: IntArray
+    draft: IntArray = NO_TOKENS
+    first: int = 0
+    takes_risks: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.context) + len(self.draft)
 
 
 @dataclass(slots=True)
 class Round:
-    """A draft of `num_draft` tokens that follows the `start` tokens of the sequence, and the `policy` that decides it.
-    Where it `is_evidence` its length is the rule's and not the load's.
+    """A draft that follows the `start` tokens of the sequence, and the `policy` that decides it.
 
-    `draft` int64 [d] is the part of it that exists, all of it where the drafter `has_ended`; `choices` int64 [v] and
-    `gates` float32 [v] are the target's choice and entropy at the positions that were verified, `logits` float32 [v, V]
-    where they are wanted; `num_committed` draft tokens are part of the sequence already. `is_careful`: a step came to
-    something that is not a number, so that one draft token at a time is fed and none spoils those before it.
+    `evidence` has the draft and what the target said of it, `logits` float32 [v, V] where they are wanted;
+    `num_committed` draft tokens are part of the sequence already. Where the round `is_observed` its length is the
+    rule's and not the load's, so that the request's windows may be judged by it. `is_careful`: a step came to something
+    that is not a number, so that one draft token at a time is fed and none spoils those before it.
     """
 
     start: int
-    num_draft: int
+    evidence: Evidence
     policy: AcceptancePolicy
-    is_evidence: bool = False
-    has_ended: bool = False
-    draft: IntArray = field(default_factory=lambda: NO_TOKENS)
-    choices: IntArray = field(default_factory=lambda: NO_TOKENS)
-    gates: FloatArray = field(default_factory=lambda: NO_GATES)
-    logits: FloatArray = field(default_factory=lambda: NO_GATES)
+    is_observed: bool = False
+    logits: FloatArray = field(default_factory=lambda: NO_SCORES)
     num_committed: int = 0
     is_careful: bool = False
 
     @property
-    def num_fed(self) -> int:
-        """Draft tokens that the target has processed."""
-        return max(0, len(self.choices) - 1)
+    def draft(self) -> IntArray:
+        return self.evidence.draft
+
+    @property
+    def num_draft(self) -> int:
+        return self.evidence.num_draft
 
     @property
     def end(self) -> int:
         """Draft tokens that there will be."""
-        return len(self.draft) if self.has_ended else self.num_draft
+        return self.evidence.end
+
+    @property
+    def num_verified(self) -> int:
+        """Positions that the target spoke of."""
+        return len(self.evidence.choices)
+
+    @property
+    def has_begun(self) -> bool:
+        return self.num_verified > 0
+
+    @property
+    def num_fed(self) -> int:
+        """Draft tokens that the target has processed."""
+        return max(0, self.num_verified - 1)
 
     @property
     def num_missing(self) -> int:
@@ -57,48 +92,88 @@ class Round:
     @property
     def num_window(self) -> int:
         """Draft tokens to process until the open window is decided; 0 where none is open."""
-        is_open = self.num_committed < min(len(self.draft), len(self.choices))
+        is_open = self.num_committed < self.evidence.num_known
         return self.num_committed + self.policy.lookahead - self.num_fed if is_open else 0
 
-    def set_draft(self, draft: IntArray, num_asked: int, *, is_whole: bool) -> None:
-        """Takes the draft as far as it was made; less than asked for means that it ends there. A draft that was made as
-        a whole, before any of it was needed, is then a shorter round; one that is made in parts may not be, for its
-        first part was decided by the length that was asked for."""
-        self.draft = draft
-        self.has_ended = len(draft) < num_asked
-        if self.has_ended and is_whole:
-            self.num_draft = len(draft)
+    def take_draft(self, draft: IntArray, num_asked: int, source: DraftSource, *, is_whole: bool) -> None:
+        """Takes draft tokens that follow the committed ones; fewer than asked for mean that the draft ends there. A
+        draft that was made as a whole, before any of it was needed, is then a shorter round; one that is made in parts
+        may not be, for its first part was decided by the length that was asked for."""
+        evidence, kept = self.evidence, self.num_committed
+        sources = np.full(len(draft), source, np.uint8)
+        evidence.has_ended = len(draft) < num_asked
+        evidence.draft = np.concatenate([evidence.draft[:kept], draft]) if kept else draft
+        evidence.sources = np.concatenate([evidence.sources[:kept], sources]) if kept else sources
+        if evidence.has_ended and is_whole:
+            evidence.num_draft = len(evidence.draft)
 
-    def add(self, choices: IntArray, gates: FloatArray, logits: FloatArray | None) -> None:
-        """What a step found at the next positions. The first arrays are kept as they are, so a round that goes on needs
-        arrays of its own."""
-        if not len(self.choices):
-            self.choices, self.gates = choices, gates
-            self.logits = NO_GATES if logits is None else logits
-            return
-        self.choices = np.concatenate([self.choices, choices])
-        self.gates = np.concatenate([self.gates, gates])
-        if logits is not None:
-            self.logits = np.concatenate([self.logits, logits])
+    def feed(self, context: IntArray, num_tokens: int) -> Feed:
+        """What it feeds to a step with rows of `num_tokens`, after the sequence's tokens that are not cached yet."""
+        if self.has_begun:
+            count = 1 if self.is_careful else num_tokens
+            draft = self.draft[self.num_fed : min(self.num_fed + count, self.end)]
+            return Feed(draft, takes_risks=len(draft) > 1)
+        draft = self.draft[: 0 if self.is_careful else min(num_tokens - len(context), self.end)]
+        return Feed(context, draft, len(context) - 1, takes_risks=len(draft) > 0)
 
-    def verdict(self, stop_token_ids: frozenset[int]) -> Verdict:
-        return accept(
-            self.draft,
-            self.choices,
-            self.gates,
-            self.policy,
-            stop_token_ids,
-            self.num_draft,
-            has_ended=self.has_ended,
+    def take(
+        self,
+        feed: Feed,
+        step: Step,
+        row: int,
+        choose: Choose | None,
+        stop_token_ids: frozenset[int],
+        *,
+        head_decides: bool,
+        keeps_logits: bool,
+    ) -> Verdict:
+        """Takes what a step says of the tokens that were fed to this row of it, and decides what that decides.
+
+        choose: how a request that samples or changes scores gets its choices; None takes the argmax. stop_token_ids:
+        never loosened. head_decides: the verdict of the engine's head on a whole round holds.
+        """
+        positions = slice(feed.first, feed.num_tokens)
+        logits = None if step.logits is None else step.logits[row, positions]
+        said = Positions(
+            step.argmax[row, positions],
+            step.entropy[row, positions],
+            step.entropy_topk[row, positions],
+            step.argmax_logprob[row, positions],
+            step.token_logprob[row, positions],
         )
+        is_whole = not self.has_begun and len(said.choices) == self.num_draft + 1
+        if choose is None and is_whole and head_decides:
+            self._add(said, logits)
+            return Verdict(int(step.num_accepted[row]), int(step.next_token[row]))
+        if choose is None:
+            said = said.copy()  # the step's buffers are used again
+            said.choices[np.isnan(said.entropy_topk)] = NO_CHOICE
+        else:
+            assert logits is not None
+            verified = self.num_verified
+            said = choose(logits, self.draft[self.num_committed : verified], self.draft[verified:])
+        self._add(said, logits[: len(said.choices)] if keeps_logits and logits is not None else None)
+        return self.policy.verdict(self.evidence, stop_token_ids)
 
-    def evidence(self, stop_token_ids: frozenset[int]) -> Evidence:
-        """What the round shows once it is decided; the same however it was cut."""
-        stood = self.num_loosened(self.num_committed)
-        at, failed = self.num_committed, False
-        if differs := at < self.end:
-            failed = opens_window(at, self.num_draft, self.draft, self.choices, self.gates, self.policy, stop_token_ids)
-        return Evidence(at - stood, stood + differs, stood, int(failed))
+    def go_on(self) -> None:
+        """More steps follow: what is a view of this one's buffers becomes the round's own."""
+        self.logits = self.logits.copy()
 
-    def num_loosened(self, num_accepted: int) -> int:
-        return count_loosened(self.draft, self.choices, num_accepted)
+    def num_held(self, verdict: Verdict) -> int:
+        """Tokens of the sequence and of the draft that the cache holds, and that are right to hold on to."""
+        decided = self.num_fed if verdict.next_token is None else min(self.num_fed, verdict.num_accepted)
+        return self.start + decided
+
+    def window_counts(self, stop_token_ids: frozenset[int]) -> WindowCounts:
+        """What the round shows of windows once it is decided; the same however it was cut."""
+        at, stood = self.num_committed, self.evidence.num_loosened(self.num_committed)
+        differs = at < self.end
+        failed = differs and self.policy.opens_window(self.evidence, at, stop_token_ids)
+        return WindowCounts(at - stood, stood + differs, stood, int(failed))
+
+    def _add(self, said: Positions, logits: FloatArray | None) -> None:
+        if logits is not None:
+            self.logits = np.concatenate([self.logits, logits]) if self.has_begun else logits
+        elif not self.has_begun:
+            self.logits = NO_SCORES
+        self.evidence.add(said)

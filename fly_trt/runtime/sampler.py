@@ -8,17 +8,15 @@ from tokenizers import Tokenizer
 
 from fly_trt.outputs import Logprob, TokenLogprobs
 from fly_trt.params import SamplingParams
+from fly_trt.runtime.rounds import NO_CHOICE
 from fly_trt.tokens import FloatArray, IntArray
-from fly_trt.verification import sampling
-from fly_trt.verification.policy import AcceptancePolicy
-
-NO_CHOICE = -1  # agrees with no draft token
+from fly_trt.verification import AcceptancePolicy, Positions, sampling
 
 
 @dataclass(slots=True, eq=False)
 class Sampler:
-    """One sequence's way from logits to choices. `policy` and `entropy_top_k` say which entropy of the processed
-    distribution is the gate; an exact policy needs none."""
+    """One sequence's way from logits to choices, and to what its `policy` reads of the processed distribution: nothing
+    where it is exact, the log-probabilities only where the host decides. `entropy_top_k` is the engine's."""
 
     params: SamplingParams
     processor: sampling.LogitsProcessor
@@ -26,13 +24,11 @@ class Sampler:
     policy: AcceptancePolicy
     entropy_top_k: int
 
-    def choose(
-        self, logits: FloatArray, output: IntArray, undecided: IntArray, draft: IntArray
-    ) -> tuple[IntArray, FloatArray]:
-        """Choices int64 [m] and gate entropies float32 [m] (nats) at m positions, or at those before the first one that
-        no token is left for or whose logits are not numbers: it may lie behind a rejected draft token, where nobody
-        asks. Where the first position is such a one, it is NO_CHOICE while the window before it is undecided, and so
-        closes it. Raises RequestError where it is the next that would be emitted.
+    def choose(self, logits: FloatArray, output: IntArray, undecided: IntArray, draft: IntArray) -> Positions:
+        """What the target says of m positions, or of those before the first one that no token is left for or whose
+        logits are not numbers: it may lie behind a rejected draft token, where nobody asks. Where the first position is
+        such a one, its choice is NO_CHOICE while the window before it is undecided, and so closes it. Raises
+        RequestError where it is the next that would be emitted.
 
         logits float32 [m, V]; output int64 [k], the committed output tokens; undecided int64 [u], draft tokens after
         them that were verified in an earlier step, so that the first position is k + u; draft int64 [m - 1 or more],
@@ -44,28 +40,42 @@ class Sampler:
             logits = self.processor.process(padded, output, np.concatenate([undecided, draft]))[ahead:]
         logits, is_dead = _before_dead_end(logits)
         if is_dead and len(undecided):
-            return np.array([NO_CHOICE]), np.array([-np.inf], np.float32)
+            return _unsaid(np.array([NO_CHOICE]))
         params = self.params
         if params.temperature < sampling.MIN_TEMPERATURE:
-            choices = sampling.greedy(logits)
             probabilities = sampling.distribution(logits) if self.policy.is_loose else None
-            return choices, self._gates(logits, probabilities, draft)
+            return self._positions(sampling.greedy(logits), logits, probabilities, draft)
         probabilities = sampling.distribution(
             logits, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p
         )
         uniforms = self.uniforms.at(len(output) + len(undecided), len(logits))
-        return sampling.sample(probabilities, uniforms), self._gates(logits, probabilities, draft)
+        return self._positions(sampling.sample(probabilities, uniforms), logits, probabilities, draft)
 
-    def _gates(self, scores: FloatArray, probabilities: FloatArray | None, draft: IntArray) -> FloatArray:
-        """-inf, and so closed whatever the threshold, where the draft token is one that must not come: a bad word."""
+    def _positions(
+        self, choices: IntArray, scores: FloatArray, probabilities: FloatArray | None, draft: IntArray
+    ) -> Positions:
+        """Entropies of -inf, and so below whatever threshold, where the draft token is one that must not come: a bad
+        word."""
+        said = _unsaid(choices)
         if probabilities is None or not self.policy.is_loose:
-            return np.zeros(len(scores), np.float32)
-        full, topk = sampling.gate_entropy(probabilities, self.entropy_top_k)
-        gates = full if self.policy.use_full_entropy else topk
+            return said
+        entropy, entropy_topk = sampling.gate_entropy(probabilities, self.entropy_top_k)
         num_drafts = min(len(draft), len(scores))
-        is_banned = scores[np.arange(num_drafts), draft[:num_drafts]] == -np.inf
-        gates[:num_drafts][is_banned] = -np.inf
-        return gates
+        at = np.arange(num_drafts), draft[:num_drafts]
+        is_banned = scores[at] == -np.inf
+        for gates in (entropy, entropy_topk):
+            gates[:num_drafts][is_banned] = -np.inf
+        said = said._replace(entropy=entropy, entropy_topk=entropy_topk)
+        if not self.policy.is_decided_by_head:
+            with np.errstate(divide="ignore"):  # a token that is left out has the log-probability -inf
+                said.argmax_logprob[:] = np.log(probabilities.max(axis=1))
+                said.draft_logprob[:num_drafts] = np.log(probabilities[at])
+        return said
+
+
+def _unsaid(choices: IntArray) -> Positions:
+    """Choices alone: the rest is not a number."""
+    return Positions(choices, *np.full((4, len(choices)), np.nan, np.float32))
 
 
 def _before_dead_end(scores: FloatArray) -> tuple[FloatArray, bool]:

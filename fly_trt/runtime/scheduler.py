@@ -1,25 +1,51 @@
-"""Which requests run: first come, first served, each in a slot of its own, behind a queue of limited length.
+"""What happens next: which requests run, and what each step of the target processes.
 
-The queue and the set of running requests change only here.
+First come, first served, each in a slot of its own, behind a queue of limited length. An iteration prefills under a
+token budget and then takes one verification step over all active slots; a row of it carries drafts to verify or, while
+its prompt is not finished, the next chunk of it. The queue and the set of running requests change only here. The
+scheduler runs no target engine: it hands out plans.
 """
 
 from collections import deque
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 
 from fly_trt.errors import QueueFullError
 from fly_trt.runtime.request import Request, RequestState
+from fly_trt.runtime.rounds import Feed
 from fly_trt.runtime.slots import SlotTable
+from fly_trt.runtime.speculation import Speculation
+
+# Logits of a whole prompt chunk are large: V = 128 k and 64 tokens are 33 MB. A longer prompt that needs the logits of
+# its last token only is read without any up to there.
+MAX_LOGITS_CHUNK = 64
+MIN_PREFILL_CHUNK = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step of the target: rows of `num_tokens` tokens for the slots from `first_slot` on, each with its request and
+    what it is fed."""
+
+    first_slot: int
+    num_tokens: int
+    rows: list[tuple[Request, Feed]]
+    with_logits: bool
 
 
 class Scheduler:
     """`running` is in the order of slots, 0 .. n - 1, after `schedule`, which admits nobody while `is_admitting` is
-    False."""
+    False. max_num_tokens: of prompts and again of verification per iteration."""
 
-    def __init__(self, slots: SlotTable, max_queue_size: int) -> None:
+    def __init__(self, slots: SlotTable, speculation: Speculation, *, max_num_tokens: int, max_queue_size: int) -> None:
         self.slots = slots
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.is_admitting = True
+        self._speculation = speculation
+        self._max_num_tokens = max_num_tokens
         self._max_queue_size = max_queue_size
+        self._row_tokens = 1  # of the last verification step
 
     @property
     def num_free_places(self) -> int:
@@ -41,7 +67,7 @@ class Scheduler:
             request = self.waiting[0]  # until it has a slot: the engine may fail while it makes room
             self.slots.admit(request)
             self.waiting.popleft()
-            request.state = RequestState.PREFILL
+            request.enter(RequestState.PREFILL)
         self.slots.compact()
         self.running = self.slots.active
         return self.running
@@ -53,3 +79,90 @@ class Scheduler:
             self.running = self.slots.active
         elif request in self.waiting:
             self.waiting.remove(request)
+
+    def plan(self, changed: Collection[Request]) -> Iterator[StepPlan]:
+        """The steps of one iteration, each planned when the one before it is settled.
+
+        changed: the requests that emitted tokens or ended since the iteration began."""
+        rows = self.schedule()
+        yield from self._prompt_steps(rows)
+        rows = self.schedule() if any(request.is_finished for request in rows) else rows
+        decoding = [request for request in rows if request.state is RequestState.DECODE]
+        if all(request in changed for request in decoding):
+            return  # what a prompt's own step emitted is delivered first
+        num_context = max(1, *(request.num_context for request in decoding))  # an open round feeds one token more
+        plan = self._verification(rows, self._draft_length(decoding, num_context, len(rows)))
+        self._row_tokens = plan.num_tokens
+        yield plan
+
+    def _prompt_steps(self, rows: list[Request]) -> Iterator[StepPlan]:
+        """Prompts that are too long to ride with the others get steps of their own, oldest first, within the budget
+        of tokens that the running requests leave."""
+        prefilling = [request for request in rows if request.state is RequestState.PREFILL]
+        num_decoding = len(rows) - len(prefilling)
+        budget = self._max_num_tokens - num_decoding * self._row_tokens
+        for request in sorted(prefilling, key=lambda request: request.arrival):
+            self.slots.reuse_prefix(request)
+            remaining = len(request.uncached)
+            if num_decoding and remaining <= self._row_tokens:
+                continue
+            limit = MAX_LOGITS_CHUNK if request.params.prompt_logprobs is not None else budget
+            chunk = min(remaining, limit, budget)
+            if request.needs_logits and MAX_LOGITS_CHUNK < chunk == remaining:
+                chunk -= 1
+            is_first = not num_decoding and budget == self._max_num_tokens
+            if chunk < min(remaining, MIN_PREFILL_CHUNK) and not is_first:
+                return
+            budget -= chunk
+            if chunk < remaining:
+                fed = Feed(request.uncached[:chunk])
+                yield StepPlan(request.slot, chunk, [(request, fed)], request.needs_prompt_logits)
+                continue
+            is_alone = len(rows) == 1
+            request.enter(RequestState.DECODE)
+            yield self._verification([request], self._draft_length([request], chunk, 1) if is_alone else 0)
+            num_decoding += 1
+
+    def _verification(self, rows: list[Request], num_draft: int) -> StepPlan:
+        """One step over `rows`, which own consecutive slots: decoding rows verify about `num_draft` draft tokens."""
+        num_tokens = self._open_rounds(rows, num_draft)
+        self._speculation.draft(rows, num_tokens)
+        with_logits = any(request.needs_logits or request.needs_prompt_logits for request in rows)
+        return StepPlan(rows[0].slot, num_tokens, [(row, _feed(row, num_tokens)) for row in rows], with_logits)
+
+    def _open_rounds(self, rows: list[Request], num_draft: int) -> int:
+        """Starts the rounds that are due and returns the tokens of each row: what the longest decoding row needs."""
+        for request in rows:
+            if request.state is RequestState.DECODE and request.round is None:
+                self._speculation.start_round(request, num_draft)
+        if self._speculation.drafts_are_free:
+            self._speculation.draft(rows, num_draft)  # before the step is sized: there may be less to verify
+        num_tokens = 1
+        for request in rows:
+            if request.round is not None:
+                context = request.num_context
+                # A window is verified in one step: one token at a time would cost a step each.
+                window = min(request.round.num_window, self._num_fitting(len(rows), context))
+                wanted = max(num_draft if context else num_draft + 1, window)
+                num_tokens = max(num_tokens, context + min(request.round.num_missing, wanted))
+        for request in rows:
+            remaining = len(request.uncached)
+            if request.state is RequestState.PREFILL and remaining <= num_tokens:
+                request.enter(RequestState.DECODE)
+                self._speculation.start_round(request, min(num_draft, num_tokens - remaining))
+        return num_tokens
+
+    def _draft_length(self, rows: list[Request], num_context: int, num_rows: int) -> int:
+        """Draft tokens of a step of `num_rows`, of which `rows` decode."""
+        return min(self._num_fitting(num_rows, num_context), self._speculation.choose_length(rows, num_context))
+
+    def _num_fitting(self, num_rows: int, num_context: int) -> int:
+        """Draft tokens that a step of so many rows has room for."""
+        return max(0, self._max_num_tokens // num_rows - num_context)
+
+
+def _feed(request: Request, num_tokens: int) -> Feed:
+    """What the request's row of a step has: of a prompt the next chunk."""
+    if request.round is None:
+        return Feed(request.uncached[:num_tokens])
+    return request.round.feed(request.uncached, num_tokens)

@@ -70,7 +70,7 @@ class SlotTable:
         self.table[place].request = request
         self.table[place].kept = NO_TOKENS
         request.slot = place
-        request.num_cached = length
+        request.hold(length)
         request.num_prefix_hits += length
 
     def reuse_prefix(self, request: Request) -> None:
@@ -82,7 +82,7 @@ class SlotTable:
         if self._drafter is not None:
             self._drafter.copy(source, request.slot, length)
         request.num_prefix_hits += length - request.num_cached
-        request.num_cached = length
+        request.hold(length)
 
     def release(self, request: Request) -> None:
         """Frees the slot of a finished request; its cache stays until the slot is needed."""

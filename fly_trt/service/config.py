@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from fly_trt.checks import check_at_least, check_flag
+from fly_trt.drafting import DRAFTERS
 from fly_trt.engines.directory import EngineSettings, LoadedEngines
 from fly_trt.errors import ConfigError
 from fly_trt.manifest import Manifest
-from fly_trt.params import AcceptanceParams, SpeculativeConfig
+from fly_trt.params import PRESET_SETTINGS, AcceptanceParams, SpeculativeConfig
 from fly_trt.runtime.loosening import DRAFT_TOKEN_COST, VERIFICATION_TOKEN_COST, StepCosts
 
 DEFAULT_MAX_QUEUE_SIZE = 1024
@@ -111,7 +112,7 @@ def fit_to_shared(config: ServiceConfig, engines: LoadedEngines) -> ServiceConfi
 
 
 def _check_speculative_limits(config: SpeculativeConfig, manifest: Manifest) -> None:
-    if config.method in ("multi_level", "draft_model") and manifest.draft is None:
+    if _needs_draft_model(config.method) and manifest.draft is None:
         raise ConfigError(
             f"method {config.method!r} needs a draft model and {manifest.name} was built without one: "
             "use method='ngram' or rebuild with --draft"
@@ -121,7 +122,7 @@ def _check_speculative_limits(config: SpeculativeConfig, manifest: Manifest) -> 
             f"num_speculative_tokens {config.num_speculative_tokens}: built for max_draft_len "
             f"{manifest.limits.max_draft_len}: rebuild with --max-draft-len {config.num_speculative_tokens}"
         )
-    config.acceptance_params().policy(manifest.target.vocab_size, manifest.head.entropy_top_k)
+    config.policy(manifest.target.vocab_size, manifest.head.entropy_top_k)
 
 
 def step_costs(manifest: Manifest, config: SpeculativeConfig) -> StepCosts | None:
@@ -143,9 +144,9 @@ def resolve_speculative_config(manifest: Manifest, overrides: Mapping[str, Any])
     limit = manifest.limits.max_draft_len
     settings = dict(manifest.speculative)
     if overrides.get("preset") not in (None, settings.get("preset", "reference")):
-        for name in ("fly_window_size", "fly_entropy_threshold"):  # in the unit of the other preset
+        for name in PRESET_SETTINGS:  # in the unit of the other preset
             settings.pop(name, None)
-    if manifest.draft is None and settings.get("method", "multi_level") in ("multi_level", "draft_model"):
+    if manifest.draft is None and _needs_draft_model(settings.get("method", SpeculativeConfig().method)):
         settings["method"] = "ngram"
     if limit == 0:
         settings["method"] = None
@@ -154,5 +155,9 @@ def resolve_speculative_config(manifest: Manifest, overrides: Mapping[str, Any])
     config = SpeculativeConfig.from_dict(settings | dict(overrides))
     names = [f.name for f in dataclasses.fields(AcceptanceParams)]
     asked = AcceptanceParams(**{name: overrides[name] for name in names if name in overrides})
-    asked.over(config.acceptance_params())  # refuses a FLy setting that would have no effect
+    asked.over(config)  # refuses a setting that would have no effect
     return config
+
+
+def _needs_draft_model(method: Any) -> bool:
+    return method in DRAFTERS and DRAFTERS[method].needs_draft_model

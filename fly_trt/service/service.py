@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fly_trt.drafting import Drafter, Lookup, ModelDrafter, NgramDrafter
+from fly_trt.drafting import DRAFTERS, Drafter, DraftParts
 from fly_trt.engines.directory import LoadedEngines
 from fly_trt.errors import RequestError
 from fly_trt.manifest import Manifest
@@ -26,7 +26,7 @@ from fly_trt.text.chat import ChatMessage
 from fly_trt.text.prompts import Prompt, PromptReader, TokensPrompt
 from fly_trt.text.tokenizer import Detokenizer
 from fly_trt.tokens import TokenSequence
-from fly_trt.verification.policy import AcceptancePolicy
+from fly_trt.verification import AcceptancePolicy
 from fly_trt.verification.sampling import LogitsProcessor, UniformStream
 
 
@@ -144,7 +144,7 @@ class Service:
         seed: int,
         index: int,
     ) -> Request:
-        acceptance = (params.acceptance or AcceptanceParams()).over(self.speculative_config.acceptance_params())
+        acceptance = (params.acceptance or AcceptanceParams()).over(self.speculative_config)
         policy = acceptance.policy(self._info.vocab_size, self._info.entropy_top_k)
         own_stops = frozenset(params.stop_token_ids or ())
         self._check_token_ids("stop_token_ids", own_stops)
@@ -220,13 +220,8 @@ class Service:
         config = self.speculative_config
         if config.method is None:
             return None
-        if config.method == "ngram":
-            return NgramDrafter(config.prompt_lookup_max, config.prompt_lookup_min)
-        lookup = None
-        if config.method == "multi_level":
-            lookup = Lookup(config.prompt_lookup_max, config.prompt_lookup_min, config.prompt_lookup_num_tokens)
-        vocab_size = self.manifest.target.vocab_size
-        return ModelDrafter(engines.draft, vocab_size, lookup, reuse_cache=reuse_cache)
+        parts = DraftParts(lambda: engines.draft, self.manifest.target.vocab_size, reuse_cache)
+        return DRAFTERS[config.method].make(config, parts)
 
 
 def _leave_to_the_others() -> None:

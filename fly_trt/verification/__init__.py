@@ -1,7 +1,20 @@
-"""Verification: the target's choices, the acceptance policies and the rule that decides which draft tokens stand."""
+"""Verification: the target's choices, and the acceptance policies that decide which draft tokens stand.
 
-from fly_trt.verification.policy import PRESETS, fly_policy
-from fly_trt.verification.rule import Verdict, accept, count_loosened, opens_window
+POLICIES is the table of the rules by the name that `acceptance` has.
+"""
+
+from fly_trt.verification.exact import EXACT, ExactPolicy
+from fly_trt.verification.fly import PRESETS, FlyPolicy, accept, fly_policy
+from fly_trt.verification.policy import (
+    NO_SCORES,
+    NOTHING,
+    AcceptancePolicy,
+    DraftSource,
+    Evidence,
+    Positions,
+    Verdict,
+    decide_each,
+)
 from fly_trt.verification.sampling import (
     MIN_TEMPERATURE,
     LogitsProcessor,
@@ -14,20 +27,31 @@ from fly_trt.verification.sampling import (
     top_logprobs,
 )
 
+POLICIES: dict[str, type[AcceptancePolicy]] = {policy.name: policy for policy in (FlyPolicy, ExactPolicy)}
+
 __all__ = [
+    "EXACT",
     "MIN_TEMPERATURE",
+    "NOTHING",
+    "NO_SCORES",
+    "POLICIES",
     "PRESETS",
+    "AcceptancePolicy",
+    "DraftSource",
+    "Evidence",
+    "ExactPolicy",
+    "FlyPolicy",
     "LogitsProcessor",
+    "Positions",
     "TopLogprobs",
     "UniformStream",
     "Verdict",
     "accept",
-    "count_loosened",
+    "decide_each",
     "distribution",
     "fly_policy",
     "gate_entropy",
     "greedy",
-    "opens_window",
     "sample",
     "top_logprobs",
 ]

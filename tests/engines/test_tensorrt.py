@@ -15,12 +15,12 @@ from fly_trt.engines import Engine
 from fly_trt.engines.base import Step
 from fly_trt.engines.tensorrt import OUTPUTS, _widen
 from fly_trt.manifest import Dtype, read_manifest
-from fly_trt.verification.policy import AcceptancePolicy
+from fly_trt.verification import FlyPolicy
 from simulated_cuda import SimulatedCuda
 from simulated_engine import LONGEST, LONGEST_ROW, MAX_SEQ_LEN, TOKENS, load, logits, numbers, run, same
 from simulated_tensorrt import deserialise, serialise
 
-LOOSE = AcceptancePolicy(entropy_threshold=0.0, use_full_entropy=True, window=2, lookahead=0)
+LOOSE = FlyPolicy(entropy_threshold=0.0, use_full_entropy=True, window=2, lookahead=0)
 HALVES: dict[Dtype, tuple[ir.DataType, float]] = {
     "float16": (ir.DataType.FLOAT16, 0.03),
     "bfloat16": (ir.DataType.BFLOAT16, 0.3),

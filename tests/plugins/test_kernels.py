@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 import kernel_library as library
 import kernels as check
 from fly_build.head import GATE_OUTPUTS
-from fly_trt.verification import accept
-from fly_trt.verification.policy import AcceptancePolicy
+from fly_trt.verification import FlyPolicy, accept
 from portable_head import head_session
 
 TYPES = ["float32", "float16", "bfloat16"]
@@ -251,7 +250,7 @@ def test_rows_are_decided_as_the_rule_decides(kernels: library.Kernels) -> None:
         found = kernels.loose_window_accept(inputs)
         stops = frozenset(inputs["stop_token_ids"].tolist())
         for row, (context, n) in enumerate(zip(inputs["num_context"], inputs["num_draft"], strict=True)):
-            policy = AcceptancePolicy(
+            policy = FlyPolicy(
                 float(inputs["entropy_threshold"][row]),
                 use_full_entropy=bool(inputs["use_full_entropy"][row]),
                 window=int(inputs["window"][row]),

@@ -7,8 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fly_trt.runtime.request import Request
-from fly_trt.verification import PRESETS
-from fly_trt.verification.policy import EXACT, AcceptancePolicy
+from fly_trt.verification import EXACT, PRESETS, AcceptancePolicy
 from loop_stack import DRAFTERS, SHORT_WINDOW, Stack, make_drafter, make_request, make_stack, random_prompt, text_of
 from table_engine import greedy, most_probable, sometimes_differs, sometimes_uncertain, spread_logits
 

@@ -7,9 +7,9 @@ import pytest
 
 from fly_trt.drafting import Lookup, ModelDrafter
 from fly_trt.errors import EngineError
-from fly_trt.runtime.loop import MAX_LOGITS_CHUNK
 from fly_trt.runtime.request import Request
-from fly_trt.verification.policy import AcceptancePolicy
+from fly_trt.runtime.scheduler import MAX_LOGITS_CHUNK
+from fly_trt.verification import FlyPolicy
 from loop_stack import DRAFTERS, LOOKUP, PROMPT, make_drafter, make_request, make_stack, random_prompt
 from table_engine import (
     FULL_ENTROPY,
@@ -22,7 +22,7 @@ from table_engine import (
 )
 
 # Half of the positions that `sometimes_uncertain` has are above it, by the full entropy only.
-FULL_GATE = AcceptancePolicy(entropy_threshold=1.0 + 1e-6, use_full_entropy=True, window=2, lookahead=2)
+FULL_GATE = FlyPolicy(entropy_threshold=1.0 + 1e-6, use_full_entropy=True, window=2, lookahead=2)
 LANGUAGE = hashed(12, 5)
 
 
@@ -121,7 +121,7 @@ def test_a_token_that_would_be_kept_and_is_no_number_ends_its_request(
 # --- what is no number stays with the request that it belongs to ------------------------------------------------------
 
 BAD = 31  # a token that the models overflow on
-LOOSE = AcceptancePolicy(entropy_threshold=0.1, use_full_entropy=False, window=2, lookahead=2)
+LOOSE = FlyPolicy(entropy_threshold=0.1, use_full_entropy=False, window=2, lookahead=2)
 uncertain = sometimes_uncertain(4)
 
 

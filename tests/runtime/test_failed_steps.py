@@ -105,7 +105,7 @@ def test_a_request_is_never_lost_where_caches_are_moved(name: str) -> None:
     stack.loop.add(requests)
     fail_one_step(stack, stack.target, name)
     stack.loop.fail_running("no memory")
-    check_invariants(stack.loop)
+    check_invariants(stack.loop.scheduler)
     stack.run()
     for request in requests:
         assert request.is_finished

@@ -9,8 +9,7 @@ from fly_trt.drafting import ModelDrafter, NgramDrafter
 from fly_trt.errors import EngineError
 from fly_trt.runtime.request import Request, RequestState
 from fly_trt.tokens import TokenSequence
-from fly_trt.verification import PRESETS
-from fly_trt.verification.policy import EXACT, AcceptancePolicy
+from fly_trt.verification import EXACT, PRESETS, AcceptancePolicy
 from loop_stack import (
     DRAFTERS,
     NUM_DRAFT_TOKENS,
@@ -252,7 +251,7 @@ def test_a_step_in_which_the_engine_prepares_itself_is_not_measured(drafter: str
     stack.run(make_request([7, 8, 9]), make_request(random_prompt(0, 30)))
     shapes = stack.target.shapes
     assert len(set(shapes)) > 2
-    assert stack.loop.draft_length.target_cost.num_observed == len(shapes) - len(set(shapes))
+    assert stack.loop.speculation.draft_length.target_cost.num_observed == len(shapes) - len(set(shapes))
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
@@ -265,7 +264,7 @@ def test_warming_up_measures_small_and_full_steps_and_changes_no_result(drafter:
     measured = {rows * tokens for _, rows, tokens in stack.target.shapes}
     full = NUM_DRAFT_TOKENS + 1 if drafter != "none" else 1
     assert {1, num_slots, full, num_slots * full} <= measured
-    assert len(stack.loop.draft_length.target_cost) > 0
+    assert len(stack.loop.speculation.draft_length.target_cost) > 0
     request = make_request(random_prompt(0, 30))
     stack.run(request)
     assert request.output_token_ids == greedy(language, request.prompt_token_ids, 40)

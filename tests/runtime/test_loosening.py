@@ -6,11 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fly_trt.drafting import ModelDrafter
-from fly_trt.runtime.loosening import MAX_PAUSE_TOKENS, TRY_SHARE, Evidence, Loosening, StepCosts
+from fly_trt.runtime.loosening import MAX_PAUSE_TOKENS, TRY_SHARE, Loosening, StepCosts, WindowCounts
 from fly_trt.runtime.request import Request
 from fly_trt.runtime.rounds import Round
-from fly_trt.verification import PRESETS
-from fly_trt.verification.policy import EXACT, AcceptancePolicy
+from fly_trt.verification import EXACT, NOTHING, PRESETS, AcceptancePolicy, Evidence
 from loop_stack import NUM_DRAFT_TOKENS, PROMPT, SHORT_WINDOW, Stack, make_drafter, make_request, make_stack
 from table_engine import VOCAB_SIZE, TableEngine, greedy, hashed, sometimes_differs, sometimes_uncertain
 
@@ -19,12 +18,12 @@ GPU = StepCosts(draft_token=0.13, verification_token=0.015)  # an 8B draft of a 
 DEAR = StepCosts(draft_token=0.22, verification_token=0.02)
 HALF = StepCosts(draft_token=0.5, verification_token=0.1)  # half of the target's layers, on a CPU
 
-FITS = Evidence(num_agreed=14, num_differed=1, num_stood=1, num_failed=0)
-FAILS = Evidence(num_agreed=1, num_differed=1, num_stood=0, num_failed=1)
-MISSES = Evidence(num_agreed=0, num_differed=1, num_stood=0, num_failed=0)
+FITS = WindowCounts(num_agreed=14, num_differed=1, num_stood=1, num_failed=0)
+FAILS = WindowCounts(num_agreed=1, num_differed=1, num_stood=0, num_failed=1)
+MISSES = WindowCounts(num_agreed=0, num_differed=1, num_stood=0, num_failed=0)
 
 
-def after(costs: StepCosts, *rounds: Evidence, length: int = 100) -> Loosening:
+def after(costs: StepCosts, *rounds: WindowCounts, length: int = 100) -> Loosening:
     loosening = Loosening(costs, L, K, length)
     for evidence in rounds:
         loosening.observe(evidence, length)
@@ -90,7 +89,7 @@ def test_a_draft_that_fits_again_opens_windows_again() -> None:
     loosening = after(DEAR, *[FAILS] * 6)
     rounds = 0
     while not loosening.is_open:
-        loosening.observe(Evidence(num_agreed=15, num_differed=0, num_stood=0, num_failed=0), 500)
+        loosening.observe(WindowCounts(num_agreed=15, num_differed=0, num_stood=0, num_failed=0), 500)
         rounds += 1
         assert rounds < 60
     assert rounds > 1
@@ -105,7 +104,7 @@ def test_it_is_a_function_of_rounds_and_costs_and_never_pauses_without_end(
     rounds: list[tuple[int, int, int, int]], draft_token: float, verification_token: float
 ) -> None:
     costs = StepCosts(draft_token, verification_token)
-    first, second = (after(costs, *(Evidence(*counts) for counts in rounds)) for _ in range(2))
+    first, second = (after(costs, *(WindowCounts(*counts) for counts in rounds)) for _ in range(2))
     assert (first.is_open, first.resume_at) == (second.is_open, second.resume_at)
     assert 100 <= first.resume_at <= 100 + MAX_PAUSE_TOKENS
 
@@ -234,12 +233,11 @@ def test_exact_requests_and_free_drafts_never_pause() -> None:
 
 
 def test_evidence_is_what_was_decided() -> None:
-    round_ = Round(start=0, num_draft=10, policy=SHORT_WINDOW)
-    round_.set_draft(np.arange(10), 10, is_whole=False)
     choices = np.array([0, 9, 2, 3, 4, 9, 6, 9, 8, 9, 5])
-    round_.add(choices, np.full(11, 1.0, np.float32), None)
-    verdict = round_.verdict(frozenset())
+    said = NOTHING._replace(choices=choices, entropy_topk=np.full(11, 1.0, np.float32))
+    round_ = Round(0, Evidence(10, draft=np.arange(10), target=said), SHORT_WINDOW)
+    verdict = round_.policy.verdict(round_.evidence, frozenset())
     assert (verdict.num_accepted, verdict.next_token) == (5, 9)  # 1 is loosened, the window of 5 fails at 7
     round_.num_committed = verdict.num_accepted
-    assert round_.evidence(frozenset()) == Evidence(num_agreed=4, num_differed=2, num_stood=1, num_failed=1)
-    assert round_.evidence(frozenset({9})).num_failed == 0  # a stop token opens no window
+    assert round_.window_counts(frozenset()) == WindowCounts(num_agreed=4, num_differed=2, num_stood=1, num_failed=1)
+    assert round_.window_counts(frozenset({9})).num_failed == 0  # a stop token opens no window

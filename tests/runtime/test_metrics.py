@@ -180,16 +180,13 @@ def test_the_line_has_the_rates_of_its_window_and_idle_time_is_no_window(
     monkeypatch.setattr(metrics_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     caplog.set_level(logging.INFO, logger="fly_trt.runtime.metrics")
     metrics = Metrics()
-    request = SimpleNamespace(num_cached=150, arrival=990.0, last_emission=0.0, output_token_ids=[])
-    scheduler = SimpleNamespace(running=[request], waiting=[None] * 3, slots=[None] * 4)
 
     def step_at(seconds: float, num_tokens: int) -> list[str]:
         clock.now = 1000.0 + seconds
-        request.output_token_ids += [0] * num_tokens
-        metrics.record_emission(request, num_tokens)
+        metrics.record_tokens(num_tokens, 0.5, is_first=False)
         metrics.record_round(num_draft=15, num_accepted=num_tokens - 1, num_loosened=0)
         caplog.clear()
-        metrics.set_load(scheduler, 100)
+        metrics.set_load(num_running=1, num_waiting=3, cache_usage=0.375)
         return caplog.messages
 
     assert step_at(0, 4) == []

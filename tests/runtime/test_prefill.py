@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from fly_trt.runtime.loop import MAX_LOGITS_CHUNK
 from fly_trt.runtime.request import Request
+from fly_trt.runtime.scheduler import MAX_LOGITS_CHUNK
 from fly_trt.verification import PRESETS
 from loop_stack import DRAFTERS, Stack, make_drafter, make_request, make_stack, random_prompt
 from table_engine import greedy, hashed, most_probable, spread_logits

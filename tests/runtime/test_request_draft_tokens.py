@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from fly_trt.drafting import DraftRow, ModelDrafter
 from fly_trt.runtime.request import Request
 from fly_trt.tokens import IntArray
-from fly_trt.verification import PRESETS
-from fly_trt.verification.policy import EXACT, AcceptancePolicy
+from fly_trt.verification import EXACT, PRESETS, AcceptancePolicy
 from loop_stack import (
     DRAFTERS,
     NUM_DRAFT_TOKENS,
@@ -107,7 +106,7 @@ def test_without_draft_tokens_requests_take_the_steps_of_plain_decoding(
         stack = make_stack(language, draft, num_slots=2, adaptive_draft_length=adaptive)
         if draft is not None:
             monkeypatch.setattr(draft, "propose", never)
-            monkeypatch.setattr(stack.loop.draft_length, "rest", never)
+            monkeypatch.setattr(stack.loop.speculation.draft_length, "rest", never)
         requests = [make_request(prompt, policy=policy, num_speculative_tokens=0) for prompt in prompts]
         stack.run(*requests)
         for request in requests:

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from fly_trt.drafting import ModelDrafter
 from fly_trt.errors import RequestError
 from fly_trt.runtime.request import Request
-from fly_trt.verification import PRESETS
-from fly_trt.verification.policy import AcceptancePolicy
+from fly_trt.verification import PRESETS, AcceptancePolicy
 from loop_stack import DRAFTERS, NUM_DRAFT_TOKENS, PROMPT, SHORT_WINDOW, Stack, make_drafter, make_request, make_stack
 from table_engine import (
     VOCAB_SIZE,

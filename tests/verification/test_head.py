@@ -7,8 +7,7 @@ import onnxruntime as ort
 import pytest
 
 from fly_build.head import GATE_OUTPUTS
-from fly_trt.verification import accept
-from fly_trt.verification.policy import EXACT, AcceptancePolicy
+from fly_trt.verification import EXACT, AcceptancePolicy, FlyPolicy, accept
 from portable_head import head_session
 
 VOCAB_SIZE = 97
@@ -43,7 +42,7 @@ class Batch:
         context = rng.integers(1, length + 1, rows)
         drafts = np.array([rng.integers(0, length - c + 1) for c in context])
         policies = [
-            AcceptancePolicy(
+            FlyPolicy(
                 entropy_threshold=float(np.float32(rng.choice([0, 0, 0.3, 1.0]))),
                 use_full_entropy=bool(rng.integers(2)),
                 window=int(rng.integers(0, 7)),
@@ -120,7 +119,7 @@ def test_the_lazy_gate_computes_the_full_entropy_of_every_row_where_one_row_uses
     session = head_session(VOCAB_SIZE, STOPS, form="lazy_functions")
     rows, length = 3, 4
     logits = np.random.default_rng(8).normal(size=(rows, length, VOCAB_SIZE)).astype(np.float32)
-    unused = AcceptancePolicy(0.3, use_full_entropy=False, window=6, lookahead=5)
+    unused = FlyPolicy(0.3, use_full_entropy=False, window=6, lookahead=5)
     batch = Batch(logits, np.zeros((rows, length)), np.ones(rows), np.full(rows, length - 1), [unused] * rows)
     without = run(session, batch)
     assert np.isnan(without["entropy"]).all()
@@ -158,7 +157,7 @@ def test_a_position_that_is_not_a_number_is_never_loosened_and_says_so(
     logits[0, broken, tokens] = value
     ids = np.full((1, length), 9)
     ids[0, broken + 1] = 6
-    loose = AcceptancePolicy(0.0, use_full_entropy=use_full_entropy, window=0, lookahead=0)
+    loose = FlyPolicy(0.0, use_full_entropy=use_full_entropy, window=0, lookahead=0)
     got = run(session, Batch(logits, ids, np.array([1]), np.array([length - 1]), [loose]))
     assert got["num_accepted"][0] == broken
     for name in ("entropy_topk", "argmax_logprob", *(["entropy"] if use_full_entropy else [])):
@@ -187,7 +186,7 @@ def test_without_stop_tokens_every_token_may_be_loosened() -> None:
     argmax = logits.argmax(-1)
     ids = np.concatenate([[[7]], argmax[:, :-1]], axis=1)
     ids[0, 3] = 1
-    loose = AcceptancePolicy(0.0, use_full_entropy=False, window=6, lookahead=5)
+    loose = FlyPolicy(0.0, use_full_entropy=False, window=6, lookahead=5)
     batch = Batch(logits, ids, np.array([1]), np.array([11]), [loose])
     assert run(head_session(VOCAB_SIZE, []), batch)["num_accepted"][0] == 11
     assert run(head_session(VOCAB_SIZE, [1]), batch)["num_accepted"][0] == 2

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fly_trt.errors import ConfigError
-from fly_trt.verification import PRESETS, accept, count_loosened, fly_policy
-from fly_trt.verification.policy import EXACT, AcceptancePolicy
+from fly_trt.verification import EXACT, NOTHING, PRESETS, AcceptancePolicy, Evidence, FlyPolicy, accept, fly_policy
 
 TARGET = np.arange(100, 117)  # the target's choice at 16 draft positions and after them
 UNCERTAIN = np.full(17, 1.0)
@@ -54,7 +53,7 @@ def test_fly_keeps_the_targets_token_where_the_target_is_certain() -> None:
 @pytest.mark.parametrize(("entropy", "accepted"), [(0.3, 16), (np.nextafter(np.float32(0.3), np.float32(0)), 4)])
 def test_the_threshold_itself_is_uncertain_enough(entropy: float, accepted: int) -> None:
     gate = np.full(17, entropy, np.float32)
-    policy = AcceptancePolicy(float(np.float32(0.3)), use_full_entropy=False, window=6, lookahead=5)
+    policy = FlyPolicy(float(np.float32(0.3)), use_full_entropy=False, window=6, lookahead=5)
     assert num_accepted(draft_with_mismatches(4), gate, policy) == accepted
 
 
@@ -79,7 +78,7 @@ def test_paper_and_vllm_want_one_more_agreeing_token_than_the_reference() -> Non
 
 
 def test_a_lookahead_beyond_the_window_must_also_lie_inside_the_draft() -> None:
-    policy = AcceptancePolicy(0.3, use_full_entropy=False, window=2, lookahead=8)
+    policy = FlyPolicy(0.3, use_full_entropy=False, window=2, lookahead=8)
     assert num_accepted(draft_with_mismatches(7), policy=policy) == 16
     assert num_accepted(draft_with_mismatches(8), policy=policy) == 8
 
@@ -106,7 +105,7 @@ def whole_rounds(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, A
         st.one_of(
             st.sampled_from([EXACT, *PRESETS.values()]),
             st.builds(
-                AcceptancePolicy,
+                FlyPolicy,
                 entropy_threshold=st.sampled_from([0.0, 0.3, math.inf]),
                 use_full_entropy=st.just(False),
                 window=st.integers(0, 8),
@@ -157,8 +156,9 @@ def test_a_beginning_leaves_the_bonus_token_open_until_it_was_chosen() -> None:
 
 def test_loosened_tokens_are_the_accepted_ones_that_differ() -> None:
     draft = draft_with_mismatches(4, 12)
-    assert count_loosened(draft, TARGET, 11) == 1
-    assert count_loosened(draft, TARGET, 16) == 2
+    evidence = Evidence(len(draft), draft=draft, target=NOTHING._replace(choices=TARGET))
+    assert evidence.num_loosened(11) == 1
+    assert evidence.num_loosened(16) == 2
 
 
 def test_the_papers_threshold_is_a_fraction_of_the_largest_entropy() -> None:

@@ -9,8 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fly_trt.verification import LogitsProcessor, UniformStream, accept, distribution, gate_entropy, sample
-from fly_trt.verification.policy import EXACT, AcceptancePolicy
+from fly_trt.verification import (
+    EXACT,
+    AcceptancePolicy,
+    FlyPolicy,
+    LogitsProcessor,
+    UniformStream,
+    accept,
+    distribution,
+    gate_entropy,
+    sample,
+)
 from sampling_definitions import processed_row, random_scores, truncated_softmax
 
 TOY_SIZE = 12
@@ -20,7 +29,7 @@ TOY_PROMPT = (3, 7)
 TOY_TARGET = random_scores(np.random.default_rng(10), TOY_SIZE * TOY_SIZE, TOY_SIZE, 1.5)
 TOY_DRAFTER = TOY_TARGET + random_scores(np.random.default_rng(11), TOY_SIZE * TOY_SIZE, TOY_SIZE, 1.0)
 TOY_SETTINGS: dict[str, Any] = {"frequency_penalty": 0.5, "logit_bias": {2: 0.5}}
-ACCEPT_ALL = AcceptancePolicy(0.0, use_full_entropy=True, window=0, lookahead=0)
+ACCEPT_ALL = FlyPolicy(0.0, use_full_entropy=True, window=0, lookahead=0)
 
 
 def toy_row(table: np.ndarray, output: tuple[int, ...]) -> np.ndarray:

@@ -1,0 +1,146 @@
+"""Draft tokens for the running requests: how many, of which policy the round is, and what came of them.
+
+It has the drafter and everything that is learnt from rounds: what drafts cost, how likely they stand, whether windows
+pay. It knows requests and rounds; it runs no target engine and decides nothing of who runs.
+"""
+
+import time
+from collections.abc import Sequence
+
+from fly_trt.drafting import Drafter, DraftRow
+from fly_trt.runtime.draft_length import SURE, AcceptanceRate, DraftLength
+from fly_trt.runtime.loosening import Loosening, StepCosts
+from fly_trt.runtime.request import Request
+from fly_trt.runtime.rounds import Round
+from fly_trt.tokens import IntArray
+from fly_trt.verification import EXACT, Evidence
+
+MAX_USUAL_CONTEXT = 2  # committed tokens that a round starts with, but for the first after a prompt
+
+
+class Speculation:
+    """drafter: None decodes without drafts. num_draft_tokens: of a round, at most. is_adaptive: steps verify as many as
+    pay. step_costs: what a loose request's windows cost, so that it opens them where they pay; None means always."""
+
+    def __init__(
+        self, drafter: Drafter | None, num_draft_tokens: int, *, is_adaptive: bool, step_costs: StepCosts | None
+    ) -> None:
+        self.drafter = drafter
+        self._num_draft_tokens = num_draft_tokens if drafter is not None else 0
+        has_costs = drafter is not None and not drafter.is_free  # free drafts cost nothing where they do not stand
+        self._step_costs = step_costs if has_costs else None
+        self.draft_length = DraftLength(self._num_draft_tokens, adaptive=is_adaptive)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Draft tokens of a round at most; 0 without a drafter."""
+        return self._num_draft_tokens
+
+    @property
+    def drafts_are_free(self) -> bool:
+        return self.drafter is not None and self.drafter.is_free
+
+    def choose_length(self, rows: Sequence[Request], num_context: int) -> int:
+        """Draft tokens that pay in a step of these rows, which have up to `num_context` context tokens each."""
+        rates = [self._rate(request) for request in rows]
+        limits = [self._limit(request) for request in rows]
+        unread = 0
+        if self.drafter is not None:
+            drafting = (request for request, limit in zip(rows, limits, strict=True) if limit)
+            unread = sum(self.drafter.num_unread(request.slot, len(request.sequence)) for request in drafting)
+        # What pays in the long step of a prompt need not pay in those that follow it.
+        num_usual = min(num_context, MAX_USUAL_CONTEXT)
+        length = self.draft_length.choose([rate.value for rate in rates], limits, num_usual, unread)
+        if not length and any(limits):
+            may_draft = [rate for rate, limit in zip(rates, limits, strict=True) if limit]
+            for rate in may_draft:
+                rate.fade()
+            if self.draft_length.rest():
+                may_draft[0].forget()  # one tries: all would have to catch up
+        return length
+
+    def start_round(self, request: Request, num_draft: int) -> None:
+        """Opens a round of about `num_draft` draft tokens.
+
+        A verdict that waits for no window does not depend on the round's length, another one does: such a round is as
+        long as the rule says. A request that pauses its windows is decoded exactly, and the last round of the pause
+        ends where the pause does.
+        """
+        length, limit, policy = len(request.sequence), self._limit(request), request.policy
+        is_observed = False
+        if not policy.has_windows:
+            num_draft = min(num_draft, limit)
+        elif self._step_costs is None:
+            num_draft = limit
+        else:
+            if request.loosening is None:
+                request.loosening = Loosening(self._step_costs, policy.lookahead, limit, length)
+            if (pause := request.loosening.resume_at - length) > 0:
+                num_draft, policy = min(num_draft, limit, pause - 1), EXACT
+            else:
+                num_draft, policy, is_observed = limit, policy if request.loosening.is_open else EXACT, True
+        request.round = Round(length, Evidence(num_draft), policy, is_observed)
+
+    def draft(self, rows: Sequence[Request], num_tokens: int) -> None:
+        """Makes the draft tokens that a step with rows of `num_tokens` feeds, and of a round with windows one more to
+        compare with the last choice."""
+        asked: list[tuple[Request, Round, int]] = []
+        for request in rows:
+            if (round_ := request.round) is None or self.drafter is None:
+                continue
+            end = round_.end
+            if not self.drafter.is_free:
+                end = min(end, round_.num_fed + num_tokens - request.num_context + 1)
+            if end > len(round_.draft):
+                asked.append((request, round_, end - round_.num_committed))
+        if not asked or self.drafter is None:
+            return
+        drafts = self.propose([DraftRow(request.slot, request.sequence.tokens, count) for request, _, count in asked])
+        for (_, round_, count), draft in zip(asked, drafts, strict=True):
+            round_.take_draft(draft, count, self.drafter.source, is_whole=self.drafter.is_free)
+
+    def propose(self, rows: Sequence[DraftRow]) -> list[IntArray]:
+        """What the drafter proposes, and how long it takes for it."""
+        assert self.drafter is not None
+        unread = max(self.drafter.num_unread(row.slot, len(row.tokens)) for row in rows)
+        self.drafter.prepare(rows)
+        prepared, started = self.drafter.num_preparations, time.perf_counter()
+        drafts = self.drafter.propose(rows)
+        # What was read at length has brought its first draft tokens already.
+        if self.drafter.num_preparations == prepared and unread <= MAX_USUAL_CONTEXT:
+            longest = max(row.num_tokens for row in rows)
+            self.draft_length.observe_drafting(len(rows), longest, time.perf_counter() - started)
+        return drafts
+
+    def warm_up(self, num_rows: int, token: IntArray) -> None:
+        """Drafts in the first slots until the cost of it is known."""
+        if self.drafter is None:
+            return
+        for _ in range(SURE + 1):
+            self.propose([DraftRow(slot, token, 2) for slot in range(num_rows)])
+            for slot in range(num_rows):
+                self.drafter.release(slot)
+
+    def probe(self, token: IntArray) -> None:
+        """Drafts one token in the first slot. Raises what the drafter raises."""
+        if self.drafter is not None:
+            self.drafter.propose([DraftRow(0, token, 1)])
+            self.drafter.reset()
+
+    def end_round(self, request: Request, round_: Round, never_loosened: frozenset[int], *, was_rejected: bool) -> None:
+        """Learns from a round that is decided; was_rejected: it has draft tokens that do not stand."""
+        if round_.evidence.num_known:
+            self._rate(request).observe(round_.num_committed, was_rejected)
+            self.draft_length.observe_round(round_.num_committed, was_rejected)
+        if request.loosening is not None and round_.is_observed and not request.is_finished:
+            request.loosening.observe(round_.window_counts(never_loosened), len(request.sequence))
+
+    def _limit(self, request: Request) -> int:
+        """Draft tokens that a round of the request has at most."""
+        asked = request.params.num_speculative_tokens
+        return self._num_draft_tokens if asked is None else min(asked, self._num_draft_tokens)
+
+    def _rate(self, request: Request) -> AcceptanceRate:
+        if request.acceptance_rate is None:
+            request.acceptance_rate = AcceptanceRate(self.draft_length.usual_rate)
+        return request.acceptance_rate
