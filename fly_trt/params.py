@@ -47,10 +47,10 @@ class Option:
     least: int = 0
 
     def check(self, name: str, value: Any) -> None:
-        if value is None:
-            return
         if self.choices is not None:
-            check_choice(name, value, self.choices)
+            check_choice(name, value, (None, *self.choices))
+        elif value is None:
+            return
         elif self.kind is int:
             check_at_least(name, value, self.least)
         elif not (is_number(value) and value >= self.least):

@@ -20,6 +20,7 @@ from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, Step
 from fly_trt.verification import FlyPolicy, accept
 
 VOCAB_SIZE = 32
+CERTAIN_LOGIT = 8.0  # of the table's token, where no logits are given; the others have 0
 FULL_ENTROPY = 2.0  # how much larger the entropy of the whole vocabulary is than that of its most probable tokens
 STOP_TOKEN = 1
 
@@ -144,6 +145,18 @@ class TableEngine:
         logits = self._logits or one_hot_logits(self._next_token, self.info.vocab_size)
         return logits(prefix)
 
+    def _logprobs(self, argmax: int, logits: np.ndarray | None, following: int | None) -> tuple[float, float]:
+        """Log-probabilities of the largest and of the token that follows in the row, if there is one."""
+        if logits is None:
+            log_sum = np.log(np.exp(CERTAIN_LOGIT) + self.info.vocab_size - 1)
+            largest, token = CERTAIN_LOGIT, CERTAIN_LOGIT if following == argmax else 0.0
+        else:
+            largest = logits.max()
+            with np.errstate(invalid="ignore"):  # of logits that are no numbers
+                log_sum = largest + np.log(np.exp(logits - largest).sum())
+            token = np.nan if following is None else logits[following]
+        return largest - log_sum, np.nan if following is None else token - log_sum
+
     def _run_row(self, step: Step, row: int, ids: list[int]) -> None:
         slot = self.slots[step.first_slot + row]
         cached, context, drafts = (int(a[row]) for a in (step.write_indices, step.num_context, step.num_draft))
@@ -166,8 +179,14 @@ class TableEngine:
                 spoilt.add(cached + t)
             if step.logits is not None:
                 step.logits[row, t] = np.nan if is_padding else logits
+            logprobs = np.nan, np.nan
+            if not is_padding:
+                following = ids[t + 1] if t + 1 < context + drafts else None
+                logprobs = self._logprobs(int(step.argmax[row, t]), logits, following)
+            step.argmax_logprob[row, t], step.token_logprob[row, t] = logprobs
         if spoilt:
-            step.entropy_topk[row] = np.nan
+            for scores in (step.entropy_topk, step.argmax_logprob, step.token_logprob):
+                scores[row] = np.nan
             if step.logits is not None:
                 step.logits[row] = np.nan
         use_full_entropy = bool(step.use_full_entropy.any())
@@ -189,7 +208,7 @@ class TableEngine:
 
 def one_hot_logits(next_token: NextToken, vocab_size: int = VOCAB_SIZE) -> Logits:
     """Logits whose argmax is the table's token."""
-    return lambda tokens: 8.0 * (np.arange(vocab_size) == next_token(tokens))
+    return lambda tokens: CERTAIN_LOGIT * (np.arange(vocab_size) == next_token(tokens))
 
 
 def sometimes_differs(target: NextToken, salt: int, out_of: int = 5) -> NextToken:

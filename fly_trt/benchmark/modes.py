@@ -3,56 +3,72 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fly_trt.drafting import DRAFTERS
 from fly_trt.errors import ConfigError
 from fly_trt.manifest import Manifest
 from fly_trt.params import SpeculativeConfig
 from fly_trt.service.config import ServiceConfig, resolve_sizes, resolve_speculative_config
+from fly_trt.verification import POLICIES
 
 AUTOREGRESSIVE = "autoregressive"
 EXACT = "exact"
-MODES: Mapping[str, Mapping[str, Any]] = {
-    AUTOREGRESSIVE: {"method": None},
-    EXACT: {"method": "multi_level", "acceptance": "exact"},
-    "fly-draft": {"method": "draft_model", "acceptance": "fly"},
-    "fly": {"method": "multi_level", "acceptance": "fly"},
-    "ngram": {"method": "ngram", "acceptance": "exact"},
-}
-"""exact: multi-level drafts, verified exactly. fly-draft and fly: FLy, on drafts of the draft model alone and on
-multi-level ones. ngram: drafts from the prompt and the output alone, verified exactly."""
+
+
+def modes() -> dict[str, dict[str, Any]]:
+    """The settings of each mode: plain decoding; every acceptance policy on multi-level drafts, by its name; FLy on
+    drafts of the draft model alone; and every other drafter by its name, with the policy of its drafts by default."""
+    fly_draft = {"fly-draft": {"method": "draft_model", "acceptance": "fly"}}
+    policies = {name: {"method": "multi_level", "acceptance": name} for name in POLICIES}
+    exact = {EXACT: policies.pop(EXACT)}
+    drafters = {
+        name: {"method": name, "acceptance": kind.acceptance}
+        for name, kind in DRAFTERS.items()
+        if name not in ("multi_level", "draft_model")
+    }
+    return {AUTOREGRESSIVE: {"method": None}} | exact | fly_draft | policies | drafters
 
 
 def choose_modes(
     asked: Sequence[str], manifest: Manifest, overrides: Mapping[str, Any] | None = None
 ) -> dict[str, SpeculativeConfig]:
-    """What each of the modes `asked` for means, in MODES' order; none means all that the engine directory can do.
+    """What each of the modes `asked` for means, in the order of `modes`; none means all that the engines can do.
 
     overrides: fields of SpeculativeConfig, each for the modes that it fits. Raises ConfigError for an unknown mode, for
     one that needs a draft model or draft tokens that were not built, and for a setting that fits no mode.
     """
-    if unknown := [mode for mode in asked if mode not in MODES]:
-        raise ConfigError(f"mode {unknown[0]!r}: expected {', '.join(MODES)}")
-    chosen = [mode for mode in MODES if (mode in asked if asked else _is_possible(mode, manifest))]
+    known = modes()
+    if unknown := [mode for mode in asked if mode not in known]:
+        raise ConfigError(f"mode {unknown[0]!r}: expected {', '.join(known)}")
+    chosen = {
+        mode: settings
+        for mode, settings in known.items()
+        if (mode in asked if asked else _is_possible(settings["method"], manifest))
+    }
     overrides = overrides or {}
     for name, value in overrides.items():
-        if not any(_fits(name, mode) for mode in chosen):
+        if not any(_fits(name, settings) for settings in chosen.values()):
             raise ConfigError(f"{name} {value!r}: has no effect in mode {', '.join(chosen)}: leave it out, or add fly")
-    return {mode: _config(mode, manifest, overrides) for mode in chosen}
+    return {mode: _config(mode, settings, manifest, overrides) for mode, settings in chosen.items()}
 
 
-def _is_possible(mode: str, manifest: Manifest) -> bool:
-    method = MODES[mode]["method"]
-    return method is None or (manifest.limits.max_draft_len > 0 and (method == "ngram" or manifest.draft is not None))
+def _is_possible(method: str | None, manifest: Manifest) -> bool:
+    if method is None:
+        return True
+    return manifest.limits.max_draft_len > 0 and (manifest.draft is not None or not DRAFTERS[method].needs_draft_model)
 
 
-def _fits(name: str, mode: str) -> bool:
-    settings = MODES[mode]
-    return settings["method"] is not None and (name == "num_speculative_tokens" or settings["acceptance"] == "fly")
+def _fits(name: str, settings: Mapping[str, Any]) -> bool:
+    if settings["method"] is None:
+        return False
+    return name == "num_speculative_tokens" or name in POLICIES[settings["acceptance"]].settings
 
 
-def _config(mode: str, manifest: Manifest, overrides: Mapping[str, Any]) -> SpeculativeConfig:
-    fitting = {name: value for name, value in overrides.items() if _fits(name, mode)}
+def _config(
+    mode: str, settings: Mapping[str, Any], manifest: Manifest, overrides: Mapping[str, Any]
+) -> SpeculativeConfig:
+    fitting = {name: value for name, value in overrides.items() if _fits(name, settings)}
     try:
-        config = resolve_speculative_config(manifest, {**MODES[mode], **fitting})
+        config = resolve_speculative_config(manifest, {**settings, **fitting})
         resolve_sizes(ServiceConfig(), config, manifest)
     except ConfigError as error:
         raise ConfigError(f"mode {mode}: {error}") from None

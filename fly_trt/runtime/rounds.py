@@ -148,6 +148,7 @@ class Round:
         if choose is None:
             said = said.copy()  # the step's buffers are used again
             said.choices[np.isnan(said.entropy_topk)] = NO_CHOICE
+            said.draft_logprob[-1] = np.nan  # what follows is no part of the row
         else:
             assert logits is not None
             verified = self.num_verified

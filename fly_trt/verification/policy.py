@@ -57,9 +57,11 @@ class Evidence:
     exists, all of it where it `has_ended`; `sources` uint8 [d] the DraftSource of each token. `target` has the draft
     positions that were verified, v of them, and once all are, the position after the last.
 
-    Not promised, and then perhaps NaN: `target.entropy` unless the policy's use_full_entropy is set; the draft's
-    log-probability after the last draft token; of a request that samples, both log-probabilities unless the policy is
-    decided on the host. Of a position whose logits are not numbers the choice agrees with no draft token.
+    Not promised, and then perhaps NaN: `target.entropy` unless the policy's use_full_entropy is set; the draft token's
+    log-probability where the step that verified the position did not have the draft token (the last position of each;
+    a round without windows is verified in one step, unless its logits are not numbers); of a request that samples, both
+    log-probabilities unless the policy is decided on the host. Of a position whose logits are not numbers the choice
+    agrees with no draft token.
     """
 
     num_draft: int
