@@ -16,7 +16,6 @@ SCHEMA_VERSION = 1
 MANIFEST_NAME = "fly.json"
 HASH_BLOCK_BYTES = 1 << 22
 
-Backend = Literal["onnxruntime", "tensorrt", "tensorrt-llm"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8", "int4"]
 TensorRTLibrary = Literal["tensorrt", "tensorrt_rtx"]
@@ -125,11 +124,11 @@ class File(_Record):
 
 
 class Manifest(_Record):
-    """`fly.json`. `speculative` holds the recipe's defaults for SpeculativeConfig; `files` are all that engines are
-    loaded from."""
+    """`fly.json`. `backend` is the name of what runs the engines, known or not to who reads it; `speculative` holds the
+    recipe's defaults for SpeculativeConfig; `files` are all that engines are loaded from."""
 
     schema_version: int
-    backend: Backend
+    backend: str
     name: str
     fly_trt_version: str
     library_versions: dict[str, str]

@@ -7,18 +7,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
+import onnx
 import pytest
 
-from fly_build.export import export_decoder
-from fly_build.head import append_head
-from fly_build.pipeline import ModelPlan, Plan, _finish, make_plan
+from fly_build import pipeline
 from fly_build.recipe import load_recipe
-from fly_build.tensorrt import Sizes, fix_cache_length
-from fly_build.weights import WeightWriter
+from fly_build.tensorrt_builder import EngineBuilder
 from fly_trt.engines import Engine, load_engine
 from fly_trt.engines.base import Step
-from fly_trt.manifest import LayerSummary, ModelEngine, TensorRTPlan, read_manifest
+from fly_trt.manifest import LayerSummary, TensorRTPlan, read_manifest
 from simulated_tensorrt import VERSION, install, serialise
 
 PAIR = Path(__file__).parent / "assets" / "pair"
@@ -31,27 +28,19 @@ TOKENS = np.random.default_rng(0).integers(2, 880, LONGEST)
 
 
 def build(output: Path) -> Path:
-    """The demo pair in float32, for TensorRT-RTX. What fly_build.pipeline does, but for the compilation."""
+    """The demo pair in float32, for TensorRT-RTX: all that fly-build does, but for the compilation."""
     flags = {"backend": "tensorrt", "tensorrt_library": LIBRARY, "dtype": "float32", **LIMITS}
     recipe = load_recipe(None, {"target": str(PAIR / "target"), "draft": str(PAIR / "draft"), **flags})
     with pytest.MonkeyPatch.context() as patch:
         install(patch)
-        plan = make_plan(recipe, output)
-    _finish(plan, {model.folder: _build_model(model, plan, output) for model in plan.models}, output, lambda *_: None)
+        patch.setattr(EngineBuilder, "build", _compile)
+        pipeline.build(pipeline.make_plan(recipe, output), lambda *_: None)
     return output
 
 
-def _build_model(model: ModelPlan, plan: Plan, output: Path) -> ModelEngine:
-    decoder = export_decoder(model.checkpoint, plan.limits.max_seq_len, attention="mask")
-    append_head(decoder.model, plan.head.entropy_top_k, plan.head.stop_token_ids)
-    sizes = Sizes.of(plan.limits)
-    fix_cache_length(decoder.model, sizes.cache_tokens)
-    weights = model.checkpoint.load_weights()
-    WeightWriter(decoder.model.graph, weights, "float32", "none", "lm_head.weight").attach(decoder.parameters)
-    path = output / model.engine.model
-    path.parent.mkdir(parents=True)
+def _compile(builder: EngineBuilder, onnx_path: Path, *_: Any) -> tuple[bytes, TensorRTPlan]:
+    sizes = builder.sizes
     limits = [(least, most) for least, _, most in sizes.profiles()]
-    path.write_bytes(serialise(ir.to_proto(decoder.model).SerializeToString(), LIBRARY, limits))
     record = TensorRTPlan(
         library=LIBRARY,
         version=VERSION,
@@ -62,7 +51,7 @@ def _build_model(model: ModelPlan, plan: Plan, output: Path) -> ModelEngine:
         plugin_library=None,
         layers=LayerSummary(total=1, native_attention=0, decomposed_attention=1, kv_cache_update=2, plugin=0),
     )
-    return model.engine.model_copy(update={"tensorrt": record})
+    return serialise(onnx.load(onnx_path).SerializeToString(), LIBRARY, limits), record
 
 
 def load(built: Path, *, num_slots: int = 3, folder: Path | None = None, **changes: Any) -> Engine:

@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fly_build.backends import BACKENDS
 from fly_trt.cli.ending import ending_in_one_line
 from fly_trt.errors import FlyError
-from fly_trt.manifest import Backend, Dtype, Manifest, Quantization, TensorRTLibrary
+from fly_trt.manifest import Dtype, Manifest, Quantization, TensorRTLibrary
 
+DEFAULT_DTYPES = ", ".join(f"{name}: {backend.default_dtype}" for name, backend in BACKENDS.items())
 EXAMPLES = """
 \b
 Examples:
@@ -35,8 +37,8 @@ Examples:
 @click.option("--target-revision", metavar="REV", help="Hub revision of the target.")
 @click.option("--draft", metavar="CKPT", help="Draft checkpoint. Without one: n-gram or plain decoding.")
 @click.option("--draft-revision", metavar="REV", help="Hub revision of the draft.")
-@click.option("--backend", type=click.Choice(get_args(Backend)), help="[onnxruntime]")
-@click.option("--dtype", type=click.Choice(get_args(Dtype)), help="Type of the weights. [float32; tensorrt: bfloat16]")
+@click.option("--backend", type=click.Choice(tuple(BACKENDS)), help="[onnxruntime]")
+@click.option("--dtype", type=click.Choice(get_args(Dtype)), help=f"Type of the weights. [{DEFAULT_DTYPES}]")
 @click.option("--quantization", type=click.Choice(get_args(Quantization)), help="Of the linear layers. [none]")
 @click.option("--max-batch-size", type=int, metavar="N", help="Requests in flight. [8]")
 @click.option(
@@ -147,7 +149,7 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         )
     Console().print(table)
     click.echo(
-        f"backend {plan.recipe.backend}, {plan.recipe.stored_dtype}, quantization {plan.recipe.quantization}, "
+        f"backend {plan.recipe.backend}, {plan.backend.dtype}, quantization {plan.recipe.quantization}, "
         f"max_batch_size {limits.max_batch_size} (slots), max_seq_len {limits.max_seq_len}, "
         f"max_draft_len {limits.max_draft_len}, stop tokens {plan.head.stop_token_ids}"
     )

@@ -1,12 +1,12 @@
 """What drafting and verifying cost on this pair of engines, for the decisions that must not depend on a clock.
 
 Acceptance may depend on what a draft token costs, but not on what it costs today: the same request gives the same
-tokens on every machine that has the engine directory. So the costs are measured once, here, and stand in fly.json.
+tokens on every machine that has the engine directory. So the costs are found once, at the end of a build, and stand in
+fly.json. Which of the two ways is the right one for an engine is its backend's to say.
 """
 
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,29 +23,17 @@ MIN_ROUNDS, MAX_ROUNDS, SECONDS = 5, 50, 3.0
 GPU_VERIFICATION_TOKEN_COST = 0.01
 
 
-def add_costs(manifest: Manifest, directory: Path, report: Callable[[float], None]) -> Manifest:
-    """The manifest with draft_token_cost and verification_token_cost among its speculative defaults, where they are not
-    given: measured for ONNX Runtime; for engines of a GPU, which the machine that builds them may not have, taken from
-    the sizes of the weights."""
-    names = ("draft_token_cost", "verification_token_cost")
-    given = {name: manifest.speculative[name] for name in names if manifest.speculative.get(name) is not None}
-    if manifest.draft is None or len(given) == len(names):
-        return manifest
-    report(0.0)
-    costs = _measured(manifest, directory) if manifest.backend == "onnxruntime" else _estimated(manifest)
-    report(1.0)
-    rounded = {name: float(f"{cost:.2g}") for name, cost in zip(names, costs, strict=True)}
-    return manifest.model_copy(update={"speculative": manifest.speculative | rounded | given})
-
-
-def _estimated(manifest: Manifest) -> tuple[float, float]:
+def estimate_costs(manifest: Manifest) -> tuple[float, float]:
+    """draft_token_cost and verification_token_cost from the sizes of the weights, for engines of a GPU, which the
+    machine that builds them may not have."""
     assert manifest.draft is not None
     ratio = manifest.draft.source.num_parameters / manifest.target.source.num_parameters
     return ratio, GPU_VERIFICATION_TOKEN_COST
 
 
-def _measured(manifest: Manifest, directory: Path) -> tuple[float, float]:
-    """From the fastest of each kind of step, since other work on the machine only adds to them."""
+def measure_costs(manifest: Manifest, directory: Path) -> tuple[float, float]:
+    """draft_token_cost and verification_token_cost from the fastest of each kind of step, since other work on the
+    machine only adds to them."""
     assert manifest.draft is not None
     engines = [load_engine(directory, manifest, model, num_slots=1) for model in (manifest.target, manifest.draft)]
     try:

@@ -1,58 +1,21 @@
-"""Recipes: what to build, as YAML. The command line's flags are the same fields and override the file's."""
+"""Recipes: what to build, as YAML. The command line's flags are the same fields and override the file's.
+
+What can be refused without reading a checkpoint or loading a library is refused here.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
+from fly_build.backends import BACKENDS
+from fly_build.schema import Recipe
 from fly_trt.errors import ConfigError
-from fly_trt.manifest import Backend, Dtype, Quantization, TensorRTLibrary
 from fly_trt.params import SpeculativeConfig
 
 RECIPES = Path(__file__).resolve().parents[2] / "engines" / "recipes"
-
-
-class ModelSource(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    checkpoint: str
-    revision: str | None = None
-
-
-class Recipe(BaseModel):
-    """One engine directory. `max_seq_len` None means what both checkpoints support, at most 8192 tokens; `dtype` None
-    means float32 for ONNX Runtime and bfloat16 for TensorRT.
-
-    Of TensorRT alone: which of its two libraries (None: the first that is installed), the plugin library whose kernels
-    the head shall use (None: the graph's own functions), and where kernel timings are kept between builds.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str = ""
-    target: ModelSource
-    draft: ModelSource | None = None
-    backend: Backend = "onnxruntime"
-    dtype: Dtype | None = None
-    quantization: Quantization = "none"
-    tensorrt_library: TensorRTLibrary | None = None
-    plugin_library: str | None = None
-    timing_cache: str | None = None
-    max_batch_size: int = Field(default=8, gt=0)
-    max_seq_len: int | None = Field(default=None, gt=0)
-    max_draft_len: int = Field(default=32, ge=0)
-    max_num_tokens: int = Field(default=512, gt=0)
-    entropy_top_k: int = Field(default=3, gt=0)
-    speculative: dict[str, Any] = Field(default_factory=dict)
-
-    @property
-    def stored_dtype(self) -> Dtype:
-        return self.dtype or ("bfloat16" if self.backend == "tensorrt" else "float32")
-
-
-TENSORRT_FIELDS = ("tensorrt_library", "plugin_library", "timing_cache")
 
 
 def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
@@ -83,6 +46,9 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{path or 'flags'}: {field}: {first['msg']}, got {first['input']!r}") from None
+    if recipe.backend not in BACKENDS:
+        known = " or ".join(map(repr, BACKENDS))
+        raise ConfigError(f"{path or 'flags'}: backend: Input should be {known}, got {recipe.backend!r}")
     speculative = SpeculativeConfig.from_dict(recipe.speculative)
     speculative.policy(vocab_size=2, entropy_top_k=recipe.entropy_top_k)
     _check_backend(recipe)
@@ -100,15 +66,11 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
 
 
 def _check_backend(recipe: Recipe) -> None:
-    if recipe.backend == "tensorrt":
-        if recipe.quantization != "none":
-            raise ConfigError(
-                f"quantization {recipe.quantization!r}: backend tensorrt has none yet: use --quantization none"
-            )
-        return
-    for name in TENSORRT_FIELDS:
-        if getattr(recipe, name) is not None:
-            raise ConfigError(f"{name}: belongs to backend tensorrt, got backend {recipe.backend!r}: leave it out")
+    BACKENDS[recipe.backend].check(recipe)
+    for name, backend in BACKENDS.items():
+        for field in backend.own_fields:
+            if name != recipe.backend and getattr(recipe, field) is not None:
+                raise ConfigError(f"{field}: belongs to backend {name}, got backend {recipe.backend!r}: leave it out")
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fly_trt.benchmark.client import Load
 from fly_trt.benchmark.measure import Benchmark
 from fly_trt.benchmark.results import Row, Spread
 from fly_trt.benchmark.roofline import ModelCost, Roofline
+from fly_trt.engines import BACKENDS
 from fly_trt.engines.directory import LoadedEngines
 from fly_trt.manifest import Manifest, ModelEngine
 from fly_trt.params import SpeculativeConfig
@@ -189,7 +190,7 @@ def _model(model: ModelEngine) -> dict[str, Any]:
 
 def _machine(manifest: Manifest) -> dict[str, Any]:
     gpu = num_threads = None
-    if manifest.backend == "tensorrt":
+    if BACKENDS[manifest.backend].is_gpu:
         from fly_trt.engines.cuda import device_name
 
         gpu = device_name()

@@ -1,12 +1,51 @@
-"""Engines: one protocol, one module for each library that can run a built graph."""
+"""Engines: one protocol, one module for each library that can run a built graph, and the table of those modules.
 
+A new backend is a module with a `load` (base.LoadEngine) and a line in `BACKENDS`. Loading goes by the name that the
+manifest says the directory was built for; nothing above this package knows which library that is.
+"""
+
+import importlib
+from dataclasses import dataclass
 from pathlib import Path
 
-from fly_trt.engines.base import Engine, EngineInfo, Step
-from fly_trt.errors import ConfigError, EngineError
+from fly_trt.engines.base import Engine, EngineInfo, LoadEngine, LoadSettings, Step
+from fly_trt.errors import EngineError
 from fly_trt.manifest import Manifest, ModelEngine
 
-__all__ = ["Engine", "EngineInfo", "Step", "load_engine"]
+__all__ = ["BACKENDS", "Engine", "EngineBackend", "EngineInfo", "Step", "find_backend", "load_engine"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineBackend:
+    """`module` has the backend's `load` and is imported when an engine is loaded; the rest is known before.
+
+    is_gpu: the engines run on a GPU, so that a device can be chosen for them.
+    """
+
+    module: str
+    is_gpu: bool
+
+    @property
+    def load(self) -> LoadEngine:
+        loader: LoadEngine = importlib.import_module(self.module).load
+        return loader
+
+
+BACKENDS: dict[str, EngineBackend] = {
+    "onnxruntime": EngineBackend("fly_trt.engines.onnxruntime", is_gpu=False),
+    "tensorrt": EngineBackend("fly_trt.engines.tensorrt", is_gpu=True),
+}
+
+
+def find_backend(directory: Path, manifest: Manifest) -> EngineBackend:
+    """The backend that an engine directory was built for. Raises EngineError for one that is not in the table."""
+    backend = BACKENDS.get(manifest.backend)
+    if backend is None:
+        raise EngineError(
+            f"{directory}: built for backend {manifest.backend!r}, this version runs {' and '.join(BACKENDS)}: "
+            "rebuild it"
+        )
+    return backend
 
 
 def load_engine(
@@ -20,13 +59,10 @@ def load_engine(
 ) -> Engine:
     """Loads the target or the draft of an engine directory with the library that it was built for.
 
-    `num_threads` is for ONNX Runtime, `device_id` for TensorRT. Raises EngineError for what cannot be loaded here and
-    ConfigError for a device that does not exist or would not be used.
+    The settings are those of LoadSettings. Raises EngineError for what cannot be loaded here and ConfigError for a
+    device that does not exist or would not be used.
     """
-    if manifest.backend == "tensorrt-llm":
-        raise EngineError(
-            f"{directory}: built for backend 'tensorrt-llm', this version runs onnxruntime and tensorrt: rebuild it"
-        )
+    backend = find_backend(directory, manifest)
     if num_slots > manifest.limits.max_batch_size:
         raise EngineError(
             f"{directory}: built for max_batch_size {manifest.limits.max_batch_size}, asked for {num_slots}: "
@@ -38,26 +74,5 @@ def load_engine(
         entropy_top_k=manifest.head.entropy_top_k,
         stop_token_ids=frozenset(manifest.head.stop_token_ids),
     )
-    path = directory / model.model
-    if manifest.backend == "tensorrt":
-        from fly_trt.engines.tensorrt import TensorRTEngine
-        from fly_trt.engines.tensorrt_library import cache_folder
-
-        plugins = model.tensorrt.plugin_library if model.tensorrt else None
-        return TensorRTEngine(
-            path,
-            model,
-            info,
-            num_slots=num_slots,
-            plugin_library=directory / plugins if plugins else None,
-            kernel_cache=cache_folder() / f"{manifest.files[model.model].sha256[:16]}.kernels",
-            device_id=device_id,
-        )
-    if device_id is not None:
-        raise ConfigError(
-            f"device_id {device_id}: has no effect, {directory} was built for onnxruntime, which runs on the CPU: "
-            "leave it out, or rebuild with --backend tensorrt"
-        )
-    from fly_trt.engines.onnxruntime import OnnxRuntimeEngine
-
-    return OnnxRuntimeEngine(path, model, info, num_slots=num_slots, num_threads=num_threads)
+    settings = LoadSettings(num_slots=num_slots, num_threads=num_threads, device_id=device_id)
+    return backend.load(directory, manifest, model, info, settings)

@@ -8,12 +8,14 @@ knows slots and tokens; it knows nothing of requests, text or drafters.
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from fly_trt.errors import EngineError
+from fly_trt.manifest import Manifest, ModelEngine
 from fly_trt.tokens import NO_TOKENS, FloatArray, IntArray
 from fly_trt.verification.exact import EXACT
 from fly_trt.verification.policy import AcceptancePolicy
@@ -48,6 +50,16 @@ class EngineInfo:
     vocab_size: int
     entropy_top_k: int
     stop_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadSettings:
+    """How one engine is loaded: slots of its caches; CPU threads, None for all cores that the process may use; CUDA
+    device, None for the calling thread's current one."""
+
+    num_slots: int
+    num_threads: int | None = None
+    device_id: int | None = None
 
 
 @dataclass(slots=True)
@@ -190,4 +202,15 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Releases sessions and caches. The engine must not be used afterwards."""
+        ...
+
+
+class LoadEngine(Protocol):
+    """What a backend's module offers as `load`."""
+
+    def __call__(
+        self, directory: Path, manifest: Manifest, model: ModelEngine, info: EngineInfo, settings: LoadSettings
+    ) -> Engine:
+        """Loads `model`, one of the two of `manifest`, from `directory`. Raises EngineError for what cannot be loaded
+        here and ConfigError for a setting that cannot be met or would have no effect."""
         ...

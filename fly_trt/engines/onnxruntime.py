@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, LogitsBuffer, Step, StepCache
+from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, LoadSettings, LogitsBuffer, Step, StepCache
 from fly_trt.engines.cores import available_cores
-from fly_trt.errors import EngineError
-from fly_trt.manifest import ModelEngine
+from fly_trt.errors import ConfigError, EngineError
+from fly_trt.manifest import Manifest, ModelEngine
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,20 @@ def session_options(num_threads: int | None = None) -> ort.SessionOptions:
 def num_pool_threads() -> int | None:
     """Threads of the pool that all sessions share; None before the first session."""
     return _ThreadPool.num_threads
+
+
+def load(
+    directory: Path, manifest: Manifest, model: ModelEngine, info: EngineInfo, settings: LoadSettings
+) -> "OnnxRuntimeEngine":
+    """The engine of one model of a directory (base.LoadEngine). Raises ConfigError for a device."""
+    if settings.device_id is not None:
+        raise ConfigError(
+            f"device_id {settings.device_id}: has no effect, {directory} was built for {manifest.backend}, which runs "
+            "on the CPU: leave it out, or rebuild with --backend tensorrt"
+        )
+    return OnnxRuntimeEngine(
+        directory / model.model, model, info, num_slots=settings.num_slots, num_threads=settings.num_threads
+    )
 
 
 class OnnxRuntimeEngine:

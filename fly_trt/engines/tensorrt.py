@@ -24,11 +24,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fly_trt.engines import cuda
-from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, LogitsBuffer, Step, StepCache
+from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, LoadSettings, LogitsBuffer, Step, StepCache
 from fly_trt.engines.kernel_cache import KernelCache
-from fly_trt.engines.tensorrt_library import Library, import_library
+from fly_trt.engines.tensorrt_library import Library, cache_folder, import_library
 from fly_trt.errors import EngineError
-from fly_trt.manifest import Dtype, ModelEngine, TensorRTPlan
+from fly_trt.manifest import Dtype, Manifest, ModelEngine, TensorRTPlan
 from fly_trt.tokens import FloatArray
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,22 @@ INPUTS = {"input_ids": np.int64} | ROW_INPUTS
 OUTPUTS = {"num_accepted": np.int64, "next_token": np.int64} | TOKEN_OUTPUTS
 PER_ROW = frozenset(ROW_INPUTS) | {"num_accepted", "next_token"}
 ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def load(
+    directory: Path, manifest: Manifest, model: ModelEngine, info: EngineInfo, settings: LoadSettings
+) -> "TensorRTEngine":
+    """The engine of one model of a directory (base.LoadEngine). It has no CPU threads to size."""
+    plugins = model.tensorrt.plugin_library if model.tensorrt else None
+    return TensorRTEngine(
+        directory / model.model,
+        model,
+        info,
+        num_slots=settings.num_slots,
+        plugin_library=directory / plugins if plugins else None,
+        kernel_cache=cache_folder() / f"{manifest.files[model.model].sha256[:16]}.kernels",
+        device_id=settings.device_id,
+    )
 
 
 class _Block:

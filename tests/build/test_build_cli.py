@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-import fly_build.pipeline
+import fly_build.model_build
 from fly_build.checkpoint import open_checkpoint
 from fly_build.cli import main
 from fly_build.tokenizer import save_tokenizer
@@ -25,12 +25,12 @@ from tiny_models import TinyPair
 FEW_BYTES = 20_000
 WAITS_WHILE_TRACING = """
 import signal
-import fly_build.cli, fly_build.pipeline
+import fly_build.cli, fly_build.model_build
 def wait(*arguments, **keywords):
     print("tracing", flush=True)
     while True:
         signal.pause()
-fly_build.pipeline.export_decoder = wait
+fly_build.model_build.export_decoder = wait
 fly_build.cli.main()
 """
 KV_BYTES_PER_TOKEN = 2 * 1 * 2 * 16 * 4  # key and value, 1 layer, 2 heads, 16 channels, float32
@@ -133,8 +133,10 @@ def test_sequence_longer_than_the_checkpoints_support_is_an_error(tiny_pair: Tin
 
 
 def test_backend_that_cannot_be_built_is_an_error(tiny_pair: TinyPair) -> None:
-    error = _error(_fly_build("--target", tiny_pair.target, "--backend", "tensorrt-llm"))
-    assert "backend 'tensorrt-llm' cannot be built by this version" in error
+    result = _fly_build("--target", tiny_pair.target, "--backend", "tensorrt-llm")
+    assert result.exit_code == 2
+    assert "'tensorrt-llm' is not one of 'onnxruntime', 'tensorrt'" in result.stderr
+    assert "[onnxruntime|tensorrt]" in _fly_build("--help").stdout
 
 
 def test_existing_output_is_an_error_and_stays_as_it_is(tiny_pair: TinyPair, working_directory: Path) -> None:
@@ -148,10 +150,10 @@ def test_existing_output_is_an_error_and_stays_as_it_is(tiny_pair: TinyPair, wor
 def test_interrupted_build_says_so_and_leaves_nothing(
     tiny_pair: TinyPair, working_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def press_control_c(*arguments: object) -> None:
+    def press_control_c(*arguments: object, **keywords: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fly_build.pipeline, "export_decoder", press_control_c)
+    monkeypatch.setattr(fly_build.model_build, "export_decoder", press_control_c)
     result = _fly_build("--target", tiny_pair.target, "-o", "here")
     assert result.exit_code == 130
     assert result.stderr == "fly-build: interrupted, nothing was written\n"
@@ -162,7 +164,7 @@ def test_interrupted_build_says_so_and_leaves_nothing(
 def test_place_where_nothing_can_be_written_is_an_error_before_anything_is_built(
     output: str, tiny_pair: TinyPair, working_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fly_build.pipeline, "export_decoder", lambda *arguments, **keywords: pytest.fail("built"))
+    monkeypatch.setattr(fly_build.model_build, "export_decoder", lambda *arguments, **keywords: pytest.fail("built"))
     (working_directory / "file").write_text("a file", encoding="utf-8")
     error = _error(_fly_build("--target", tiny_pair.target, "-o", output))
     assert error.startswith(str(working_directory / output))

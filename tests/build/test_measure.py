@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fly_build.measure import add_costs
+from fly_build.pipeline import add_costs
 from fly_trt import SpeculativeConfig
 from fly_trt.manifest import read_manifest
 from fly_trt.runtime.loosening import DRAFT_TOKEN_COST, VERIFICATION_TOKEN_COST, StepCosts
@@ -15,7 +15,7 @@ NAMES = ("draft_token_cost", "verification_token_cost")
 
 def costs_after(engine: Path, given: dict[str, float | None]) -> StepCosts | None:
     manifest = read_manifest(engine).model_copy(update={"speculative": {"preset": "paper", **given}})
-    built = add_costs(manifest, engine, lambda fraction: None)
+    built = add_costs(manifest, engine, lambda step, fraction: None)
     assert built.speculative["preset"] == "paper"
     return step_costs(built, SpeculativeConfig())
 

@@ -10,13 +10,14 @@ import pytest
 import transformers
 from click.testing import CliRunner
 
-from fly_build import tensorrt
+from fly_build import tensorrt_builder
 from fly_build.checkpoint import open_checkpoint
 from fly_build.cli import main
 from fly_build.export import export_decoder
 from fly_build.head import append_head
 from fly_build.pipeline import Plan, build, make_plan
-from fly_build.recipe import Recipe, load_recipe
+from fly_build.recipe import load_recipe
+from fly_build.tensorrt_graph import attention_names, fix_cache_length
 from fly_trt.engines.tensorrt_library import import_library
 from fly_trt.errors import ConfigError, EngineError
 from fly_trt.manifest import Dtype, Limits, read_manifest
@@ -98,7 +99,7 @@ def test_engines_have_native_attention_and_cache_updates(name: str, dtype: Dtype
 def test_every_attention_of_the_network_has_its_mask_and_the_count_of_valid_keys(tmp_path: Path) -> None:
     """TensorRT-RTX's parser drops the count; a causal triangle that it anchors at the first key would be wrong."""
     library, network, names = _parsed(tmp_path)
-    made = tensorrt._replace_attentions(library.trt, network, names)
+    made = tensorrt_builder._replace_attentions(library.trt, network, names)
     assert len(made) == NUM_LAYERS
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     inputs = {layer.name: layer for layer in layers if layer.type.name == "ATTENTION_INPUT"}
@@ -113,16 +114,16 @@ def test_every_attention_of_the_network_has_its_mask_and_the_count_of_valid_keys
         assert name.output not in read
 
 
-def _parsed(tmp_path: Path) -> tuple[Any, Any, list[tensorrt.AttentionNames]]:
+def _parsed(tmp_path: Path) -> tuple[Any, Any, list[tensorrt_builder.AttentionNames]]:
     graph = _fixed_graph(tmp_path)
-    builder = tensorrt.EngineBuilder(import_library("tensorrt_rtx"), _sizes(), "float32", None, None)
+    builder = tensorrt_builder.EngineBuilder(import_library("tensorrt_rtx"), _sizes(), "float32", None, None)
     _, network = builder._parse(tmp_path / "fixed.onnx")
-    return builder.library, network, tensorrt.attention_names(graph)
+    return builder.library, network, attention_names(graph)
 
 
 def _fixed_graph(tmp_path: Path) -> ir.Model:
     _, _, graph = tiny_runner(_config("llama", vocab_size=160), tmp_path, attention="mask")
-    tensorrt.fix_cache_length(graph, _sizes().cache_tokens)
+    fix_cache_length(graph, _sizes().cache_tokens)
     ir.save(graph, tmp_path / "fixed.onnx")
     return graph
 
@@ -130,13 +131,13 @@ def _fixed_graph(tmp_path: Path) -> ir.Model:
 @pytest.mark.parametrize(("max_draft_len", "max_num_tokens"), [(8, 9), (8, 64), (25, 26), (0, 1)])
 def test_a_slot_has_room_for_the_longest_step_behind_the_last_draft(max_draft_len: int, max_num_tokens: int) -> None:
     limits = Limits(max_batch_size=4, max_seq_len=256, max_draft_len=max_draft_len, max_num_tokens=max_num_tokens)
-    sizes = tensorrt.Sizes.of(limits)
+    sizes = tensorrt_builder.Sizes.of(limits)
     longest = max(sizes.max_row_tokens, sizes.max_num_tokens)
     assert sizes.cache_tokens >= limits.max_seq_len + max_draft_len + longest
 
 
-def _sizes() -> tensorrt.Sizes:
-    return tensorrt.Sizes.of(Limits(max_batch_size=4, max_seq_len=128, max_draft_len=8, max_num_tokens=64))
+def _sizes() -> tensorrt_builder.Sizes:
+    return tensorrt_builder.Sizes.of(Limits(max_batch_size=4, max_seq_len=128, max_draft_len=8, max_num_tokens=64))
 
 
 def test_a_head_dimension_without_a_kernel_is_computed_in_parts_and_said(tmp_path: Path) -> None:
@@ -184,8 +185,8 @@ def test_timings_are_written_aside_and_renamed(tmp_path: Path) -> None:
     graph = _fixed_graph(tmp_path)
     timings = tmp_path / "folder" / "timings"
     for _ in range(2):
-        builder = tensorrt.EngineBuilder(import_library("tensorrt_rtx"), _sizes(), "float32", None, timings)
-        builder.build(tmp_path / "fixed.onnx", tensorrt.attention_names(graph), NUM_LAYERS, lambda fraction: None)
+        builder = tensorrt_builder.EngineBuilder(import_library("tensorrt_rtx"), _sizes(), "float32", None, timings)
+        builder.build(tmp_path / "fixed.onnx", attention_names(graph), NUM_LAYERS, lambda fraction: None)
         assert [path.name for path in timings.parent.iterdir()] == ["timings"]
 
 
@@ -266,10 +267,10 @@ def test_flags_of_tensorrt_are_refused_for_another_backend(field: str) -> None:
         load_recipe(None, {"target": str(PAIR / "target"), field: value})
 
 
-def test_the_default_dtype_is_the_backends() -> None:
-    source = {"checkpoint": "org/model"}
-    assert Recipe(target=source, backend="tensorrt").stored_dtype == "bfloat16"  # type: ignore[arg-type]
-    assert Recipe(target=source).stored_dtype == "float32"  # type: ignore[arg-type]
+def test_the_default_dtype_is_the_backends(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    for flags, dtype in (({}, "bfloat16"), ({"backend": "onnxruntime", "tensorrt_library": None}, "float32")):
+        (model,) = _plan(tiny_pair.target, tmp_path / "engine", **flags).models
+        assert model.engine.dtype == dtype
 
 
 def test_a_graph_that_the_parser_refuses_is_an_error_with_its_reason(tmp_path: Path) -> None:
@@ -278,6 +279,6 @@ def test_a_graph_that_the_parser_refuses_is_an_error_with_its_reason(tmp_path: P
     node.outputs[0].name = "y"
     graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 24}, name="broken")
     ir.save(ir.Model(graph, ir_version=11), tmp_path / "broken.onnx")
-    builder = tensorrt.EngineBuilder(import_library("tensorrt_rtx"), _sizes(), "float32", None, None)
+    builder = tensorrt_builder.EngineBuilder(import_library("tensorrt_rtx"), _sizes(), "float32", None, None)
     with pytest.raises(EngineError, match=r"cannot parse the graph: .*NoSuchOperator"):
         builder.build(tmp_path / "broken.onnx", [], 0, lambda fraction: None)

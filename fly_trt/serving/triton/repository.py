@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 
 import fly_trt
+from fly_trt.engines import find_backend
 from fly_trt.errors import ConfigError
 from fly_trt.files import new_directory
 from fly_trt.manifest import MANIFEST_NAME, Manifest, read_manifest
@@ -82,7 +83,7 @@ def make_plan(
         raise ConfigError(f"instances {instances}: expected at least 1")
     if not 0 <= queue_timeout <= MAX_QUEUE_SECONDS:
         raise ConfigError(f"queue_timeout {queue_timeout}: expected 0 to {MAX_QUEUE_SECONDS:g} seconds, 0 for no limit")
-    is_gpu = manifest.backend != "onnxruntime"
+    is_gpu = find_backend(engine_dir, manifest).is_gpu
     _check_gpus(gpus, manifest, is_gpu)
     model_dir = repository.expanduser().absolute() / name
     _check_place(model_dir, engine_dir, overwrite)

@@ -2,6 +2,7 @@
 
 The ONNX parser makes the network; attention layers are then made anew through the network's API, since the parser can
 say neither how many keys of the cache are valid nor that an attention may be decomposed. The rest is the graph's own.
+It needs nothing of the extra `build` but the library.
 """
 
 import logging
@@ -9,8 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import onnx_ir as ir
 
 from fly_trt.engines.tensorrt_library import Library, cache_folder, keep
 from fly_trt.errors import EngineError
@@ -66,23 +65,6 @@ class Sizes:
         yield (1, 1), (usual, 1), (rows, 1)
         yield (1, 2), (usual, min(16, tokens)), (rows, tokens)
         yield (1, 1), (1, self.max_num_tokens), (1, self.max_num_tokens)
-
-
-def fix_cache_length(model: ir.Model, cache_tokens: int) -> None:
-    """Gives the cache tensors of a decoder graph their static length, as KVCacheUpdate demands."""
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        if value.name and value.name.startswith(("past_", "present_")) and value.shape is not None:
-            batch, heads, _, channels = value.shape
-            value.shape = ir.Shape([batch, heads, cache_tokens, channels])
-
-
-def attention_names(model: ir.Model) -> list[AttentionNames]:
-    found = []
-    for node in model.graph:
-        if node.op_type == "Attention":
-            names = [value.name for value in (*node.inputs[:4], node.outputs[0]) if value is not None]
-            found.append(AttentionNames(*(str(name) for name in names)))
-    return found
 
 
 @dataclass

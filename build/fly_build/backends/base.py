@@ -1,0 +1,66 @@
+"""What the build asks of a backend. It knows recipes and one model at a time; checkpoints, tokenizers, the manifest and
+the engine directory's place are the pipeline's.
+
+A backend's module is imported before the extra `build` is known to be there, so that torch and onnx are imported by the
+methods that need them.
+"""
+
+import importlib.metadata
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from fly_build.schema import Recipe
+from fly_trt.manifest import Dtype, Limits, Manifest, ModelEngine
+
+if TYPE_CHECKING:
+    from fly_build.model_build import ModelBuild
+
+LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+
+
+class Backend(ABC):
+    """One build for one backend.
+
+    default_dtype: of the stored weights, where a recipe has none. own_fields: fields of the recipe that mean nothing to
+    any other backend. model_file: the file that the runtime loads, in the folder of its model.
+    """
+
+    default_dtype: ClassVar[Dtype]
+    own_fields: ClassVar[tuple[str, ...]] = ()
+    model_file: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def check(cls, recipe: Recipe) -> None:
+        """Raises ConfigError for what a recipe asks of this backend in vain. Loads no library."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Loads what compiles the engines. Raises ConfigError or EngineError for what would otherwise fail late."""
+        self.recipe = recipe
+
+    @property
+    def dtype(self) -> Dtype:
+        """Of the stored weights."""
+        return self.recipe.dtype or self.default_dtype
+
+    @property
+    @abstractmethod
+    def kv_cache_dtype(self) -> Dtype: ...
+
+    def cache_tokens(self, limits: Limits) -> int:
+        """Tokens of cache that a slot takes at most."""
+        return limits.max_seq_len
+
+    @abstractmethod
+    def build_model(self, build: "ModelBuild") -> ModelEngine:
+        """Writes one model into its folder, which exists, and returns its record in the manifest."""
+
+    def library_versions(self) -> dict[str, str]:
+        """Of what the engines are made with, by distribution name."""
+        return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+    @staticmethod
+    @abstractmethod
+    def step_costs(manifest: Manifest, directory: Path) -> tuple[float, float]:
+        """draft_token_cost and verification_token_cost of a pair of engines of this backend."""

@@ -1,0 +1,41 @@
+"""What a recipe says: its fields, their types and defaults. Whether they go together is recipe.py's to check."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fly_trt.manifest import Dtype, Quantization, TensorRTLibrary
+
+
+class ModelSource(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    checkpoint: str
+    revision: str | None = None
+
+
+class Recipe(BaseModel):
+    """One engine directory. `backend` is a name of fly_build.backends.BACKENDS; `max_seq_len` None means what both
+    checkpoints support, at most 8192 tokens; `dtype` None means the backend's default.
+
+    Of TensorRT alone: which of its two libraries (None: the first that is installed), the plugin library whose kernels
+    the head shall use (None: the graph's own functions), and where kernel timings are kept between builds.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = ""
+    target: ModelSource
+    draft: ModelSource | None = None
+    backend: str = "onnxruntime"
+    dtype: Dtype | None = None
+    quantization: Quantization = "none"
+    tensorrt_library: TensorRTLibrary | None = None
+    plugin_library: str | None = None
+    timing_cache: str | None = None
+    max_batch_size: int = Field(default=8, gt=0)
+    max_seq_len: int | None = Field(default=None, gt=0)
+    max_draft_len: int = Field(default=32, ge=0)
+    max_num_tokens: int = Field(default=512, gt=0)
+    entropy_top_k: int = Field(default=3, gt=0)
+    speculative: dict[str, Any] = Field(default_factory=dict)

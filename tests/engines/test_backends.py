@@ -1,0 +1,93 @@
+"""The table of engine backends: a module and a line in it are all that a new one takes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fly_trt import LLM, EngineError, SamplingParams
+from fly_trt.engines import BACKENDS, EngineBackend, find_backend
+from fly_trt.manifest import (
+    SCHEMA_VERSION,
+    Head,
+    Limits,
+    Manifest,
+    ModelEngine,
+    Source,
+    hash_directory,
+    read_manifest,
+    write_manifest,
+)
+from table_engine import STOP_TOKEN, greedy
+from toy_engine import table
+
+TOKENIZER = Path(__file__).parents[1] / "assets" / "pair" / "target"
+VOCAB_SIZE = 880
+SALTS = {"target": 3, "draft": 4}
+NUM_TOKENS = 24
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """An engine directory for the backend "toy", with the demo pair's tokenizer."""
+    (tmp_path / "tokenizer").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / name, tmp_path / "tokenizer" / name)
+    for role, salt in SALTS.items():
+        (tmp_path / role).mkdir()
+        (tmp_path / role / "model.toy").write_text(str(salt))
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        backend="toy",
+        name="toy",
+        fly_trt_version="0",
+        library_versions={},
+        limits=Limits(max_batch_size=2, max_seq_len=128, max_draft_len=8, max_num_tokens=32),
+        head=Head(entropy_top_k=3, stop_token_ids=[STOP_TOKEN]),
+        speculative={"draft_token_cost": 0.1, "verification_token_cost": 0.05},
+        target=_model("target"),
+        draft=_model("draft"),
+        files=hash_directory(tmp_path),
+    )
+    write_manifest(manifest, tmp_path)
+    return tmp_path
+
+
+def _model(role: str) -> ModelEngine:
+    return ModelEngine(
+        model=f"{role}/model.toy",
+        source=Source(checkpoint="org/toy", architecture="Toy", num_parameters=1),
+        vocab_size=VOCAB_SIZE,
+        num_layers=1,
+        num_kv_heads=1,
+        head_dim=1,
+        dtype="float32",
+        quantization="none",
+        kv_cache_dtype="float32",
+    )
+
+
+@pytest.mark.parametrize("method", ["draft_model", None])
+def test_a_module_and_a_line_in_the_table_are_a_backend(
+    method: str | None, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BACKENDS, "toy", EngineBackend("toy_engine", is_gpu=False))
+    with LLM(directory, speculative_config={"method": method}) as llm:
+        (output,) = llm.generate(["Hello, world"], SamplingParams(temperature=0, max_tokens=NUM_TOKENS))
+    next_token = table(SALTS["target"], VOCAB_SIZE)
+    assert output.outputs[0].token_ids == greedy(next_token, output.prompt_token_ids, NUM_TOKENS)
+
+
+def test_a_backend_that_is_not_in_the_table_is_refused_with_those_that_are(directory: Path) -> None:
+    with pytest.raises(EngineError) as refused:
+        LLM(directory)
+    assert str(refused.value) == (
+        f"{directory}: built for backend 'toy', this version runs onnxruntime and tensorrt: rebuild it"
+    )
+
+
+def test_what_is_said_of_a_backend_needs_none_of_its_code(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "toy", EngineBackend("a_module_that_is_not_installed", is_gpu=True))
+    assert find_backend(directory, read_manifest(directory)).is_gpu
+    assert not BACKENDS["onnxruntime"].is_gpu
+    assert BACKENDS["tensorrt"].is_gpu
