@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from fly_trt.engines.fork import HomeProcess
 from fly_trt.engines.turn import Turn
-from fly_trt.errors import ConfigError, EngineDeadError, EngineError, QueueFullError, RequestError
+from fly_trt.errors import ConfigError, EngineDeadError, EngineError, QueueFullError, RequestError, one_line
 from fly_trt.runtime.group import RequestGroup
 from fly_trt.runtime.loop import GenerationLoop
 from fly_trt.runtime.request import Request
@@ -157,7 +157,7 @@ class EngineThread:
             changed = self._loop.step()
         except Exception as error:
             logger.exception("a step failed, and its requests end with an error")
-            self._deliver(self._loop.fail_running(_one_line(error)))
+            self._deliver(self._loop.fail_running(one_line(error)))
             self._loop.probe()
         else:
             self._deliver(changed)
@@ -187,7 +187,7 @@ class EngineThread:
             try:
                 group.update(requests)
             except BaseException as error:
-                group.fail(_dead(_one_line(error)))  # it may be forgotten: nobody else would tell its caller
+                group.fail(_dead(one_line(error)))  # it may be forgotten: nobody else would tell its caller
                 raise
             if not group.is_done:
                 continue
@@ -205,16 +205,12 @@ class EngineThread:
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
-            self._failure = _one_line(error)
+            self._failure = one_line(error)
             groups = list(self._groups.values())
             self._groups.clear()
             self._group_of.clear()
         for group in groups:
             group.fail(_dead(self._failure))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _dead(reason: str) -> EngineDeadError:

@@ -20,7 +20,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from fly_trt.async_llm import AsyncLLM
-from fly_trt.errors import ConfigError, FlyError, QueueFullError, RequestError
+from fly_trt.errors import Fault, FlyError, one_line
 from fly_trt.serving.triton.configuration import ModelConfiguration
 from fly_trt.serving.triton.metrics import TritonMetrics
 from fly_trt.serving.triton.request import ClientRequest, ResponseWriter, read_request
@@ -35,6 +35,11 @@ TIMED_OUT = "timed out in the queue: all slots were busy: try again"
 CANCELLED = "cancelled by the client"
 SERVER_PROGRAM = "tritonserver"
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+CODES = {
+    Fault.CALLER: pb_utils.TritonError.INVALID_ARG,
+    Fault.LOAD: pb_utils.TritonError.UNAVAILABLE,
+    Fault.ENGINE: pb_utils.TritonError.INTERNAL,
+}
 
 
 class ResponseStream:
@@ -124,11 +129,11 @@ class TritonPythonModel:
             try:
                 asked = self._read(request)
             except FlyError as error:
-                stream.fail(str(error), _code(error))
+                stream.fail(str(error), CODES[error.fault])
                 continue
             except Exception as error:
                 logger.exception("a request could not be read")
-                stream.fail(f"the request could not be read: {_one_line(error)}", pb_utils.TritonError.INTERNAL)
+                stream.fail(f"the request could not be read: {one_line(error)}", pb_utils.TritonError.INTERNAL)
                 continue
             self._num_requests += 1
             served = _Served(str(self._num_requests), stream, self._deadline(request))
@@ -190,10 +195,10 @@ class TritonPythonModel:
             if self._is_stopping.is_set():
                 stream.fail(STOPPED, pb_utils.TritonError.UNAVAILABLE)
             else:
-                stream.fail(str(error), _code(error))
+                stream.fail(str(error), CODES[error.fault])
         except Exception as error:
             logger.exception("a request failed")
-            stream.fail(f"the request failed: {_one_line(error)}", pb_utils.TritonError.INTERNAL)
+            stream.fail(f"the request failed: {one_line(error)}", pb_utils.TritonError.INTERNAL)
         finally:
             del self._served[served.request_id]
 
@@ -276,14 +281,3 @@ def _log_to_triton() -> None:
     package.setLevel(logging.INFO)
     if not package.handlers:
         package.addHandler(_TritonHandler())
-
-
-def _code(error: FlyError) -> Any:
-    if isinstance(error, QueueFullError):
-        return pb_utils.TritonError.UNAVAILABLE
-    is_clients = isinstance(error, (RequestError, ConfigError))
-    return pb_utils.TritonError.INVALID_ARG if is_clients else pb_utils.TritonError.INTERNAL
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
