@@ -30,7 +30,7 @@ async def check_nothing_is_left(llm: AsyncLLM) -> None:
         await asyncio.sleep(0.1)
     assert not thread._groups
     assert not thread._group_of
-    loop = thread._loop
+    loop = thread._executor
     check_invariants(loop)
     assert not loop.scheduler.running
     assert not loop.scheduler.waiting

@@ -1,4 +1,4 @@
-"""The engine thread: it alone runs the loop; everyone else hands it requests and gets outputs back.
+"""The engine thread: it alone runs the executor; everyone else hands it requests and gets outputs back.
 
 Commands are taken between steps, so an abort takes effect within one step. A step that raises ends the requests that
 were in it, each with an error, and then one token is run: engines that fail at that too cannot run any more. This ends
@@ -14,8 +14,8 @@ from collections.abc import Callable
 from fly_trt.engines.fork import HomeProcess
 from fly_trt.engines.turn import Turn
 from fly_trt.errors import ConfigError, EngineDeadError, EngineError, QueueFullError, RequestError, one_line
+from fly_trt.runtime.executor import Executor
 from fly_trt.runtime.group import RequestGroup
-from fly_trt.runtime.loop import GenerationLoop
 from fly_trt.runtime.request import Request
 
 logger = logging.getLogger(__name__)
@@ -25,14 +25,14 @@ ROOM_POLL_SECONDS = 0.02
 
 
 class EngineThread:
-    """Runs `loop` until `shutdown`, then calls `close` in the thread that owned the engines.
+    """Runs `executor` until `shutdown`, then calls `close` in the thread that owned the engines.
 
-    Loops that share engines share the `turn`, which this one has while it has requests, or when others want it too,
+    Executors that share engines share the `turn`, which this one has while it has requests, or when others want it too,
     until those that run then have ended. Without the turn it takes aborts and runs no engine.
     """
 
-    def __init__(self, loop: GenerationLoop, close: Callable[[], None], turn: Turn | None = None) -> None:
-        self._loop = loop
+    def __init__(self, executor: Executor, close: Callable[[], None], turn: Turn | None = None) -> None:
+        self._executor = executor
         self._close = close
         self._turn = turn or Turn()
         self._home = HomeProcess("LLM")
@@ -63,7 +63,7 @@ class EngineThread:
             self._groups |= by_id
             self._group_of |= by_request
             try:
-                self._loop.add(list(by_request))
+                self._executor.add(list(by_request))
             except QueueFullError:
                 for request_id in by_id:
                     del self._groups[request_id]
@@ -74,7 +74,7 @@ class EngineThread:
 
     def wait_for_room(self, num_requests: int) -> None:
         """Blocks until the queue has that many places, which others may take before the caller does."""
-        while self._loop.scheduler.num_free_places < num_requests:
+        while self._executor.num_free_places < num_requests:
             self.check_running()
             time.sleep(ROOM_POLL_SECONDS)
 
@@ -124,7 +124,7 @@ class EngineThread:
         try:
             while not self._is_stopping:
                 self._end_aborted()
-                if not self._loop.has_work:
+                if not self._executor.has_work:
                     self._turn.leave(self._wake)
                 elif self._turn.join(self._wake):
                     self._serve()
@@ -143,22 +143,21 @@ class EngineThread:
 
     def _serve(self) -> None:
         """Runs steps until nothing is left to do. While others want the turn, what waits is not admitted."""
-        scheduler = self._loop.scheduler
-        scheduler.is_admitting = True
-        while self._loop.has_work and not self._is_stopping:
+        self._executor.is_admitting = True
+        while self._executor.has_work and not self._is_stopping:
             self._step()
             self._end_aborted()
-            scheduler.is_admitting = not self._turn.is_wanted
-            if not (scheduler.is_admitting or scheduler.running):
+            self._executor.is_admitting = not self._turn.is_wanted
+            if not (self._executor.is_admitting or self._executor.num_running):
                 return
 
     def _step(self) -> None:
         try:
-            changed = self._loop.step()
+            changed = self._executor.step()
         except Exception as error:
             logger.exception("a step failed, and its requests end with an error")
-            self._deliver(self._loop.fail_running(one_line(error)))
-            self._loop.probe()
+            self._deliver(self._executor.fail_running(one_line(error)))
+            self._executor.probe()
         else:
             self._deliver(changed)
 
@@ -173,7 +172,7 @@ class EngineThread:
                 return
             requests = [request for request in group.requests if not request.is_finished]
             for request in requests:
-                self._loop.abort(request)
+                self._executor.abort(request)
         self._deliver(requests)
 
     def _deliver(self, changed: list[Request]) -> None:
@@ -195,7 +194,7 @@ class EngineThread:
                 self._forget(group)
             with self._lock:  # a failed group's other sequences end with it
                 for request in group.requests:
-                    self._loop.abort(request)
+                    self._executor.abort(request)
 
     def _forget(self, group: RequestGroup) -> None:
         with self._lock:
