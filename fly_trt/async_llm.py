@@ -1,6 +1,7 @@
 """`AsyncLLM`: the runtime for a server that runs on asyncio. Requests of all clients share one in-flight batch."""
 
 import asyncio
+import functools
 from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Self
@@ -25,14 +26,20 @@ class AsyncLLM(Facade):
     """
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        queue_timeout: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yields outputs as params.output_kind says: CUMULATIVE everything so far, DELTA what is new, FINAL_ONLY one
         output. The last one is finished.
 
-        request_id: unique among the requests being served; None makes one. Leaving the iteration, or cancelling the
-        task, aborts the request. Raises RequestError for a request that cannot be served, QueueFullError when too many
-        wait.
+        request_id: unique among the requests being served; None makes one. queue_timeout: seconds that the request may
+        wait for a slot, None is for ever. Leaving the iteration, or cancelling the task, aborts the request. Raises
+        RequestError for a request that cannot be served, QueueFullError when too many wait, QueueTimeoutError when it
+        had no slot in time.
         """
         loop, thread = asyncio.get_running_loop(), self._service.thread
         request_id = request_id or self._service.new_request_id()
@@ -44,7 +51,7 @@ class AsyncLLM(Facade):
             except RuntimeError:  # the event loop is closed: nobody waits any more
                 thread.abort_group(group)
 
-        make_group = self._service.make_group
+        make_group = functools.partial(self._service.make_group, queue_timeout=queue_timeout)
         if isinstance(prompt, str) and len(prompt) > LONG_PROMPT:
             group = await asyncio.to_thread(make_group, prompt, sampling_params, request_id, sink)
         else:

@@ -52,6 +52,12 @@ class QueueFullError(RequestError):
     fault = Fault.LOAD
 
 
+class QueueTimeoutError(RequestError):
+    """It had no slot within its queue_timeout; the same request may be served later."""
+
+    fault = Fault.LOAD
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, whoever raised it, as one line that can be encoded; its type where it says nothing."""
     return " ".join(str(error).encode(errors="backslashreplace").decode().split()) or type(error).__name__

@@ -13,6 +13,7 @@ FAULTS = {
     "EngineDeadError": Fault.ENGINE,
     "RequestError": Fault.CALLER,
     "QueueFullError": Fault.LOAD,
+    "QueueTimeoutError": Fault.LOAD,
 }
 
 

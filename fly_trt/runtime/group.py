@@ -17,12 +17,15 @@ Sink = Callable[[RequestOutput | FlyError], None]
 
 @dataclass(slots=True, eq=False)
 class RequestGroup:
+    """`queue_timeout`: seconds that it may wait for its first slot, None is for ever."""
+
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     output_kind: RequestOutputKind
     requests: list[Request]
     sink: Sink
+    queue_timeout: float | None = None
     is_done: bool = False
     _sent_tokens: list[int] = field(init=False)
     _sent_characters: list[int] = field(init=False)
@@ -30,6 +33,11 @@ class RequestGroup:
     def __post_init__(self) -> None:
         self._sent_tokens = [0] * len(self.requests)
         self._sent_characters = [0] * len(self.requests)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether none of the sequences has had a slot yet."""
+        return all(request.is_waiting for request in self.requests)
 
     @property
     def is_over(self) -> bool:

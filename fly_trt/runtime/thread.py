@@ -1,8 +1,9 @@
 """The engine thread: it alone runs the executor; everyone else hands it requests and gets outputs back.
 
-Commands are taken between steps, so an abort takes effect within one step. A step that raises ends the requests that
-were in it, each with an error, and then one token is run: engines that fail at that too cannot run any more. This ends
-the thread, as everything else does that is no failure of a step, and every caller is told.
+Commands are taken between steps, so an abort takes effect within one step. A request whose queue_timeout is over is
+ended when a step that began later did not admit it, or while others have the engines. A step that raises ends the
+requests that were in it, each with an error, and then one token is run: engines that fail at that too cannot run any
+more. This ends the thread, as everything else does that is no failure of a step, and every caller is told.
 """
 
 import logging
@@ -13,7 +14,16 @@ from collections.abc import Callable
 
 from fly_trt.engines.fork import HomeProcess
 from fly_trt.engines.turn import Turn
-from fly_trt.errors import ConfigError, EngineDeadError, EngineError, QueueFullError, RequestError, one_line
+from fly_trt.errors import (
+    ConfigError,
+    EngineDeadError,
+    EngineError,
+    QueueFullError,
+    QueueTimeoutError,
+    RequestError,
+    one_line,
+)
+from fly_trt.runtime.deadlines import Deadlines
 from fly_trt.runtime.executor import Executor
 from fly_trt.runtime.group import RequestGroup
 from fly_trt.runtime.request import Request
@@ -40,6 +50,7 @@ class EngineThread:
         self._lock = threading.Lock()
         self._groups: dict[str, RequestGroup] = {}
         self._group_of: dict[Request, RequestGroup] = {}
+        self._deadlines = Deadlines()
         self._aborts: deque[RequestGroup] = deque()
         self._is_stopping = False
         self._failure: str | None = None
@@ -70,6 +81,8 @@ class EngineThread:
                 for request in by_request:
                     del self._group_of[request]
                 raise
+            for group in groups:
+                self._deadlines.add(group)
         self._wake.set()
 
     def wait_for_room(self, num_requests: int) -> None:
@@ -93,7 +106,7 @@ class EngineThread:
     def is_waiting(self, request_id: str) -> bool:
         """Whether the request is served and none of its sequences has a slot yet."""
         group = self._groups.get(request_id)
-        return group is not None and all(request.is_waiting for request in group.requests)
+        return group is not None and group.is_waiting
 
     def shutdown(self) -> None:
         """Aborts what is served, stops the thread and releases the engines. Safe to call twice, and in a forked
@@ -130,7 +143,8 @@ class EngineThread:
                     self._serve()
                     self._turn.leave(self._wake)
                     continue
-                self._wake.wait()
+                self._end_late(time.monotonic())
+                self._wake.wait(self._seconds_to_deadline())
                 self._wake.clear()
             for group in list(self._groups.values()):
                 self._end(group)
@@ -145,8 +159,10 @@ class EngineThread:
         """Runs steps until nothing is left to do. While others want the turn, what waits is not admitted."""
         self._executor.is_admitting = True
         while self._executor.has_work and not self._is_stopping:
+            began = time.monotonic()
             self._step()
             self._end_aborted()
+            self._end_late(began)
             self._executor.is_admitting = not self._turn.is_wanted
             if not (self._executor.is_admitting or self._executor.num_running):
                 return
@@ -164,6 +180,22 @@ class EngineThread:
     def _end_aborted(self) -> None:
         while self._aborts:
             self._end(self._aborts.popleft())
+
+    def _end_late(self, moment: float) -> None:
+        """Ends what should have had a slot by then and has none."""
+        with self._lock:
+            late = [group for group in self._deadlines.take_due(moment) if group.is_waiting]
+            for group in late:
+                for request in group.requests:
+                    self._executor.abort(request)
+        for group in late:
+            self._forget(group)
+            group.fail(QueueTimeoutError("timed out in the queue: all slots were busy: try again"))
+
+    def _seconds_to_deadline(self) -> float | None:
+        with self._lock:
+            moment = self._deadlines.next_moment()
+        return None if moment is None else min(max(0.0, moment - time.monotonic()), threading.TIMEOUT_MAX)
 
     def _end(self, group: RequestGroup) -> None:
         """Aborts what is left of the group, unless it has ended by itself."""
@@ -198,6 +230,7 @@ class EngineThread:
 
     def _forget(self, group: RequestGroup) -> None:
         with self._lock:
+            self._deadlines.discard(group)
             del self._groups[group.request_id]
             for request in group.requests:
                 del self._group_of[request]

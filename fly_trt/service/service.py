@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fly_trt.checks import is_number
 from fly_trt.drafting import Drafter, Lookup, ModelDrafter, NgramDrafter
 from fly_trt.engines.directory import LoadedEngines
 from fly_trt.errors import RequestError
@@ -103,6 +104,7 @@ class Service:
         sink: Sink,
         *,
         output_kind: RequestOutputKind | None = None,
+        queue_timeout: float | None = None,
     ) -> RequestGroup:
         """A request as the engine thread takes it. Raises RequestError when it can never be served as asked, and what
         `EngineThread.check_running` raises."""
@@ -112,6 +114,8 @@ class Service:
             raise RequestError(f"sampling_params of type {type(params).__name__}: expected SamplingParams")
         if params.n > self.sizes.max_queue_size:
             raise RequestError(f"n {params.n}: more than max_queue_size {self.sizes.max_queue_size}")
+        if queue_timeout is not None and not (is_number(queue_timeout) and queue_timeout > 0):
+            raise RequestError(f"queue_timeout {queue_timeout!r}: expected seconds, above 0, or None to wait for ever")
         self._check_num_draft_tokens(params.num_speculative_tokens or 0)
         token_ids = self._prompts.tokenize(prompt)
         room = self.sizes.max_seq_len - len(token_ids)
@@ -132,6 +136,7 @@ class Service:
             output_kind=output_kind or params.output_kind,
             requests=requests,
             sink=sink,
+            queue_timeout=queue_timeout,
         )
 
     def _make_request(
