@@ -23,7 +23,7 @@ def engine_threads() -> set[threading.Thread]:
 
 async def check_nothing_is_left(llm: AsyncLLM) -> None:
     """The engine thread takes the last aborts between two steps."""
-    thread = llm._service.thread
+    thread = llm._service._thread
     for _ in range(100):
         if not thread._groups:
             break

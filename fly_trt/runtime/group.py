@@ -12,7 +12,12 @@ from fly_trt.runtime.request import Request
 logger = logging.getLogger(__name__)
 
 Sink = Callable[[RequestOutput | FlyError], None]
-"""Takes outputs in the engine's thread, so it must only hand them on. An error or a finished output is the last."""
+"""Takes outputs in the engine's thread, so it must only hand them on. An error or a finished output is the last. Raises
+SinkClosedError when nobody waits for them any more."""
+
+
+class SinkClosedError(Exception):
+    """Whoever waited for outputs is gone: the request ends."""
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +71,8 @@ class RequestGroup:
     def _send(self, output: RequestOutput | FlyError) -> None:
         try:
             self.sink(output)
+        except SinkClosedError:
+            self.is_done = True
         except Exception:  # whoever does not take outputs gets no more of them; the others are served on
             logger.exception("request %s: its sink failed", self.request_id)
             self.is_done = True
