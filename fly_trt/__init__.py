@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         EngineError,
         FlyError,
         QueueFullError,
+        QueueTimeoutError,
         RequestError,
     )
     from fly_trt.llm import LLM
@@ -34,6 +35,7 @@ __all__ = [
     "LoadedEngines",
     "Logprob",
     "QueueFullError",
+    "QueueTimeoutError",
     "RequestError",
     "RequestMetrics",
     "RequestOutput",

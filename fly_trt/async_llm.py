@@ -1,11 +1,11 @@
 """`AsyncLLM`: the runtime for a server that runs on asyncio. Requests of all clients share one in-flight batch."""
 
 import asyncio
+import functools
 from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Self
 
-from fly_trt.errors import FlyError
 from fly_trt.outputs import RequestOutput
 from fly_trt.params import SamplingParams
 from fly_trt.service.facade import Facade
@@ -25,53 +25,41 @@ class AsyncLLM(Facade):
     """
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        queue_timeout: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yields outputs as params.output_kind says: CUMULATIVE everything so far, DELTA what is new, FINAL_ONLY one
         output. The last one is finished.
 
-        request_id: unique among the requests being served; None makes one. Leaving the iteration, or cancelling the
-        task, aborts the request. Raises RequestError for a request that cannot be served, QueueFullError when too many
-        wait.
+        request_id: unique among the requests being served; None makes one. queue_timeout: seconds that the request may
+        wait for a slot, None is for ever. Leaving the iteration, or cancelling the task, aborts the request. Raises
+        RequestError for a request that cannot be served, QueueFullError when too many wait, QueueTimeoutError when it
+        had no slot in time.
         """
-        loop, thread = asyncio.get_running_loop(), self._service.thread
-        request_id = request_id or self._service.new_request_id()
-        inbox: asyncio.Queue[RequestOutput | FlyError] = asyncio.Queue()
-
-        def sink(output: RequestOutput | FlyError) -> None:
-            try:
-                loop.call_soon_threadsafe(inbox.put_nowait, output)
-            except RuntimeError:  # the event loop is closed: nobody waits any more
-                thread.abort_group(group)
-
-        make_group = self._service.make_group
-        if isinstance(prompt, str) and len(prompt) > LONG_PROMPT:
-            group = await asyncio.to_thread(make_group, prompt, sampling_params, request_id, sink)
-        else:
-            group = make_group(prompt, sampling_params, request_id, sink)
-        thread.submit([group])
-        try:
-            while True:
-                output = await inbox.get()
-                if isinstance(output, FlyError):
-                    raise output
-                yield output
-                if output.finished:
-                    return
-        finally:
-            thread.abort_group(group)
+        with self._service.open_async_inbox() as inbox:
+            prepare = functools.partial(
+                inbox.prepare, prompt, sampling_params, request_id=request_id, queue_timeout=queue_timeout
+            )
+            is_long = isinstance(prompt, str) and len(prompt) > LONG_PROMPT
+            inbox.submit(await asyncio.to_thread(prepare) if is_long else prepare())
+            while inbox.num_open:
+                yield (await inbox.get()).output
 
     async def abort(self, request_id: str) -> None:
         """Ends a request that is still served; its iterator yields a last output with finish_reason "abort"."""
-        self._service.thread.abort(request_id)
+        self._service.abort(request_id)
 
     def is_waiting(self, request_id: str) -> bool:
         """Whether the request is in the queue: it has no slot yet, and has not ended."""
-        return self._service.thread.is_waiting(request_id)
+        return self._service.is_waiting(request_id)
 
     def check_health(self) -> None:
         """Raises EngineDeadError when the engine thread has ended after an error, ConfigError after shutdown."""
-        self._service.thread.check_running()
+        self._service.check_running()
 
     async def __aenter__(self) -> Self:
         return self

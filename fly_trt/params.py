@@ -33,7 +33,7 @@ MAX_TOKEN_IDS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Option:
+class AcceptanceOption:
     """How a setting of acceptance is given where it is not given in Python: on command lines, in requests to servers.
 
     kind: str, int or float. choices: the values that there are, where they are names; a table, so that it is up to
@@ -58,7 +58,7 @@ class Option:
 
 
 def _setting(kind: type, text: str, **more: Any) -> Any:
-    return field(default=None, metadata={"option": Option(kind, text, **more)})
+    return field(default=None, metadata={"option": AcceptanceOption(kind, text, **more)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +122,7 @@ class AcceptanceParams(AcceptanceSettings):
             )
 
 
-def acceptance_options() -> dict[str, Option]:
+def acceptance_options() -> dict[str, AcceptanceOption]:
     """The settings of acceptance that can be given anywhere, by name."""
     fields = dataclasses.fields(AcceptanceSettings)
     return {f.name: f.metadata["option"] for f in fields if "option" in f.metadata}

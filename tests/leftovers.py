@@ -23,14 +23,14 @@ def engine_threads() -> set[threading.Thread]:
 
 async def check_nothing_is_left(llm: AsyncLLM) -> None:
     """The engine thread takes the last aborts between two steps."""
-    thread = llm._service.thread
+    thread = llm._service._thread
     for _ in range(100):
         if not thread._groups:
             break
         await asyncio.sleep(0.1)
     assert not thread._groups
     assert not thread._group_of
-    loop = thread._loop
+    loop = thread._executor
     check_invariants(loop)
     assert not loop.scheduler.running
     assert not loop.scheduler.waiting

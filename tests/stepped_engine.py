@@ -90,6 +90,7 @@ def make_group(
     request_id: str = "0",
     kind: RequestOutputKind = CUMULATIVE,
     n: int = 1,
+    queue_timeout: float | None = None,
     **params: Any,
 ) -> RequestGroup:
     requests = [make_request(prompt, request_id=request_id, index=i, **params) for i in range(n)]
@@ -100,6 +101,7 @@ def make_group(
         output_kind=kind,
         requests=requests,
         sink=inbox.put,
+        queue_timeout=queue_timeout,
     )
 
 

@@ -66,7 +66,7 @@ def measure(llm: LLM, prompts: list[Prompt], params: SamplingParams, timer: RunT
 def profile_engine_thread(llm: LLM, prompts: list[Prompt], params: SamplingParams) -> None:
     """Profiles the engine thread only: a profiler sees one thread, so it is set while that thread runs its loop."""
     profiler = cProfile.Profile()
-    step = type(llm._service.thread._loop).step
+    step = type(llm._service._thread._executor).step
 
     def profiled(loop: Any) -> Any:
         assert threading.current_thread().name == "fly-trt engine"
@@ -76,7 +76,7 @@ def profile_engine_thread(llm: LLM, prompts: list[Prompt], params: SamplingParam
         finally:
             profiler.disable()
 
-    type(llm._service.thread._loop).step = profiled
+    type(llm._service._thread._executor).step = profiled
     for prompt in prompts:
         llm.generate(prompt, params)
     pstats.Stats(profiler).sort_stats("tottime").print_stats(30)

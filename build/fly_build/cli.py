@@ -14,7 +14,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from fly_build.backends import BACKENDS
-from fly_trt.cli.ending import ending_in_one_line
+from fly_trt.cli import options
+from fly_trt.cli.command import command
 from fly_trt.errors import FlyError
 from fly_trt.manifest import Dtype, Manifest, Quantization, TensorRTLibrary
 
@@ -31,7 +32,7 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@command("fly-build", epilog=EXAMPLES, when_interrupted="interrupted, nothing was written")
 @click.argument("recipe", required=False)
 @click.option("--target", metavar="CKPT", help="Target checkpoint: a folder or a hub id.")
 @click.option("--target-revision", metavar="REV", help="Hub revision of the target.")
@@ -40,7 +41,7 @@ Examples:
 @click.option("--backend", type=click.Choice(tuple(BACKENDS)), help="[onnxruntime]")
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), help=f"Type of the weights. [{DEFAULT_DTYPES}]")
 @click.option("--quantization", type=click.Choice(get_args(Quantization)), help="Of the linear layers. [none]")
-@click.option("--max-batch-size", type=int, metavar="N", help="Requests in flight. [8]")
+@options.max_batch_size("8")
 @click.option(
     "--max-seq-len", type=int, metavar="N", help="Prompt and output tokens. [what both support, at most 8192]"
 )
@@ -54,17 +55,16 @@ Examples:
 @click.option(
     "--timing-cache", metavar="FILE", help="Of tensorrt: kernel timings kept between builds. [in ~/.cache/fly-trt]"
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Engine directory. [engines/NAME]")
-@click.option("--overwrite", is_flag=True, help="Replace an engine directory that exists.")
-@click.option("--dry-run", is_flag=True, help="Print the plan with sizes and build nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest (or plan) as JSON on stdout.")
+@options.output("Engine directory. [engines/NAME]")
+@options.overwrite("an engine directory that exists")
+@options.dry_run("Print the plan with sizes and build nothing.")
+@options.as_json("Print the manifest (or plan) as JSON on stdout.")
 def main(recipe: str | None, output: Path | None, overwrite: bool, dry_run: bool, as_json: bool, **flags: Any) -> None:
     """Compiles a target and a draft checkpoint into an engine directory.
 
     RECIPE is a YAML file or the name of one in engines/recipes; flags override its fields.
     """
-    ending = ending_in_one_line("fly-build", when_interrupted="interrupted, nothing was written")
-    with ending, _collected_warnings() as warnings:
+    with _collected_warnings() as warnings:
         _run(recipe, output, overwrite, dry_run, as_json, flags)
         for warning in warnings:
             click.echo(f"warning: {warning}", err=True)

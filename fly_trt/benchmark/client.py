@@ -3,17 +3,17 @@
 Times are taken where the runtime hands an output over, in the engine thread, so that no other thread's turn is in them.
 """
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
 
 import numpy as np
 
-from fly_trt.errors import ConfigError, FlyError
-from fly_trt.outputs import RequestMetrics, RequestOutput
+from fly_trt.errors import ConfigError
+from fly_trt.outputs import RequestMetrics
 from fly_trt.params import RequestOutputKind, SamplingParams
-from fly_trt.runtime.group import RequestGroup
+from fly_trt.service.inbox import Arrival, Inbox
 from fly_trt.service.service import Service
 from fly_trt.text.prompts import Prompt
 
@@ -56,13 +56,13 @@ class Exchange:
     text: str = ""
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
-    def add(self, output: RequestOutput) -> None:
-        (completion,) = output.outputs
+    def add(self, arrival: Arrival) -> None:
+        (completion,) = arrival.output.outputs
         if completion.token_ids:
-            self.chunk_times.append(time.perf_counter())
+            self.chunk_times.append(arrival.time)
         self.token_ids += completion.token_ids
         self.text += completion.text
-        self.metrics = output.metrics
+        self.metrics = arrival.output.metrics
 
     @property
     def time_to_first_token(self) -> float:
@@ -86,55 +86,33 @@ class Client:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._inbox: SimpleQueue[tuple[str, FlyError | None]] = SimpleQueue()
-        self._open: dict[str, RequestGroup] = {}
 
     def complete(
         self, prompts: Sequence[Prompt], params: SamplingParams, load: Load, seed: int = 0
     ) -> tuple[list[Exchange], float]:
         """The exchanges, in the order of the prompts, and the seconds until the last one was complete."""
-        exchanges: list[Exchange] = []
+        exchanges: dict[str, Exchange] = {}
         arrivals = load.arrivals(len(prompts), seed)
         limit = load.concurrency or len(prompts)
         started = time.perf_counter()
-        try:
-            while len(exchanges) < len(prompts) or self._open:
+        with self._service.open_inbox() as inbox:
+            while len(exchanges) < len(prompts) or inbox.num_open:
                 wait: float | None = None
-                while len(exchanges) < len(prompts) and len(self._open) < limit:
+                while len(exchanges) < len(prompts) and inbox.num_open < limit:
                     wait = arrivals[len(exchanges)] - (time.perf_counter() - started)
                     if wait > 0:
                         break
-                    exchanges.append(self._send(prompts[len(exchanges)], params))
+                    request_id, exchange = _send(inbox, prompts[len(exchanges)], params)
+                    exchanges[request_id] = exchange
                     wait = None
-                self._take_one(wait)
-        finally:
-            for group in self._open.values():
-                self._service.thread.abort_group(group)
-        return exchanges, time.perf_counter() - started
+                with contextlib.suppress(TimeoutError):
+                    arrival = inbox.get(timeout=wait)
+                    exchanges[arrival.handle.request_id].add(arrival)
+        return list(exchanges.values()), time.perf_counter() - started
 
-    def _send(self, prompt: Prompt, params: SamplingParams) -> Exchange:
-        exchange = Exchange(sent=time.perf_counter())
-        request_id = self._service.new_request_id()
 
-        def sink(output: RequestOutput | FlyError) -> None:
-            if isinstance(output, FlyError):
-                self._inbox.put((request_id, output))
-                return
-            exchange.add(output)
-            if output.finished:
-                self._inbox.put((request_id, None))
-
-        group = self._service.make_group(prompt, params, request_id, sink, output_kind=RequestOutputKind.DELTA)
-        self._service.thread.submit([group])
-        self._open[request_id] = group
-        return exchange
-
-    def _take_one(self, wait: float | None) -> None:
-        """Waits until a request is complete, or for `wait` seconds."""
-        try:
-            request_id, error = self._inbox.get(timeout=wait)
-        except Empty:
-            return
-        self._open.pop(request_id, None)
-        if error is not None:
-            raise error
+def _send(inbox: Inbox, prompt: Prompt, params: SamplingParams) -> tuple[str, Exchange]:
+    exchange = Exchange(sent=time.perf_counter())
+    handle = inbox.prepare(prompt, params, output_kind=RequestOutputKind.DELTA)
+    inbox.submit(handle)
+    return handle.request_id, exchange

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fly_trt.cli.ending import ending_in_one_line
-from fly_trt.cli.speculative import speculative_overrides, tuning_options
+from fly_trt.benchmark.modes import modes
+from fly_trt.cli import options
+from fly_trt.cli.command import command
 from fly_trt.errors import ConfigError
 
 CONFIG_FLAGS = ("rounds", "prompts", "random_tokens", "num_prompts", "chat", "max_tokens", "ignore_eos", "temperature")
@@ -39,21 +40,21 @@ request, of one token or several; TPOT the time from the first output to the las
 """
 
 
-@click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("engine_dir", type=click.Path(path_type=Path))
+@command("fly-bench", epilog=EXAMPLES, streams=True)
+@options.ENGINE_DIR
 @click.option(
     "--modes",
     multiple=True,
     metavar="MODE,MODE",
-    help="Of autoregressive, exact, fly-draft, fly, ngram. [all that the engines can do]",
+    help=f"Of {', '.join(modes())}. [all that the engines can do]",
 )
 @click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", help="JSON Lines. [built-in prompts]")
 @click.option("--random-tokens", type=int, metavar="LENGTH", help="Random prompts of so many tokens instead.")
 @click.option("--num-prompts", type=int, default=16, show_default=True, help="More than there are repeat them.")
-@click.option("--chat", is_flag=True, help="A prompt is a user's message: apply the model's chat template.")
-@click.option("--max-tokens", type=int, default=128, show_default=True, help="Output tokens of a request at most.")
-@click.option("--ignore-eos", is_flag=True, help="Always --max-tokens: go on after the end-of-sequence token.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 decodes greedily.")
+@options.chat("A prompt")
+@options.max_tokens(128, "Output tokens of a request at most.")
+@options.ignore_eos("Always --max-tokens: go on after the end-of-sequence token.")
+@options.TEMPERATURE
 @click.option("--seed", type=int, default=0, show_default=True, help="Of samples, random prompts and arrivals.")
 @click.option("--concurrency", multiple=True, metavar="N,N", help="Requests in flight, a load for each value. [1]")
 @click.option(
@@ -65,16 +66,15 @@ request, of one token or several; TPOT the time from the first output to the las
     is_flag=True,
     help="Instead: the steps of the engines beside what memory bandwidth and arithmetic allow (extra bench).",
 )
-@tuning_options
-@click.option("--num-threads", type=int, metavar="N", help="CPU threads. [all cores]")
+@options.tuning_options
+@options.num_threads()
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw a .png or .svg (extra bench).")
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the JSON to a file too.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@options.output("Write the JSON to a file too.", metavar="FILE")
+@options.as_json("Print one JSON object instead of the table.")
 def main(engine_dir: Path, plot: Path | None, output: Path | None, as_json: bool, **flags: Any) -> None:
     """Compares plain decoding, exact speculation, FLy and n-gram lookup with the engines in ENGINE_DIR, by turns in one
     run, on engines that are loaded once."""
-    with ending_in_one_line("fly-bench", streams=True):
-        _run(engine_dir, plot, output, as_json, flags)
+    _run(engine_dir, plot, output, as_json, flags)
 
 
 def _run(engine_dir: Path, plot: Path | None, output: Path | None, as_json: bool, flags: dict[str, Any]) -> None:
@@ -123,7 +123,7 @@ def _measure_modes(engine_dir: Path, flags: dict[str, Any], report: Any) -> tupl
         modes=_items(flags["modes"]),
         loads=_loads(flags),
         seed=flags["seed"],
-        speculative=speculative_overrides(flags),
+        speculative=options.speculative_overrides(flags),
         num_threads=flags["num_threads"],
         **{name: flags[name] for name in CONFIG_FLAGS},
     )

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import click
 
-from fly_trt.errors import FlyError
+from fly_trt.errors import FlyError, one_line
 
 ADVICE = {
     errno.ENOSPC: "free some space, or write elsewhere",
@@ -52,7 +52,7 @@ def _end(message: str, exit_code: int) -> NoReturn:
 
 def _describe(error: OSError) -> str:
     """File, reason and advice, as far as the system says them."""
-    parts = [error.filename, error.strerror or " ".join(str(error).split()) or type(error).__name__]
+    parts = [error.filename, error.strerror or one_line(error)]
     return ": ".join(str(part) for part in (*parts, ADVICE.get(error.errno or 0)) if part)
 
 

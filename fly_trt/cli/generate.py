@@ -4,12 +4,13 @@ import dataclasses
 import json
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 import click
 
-from fly_trt.cli.ending import ending_in_one_line
-from fly_trt.cli.speculative import speculative_options, speculative_overrides
+from fly_trt.cli import options
+from fly_trt.cli.command import command
 from fly_trt.errors import RequestError
 from fly_trt.outputs import RequestOutput
 from fly_trt.params import DEFAULT_MAX_TOKENS
@@ -29,30 +30,28 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("engine_dir")
+@command("fly-generate", epilog=EXAMPLES, streams=True)
+@options.ENGINE_DIR
 @click.argument("prompt", required=False)
 @click.option("--file", "prompt_file", type=click.File(encoding=ENCODING), help="Read the prompt from a file.")
-@click.option("--chat", is_flag=True, help="PROMPT is a user's message: apply the model's chat template.")
+@options.chat("PROMPT")
 @click.option("--escape", is_flag=True, help="Read \\n, \\t and \\\\ in PROMPT as escapes.")
-@click.option("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, show_default=True, help="Output tokens at most.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 decodes greedily.")
+@options.max_tokens(DEFAULT_MAX_TOKENS, "Output tokens at most.")
+@options.TEMPERATURE
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample from this share of the mass.")
 @click.option("--top-k", type=int, default=0, show_default=True, help="Sample from this many tokens; 0 is all.")
 @click.option("--min-p", type=float, default=0.0, show_default=True, help="Least probability, relative to the best.")
 @click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1 repeats less.")
 @click.option("--seed", type=int, help="The same seed gives the same text.  [random]")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
-@click.option("--ignore-eos", is_flag=True, help="Go on after the model's end-of-sequence token.")
-@speculative_options
-@click.option("--num-threads", type=int, metavar="N", help="CPU threads. [all cores]")
+@options.ignore_eos("Go on after the model's end-of-sequence token.")
+@options.speculative_options
+@options.num_threads()
 @click.option("--verify", "verify_hashes", is_flag=True, help="Check every engine file against its sha256 first.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
-def main(engine_dir: str, prompt: str | None, prompt_file: Any, escape: bool, as_json: bool, **flags: Any) -> None:
+@options.as_json("Print one JSON object instead of streaming.")
+def main(engine_dir: Path, prompt: str | None, prompt_file: Any, escape: bool, as_json: bool, **flags: Any) -> None:
     """Completes PROMPT (or standard input, with -) with the engines in ENGINE_DIR."""
-    with ending_in_one_line("fly-generate", streams=True):
-        text = _read_prompt(prompt, prompt_file, escape)
-        _run(engine_dir, text, as_json, flags)
+    _run(engine_dir, _read_prompt(prompt, prompt_file, escape), as_json, flags)
 
 
 def _read_prompt(prompt: str | None, file: Any, escape: bool) -> str:
@@ -72,7 +71,7 @@ def _read_prompt(prompt: str | None, file: Any, escape: bool) -> str:
     return prompt
 
 
-def _run(engine_dir: str, prompt: str, as_json: bool, flags: dict[str, Any]) -> None:
+def _run(engine_dir: Path, prompt: str, as_json: bool, flags: dict[str, Any]) -> None:
     from fly_trt import LLM, RequestOutputKind, SamplingParams
 
     params = SamplingParams(
@@ -82,7 +81,7 @@ def _run(engine_dir: str, prompt: str, as_json: bool, flags: dict[str, Any]) -> 
     )
     with LLM(
         engine_dir,
-        speculative_config=speculative_overrides(flags),
+        speculative_config=options.speculative_overrides(flags),
         max_batch_size=1,
         num_threads=flags["num_threads"],
         verify_hashes=flags["verify_hashes"],

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from fly_trt.cli.ending import ending_in_one_line
-from fly_trt.cli.speculative import speculative_options, speculative_overrides
+from fly_trt.cli import options
+from fly_trt.cli.command import command
 from fly_trt.errors import ConfigError
 from fly_trt.service.config import DEFAULT_MAX_QUEUE_SIZE
 
@@ -26,14 +26,14 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("engine_dir", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Model repository to write to.")
+@command("fly-triton", epilog=EXAMPLES, when_interrupted="interrupted, nothing was written")
+@options.ENGINE_DIR
+@options.output("Model repository to write to.", required=True)
 @click.option("--name", default="fly", show_default=True, help="The model's name for clients.")
 @click.option("--instances", type=int, default=1, show_default=True, help="Processes, each with its own engines.")
 @click.option("--gpus", metavar="ID,ID", help="For TensorRT engines: instances on each of these. [all]")
 @click.option("--copy-engines", is_flag=True, help="Copy the engines into the repository, so that it can be moved.")
-@click.option("--overwrite", is_flag=True, help="Replace a model of that name.")
+@options.overwrite("a model of that name")
 @click.option(
     "--max-queue-size", type=int, default=DEFAULT_MAX_QUEUE_SIZE, show_default=True, help="Requests that may wait."
 )
@@ -43,16 +43,15 @@ Examples:
     default=True,
     help="Whether text_output is without the prompt, for requests that do not say. [without]",
 )
-@click.option("--max-batch-size", type=int, metavar="N", help="Requests in flight. [as built]")
+@options.max_batch_size("as built")
 @click.option("--max-seq-len", type=int, metavar="N", help="Tokens of prompt and output. [as built]")
-@click.option("--num-threads", type=int, metavar="N", help="CPU threads of an instance. [its share of the cores]")
-@speculative_options
-@click.option("--dry-run", is_flag=True, help="Print config.pbtxt and write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the summary.")
+@options.num_threads("CPU threads of an instance. [its share of the cores]")
+@options.speculative_options
+@options.dry_run("Print config.pbtxt and write nothing.")
+@options.as_json("Print one JSON object instead of the summary.")
 def main(engine_dir: Path, output: Path, dry_run: bool, as_json: bool, **flags: Any) -> None:
     """Writes a Triton model repository that serves the engines in ENGINE_DIR."""
-    with ending_in_one_line("fly-triton", when_interrupted="interrupted, nothing was written"):
-        _run(engine_dir, output, dry_run, as_json, flags)
+    _run(engine_dir, output, dry_run, as_json, flags)
 
 
 def _run(engine_dir: Path, repository: Path, dry_run: bool, as_json: bool, flags: dict[str, Any]) -> None:
@@ -69,7 +68,7 @@ def _run(engine_dir: Path, repository: Path, dry_run: bool, as_json: bool, flags
         overwrite=flags["overwrite"] or dry_run,
         exclude_input_in_output=flags["exclude_input_in_output"],
         max_queue_size=flags["max_queue_size"],
-        speculative=speculative_overrides(flags),
+        speculative=options.speculative_overrides(flags),
         settings={name: flags[name] for name in SETTING_FLAGS if flags[name] is not None},
         **timeout,
     )

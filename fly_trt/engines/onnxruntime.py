@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, LoadSettings, LogitsBuffer, Step, StepCache
 from fly_trt.engines.cores import available_cores
-from fly_trt.errors import ConfigError, EngineError
+from fly_trt.errors import ConfigError, EngineError, one_line
 from fly_trt.manifest import Manifest, ModelEngine
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class OnnxRuntimeEngine:
             options = session_options(num_threads)
             self._session = ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a class of its own for each status code
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise EngineError(f"{model_path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from None
 
     def step(self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False) -> Step:

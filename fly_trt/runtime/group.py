@@ -12,17 +12,25 @@ from fly_trt.runtime.request import Request
 logger = logging.getLogger(__name__)
 
 Sink = Callable[[RequestOutput | FlyError], None]
-"""Takes outputs in the engine's thread, so it must only hand them on. An error or a finished output is the last."""
+"""Takes outputs in the engine's thread, so it must only hand them on. An error or a finished output is the last. Raises
+SinkClosedError when nobody waits for them any more."""
+
+
+class SinkClosedError(Exception):
+    """Whoever waited for outputs is gone: the request ends."""
 
 
 @dataclass(slots=True, eq=False)
 class RequestGroup:
+    """`queue_timeout`: seconds that it may wait for its first slot, None is for ever."""
+
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     output_kind: RequestOutputKind
     requests: list[Request]
     sink: Sink
+    queue_timeout: float | None = None
     is_done: bool = False
     _sent_tokens: list[int] = field(init=False)
     _sent_characters: list[int] = field(init=False)
@@ -30,6 +38,11 @@ class RequestGroup:
     def __post_init__(self) -> None:
         self._sent_tokens = [0] * len(self.requests)
         self._sent_characters = [0] * len(self.requests)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether none of the sequences has had a slot yet."""
+        return all(request.is_waiting for request in self.requests)
 
     @property
     def is_over(self) -> bool:
@@ -58,6 +71,8 @@ class RequestGroup:
     def _send(self, output: RequestOutput | FlyError) -> None:
         try:
             self.sink(output)
+        except SinkClosedError:
+            self.is_done = True
         except Exception:  # whoever does not take outputs gets no more of them; the others are served on
             logger.exception("request %s: its sink failed", self.request_id)
             self.is_done = True

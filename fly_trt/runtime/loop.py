@@ -88,6 +88,22 @@ class GenerationLoop:
         """Whether a step has something to do: requests to serve, or caches that may shrink."""
         return self.has_requests() or self._may_shrink
 
+    @property
+    def num_running(self) -> int:
+        return len(self.scheduler.running)
+
+    @property
+    def num_free_places(self) -> int:
+        return self.scheduler.num_free_places
+
+    @property
+    def is_admitting(self) -> bool:
+        return self.scheduler.is_admitting
+
+    @is_admitting.setter
+    def is_admitting(self, value: bool) -> None:
+        self.scheduler.is_admitting = value
+
     def step(self) -> list[Request]:
         """One iteration over all running requests; returns those that emitted tokens or ended."""
         for plan in self.scheduler.plan(self._changed):

@@ -1,8 +1,9 @@
-"""The engine thread: it alone runs the loop; everyone else hands it requests and gets outputs back.
+"""The engine thread: it alone runs the executor; everyone else hands it requests and gets outputs back.
 
-Commands are taken between steps, so an abort takes effect within one step. A step that raises ends the requests that
-were in it, each with an error, and then one token is run: engines that fail at that too cannot run any more. This ends
-the thread, as everything else does that is no failure of a step, and every caller is told.
+Commands are taken between steps, so an abort takes effect within one step. A request whose queue_timeout is over is
+ended when a step that began later did not admit it, or while others have the engines. A step that raises ends the
+requests that were in it, each with an error, and then one token is run: engines that fail at that too cannot run any
+more. This ends the thread, as everything else does that is no failure of a step, and every caller is told.
 """
 
 import logging
@@ -13,9 +14,18 @@ from collections.abc import Callable
 
 from fly_trt.engines.fork import HomeProcess
 from fly_trt.engines.turn import Turn
-from fly_trt.errors import ConfigError, EngineDeadError, EngineError, QueueFullError, RequestError
+from fly_trt.errors import (
+    ConfigError,
+    EngineDeadError,
+    EngineError,
+    QueueFullError,
+    QueueTimeoutError,
+    RequestError,
+    one_line,
+)
+from fly_trt.runtime.deadlines import Deadlines
+from fly_trt.runtime.executor import Executor
 from fly_trt.runtime.group import RequestGroup
-from fly_trt.runtime.loop import GenerationLoop
 from fly_trt.runtime.request import Request
 
 logger = logging.getLogger(__name__)
@@ -25,14 +35,14 @@ ROOM_POLL_SECONDS = 0.02
 
 
 class EngineThread:
-    """Runs `loop` until `shutdown`, then calls `close` in the thread that owned the engines.
+    """Runs `executor` until `shutdown`, then calls `close` in the thread that owned the engines.
 
-    Loops that share engines share the `turn`, which this one has while it has requests, or when others want it too,
+    Executors that share engines share the `turn`, which this one has while it has requests, or when others want it too,
     until those that run then have ended. Without the turn it takes aborts and runs no engine.
     """
 
-    def __init__(self, loop: GenerationLoop, close: Callable[[], None], turn: Turn | None = None) -> None:
-        self._loop = loop
+    def __init__(self, executor: Executor, close: Callable[[], None], turn: Turn | None = None) -> None:
+        self._executor = executor
         self._close = close
         self._turn = turn or Turn()
         self._home = HomeProcess("LLM")
@@ -40,6 +50,7 @@ class EngineThread:
         self._lock = threading.Lock()
         self._groups: dict[str, RequestGroup] = {}
         self._group_of: dict[Request, RequestGroup] = {}
+        self._deadlines = Deadlines()
         self._aborts: deque[RequestGroup] = deque()
         self._is_stopping = False
         self._failure: str | None = None
@@ -63,18 +74,20 @@ class EngineThread:
             self._groups |= by_id
             self._group_of |= by_request
             try:
-                self._loop.add(list(by_request))
+                self._executor.add(list(by_request))
             except QueueFullError:
                 for request_id in by_id:
                     del self._groups[request_id]
                 for request in by_request:
                     del self._group_of[request]
                 raise
+            for group in groups:
+                self._deadlines.add(group)
         self._wake.set()
 
     def wait_for_room(self, num_requests: int) -> None:
         """Blocks until the queue has that many places, which others may take before the caller does."""
-        while self._loop.scheduler.num_free_places < num_requests:
+        while self._executor.num_free_places < num_requests:
             self.check_running()
             time.sleep(ROOM_POLL_SECONDS)
 
@@ -93,7 +106,7 @@ class EngineThread:
     def is_waiting(self, request_id: str) -> bool:
         """Whether the request is served and none of its sequences has a slot yet."""
         group = self._groups.get(request_id)
-        return group is not None and all(request.is_waiting for request in group.requests)
+        return group is not None and group.is_waiting
 
     def shutdown(self) -> None:
         """Aborts what is served, stops the thread and releases the engines. Safe to call twice, and in a forked
@@ -124,13 +137,14 @@ class EngineThread:
         try:
             while not self._is_stopping:
                 self._end_aborted()
-                if not self._loop.has_work:
+                if not self._executor.has_work:
                     self._turn.leave(self._wake)
                 elif self._turn.join(self._wake):
                     self._serve()
                     self._turn.leave(self._wake)
                     continue
-                self._wake.wait()
+                self._end_late(time.monotonic())
+                self._wake.wait(self._seconds_to_deadline())
                 self._wake.clear()
             for group in list(self._groups.values()):
                 self._end(group)
@@ -143,28 +157,45 @@ class EngineThread:
 
     def _serve(self) -> None:
         """Runs steps until nothing is left to do. While others want the turn, what waits is not admitted."""
-        scheduler = self._loop.scheduler
-        scheduler.is_admitting = True
-        while self._loop.has_work and not self._is_stopping:
+        self._executor.is_admitting = True
+        while self._executor.has_work and not self._is_stopping:
+            began = time.monotonic()
             self._step()
             self._end_aborted()
-            scheduler.is_admitting = not self._turn.is_wanted
-            if not (scheduler.is_admitting or scheduler.running):
+            self._end_late(began)
+            self._executor.is_admitting = not self._turn.is_wanted
+            if not (self._executor.is_admitting or self._executor.num_running):
                 return
 
     def _step(self) -> None:
         try:
-            changed = self._loop.step()
+            changed = self._executor.step()
         except Exception as error:
             logger.exception("a step failed, and its requests end with an error")
-            self._deliver(self._loop.fail_running(_one_line(error)))
-            self._loop.probe()
+            self._deliver(self._executor.fail_running(one_line(error)))
+            self._executor.probe()
         else:
             self._deliver(changed)
 
     def _end_aborted(self) -> None:
         while self._aborts:
             self._end(self._aborts.popleft())
+
+    def _end_late(self, moment: float) -> None:
+        """Ends what should have had a slot by then and has none."""
+        with self._lock:
+            late = [group for group in self._deadlines.take_due(moment) if group.is_waiting]
+            for group in late:
+                for request in group.requests:
+                    self._executor.abort(request)
+        for group in late:
+            self._forget(group)
+            group.fail(QueueTimeoutError("timed out in the queue: all slots were busy: try again"))
+
+    def _seconds_to_deadline(self) -> float | None:
+        with self._lock:
+            moment = self._deadlines.next_moment()
+        return None if moment is None else min(max(0.0, moment - time.monotonic()), threading.TIMEOUT_MAX)
 
     def _end(self, group: RequestGroup) -> None:
         """Aborts what is left of the group, unless it has ended by itself."""
@@ -173,7 +204,7 @@ class EngineThread:
                 return
             requests = [request for request in group.requests if not request.is_finished]
             for request in requests:
-                self._loop.abort(request)
+                self._executor.abort(request)
         self._deliver(requests)
 
     def _deliver(self, changed: list[Request]) -> None:
@@ -187,7 +218,7 @@ class EngineThread:
             try:
                 group.update(requests)
             except BaseException as error:
-                group.fail(_dead(_one_line(error)))  # it may be forgotten: nobody else would tell its caller
+                group.fail(_dead(one_line(error)))  # it may be forgotten: nobody else would tell its caller
                 raise
             if not group.is_done:
                 continue
@@ -195,26 +226,23 @@ class EngineThread:
                 self._forget(group)
             with self._lock:  # a failed group's other sequences end with it
                 for request in group.requests:
-                    self._loop.abort(request)
+                    self._executor.abort(request)
 
     def _forget(self, group: RequestGroup) -> None:
         with self._lock:
+            self._deadlines.discard(group)
             del self._groups[group.request_id]
             for request in group.requests:
                 del self._group_of[request]
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
-            self._failure = _one_line(error)
+            self._failure = one_line(error)
             groups = list(self._groups.values())
             self._groups.clear()
             self._group_of.clear()
         for group in groups:
             group.fail(_dead(self._failure))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _dead(reason: str) -> EngineDeadError:

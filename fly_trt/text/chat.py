@@ -14,7 +14,7 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from fly_trt.errors import EngineError, RequestError
+from fly_trt.errors import EngineError, RequestError, one_line
 
 TOOL = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}'
 
@@ -73,7 +73,7 @@ class ChatTemplate:
         try:
             return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
         except Exception as error:  # a template can raise anything
-            raise RequestError(f"the chat template refuses these messages: {_one_line(error)}") from None
+            raise RequestError(f"the chat template refuses these messages: {one_line(error)}") from None
 
     def _name(self, asked: str | None, *, has_tools: bool) -> str:
         if not self._sources:
@@ -96,7 +96,7 @@ class ChatTemplate:
             try:
                 self._compiled[name] = _environment().from_string(self._sources[name])
             except Exception as error:  # besides Jinja's own, what compiling the code that it makes can raise
-                raise RequestError(f"this model's chat template is broken: {_one_line(error)}") from None
+                raise RequestError(f"this model's chat template is broken: {one_line(error)}") from None
         return self._compiled[name]
 
 
@@ -152,10 +152,6 @@ def _kind(value: Any) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= SHORT else f"{text[:SHORT]}..."
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).encode(errors="backslashreplace").decode().split())
 
 
 def _text(token: Any) -> str:

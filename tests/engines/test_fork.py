@@ -44,7 +44,7 @@ calls = {
     "exit": lambda: sys.exit(3),
 }
 # The worst moment: other threads have the locks, and nobody will release them in the child.
-locks = llm._service.thread._lock, served._service.thread._lock
+locks = llm._service._thread._lock, served._service._thread._lock
 results = {}
 for name, call in calls.items():
     for lock in locks:

@@ -20,7 +20,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from fly_trt.async_llm import AsyncLLM
-from fly_trt.errors import ConfigError, FlyError, QueueFullError, RequestError
+from fly_trt.errors import Fault, FlyError, one_line
 from fly_trt.serving.triton.configuration import ModelConfiguration
 from fly_trt.serving.triton.metrics import TritonMetrics
 from fly_trt.serving.triton.request import ClientRequest, ResponseWriter, read_request
@@ -31,10 +31,14 @@ POLL_SECONDS = 0.1  # how soon a client that went away is noticed
 METRICS_SECONDS = 0.2
 FINISH_SECONDS = 10.0
 STOPPED = "the model was unloaded before this request was finished: send it again"
-TIMED_OUT = "timed out in the queue: all slots were busy: try again"
 CANCELLED = "cancelled by the client"
 SERVER_PROGRAM = "tritonserver"
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+CODES = {
+    Fault.CALLER: pb_utils.TritonError.INVALID_ARG,
+    Fault.LOAD: pb_utils.TritonError.UNAVAILABLE,
+    Fault.ENGINE: pb_utils.TritonError.INTERNAL,
+}
 
 
 class ResponseStream:
@@ -70,11 +74,11 @@ class ResponseStream:
 
 @dataclass(slots=True, eq=False)
 class _Served:
-    """A request in the runtime. `deadline`: when it must have left the queue, on the monotonic clock."""
+    """A request in the runtime. `queue_timeout`: seconds that it may wait for a slot, None is for ever."""
 
     request_id: str
     stream: ResponseStream
-    deadline: float | None
+    queue_timeout: float | None
     task: asyncio.Task[None] | None = None
     reason: str = CANCELLED  # why it is ended early
 
@@ -124,14 +128,14 @@ class TritonPythonModel:
             try:
                 asked = self._read(request)
             except FlyError as error:
-                stream.fail(str(error), _code(error))
+                stream.fail(str(error), CODES[error.fault])
                 continue
             except Exception as error:
                 logger.exception("a request could not be read")
-                stream.fail(f"the request could not be read: {_one_line(error)}", pb_utils.TritonError.INTERNAL)
+                stream.fail(f"the request could not be read: {one_line(error)}", pb_utils.TritonError.INTERNAL)
                 continue
             self._num_requests += 1
-            served = _Served(str(self._num_requests), stream, self._deadline(request))
+            served = _Served(str(self._num_requests), stream, self._queue_timeout(request))
             asyncio.run_coroutine_threadsafe(self._serve(asked, served), self._loop)
 
     def is_ready(self) -> bool:
@@ -163,12 +167,11 @@ class TritonPythonModel:
         excludes_input = self._configuration.exclude_input_in_output
         return read_request(tensors, request.parameters(), exclude_input_in_output=excludes_input)
 
-    def _deadline(self, request: Any) -> float | None:
+    def _queue_timeout(self, request: Any) -> float | None:
         limits = [self._configuration.queue_timeout]
         if self._configuration.allows_own_timeout:
             limits.append(request.timeout() / 1e6)
-        limit = min((seconds for seconds in limits if seconds), default=None)
-        return None if limit is None else time.monotonic() + limit
+        return min((seconds for seconds in limits if seconds), default=None)
 
     async def _serve(self, asked: ClientRequest, served: _Served) -> None:
         stream = served.stream
@@ -176,7 +179,9 @@ class TritonPythonModel:
         self._served[served.request_id] = served
         try:
             writer = ResponseWriter(asked, self._llm.tokenizer)
-            outputs = self._llm.generate(asked.prompt, asked.params, served.request_id)
+            outputs = self._llm.generate(
+                asked.prompt, asked.params, served.request_id, queue_timeout=served.queue_timeout
+            )
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     if any(completion.finish_reason == "abort" for completion in output.outputs):
@@ -190,10 +195,10 @@ class TritonPythonModel:
             if self._is_stopping.is_set():
                 stream.fail(STOPPED, pb_utils.TritonError.UNAVAILABLE)
             else:
-                stream.fail(str(error), _code(error))
+                stream.fail(str(error), CODES[error.fault])
         except Exception as error:
             logger.exception("a request failed")
-            stream.fail(f"the request failed: {_one_line(error)}", pb_utils.TritonError.INTERNAL)
+            stream.fail(f"the request failed: {one_line(error)}", pb_utils.TritonError.INTERNAL)
         finally:
             del self._served[served.request_id]
 
@@ -210,14 +215,13 @@ class TritonPythonModel:
             await asyncio.wait(stuck)
 
     def _watch(self) -> None:
-        """Ends requests whose clients went away or that waited too long, keeps the metrics up to date, and ends the
-        server when the engine cannot run any more. A thread, because asking the server takes a message there and
-        back."""
+        """Ends requests whose clients went away, keeps the metrics up to date, and ends the server when the engine
+        cannot run any more. A thread, because asking the server takes a message there and back."""
         updated, is_alive = 0.0, True
         while not self._is_stopping.wait(POLL_SECONDS):
             for served in list(self._served.values()):
                 try:
-                    self._end_if_due(served)
+                    self._end_if_cancelled(served)
                 except Exception:  # of one request; it must not keep the others from being looked at
                     logger.exception("request %s: cannot be watched", served.request_id)
             if time.monotonic() - updated > METRICS_SECONDS:
@@ -239,11 +243,9 @@ class TritonPythonModel:
         if is_program:
             os.kill(server, signal.SIGTERM)
 
-    def _end_if_due(self, served: _Served) -> None:
-        if served.stream.is_cancelled():
-            self._cancel(served, CANCELLED)
-        elif self._is_late(served):
-            self._cancel(served, TIMED_OUT)
+    def _end_if_cancelled(self, served: _Served) -> None:
+        if served.stream.is_cancelled() and served.task is not None:
+            self._loop.call_soon_threadsafe(served.task.cancel)
 
     def _update_metrics(self) -> None:
         try:
@@ -251,15 +253,6 @@ class TritonPythonModel:
                 self._metrics.update()
         except Exception:
             logger.exception("the server does not take the metrics")
-
-    def _is_late(self, served: _Served) -> bool:
-        is_over = served.deadline is not None and time.monotonic() > served.deadline
-        return is_over and self._llm.is_waiting(served.request_id)
-
-    def _cancel(self, served: _Served, reason: str) -> None:
-        if served.task is not None:
-            served.reason = reason
-            self._loop.call_soon_threadsafe(served.task.cancel)
 
 
 class _TritonHandler(logging.Handler):
@@ -276,14 +269,3 @@ def _log_to_triton() -> None:
     package.setLevel(logging.INFO)
     if not package.handlers:
         package.addHandler(_TritonHandler())
-
-
-def _code(error: FlyError) -> Any:
-    if isinstance(error, QueueFullError):
-        return pb_utils.TritonError.UNAVAILABLE
-    is_clients = isinstance(error, (RequestError, ConfigError))
-    return pb_utils.TritonError.INVALID_ARG if is_clients else pb_utils.TritonError.INTERNAL
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

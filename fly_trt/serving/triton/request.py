@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from fly_trt.errors import RequestError
 from fly_trt.outputs import CompletionOutput, RequestOutput
-from fly_trt.params import AcceptanceParams, RequestOutputKind, SamplingParams
+from fly_trt.params import AcceptanceParams, RequestOutputKind, SamplingParams, acceptance_options
 from fly_trt.serving.triton.tensors import INPUTS
 from fly_trt.text.prompts import Prompt
 
@@ -25,7 +25,6 @@ SAMPLING = {name: name for name in ("max_tokens", "min_tokens", "temperature", "
     "num_return_sequences": "n",
     "num_draft_tokens": "num_speculative_tokens",
 }
-ACCEPTANCE = ("acceptance", "preset", "fly_entropy_threshold", "fly_window_size")
 # What Triton's frontends put among a request's parameters themselves.
 PROTOCOL_PARAMETERS = frozenset(
     ("id", "sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "headers", "binary_data_output")
@@ -62,7 +61,7 @@ def read_request(tensors: Mapping[str, Array], parameters: str, *, exclude_input
     if given.pop("beam_width", 1) != 1:
         raise RequestError("beam_width: there is no beam search: use 1, or num_return_sequences for several samples")
     prompt = _prompt(given)
-    acceptance = {name: given.pop(name) for name in ACCEPTANCE if name in given}
+    acceptance = {name: given.pop(name) for name in acceptance_options() if name in given}
     settings = {target: given.pop(source) for source, target in SAMPLING.items() if source in given}
     params = SamplingParams(
         **_sampling(settings),

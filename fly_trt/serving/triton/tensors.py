@@ -7,6 +7,8 @@ have the names that they have in Python.
 
 from dataclasses import dataclass
 
+from fly_trt.params import acceptance_options
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -21,6 +23,7 @@ class TensorSpec:
         return self.dims != (1,)
 
 
+TYPES = {str: "TYPE_STRING", float: "TYPE_FP32", int: "TYPE_INT32"}
 INPUTS = (
     TensorSpec("text_input", "TYPE_STRING"),
     TensorSpec("input_ids", "TYPE_INT32", (-1,)),
@@ -46,10 +49,7 @@ INPUTS = (
     TensorSpec("return_log_probs", "TYPE_BOOL"),
     TensorSpec("exclude_input_in_output", "TYPE_BOOL"),
     TensorSpec("num_draft_tokens", "TYPE_INT32"),
-    TensorSpec("acceptance", "TYPE_STRING"),
-    TensorSpec("preset", "TYPE_STRING"),
-    TensorSpec("fly_entropy_threshold", "TYPE_FP32"),
-    TensorSpec("fly_window_size", "TYPE_INT32"),
+    *(TensorSpec(name, TYPES[option.kind]) for name, option in acceptance_options().items()),
 )
 """All are optional to the server: a prompt is text_input or input_ids."""
 

@@ -1,0 +1,91 @@
+"""Options that several commands have, and those that override an engine's SpeculativeConfig.
+
+Where commands say a different thing of the same option, the words that differ are arguments.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fly_trt.drafting import DRAFTERS
+from fly_trt.params import AcceptanceOption, acceptance_options
+
+Option = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+ENGINE_DIR: Option = click.argument("engine_dir", type=click.Path(path_type=Path))
+TEMPERATURE: Option = click.option(
+    "--temperature", type=float, default=0.0, show_default=True, help="0 decodes greedily."
+)
+
+
+def max_tokens(default: int, help: str) -> Option:
+    return click.option("--max-tokens", type=int, default=default, show_default=True, help=help)
+
+
+def ignore_eos(help: str) -> Option:
+    return click.option("--ignore-eos", is_flag=True, help=help)
+
+
+def chat(prompt: str) -> Option:
+    return click.option("--chat", is_flag=True, help=f"{prompt} is a user's message: apply the model's chat template.")
+
+
+def num_threads(help: str = "CPU threads. [all cores]") -> Option:
+    return click.option("--num-threads", type=int, metavar="N", help=help)
+
+
+def max_batch_size(default: str) -> Option:
+    return click.option("--max-batch-size", type=int, metavar="N", help=f"Requests in flight. [{default}]")
+
+
+def output(help: str, **settings: Any) -> Option:
+    return click.option("-o", "--output", type=click.Path(path_type=Path), help=help, **settings)
+
+
+def overwrite(what: str) -> Option:
+    return click.option("--overwrite", is_flag=True, help=f"Replace {what}.")
+
+
+def dry_run(help: str) -> Option:
+    return click.option("--dry-run", is_flag=True, help=help)
+
+
+def as_json(help: str) -> Option:
+    return click.option("--json", "as_json", is_flag=True, help=help)
+
+
+def _acceptance_option(name: str, option: AcceptanceOption) -> Option:
+    kind = option.kind if option.choices is None else click.Choice(list(option.choices))
+    return click.option(f"--{name.replace('_', '-')}", type=kind, metavar=option.metavar, help=option.help)
+
+
+SPECULATIVE = {
+    "method": click.option("--method", type=click.Choice([*DRAFTERS, "none"]), help="How drafts are made. [as built]"),
+    "num_speculative_tokens": click.option(
+        "--num-speculative-tokens", type=int, metavar="K", help="Draft tokens per step, at most. [as built]"
+    ),
+} | {name: _acceptance_option(name, option) for name, option in acceptance_options().items()}
+
+
+# What is left to say where a command chooses method and acceptance itself.
+TUNING = tuple(name for name in SPECULATIVE if name not in ("method", "acceptance"))
+
+
+def speculative_options(command: Callable[..., Any], names: Iterable[str] = tuple(SPECULATIVE)) -> Callable[..., Any]:
+    """Adds the flags to a command."""
+    for name in reversed(tuple(names)):
+        command = SPECULATIVE[name](command)
+    return command
+
+
+def tuning_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds those of the flags that choose neither method nor acceptance."""
+    return speculative_options(command, TUNING)
+
+
+def speculative_overrides(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given of them, as LLM's speculative_config."""
+    given = {name: flags[name] for name in SPECULATIVE if flags.get(name) is not None}
+    return given | ({"method": None} if given.get("method") == "none" else {})

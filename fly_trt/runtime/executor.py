@@ -1,0 +1,47 @@
+"""What the engine thread asks of whatever runs the engines: the generation loop, or an engine that schedules by itself.
+
+It names the calls and what they promise. It knows nothing of threads, callers or how requests are served.
+"""
+
+from typing import Protocol
+
+from fly_trt.runtime.request import Request
+
+
+class Executor(Protocol):
+    """Serves requests, one iteration at each call of `step`.
+
+    One thread calls `step`, `fail_running`, `probe` and `abort`. `add` and the properties may be used from any thread,
+    also in the middle of a step. A request's `state` says where it stands: WAITING until it has a slot.
+    """
+
+    is_admitting: bool
+    """Whether `step` may start requests that wait. Set by whoever calls `step`, between two of them."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step has something to do."""
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have a slot."""
+
+    @property
+    def num_free_places(self) -> int:
+        """Requests that can still be added."""
+
+    def add(self, requests: list[Request]) -> None:
+        """Queues all of the requests or none. Raises QueueFullError when they do not fit."""
+
+    def step(self) -> list[Request]:
+        """One iteration; returns the requests that emitted tokens or ended, and none that was aborted."""
+
+    def abort(self, request: Request) -> None:
+        """Ends a request wherever it is, unless it has ended. What it has emitted stays. Runs no engine."""
+
+    def fail_running(self, reason: str) -> list[Request]:
+        """After a step that raised: ends the requests that were in it, each with an EngineError. Those that wait go on
+        waiting. Returns what `step` would have. Runs no engine."""
+
+    def probe(self) -> None:
+        """Runs the engines once, while no request is running. Raises what they raise."""

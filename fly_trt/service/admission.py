@@ -1,0 +1,172 @@
+"""From a prompt with SamplingParams to a request that the engine thread takes.
+
+Everything that can be wrong with a request is found here, before it reaches the loop. It knows the tokenizer, the sizes
+and what the target's engine is, and nothing of queues, threads or how requests are served.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fly_trt.checks import is_number
+from fly_trt.engines.directory import LoadedEngines
+from fly_trt.errors import RequestError
+from fly_trt.params import AcceptanceParams, RequestOutputKind, SamplingParams, SpeculativeConfig
+from fly_trt.runtime.group import RequestGroup, Sink
+from fly_trt.runtime.request import Request
+from fly_trt.runtime.sampler import Sampler, draw_seed
+from fly_trt.service.config import Sizes
+from fly_trt.text.chat import ChatMessage
+from fly_trt.text.prompts import Prompt, PromptReader, TokensPrompt
+from fly_trt.text.tokenizer import Detokenizer
+from fly_trt.tokens import TokenSequence
+from fly_trt.verification.policy import AcceptancePolicy
+from fly_trt.verification.sampling import LogitsProcessor, UniformStream
+
+
+class Admission:
+    """Checks requests for the engines of one directory and makes them. Any thread may use it."""
+
+    def __init__(self, engines: LoadedEngines, speculative_config: SpeculativeConfig, sizes: Sizes) -> None:
+        self._info = engines.target.info
+        self._max_draft_len = engines.manifest.limits.max_draft_len
+        self._speculative_config = speculative_config
+        self._sizes = sizes
+        self._tokenizer = engines.tokenizer
+        self._prompts = PromptReader(
+            engines.tokenizer,
+            engines.directory / "tokenizer",
+            vocab_size=self._info.vocab_size,
+            max_seq_len=sizes.max_seq_len,
+        )
+        self._request_ids = itertools.count()
+
+    def new_request_id(self) -> str:
+        return str(next(self._request_ids))
+
+    def render_chat(self, messages: Sequence[ChatMessage], **variables: Any) -> TokensPrompt:
+        return self._prompts.render_chat(messages, **variables)
+
+    def make_group(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_id: str,
+        sink: Sink,
+        *,
+        output_kind: RequestOutputKind | None = None,
+        queue_timeout: float | None = None,
+    ) -> RequestGroup:
+        """One prompt with its sequences. output_kind: None is the one of `params`. Raises RequestError when it can
+        never be served as asked."""
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params of type {type(params).__name__}: expected SamplingParams")
+        if params.n > self._sizes.max_queue_size:
+            raise RequestError(f"n {params.n}: more than max_queue_size {self._sizes.max_queue_size}")
+        if queue_timeout is not None and not (is_number(queue_timeout) and queue_timeout > 0):
+            raise RequestError(f"queue_timeout {queue_timeout!r}: expected seconds, above 0, or None to wait for ever")
+        self._check_num_draft_tokens(params.num_speculative_tokens or 0)
+        token_ids = self._prompts.tokenize(prompt)
+        room = self._sizes.max_seq_len - len(token_ids)
+        if room < 1:
+            raise RequestError(
+                f"prompt has {len(token_ids)} tokens, max_seq_len is {self._sizes.max_seq_len} with the output: "
+                "shorten it, or serve or build with a larger max_seq_len"
+            )
+        seed = draw_seed() if params.seed is None else params.seed
+        bad_words = self._prompts.bad_words(params.bad_words or ())
+        requests = [
+            self._make_request(token_ids, params, bad_words, request_id, room, seed, i) for i in range(params.n)
+        ]
+        return RequestGroup(
+            request_id=request_id,
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=token_ids,
+            output_kind=output_kind or params.output_kind,
+            requests=requests,
+            sink=sink,
+            queue_timeout=queue_timeout,
+        )
+
+    def _make_request(
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        bad_words: list[list[int]],
+        request_id: str,
+        room: int,
+        seed: int,
+        index: int,
+    ) -> Request:
+        acceptance = (params.acceptance or AcceptanceParams()).over(self._speculative_config)
+        policy = acceptance.policy(self._info.vocab_size, self._info.entropy_top_k)
+        own_stops = frozenset(params.stop_token_ids or ())
+        self._check_token_ids("stop_token_ids", own_stops)
+        self._check_token_ids("logit_bias", params.logit_bias or ())
+        ends = own_stops if params.ignore_eos else own_stops | self._info.stop_token_ids
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            params=params,
+            policy=policy,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            end_token_ids=ends,
+            stop_token_ids=own_stops - self._info.stop_token_ids,
+            detokenizer=Detokenizer(
+                self._tokenizer,
+                token_ids,
+                stop_strings=params.stop_strings,
+                include_stop_string=params.include_stop_str_in_output,
+                skip_special_tokens=params.skip_special_tokens,
+            ),
+            sequence=TokenSequence(token_ids),
+            sampler=self._make_sampler(params, bad_words, policy, token_ids, ends, seed, index),
+            index=index,
+        )
+        request.metrics.num_prompt_tokens = len(token_ids)
+        return request
+
+    def _make_sampler(
+        self,
+        params: SamplingParams,
+        bad_words: list[list[int]],
+        policy: AcceptancePolicy,
+        token_ids: list[int],
+        end_token_ids: frozenset[int],
+        seed: int,
+        index: int,
+    ) -> Sampler | None:
+        """None where the engine's argmax is the choice."""
+        if not (params.temperature > 0 or params.changes_scores):
+            return None
+        processor = LogitsProcessor(
+            vocab_size=self._info.vocab_size,
+            prompt_token_ids=token_ids,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            repetition_penalty=params.repetition_penalty,
+            logit_bias=params.logit_bias or {},
+            bad_words=bad_words,
+            min_tokens=params.min_tokens,
+            end_token_ids=end_token_ids,
+        )
+        return Sampler(params, processor, UniformStream(seed, index), policy, self._info.entropy_top_k)
+
+    def _check_num_draft_tokens(self, asked: int) -> None:
+        limit, built_for = self._speculative_config.num_speculative_tokens, self._max_draft_len
+        if asked and self._speculative_config.method is None:
+            raise RequestError(
+                f"num_speculative_tokens {asked}: served with method None, which makes no drafts: leave it out, or "
+                "serve with another method"
+            )
+        if asked > limit:
+            raise RequestError(
+                f"num_speculative_tokens {asked}: served with {limit}: ask for at most {limit}, or serve with a larger "
+                f"num_speculative_tokens, which is at most the engine's max_draft_len, {built_for}"
+            )
+
+    def _check_token_ids(self, name: str, token_ids: Iterable[int]) -> None:
+        unknown = sorted(token for token in token_ids if not 0 <= token < self._info.vocab_size)
+        if unknown:
+            raise RequestError(f"{name}: {unknown[0]} is not a token id, expected 0 to {self._info.vocab_size - 1}")
