@@ -31,7 +31,7 @@ def _check_running(request: Request) -> None:
     _check(len(request.output_token_ids) < request.max_tokens, f"{name}: runs beyond max_tokens")
     _check(decodes or not request.output_token_ids, f"{name}: emits while it prefills")
     round_, cached = request.round, request.num_cached
-    if round_ is None or (round_.is_careful and not round_.has_begun):
+    if round_ is None or (not round_.has_begun and (round_.is_careful or round_.least_fed)):
         _check(0 <= cached < committed, f"{name}: {cached} of {committed} tokens cached")
         return
     _check(decodes, f"{name}: has a round while it prefills")

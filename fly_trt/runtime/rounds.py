@@ -46,7 +46,8 @@ class Round:
     `evidence` has the draft and what the target said of it, `logits` float32 [v, V] where they are wanted;
     `num_committed` draft tokens are part of the sequence already. Where the round `is_observed` its length is the
     rule's and not the load's, so that the request's windows may be judged by it. `is_careful`: a step came to something
-    that is not a number, so that one draft token at a time is fed and none spoils those before it.
+    that is not a number, so that one draft token at a time is fed and none spoils those before it; what only the host
+    could loosen is not loosened then.
     """
 
     start: int
@@ -94,6 +95,14 @@ class Round:
         """Draft tokens to process until the open window is decided; 0 where none is open."""
         is_open = self.num_committed < self.evidence.num_known
         return self.num_committed + self.policy.lookahead - self.num_fed if is_open else 0
+
+    @property
+    def least_fed(self) -> int:
+        """Draft tokens that a step has to have for the round to get on. The head knows the log-probability of a draft
+        token only where the row has it, and a policy of the host may need it."""
+        if self.policy.is_decided_by_head or not self.policy.is_loose:
+            return 0
+        return 2 if self.has_begun else 1
 
     def take_draft(self, draft: IntArray, num_asked: int, source: DraftSource, *, is_whole: bool) -> None:
         """Takes draft tokens that follow the committed ones; fewer than asked for mean that the draft ends there. A
@@ -149,6 +158,8 @@ class Round:
             said = said.copy()  # the step's buffers are used again
             said.choices[np.isnan(said.entropy_topk)] = NO_CHOICE
             said.draft_logprob[-1] = np.nan  # what follows is no part of the row
+            if self.least_fed and not self.is_careful and self._differs_last(said):
+                said = said.but_last()
         else:
             assert logits is not None
             verified = self.num_verified
@@ -161,9 +172,11 @@ class Round:
         self.logits = self.logits.copy()
 
     def num_held(self, verdict: Verdict) -> int:
-        """Tokens of the sequence and of the draft that the cache holds, and that are right to hold on to."""
-        decided = self.num_fed if verdict.next_token is None else min(self.num_fed, verdict.num_accepted)
-        return self.start + decided
+        """Tokens of the sequence and of the draft that the cache holds, and that are right to hold on to. Where nothing
+        was verified yet, the last token of the sequence is to be fed again."""
+        if verdict.next_token is None:
+            return self.start + self.num_verified - 1
+        return self.start + min(self.num_fed, verdict.num_accepted)
 
     def window_counts(self, stop_token_ids: frozenset[int]) -> WindowCounts:
         """What the round shows of windows once it is decided; the same however it was cut."""
@@ -171,6 +184,11 @@ class Round:
         differs = at < self.end
         failed = differs and self.policy.opens_window(self.evidence, at, stop_token_ids)
         return WindowCounts(at - stood, stood + differs, stood, int(failed))
+
+    def _differs_last(self, said: Positions) -> bool:
+        """Whether the last of these next positions has a draft token, and another one than the target's choice."""
+        last = self.num_verified + len(said.choices) - 1
+        return last < len(self.draft) and bool(self.draft[last] != said.choices[-1])
 
     def _add(self, said: Positions, logits: FloatArray | None) -> None:
         if logits is not None:

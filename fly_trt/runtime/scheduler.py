@@ -143,7 +143,7 @@ class Scheduler:
                 context = request.num_context
                 # A window is verified in one step: one token at a time would cost a step each.
                 window = min(request.round.num_window, self._num_fitting(len(rows), context))
-                wanted = max(num_draft if context else num_draft + 1, window)
+                wanted = max(num_draft if context else num_draft + 1, window, request.round.least_fed)
                 num_tokens = max(num_tokens, context + min(request.round.num_missing, wanted))
         for request in rows:
             remaining = len(request.uncached)

@@ -62,15 +62,15 @@ class Speculation:
     def start_round(self, request: Request, num_draft: int) -> None:
         """Opens a round of about `num_draft` draft tokens.
 
-        A verdict that waits for no window does not depend on the round's length, another one does: such a round is as
-        long as the rule says. A request that pauses its windows is decoded exactly, and the last round of the pause
-        ends where the pause does.
+        What an exact policy emits does not depend on the round's length. With a loose one it does, if only because the
+        token after the draft is the target's own: such a round is as long as the rule says, whatever the load. A
+        request that pauses its windows is decoded exactly, and the last round of the pause ends where the pause does.
         """
         length, limit, policy = len(request.sequence), self._limit(request), request.policy
         is_observed = False
-        if not policy.has_windows:
+        if not policy.is_loose:
             num_draft = min(num_draft, limit)
-        elif self._step_costs is None:
+        elif self._step_costs is None or not policy.has_windows:
             num_draft = limit
         else:
             if request.loosening is None:
@@ -82,8 +82,8 @@ class Speculation:
         request.round = Round(length, Evidence(num_draft), policy, is_observed)
 
     def draft(self, rows: Sequence[Request], num_tokens: int) -> None:
-        """Makes the draft tokens that a step with rows of `num_tokens` feeds, and of a round with windows one more to
-        compare with the last choice."""
+        """Makes the draft tokens that a step with rows of `num_tokens` feeds, and of a loose round one more to compare
+        with the last choice."""
         asked: list[tuple[Request, Round, int]] = []
         for request in rows:
             if (round_ := request.round) is None or self.drafter is None:

@@ -41,6 +41,10 @@ class Positions(NamedTuple):
         copies = (array.copy() for array in self[1:])
         return Positions(self.choices.copy(), *copies)
 
+    def but_last(self) -> "Positions":
+        scores = (array[:-1] for array in self[1:])
+        return Positions(self.choices[:-1], *scores)
+
     def followed_by(self, others: "Positions") -> "Positions":
         scores = (np.concatenate([ours, more]) for ours, more in zip(self[1:], others[1:], strict=True))
         return Positions(np.concatenate([self.choices, others.choices]), *scores)
@@ -58,10 +62,9 @@ class Evidence:
     positions that were verified, v of them, and once all are, the position after the last.
 
     Not promised, and then perhaps NaN: `target.entropy` unless the policy's use_full_entropy is set; the draft token's
-    log-probability where the step that verified the position did not have the draft token (the last position of each;
-    a round without windows is verified in one step, unless its logits are not numbers); of a request that samples, both
-    log-probabilities unless the policy is decided on the host. Of a position whose logits are not numbers the choice
-    agrees with no draft token.
+    log-probability after the last draft token, where it is the target's choice, and where logits are not numbers; of a
+    request that samples, both log-probabilities unless the policy is decided on the host. Of a position whose logits
+    are not numbers the choice agrees with no draft token.
     """
 
     num_draft: int
@@ -146,8 +149,8 @@ class AcceptancePolicy(ABC):
 
     @property
     def has_windows(self) -> bool:
-        """Whether a loosened token waits for the `lookahead` tokens after it, so that the verdict depends on the
-        round's length, and a window that fails costs what was drafted for it."""
+        """Whether a loosened token waits for the `lookahead` tokens after it: a window that fails costs what it was
+        drafted for."""
         return False
 
     @abstractmethod

@@ -1,0 +1,138 @@
+"""A new acceptance policy and a new drafter: a module each (toy_policy.py, toy_drafter.py) and a line in a table.
+
+Backends have tests of the same kind in tests/engines/test_backends.py and tests/build/test_backends.py.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy_drafter import period
+from toy_policy import RATIO, LikelyPolicy
+
+from eval_prompts import load_eval_prompts
+from fly_trt import LLM, AcceptanceParams, ConfigError, SamplingParams
+from fly_trt.benchmark.modes import choose_modes
+from fly_trt.drafting import DRAFTERS, DrafterKind
+from fly_trt.manifest import read_manifest
+from fly_trt.serving.triton.request import read_request
+from fly_trt.verification import POLICIES
+from loop_stack import PROMPT, make_drafter, make_request, make_stack
+from table_engine import STOP_TOKEN, Logits, NextToken, most_probable, spread_logits
+
+PROMPTS = [prompt["prompt"] for prompt in load_eval_prompts()[:12]]
+# What a release with the two has in the tables; for programs of their own.
+ADDED = (
+    "from fly_trt.drafting import DRAFTERS, DrafterKind; from fly_trt.verification import POLICIES\n"
+    "from toy_drafter import period; from toy_policy import LikelyPolicy\n"
+    "POLICIES['likely'] = LikelyPolicy\n"
+    "DRAFTERS['period'] = DrafterKind(period, needs_draft_model=False, acceptance='exact')\n"
+)
+
+
+@pytest.fixture(autouse=True)
+def added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(POLICIES, LikelyPolicy.name, LikelyPolicy)
+    monkeypatch.setitem(DRAFTERS, "period", DrafterKind(period, needs_draft_model=False, acceptance="exact"))
+
+
+def likely() -> AcceptanceParams:
+    return AcceptanceParams(acceptance="likely")
+
+
+def oracle(logits: Logits, draft: NextToken, num_draft: int, num_tokens: int) -> list[int]:
+    """What rounds of `num_draft` tokens emit, written down from what the policy's docstring says."""
+    tokens = list(PROMPT)
+    while len(tokens) < len(PROMPT) + num_tokens:
+        for _ in range(num_draft):
+            row = logits(tuple(tokens))
+            proposed, wanted = draft(tuple(tokens)), int(row.argmax())
+            is_likely = np.exp(row[proposed] - row.max()) >= RATIO and STOP_TOKEN not in (proposed, wanted)
+            tokens.append(proposed if is_likely else wanted)
+            if tokens[-1] != proposed:
+                break
+        else:
+            tokens.append(int(logits(tuple(tokens)).argmax()))
+    return tokens[len(PROMPT) :][:num_tokens]
+
+
+@pytest.mark.parametrize("lengths", [[5], [0], [1], [5, 0, 2], [3, 1]])
+@pytest.mark.parametrize("salt", range(6))
+def test_a_policy_decides_as_it_says_however_its_rounds_are_cut(salt: int, lengths: list[int]) -> None:
+    logits, other = spread_logits(salt), spread_logits(salt + 100)
+
+    def draft(tokens: tuple[int, ...]) -> int:  # one of the target's two most probable tokens
+        first, second = np.argsort(-logits(tokens))[:2].tolist()
+        return second if other(tokens)[2] > 0 else first
+
+    stack = make_stack(
+        most_probable(logits),
+        make_drafter("draft_model", draft, num_slots=3),
+        logits=logits,
+        num_slots=3,
+        num_draft_tokens=5,
+        draft_lengths=lengths,
+    )
+    neighbours = [make_request([9, 8, 7 + number], request_id=f"n{number}") for number in range(2)]
+    request = make_request(policy=LikelyPolicy(), ignore_eos=True)
+    stack.run(request, *neighbours)
+    want = oracle(logits, draft, 5, 40)
+    assert request.output_token_ids == want[: len(request.output_token_ids)]
+    assert len(request.output_token_ids) == 40
+    assert request.metrics.num_loosened_tokens > 0
+
+
+def test_a_policy_is_served_beside_others_and_gives_the_same_in_any_batch(demo_engine: Path) -> None:
+    greedy = SamplingParams(max_tokens=60, acceptance=likely())
+    sampled = SamplingParams(max_tokens=60, acceptance=likely(), temperature=0.8, seed=3)
+    with LLM(demo_engine) as llm:
+        alone = [llm.generate(PROMPTS[0], params)[0] for params in (greedy, sampled)]
+        exact = llm.generate(PROMPTS[0], SamplingParams(max_tokens=60, acceptance=AcceptanceParams(acceptance="exact")))
+        mixed = llm.generate(
+            [PROMPTS[0], PROMPTS[0], *PROMPTS[1:]], [greedy, sampled, *[SamplingParams()] * len(PROMPTS[1:])]
+        )
+    for one, among_others in zip(alone, mixed[:2], strict=True):
+        assert one.outputs[0].token_ids == among_others.outputs[0].token_ids
+    assert alone[0].metrics.num_loosened_tokens > 0
+    assert alone[0].outputs[0].token_ids != exact[0].outputs[0].token_ids
+
+
+def test_what_other_policies_read_is_refused_with_it() -> None:
+    with pytest.raises(ConfigError, match="fly_window_size 4: has no effect with acceptance 'likely': add"):
+        AcceptanceParams(acceptance="likely", fly_window_size=4).over(AcceptanceParams())
+
+
+def test_a_drafter_drafts_and_a_pair_without_a_draft_model_has_it_too(target_only_engine: Path) -> None:
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    with LLM(target_only_engine, speculative_config={"method": None}) as llm:
+        plain = llm.generate(PROMPTS, params)
+    with LLM(target_only_engine, speculative_config={"method": "period"}) as llm:
+        assert llm.speculative_config.acceptance == "exact"
+        drafted = llm.generate(PROMPTS, params)
+    assert [output.outputs[0].token_ids for output in drafted] == [output.outputs[0].token_ids for output in plain]
+    assert sum(output.metrics.num_accepted_tokens for output in drafted) > 0
+
+
+def test_servers_and_benchmarks_know_both(demo_engine: Path) -> None:
+    tensors = {"text_input": np.array([[b"Tell me"]], np.object_), "acceptance": np.array([[b"likely"]], np.object_)}
+    asked = read_request(tensors, "", exclude_input_in_output=True)
+    assert asked.params.acceptance == likely()
+    modes = choose_modes(["likely", "period"], read_manifest(demo_engine))
+    assert {name: (mode.method, mode.acceptance) for name, mode in modes.items()} == {
+        "likely": ("multi_level", "likely"),
+        "period": ("period", "exact"),
+    }
+
+
+def test_command_lines_know_both(demo_engine: Path) -> None:
+    run = f"{ADDED}from fly_trt.cli.generate import main; main()"
+    for flags in (["--acceptance", "likely"], ["--method", "period"]):
+        command = [sys.executable, "-c", run, str(demo_engine), "Tell me", "--max-tokens", "5", *flags]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        assert "5 tokens" in done.stderr
+    for module, names in (("generate", ("likely", "period")), ("bench", ("likely", "period")), ("triton", ("likely",))):
+        run = f"{ADDED}from fly_trt.cli.{module} import main; main(['--help'])"
+        done = subprocess.run([sys.executable, "-c", run], cwd=Path(__file__).parent, capture_output=True, text=True)
+        assert all(name in done.stdout for name in names), module
