@@ -26,9 +26,9 @@ import numpy.typing as npt
 from fly_trt.engines import cuda
 from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, LoadSettings, LogitsBuffer, Step, StepCache
 from fly_trt.engines.kernel_cache import KernelCache
-from fly_trt.engines.tensorrt_library import Library, cache_folder, import_library
+from fly_trt.engines.tensorrt_library import cache_folder, check_compatibility, import_library
 from fly_trt.errors import EngineError
-from fly_trt.manifest import Dtype, Manifest, ModelEngine, TensorRTPlan
+from fly_trt.manifest import Dtype, Manifest, ModelEngine
 from fly_trt.tokens import FloatArray
 
 logger = logging.getLogger(__name__)
@@ -371,32 +371,6 @@ class TensorRTEngine:
             pitch = self._plan.cache_tokens * self._token_bytes
             num_bytes = num_tokens * self._token_bytes
             self._stream.copy_rows((target, pitch), (source, pitch), num_bytes, self._model.num_kv_heads)
-
-
-def check_compatibility(path: Path, plan: TensorRTPlan, library: Library, compute_capability: str) -> None:
-    """Raises EngineError unless this library version and GPU can run the plan. A plan of full TensorRT belongs to one
-    kind of GPU, one of TensorRT-RTX to all from a certain compute capability on."""
-    if library.version != plan.version:
-        raise EngineError(
-            f"{path}: built with {plan.library} {plan.version}, found {library.version}: install {plan.library}=="
-            f"{plan.version} or rebuild with fly-build"
-        )
-    is_portable = plan.library == "tensorrt_rtx"
-    fits = (
-        _numbers(compute_capability) >= _numbers(plan.compute_capability)
-        if is_portable
-        else compute_capability == plan.compute_capability
-    )
-    if not fits:
-        wanted = f"{plan.compute_capability} or later" if is_portable else plan.compute_capability
-        raise EngineError(
-            f"{path}: built for compute capability {wanted}, this GPU has {compute_capability}: rebuild with fly-build "
-            "on this machine"
-        )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
 
 
 def _widen(raw: cuda.Bytes, dtype: Dtype, target: npt.NDArray[np.float32]) -> None:

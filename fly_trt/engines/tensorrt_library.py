@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from fly_trt.errors import EngineError
 from fly_trt.files import new_file
-from fly_trt.manifest import TensorRTLibrary
+from fly_trt.manifest import TensorRTLibrary, TensorRTPlan
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,32 @@ def import_library(name: TensorRTLibrary | None = None) -> Library:
             logger.debug("%s: %s", candidate, error)
     wanted = " or ".join(f"pip install 'fly-trt[{EXTRAS[candidate]}]'" for candidate in names)
     raise EngineError(f"{' and '.join(names)}: not installed: {wanted}")
+
+
+def check_compatibility(path: Path, plan: TensorRTPlan, library: Library, compute_capability: str) -> None:
+    """Raises EngineError unless this library version and GPU can run the plan. A plan of full TensorRT belongs to one
+    kind of GPU, one of TensorRT-RTX to all from a certain compute capability on."""
+    if library.version != plan.version:
+        raise EngineError(
+            f"{path}: built with {plan.library} {plan.version}, found {library.version}: install {plan.library}=="
+            f"{plan.version} or rebuild with fly-build"
+        )
+    is_portable = plan.library == "tensorrt_rtx"
+    fits = (
+        _numbers(compute_capability) >= _numbers(plan.compute_capability)
+        if is_portable
+        else compute_capability == plan.compute_capability
+    )
+    if not fits:
+        wanted = f"{plan.compute_capability} or later" if is_portable else plan.compute_capability
+        raise EngineError(
+            f"{path}: built for compute capability {wanted}, this GPU has {compute_capability}: rebuild with fly-build "
+            "on this machine"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
 
 
 def cache_folder() -> Path:
