@@ -53,10 +53,6 @@ class AsyncLLM(Facade):
         """Ends a request that is still served; its iterator yields a last output with finish_reason "abort"."""
         self._service.abort(request_id)
 
-    def is_waiting(self, request_id: str) -> bool:
-        """Whether the request is in the queue: it has no slot yet, and has not ended."""
-        return self._service.is_waiting(request_id)
-
     def check_health(self) -> None:
         """Raises EngineDeadError when the engine thread has ended after an error, ConfigError after shutdown."""
         self._service.check_running()

@@ -103,11 +103,6 @@ class EngineThread:
         self._aborts.append(group)
         self._wake.set()
 
-    def is_waiting(self, request_id: str) -> bool:
-        """Whether the request is served and none of its sequences has a slot yet."""
-        group = self._groups.get(request_id)
-        return group is not None and group.is_waiting
-
     def shutdown(self) -> None:
         """Aborts what is served, stops the thread and releases the engines. Safe to call twice, and in a forked
         process, which has nothing to stop. Raises EngineError when a step does not end."""

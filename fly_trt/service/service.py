@@ -93,10 +93,6 @@ class Service:
         """Ends the request that has this id now, if there is one. Raises ConfigError in a forked process."""
         self._thread.abort(request_id)
 
-    def is_waiting(self, request_id: str) -> bool:
-        """Whether the request is served and none of its sequences has a slot yet."""
-        return self._thread.is_waiting(request_id)
-
     def _make_drafter(self, engines: LoadedEngines, reuse_cache: bool) -> Drafter | None:
         config = self.speculative_config
         if config.method is None:

@@ -34,11 +34,8 @@ STOPPED = "the model was unloaded before this request was finished: send it agai
 CANCELLED = "cancelled by the client"
 SERVER_PROGRAM = "tritonserver"
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-CODES = {
-    Fault.CALLER: pb_utils.TritonError.INVALID_ARG,
-    Fault.LOAD: pb_utils.TritonError.UNAVAILABLE,
-    Fault.ENGINE: pb_utils.TritonError.INTERNAL,
-}
+# By name: where the server only asks for the model's configuration, there is no TritonError.
+CODES = {Fault.CALLER: "INVALID_ARG", Fault.LOAD: "UNAVAILABLE", Fault.ENGINE: "INTERNAL"}
 
 
 class ResponseStream:
@@ -128,7 +125,7 @@ class TritonPythonModel:
             try:
                 asked = self._read(request)
             except FlyError as error:
-                stream.fail(str(error), CODES[error.fault])
+                stream.fail(str(error), _code(error))
                 continue
             except Exception as error:
                 logger.exception("a request could not be read")
@@ -195,7 +192,7 @@ class TritonPythonModel:
             if self._is_stopping.is_set():
                 stream.fail(STOPPED, pb_utils.TritonError.UNAVAILABLE)
             else:
-                stream.fail(str(error), CODES[error.fault])
+                stream.fail(str(error), _code(error))
         except Exception as error:
             logger.exception("a request failed")
             stream.fail(f"the request failed: {one_line(error)}", pb_utils.TritonError.INTERNAL)
@@ -269,3 +266,7 @@ def _log_to_triton() -> None:
     package.setLevel(logging.INFO)
     if not package.handlers:
         package.addHandler(_TritonHandler())
+
+
+def _code(error: FlyError) -> Any:
+    return getattr(pb_utils.TritonError, CODES[error.fault])

@@ -1,5 +1,6 @@
 """The model where a real server never takes it: Triton waits for running requests before it unloads a model."""
 
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,7 @@ from served_model import (
     wait_until,
     wait_until_running,
 )
-from simulated_triton import Request, SimulatedTriton, TritonError, TritonModelException
+from simulated_triton import MODULE, Request, SimulatedTriton, TritonError, TritonModelException
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
@@ -194,6 +195,13 @@ def test_a_model_that_cannot_load_says_why_in_one_line(
         load(parameters)
     assert "\n" not in str(refused.value)
     assert threads() == set()
+
+
+@pytest.mark.usefixtures("server")
+def test_the_module_loads_where_the_server_only_asks_for_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its module has no TritonError then."""
+    monkeypatch.delattr(sys.modules[MODULE], "TritonError")
+    assert importlib.import_module("fly_trt.serving.triton.model").TritonPythonModel
 
 
 def test_a_request_that_waited_too_long_is_told_to_try_again(
