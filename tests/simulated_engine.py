@@ -10,7 +10,6 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
-from fly_build.export import export_decoder
 from fly_build.head import append_head
 from fly_build.pipeline import ModelPlan, Plan, _finish, make_plan
 from fly_build.recipe import load_recipe
@@ -20,6 +19,7 @@ from fly_trt.engines import Engine, load_engine
 from fly_trt.engines.base import Step
 from fly_trt.manifest import LayerSummary, ModelEngine, TensorRTPlan, read_manifest
 from simulated_tensorrt import VERSION, install, serialise
+from traced_once import export_once
 
 PAIR = Path(__file__).parent / "assets" / "pair"
 LIBRARY = "tensorrt_rtx"
@@ -42,7 +42,7 @@ def build(output: Path) -> Path:
 
 
 def _build_model(model: ModelPlan, plan: Plan, output: Path) -> ModelEngine:
-    decoder = export_decoder(model.checkpoint, plan.limits.max_seq_len, attention="mask")
+    decoder = export_once(model.checkpoint, plan.limits.max_seq_len, attention="mask")
     append_head(decoder.model, plan.head.entropy_top_k, plan.head.stop_token_ids)
     sizes = Sizes.of(plan.limits)
     fix_cache_length(decoder.model, sizes.cache_tokens)

@@ -13,7 +13,6 @@ from click.testing import CliRunner
 from fly_build import tensorrt
 from fly_build.checkpoint import open_checkpoint
 from fly_build.cli import main
-from fly_build.export import export_decoder
 from fly_build.head import append_head
 from fly_build.pipeline import Plan, build, make_plan
 from fly_build.recipe import Recipe, load_recipe
@@ -21,6 +20,7 @@ from fly_trt.engines.tensorrt_library import import_library
 from fly_trt.errors import ConfigError, EngineError
 from fly_trt.manifest import Dtype, Limits, read_manifest
 from tiny_models import PAIR, SHAPE, TinyPair, add_demo_tokenizer, check_against_transformers, save_tiny, tiny_runner
+from traced_once import export_once
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -149,7 +149,7 @@ def test_a_head_dimension_without_a_kernel_is_computed_in_parts_and_said(tmp_pat
     assert (layers.native_attention, layers.decomposed_attention) == (0, 2)
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float16"])
+@pytest.fixture(scope="module", params=["bfloat16", pytest.param("float16", marks=pytest.mark.long)])
 def demo_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo pair as a user builds it."""
     output = tmp_path_factory.mktemp("demo") / "engine"
@@ -224,7 +224,7 @@ def test_profiles_cover_decode_verification_and_prefill() -> None:
 
 def test_with_plugins_the_head_is_two_nodes_that_the_parser_finds_by_name(tmp_path: Path) -> None:
     save_tiny(_config("llama"), tmp_path)
-    graph = export_decoder(open_checkpoint(str(tmp_path)), 64, attention="mask").model
+    graph = export_once(open_checkpoint(str(tmp_path)), 64, attention="mask").model
     append_head(graph, 3, [2], form="plugins")
     assert len(graph.functions) == 0
     gate, accept = (node for node in graph.graph if node.domain == "fly")
