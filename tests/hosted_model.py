@@ -20,6 +20,7 @@ def written_model(server: TritonServer, engine: Path, name: str, **settings: Any
         yield plan.model_dir
     finally:
         server.unload(name)
+        server.wait_until_unloaded(name)
         shutil.rmtree(plan.model_dir)
 
 

@@ -107,9 +107,11 @@ class TritonServer:
         assert status == 200, answer
 
     def unload(self, model: str) -> None:
-        """The reverse; returns when the model has ended, which it does after its last request."""
+        """The reverse. The model ends after its last request."""
         status, answer = self.post(f"/v2/repository/models/{model}/unload")
         assert status == 200, answer
+
+    def wait_until_unloaded(self, model: str) -> None:
         wait_until(lambda: self._state(model) == "UNAVAILABLE", f"{model} is unloaded")
 
     def _state(self, model: str) -> str:

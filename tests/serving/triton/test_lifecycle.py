@@ -61,12 +61,14 @@ def test_a_model_is_unloaded_and_loaded_again(server: TritonServer, demo_engine:
         assert server.post("/v2/models/again/generate", {"text_input": PROMPT})[0] == 404
         assert running.finish().error is None  # what runs is finished first
         assert len(running.token_ids) == 300
+        server.wait_until_unloaded("again")
         assert _stubs(server, "again") == []
         assert _samples(server, "num_requests_running", "again") == {}
         for _ in range(2):
             server.load("again")
             assert server.generate("again", text_input=PROMPT, max_tokens=20)["output_ids"] == want
             server.unload("again")
+            server.wait_until_unloaded("again")
 
 
 def test_a_reload_takes_an_edited_configuration(write: Write) -> None:
@@ -95,6 +97,7 @@ def test_a_copied_model_works_elsewhere(server: TritonServer, demo_engine: Path,
         assert server.generate("moved", text_input=PROMPT, max_tokens=5)["num_output_tokens"] == 5
     finally:
         server.unload("moved")
+        server.wait_until_unloaded("moved")
         shutil.rmtree(elsewhere)
 
 
