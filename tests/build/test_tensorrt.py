@@ -19,12 +19,21 @@ from fly_build.recipe import Recipe, load_recipe
 from fly_trt.engines.tensorrt_library import import_library
 from fly_trt.errors import ConfigError, EngineError
 from fly_trt.manifest import Dtype, Limits, read_manifest
-from tiny_models import PAIR, SHAPE, TinyPair, add_demo_tokenizer, check_against_transformers, save_tiny, tiny_runner
+from tiny_models import (
+    MAX_SEQ_LEN,
+    PAIR,
+    SHAPE,
+    TinyPair,
+    add_demo_tokenizer,
+    check_against_transformers,
+    save_tiny,
+    tiny_runner,
+)
 from traced_once import export_once
 
 pytest.importorskip("tensorrt_rtx")
 
-SMALL = {"max_seq_len": 128, "max_num_tokens": 64, "max_draft_len": 8}
+SMALL = {"max_seq_len": MAX_SEQ_LEN, "max_num_tokens": 64, "max_draft_len": 8}  # so that a trace serves several tests
 TINY: dict[str, Any] = {**SHAPE, "vocab_size": 896}
 HEAD_DIM = {"head_dim": 16}
 WINDOW = {"sliding_window": 12}
@@ -62,7 +71,7 @@ def _silent(step: str, fraction: float) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_graph_with_masks_agrees_with_transformers(name: str, tmp_path: Path) -> None:
     """Run by ONNX Runtime in float32. TensorRT's parser reads the same operators."""
-    model, runner, graph = tiny_runner(_config(name, vocab_size=160), tmp_path, attention="mask")
+    model, runner, graph = tiny_runner(_config(name), tmp_path, attention="mask")
     check_against_transformers(model, runner)
     attentions = [node for node in graph.graph if node.op_type == "Attention"]
     assert len(attentions) == (0 if name == "gemma2" else NUM_LAYERS)
@@ -121,7 +130,7 @@ def _parsed(tmp_path: Path) -> tuple[Any, Any, list[tensorrt.AttentionNames]]:
 
 
 def _fixed_graph(tmp_path: Path) -> ir.Model:
-    _, _, graph = tiny_runner(_config("llama", vocab_size=160), tmp_path, attention="mask")
+    _, _, graph = tiny_runner(_config("llama"), tmp_path, attention="mask")
     tensorrt.fix_cache_length(graph, _sizes().cache_tokens)
     ir.save(graph, tmp_path / "fixed.onnx")
     return graph
@@ -224,7 +233,7 @@ def test_profiles_cover_decode_verification_and_prefill() -> None:
 
 def test_with_plugins_the_head_is_two_nodes_that_the_parser_finds_by_name(tmp_path: Path) -> None:
     save_tiny(_config("llama"), tmp_path)
-    graph = export_once(open_checkpoint(str(tmp_path)), 64, attention="mask").model
+    graph = export_once(open_checkpoint(str(tmp_path)), MAX_SEQ_LEN, attention="mask").model
     append_head(graph, 3, [2], form="plugins")
     assert len(graph.functions) == 0
     gate, accept = (node for node in graph.graph if node.domain == "fly")
