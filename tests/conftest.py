@@ -1,25 +1,81 @@
-"""Engines of the demo pair, built once for all tests that need real ones."""
+"""What all tests share: how much a run tries, one core for each of its workers, and engines of the demo pair.
 
+A run is one process, or several (pytest-xdist) that share what is built once. Without --long it tries fewer random
+examples, always the same ones.
+"""
+
+import os
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
+from hypothesis import settings
 
 ASSETS = Path(__file__).parent / "assets"
 PAIR = ASSETS / "pair"
 SLOW_STEP_SECONDS = 0.02
+# No deadline: no test may depend on the machine.
+settings.register_profile("long", max_examples=100, deadline=None)
+settings.register_profile("everyday", max_examples=25, derandomize=True, deadline=None)
+BuildOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
-def _build(output: Path, **flags: object) -> Path:
-    from fly_build.pipeline import build, make_plan
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="as many random examples and requests as before a release")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("long" if config.getoption("--long") else "everyday")
+    if hasattr(config, "workerinput"):  # one of several processes: the others need the other cores
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        from fly_trt.engines.onnxruntime import session_options
+
+        session_options(num_threads=1)
+
+
+@pytest.fixture(scope="session")
+def is_long(pytestconfig: pytest.Config) -> bool:
+    return pytestconfig.getoption("--long")
+
+
+@pytest.fixture(scope="session")
+def build_once(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> BuildOnce:
+    """build_once(name, make): the path `name` that make(path) has written in whichever process of the run asked first.
+    Tests leave it as it is."""
+    folder = tmp_path_factory.getbasetemp()
+    if hasattr(pytestconfig, "workerinput"):
+        folder = folder.parent
+    folder /= "shared"
+    folder.mkdir(exist_ok=True)
+
+    def build_once(name: str, make: Callable[[Path], object]) -> Path:
+        path, is_whole = folder / name, folder / f"{name}.whole"
+        with FileLock(folder / f"{name}.lock"):
+            if not is_whole.exists():
+                shutil.rmtree(path, ignore_errors=True)
+                make(path)
+                is_whole.touch()
+        return path
+
+    return build_once
+
+
+def _build(output: Path, **flags: object) -> None:
+    import fly_build.model_build
+    import fly_build.pipeline
     from fly_build.recipe import load_recipe
+    from traced_once import export_once
 
     # Given, not measured: what is accepted may depend on them, and no test may depend on the machine.
     costs = {"draft_token_cost": 0.12, "verification_token_cost": 0.06}
     recipe = load_recipe(None, {"target": str(PAIR / "target"), "max_seq_len": 2048, "speculative": costs, **flags})
-    build(make_plan(recipe, output), lambda step, fraction: None)
-    return output
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fly_build.model_build, "export_decoder", export_once)
+        fly_build.pipeline.build(fly_build.pipeline.make_plan(recipe, output), lambda step, fraction: None)
 
 
 @pytest.fixture
@@ -37,24 +93,24 @@ def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def demo_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo_engine(build_once: BuildOnce) -> Path:
     """The demo pair in float32."""
-    return _build(tmp_path_factory.mktemp("engines") / "demo", draft=str(PAIR / "draft"))
+    return build_once("demo", lambda path: _build(path, draft=str(PAIR / "draft")))
 
 
 @pytest.fixture(scope="session")
-def demo_int8_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo_int8_engine(build_once: BuildOnce) -> Path:
     """The demo pair in int8."""
-    return _build(tmp_path_factory.mktemp("engines") / "demo_int8", draft=str(PAIR / "draft"), quantization="int8")
+    return build_once("demo_int8", lambda path: _build(path, draft=str(PAIR / "draft"), quantization="int8"))
 
 
 @pytest.fixture(scope="session")
-def weak_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weak_engine(build_once: BuildOnce) -> Path:
     """The demo target with a draft that is right 10 % of the time, in float32."""
-    return _build(tmp_path_factory.mktemp("engines") / "weak", draft=str(PAIR / "draft_weak"))
+    return build_once("weak", lambda path: _build(path, draft=str(PAIR / "draft_weak")))
 
 
 @pytest.fixture(scope="session")
-def target_only_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def target_only_engine(build_once: BuildOnce) -> Path:
     """The demo target without a draft, in int8."""
-    return _build(tmp_path_factory.mktemp("engines") / "target", quantization="int8")
+    return build_once("target", lambda path: _build(path, quantization="int8"))

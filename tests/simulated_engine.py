@@ -10,13 +10,14 @@ import numpy.typing as npt
 import onnx
 import pytest
 
-from fly_build import pipeline
+from fly_build import model_build, pipeline
 from fly_build.recipe import load_recipe
 from fly_build.tensorrt_builder import EngineBuilder
 from fly_trt.engines import Engine, load_engine
 from fly_trt.engines.base import Step
 from fly_trt.manifest import LayerSummary, TensorRTPlan, read_manifest
 from simulated_tensorrt import VERSION, install, serialise
+from traced_once import export_once
 
 PAIR = Path(__file__).parent / "assets" / "pair"
 LIBRARY = "tensorrt_rtx"
@@ -33,6 +34,7 @@ def build(output: Path) -> Path:
     recipe = load_recipe(None, {"target": str(PAIR / "target"), "draft": str(PAIR / "draft"), **flags})
     with pytest.MonkeyPatch.context() as patch:
         install(patch)
+        patch.setattr(model_build, "export_decoder", export_once)
         patch.setattr(EngineBuilder, "build", _compile)
         pipeline.build(pipeline.make_plan(recipe, output), lambda *_: None)
     return output

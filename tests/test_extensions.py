@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_drafter import period
-from toy_policy import RATIO, LikelyPolicy
 
 from eval_prompts import load_eval_prompts
 from fly_trt import LLM, AcceptanceParams, ConfigError, SamplingParams
@@ -21,6 +19,8 @@ from fly_trt.serving.triton.request import read_request
 from fly_trt.verification import POLICIES
 from loop_stack import PROMPT, make_drafter, make_request, make_stack
 from table_engine import STOP_TOKEN, Logits, NextToken, most_probable, spread_logits
+from toy_drafter import period
+from toy_policy import RATIO, LikelyPolicy
 
 PROMPTS = [prompt["prompt"] for prompt in load_eval_prompts()[:12]]
 # What a release with the two has in the tables; for programs of their own.

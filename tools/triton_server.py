@@ -101,6 +101,24 @@ class TritonServer:
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
 
+    def load(self, model: str) -> None:
+        """Has a server with --model-control-mode explicit load the model, anew if it has it already."""
+        status, answer = self.post(f"/v2/repository/models/{model}/load")
+        assert status == 200, answer
+
+    def unload(self, model: str) -> None:
+        """The reverse. The model ends after its last request."""
+        status, answer = self.post(f"/v2/repository/models/{model}/unload")
+        assert status == 200, answer
+
+    def wait_until_unloaded(self, model: str) -> None:
+        wait_until(lambda: self._state(model) == "UNAVAILABLE", f"{model} is unloaded")
+
+    def _state(self, model: str) -> str:
+        """UNAVAILABLE also where the server knows no such model, or has never loaded it."""
+        _, models = self.post("/v2/repository/index")
+        return next((found.get("state", "UNAVAILABLE") for found in models if found["name"] == model), "UNAVAILABLE")
+
     def generate(self, model: str = "fly", **inputs: Any) -> dict[str, Any]:
         """POST /v2/models/MODEL/generate; the answer must be good."""
         status, answer = self.post(f"/v2/models/{model}/generate", inputs)

@@ -1,12 +1,23 @@
-"""A tiny target and draft with the demo pair's tokenizer, saved once for all tests that build engine directories."""
+"""A tiny target and draft with the demo pair's tokenizer, saved once for all tests that build engine directories, and
+builds that trace each model once."""
 
 import json
+from collections.abc import Iterator
 
 import pytest
 
+import fly_build.model_build
 from tiny_models import TinyPair, add_demo_tokenizer, save_tiny, tiny_llama
+from traced_once import export_once
 
 CALM = 0.08
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fly_build.model_build, "export_decoder", export_once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ import pytest
 import transformers
 
 from fly_build.checkpoint import Checkpoint, open_checkpoint
-from fly_build.export import DecoderGraph, export_decoder
 from tiny_models import MAX_SEQ_LEN, SHAPE, Runner, finish_graph, save_tiny, tiny_llama
+from traced_once import export_once
 
 LENGTH = 30
 TOKENS = np.random.default_rng(0).integers(3, SHAPE["vocab_size"], LENGTH)
@@ -74,24 +74,12 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(request.param)
     save_tiny(CONFIGS[request.param](), folder)
     checkpoint = open_checkpoint(str(folder))
-    decoder = export_decoder(checkpoint, MAX_SEQ_LEN)
     models = {}
     for quantization in ("none", "int8"):
         path = folder / f"{quantization}.onnx"
-        finish_graph(_copy(decoder), checkpoint, path, "float32", quantization)
+        finish_graph(export_once(checkpoint, MAX_SEQ_LEN), checkpoint, path, "float32", quantization)
         models[quantization] = Built(checkpoint, path)
     return models
-
-
-def _copy(decoder: DecoderGraph) -> DecoderGraph:
-    """Finishing a graph changes it, and exporting another takes seconds. Only inputs are copied with the graph."""
-    inputs = decoder.model.graph.inputs
-    num_inputs = len(inputs)
-    inputs.extend(decoder.parameters.values())
-    model = decoder.model.clone()
-    parameters = dict(zip(decoder.parameters, model.graph.inputs[num_inputs:], strict=True))
-    del inputs[num_inputs:], model.graph.inputs[num_inputs:]
-    return DecoderGraph(model, parameters)
 
 
 @pytest.mark.parametrize("company", COMPANY.values(), ids=COMPANY)

@@ -12,11 +12,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from onnx import TensorProto, helper
 
+from examples import examples
 from fly_build.checkpoint import open_checkpoint
 from fly_build.quantization import (
     BLOCK_SIZE,
@@ -59,7 +60,7 @@ def _dequantize_blocks(weight: FloatArray, bits: int) -> npt.NDArray[np.float64]
 
 
 @given(weights)
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_int8_weights_are_within_half_a_step_of_the_original(weight: FloatArray) -> None:
     quantized, scales = quantize_int8(weight)
     assert quantized.dtype == np.int8
@@ -86,7 +87,7 @@ def test_zero_column_stays_zero_beside_others_in_int8() -> None:
 
 
 @given(weights)
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_sum_of_two_uint8_by_int8_products_fits_16_bits(weight: FloatArray) -> None:
     """The kernel for CPUs without VNNI adds two neighbouring products in 16 bits and saturates."""
     quantized = quantize_int8(weight)[0].astype(np.int64)
@@ -97,7 +98,7 @@ def test_sum_of_two_uint8_by_int8_products_fits_16_bits(weight: FloatArray) -> N
 
 @pytest.mark.parametrize("bits", [4, 8])
 @given(weight=weights)
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_block_weights_are_within_half_a_step_and_within_one_at_the_short_end(weight: FloatArray, bits: int) -> None:
     """The codes reach one step further on the side of the block's largest value than on the other."""
     _, scales = quantize_blocks(weight, bits)
@@ -223,7 +224,7 @@ def test_int8_linear_of_a_zero_row_is_zero() -> None:
 
 
 @given(magnitude=st.sampled_from([1e-6, 1.0, 1e6]), seed=st.integers(0, 99))
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_int8_linear_gives_a_row_the_same_bits_beside_any_other_row(magnitude: float, seed: int) -> None:
     model = _int8_linear(_random(48, 96))
     row, mate = _random(1, 3, 96, seed=seed), np.float32(magnitude) * _random(1, 3, 96, seed=seed + 1000)

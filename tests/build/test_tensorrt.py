@@ -13,7 +13,6 @@ from click.testing import CliRunner
 from fly_build import tensorrt_builder
 from fly_build.checkpoint import open_checkpoint
 from fly_build.cli import main
-from fly_build.export import export_decoder
 from fly_build.head import append_head
 from fly_build.pipeline import Plan, build, make_plan
 from fly_build.recipe import load_recipe
@@ -21,11 +20,21 @@ from fly_build.tensorrt_graph import attention_names, fix_cache_length
 from fly_trt.engines.tensorrt_library import import_library
 from fly_trt.errors import ConfigError, EngineError
 from fly_trt.manifest import Dtype, Limits, read_manifest
-from tiny_models import PAIR, SHAPE, TinyPair, add_demo_tokenizer, check_against_transformers, save_tiny, tiny_runner
+from tiny_models import (
+    MAX_SEQ_LEN,
+    PAIR,
+    SHAPE,
+    TinyPair,
+    add_demo_tokenizer,
+    check_against_transformers,
+    save_tiny,
+    tiny_runner,
+)
+from traced_once import export_once
 
 pytest.importorskip("tensorrt_rtx")
 
-SMALL = {"max_seq_len": 128, "max_num_tokens": 64, "max_draft_len": 8}
+SMALL = {"max_seq_len": MAX_SEQ_LEN, "max_num_tokens": 64, "max_draft_len": 8}  # so that a trace serves several tests
 TINY: dict[str, Any] = {**SHAPE, "vocab_size": 896}
 HEAD_DIM = {"head_dim": 16}
 WINDOW = {"sliding_window": 12}
@@ -63,7 +72,7 @@ def _silent(step: str, fraction: float) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_graph_with_masks_agrees_with_transformers(name: str, tmp_path: Path) -> None:
     """Run by ONNX Runtime in float32. TensorRT's parser reads the same operators."""
-    model, runner, graph = tiny_runner(_config(name, vocab_size=160), tmp_path, attention="mask")
+    model, runner, graph = tiny_runner(_config(name), tmp_path, attention="mask")
     check_against_transformers(model, runner)
     attentions = [node for node in graph.graph if node.op_type == "Attention"]
     assert len(attentions) == (0 if name == "gemma2" else NUM_LAYERS)
@@ -122,7 +131,7 @@ def _parsed(tmp_path: Path) -> tuple[Any, Any, list[tensorrt_builder.AttentionNa
 
 
 def _fixed_graph(tmp_path: Path) -> ir.Model:
-    _, _, graph = tiny_runner(_config("llama", vocab_size=160), tmp_path, attention="mask")
+    _, _, graph = tiny_runner(_config("llama"), tmp_path, attention="mask")
     fix_cache_length(graph, _sizes().cache_tokens)
     ir.save(graph, tmp_path / "fixed.onnx")
     return graph
@@ -150,7 +159,7 @@ def test_a_head_dimension_without_a_kernel_is_computed_in_parts_and_said(tmp_pat
     assert (layers.native_attention, layers.decomposed_attention) == (0, 2)
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float16"])
+@pytest.fixture(scope="module", params=["bfloat16", pytest.param("float16", marks=pytest.mark.long)])
 def demo_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo pair as a user builds it."""
     output = tmp_path_factory.mktemp("demo") / "engine"
@@ -225,7 +234,7 @@ def test_profiles_cover_decode_verification_and_prefill() -> None:
 
 def test_with_plugins_the_head_is_two_nodes_that_the_parser_finds_by_name(tmp_path: Path) -> None:
     save_tiny(_config("llama"), tmp_path)
-    graph = export_decoder(open_checkpoint(str(tmp_path)), 64, attention="mask").model
+    graph = export_once(open_checkpoint(str(tmp_path)), MAX_SEQ_LEN, attention="mask").model
     append_head(graph, 3, [2], form="plugins")
     assert len(graph.functions) == 0
     gate, accept = (node for node in graph.graph if node.domain == "fly")

@@ -19,12 +19,13 @@ import transformers
 
 from fly_build.attention import make_shape_invariant
 from fly_build.checkpoint import Checkpoint, open_checkpoint
-from fly_build.export import DecoderGraph, export_decoder
+from fly_build.export import DecoderGraph
 from fly_build.head import append_head
 from fly_build.operators import AttentionForm
 from fly_build.weights import WeightWriter
 from fly_trt.engines.onnxruntime import session_options
 from fly_trt.manifest import Dtype, Quantization
+from traced_once import export_once
 
 PAIR = Path(__file__).resolve().parents[1] / "assets" / "pair"
 MAX_SEQ_LEN = 64
@@ -89,7 +90,7 @@ def build_graph(
     checkpoint: Checkpoint, path: Path, *, dtype: Dtype = "float32", quantization: Quantization = "none"
 ) -> ir.Model:
     """Exports the decoder with its head and weights, and saves it at `path` with external data."""
-    return finish_graph(export_decoder(checkpoint, MAX_SEQ_LEN), checkpoint, path, dtype, quantization)
+    return finish_graph(export_once(checkpoint, MAX_SEQ_LEN), checkpoint, path, dtype, quantization)
 
 
 def finish_graph(
@@ -162,7 +163,7 @@ def tiny_runner(
     """The reference model, the runner and the graph of one configuration."""
     model = save_tiny(config, folder)
     checkpoint = open_checkpoint(str(folder))
-    decoder = export_decoder(checkpoint, MAX_SEQ_LEN, attention=attention)
+    decoder = export_once(checkpoint, MAX_SEQ_LEN, attention=attention)
     graph = finish_graph(decoder, checkpoint, folder / "model.onnx", dtype, quantization, attention)
     return model, Runner(folder / "model.onnx", checkpoint, batch_size), graph
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from examples import examples
 from fly_trt.drafting import DraftRow, Lookup, ModelDrafter
 from table_engine import VOCAB_SIZE, NextToken, TableEngine, greedy, hashed
 
@@ -34,7 +35,7 @@ def steps_of(engine: TableEngine, action: Callable[[], object]) -> list[tuple[in
 
 @pytest.mark.parametrize("lookup", LOOKUPS)
 def test_drafts_are_the_drafts_greedy_text_after_any_corrections(lookup: Lookup | None) -> None:
-    @settings(max_examples=40, deadline=None)
+    @examples(40)
     @given(st.lists(st.tuples(st.integers(0, 9), st.integers(2, 7)), max_size=8), st.integers(0, 3))
     def check(corrections: list[tuple[int, int]], salt: int) -> None:
         language = hashed(8, salt)
@@ -116,7 +117,7 @@ actions = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     lookup=st.sampled_from(LOOKUPS),
     salt=st.integers(0, 5),

@@ -1,6 +1,6 @@
 """The simulated GPU, and the demo pair as an engine directory for it, built once for all tests."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,8 @@ from simulated_tensorrt import install
 
 
 @pytest.fixture(scope="session")
-def simulated_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return simulation.build(tmp_path_factory.mktemp("engines") / "simulated")
+def simulated_engine(build_once: Callable[..., Path]) -> Path:
+    return build_once("simulated", simulation.build)
 
 
 @pytest.fixture

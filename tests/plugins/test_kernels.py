@@ -4,11 +4,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import kernel_library as library
 import kernels as check
+from examples import examples
 from fly_build.head import GATE_OUTPUTS
 from fly_trt.verification import FlyPolicy, accept
 from portable_head import head_session
@@ -49,7 +50,7 @@ def test_any_number_of_probabilities_is_looked_at(kernels: library.Kernels, dtyp
         assert case.mismatches(kernels) == []
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     dtype=st.sampled_from(TYPES),
     rows=st.integers(1, 3).flatmap(

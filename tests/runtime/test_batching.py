@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
+from examples import examples
 from fly_trt.runtime.request import Request
 from fly_trt.verification import EXACT, PRESETS, AcceptancePolicy
 from loop_stack import DRAFTERS, SHORT_WINDOW, Stack, make_drafter, make_request, make_stack, random_prompt, text_of
@@ -134,7 +135,7 @@ def observed(request: Request) -> tuple:
     )
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@examples(120, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(loops(), operations)
 def test_whatever_arrives_and_leaves_each_request_gets_what_it_gets_alone(loop: dict[str, Any], todo: list) -> None:
     stack = build(**loop)

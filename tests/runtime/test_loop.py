@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from examples import examples
 from fly_trt.drafting import ModelDrafter, NgramDrafter
 from fly_trt.errors import EngineError
 from fly_trt.runtime.request import Request, RequestState
@@ -33,7 +34,7 @@ from table_engine import (
 )
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     salt=st.integers(0, 1000),
     vocabulary=st.integers(3, 12),
@@ -49,7 +50,7 @@ def test_exact_speculation_emits_what_plain_decoding_emits(salt: int, vocabulary
         assert (request.finish_reason, request.stop_reason) == ("length", None)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(salt=st.integers(0, 1000), max_tokens=st.integers(1, 40))
 def test_fewer_tokens_are_a_prefix_of_more_tokens_also_when_loose(salt: int, max_tokens: int) -> None:
     language = hashed(12, salt)
@@ -144,7 +145,7 @@ def test_a_stop_string_counts_only_after_min_tokens(drafter: str, min_tokens: in
     assert request.finish_reason == ("stop" if length < 40 else "length")
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     salt=st.integers(0, 1000),
     drafter=st.sampled_from(DRAFTERS[1:]),

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from examples import examples
 from fly_trt.drafting import ModelDrafter
 from fly_trt.runtime.loosening import MAX_PAUSE_TOKENS, TRY_SHARE, Loosening, StepCosts, WindowCounts
 from fly_trt.runtime.request import Request
@@ -159,7 +160,7 @@ def test_those_requests_open_and_pause_windows() -> None:
     assert 0 < sometimes.metrics.num_loosened_tokens < always.metrics.num_loosened_tokens
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     out_of=st.integers(2, 6),
     cuts=st.lists(st.integers(0, K), min_size=1, max_size=5),

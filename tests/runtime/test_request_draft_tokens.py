@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from examples import examples
 from fly_trt.drafting import DraftRow, ModelDrafter
 from fly_trt.runtime.request import Request
 from fly_trt.tokens import IntArray
@@ -50,7 +51,7 @@ def test_every_round_has_what_the_request_asks_for(drafter: str, policy: Accepta
     assert metrics.acceptance_histogram == [0] * length + [4]
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     salt=st.integers(0, 1000),
     drafter=st.sampled_from(DRAFTERS[1:]),

@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from examples import examples
 from fly_trt.drafting import ModelDrafter
 from fly_trt.errors import RequestError
 from fly_trt.runtime.request import Request
@@ -62,7 +63,7 @@ def served(stack: Stack, *others: Request, **params: Any) -> Request:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_seeds_tokens_do_not_depend_on_drafts(name: str) -> None:
-    @settings(max_examples=12, deadline=None)
+    @examples(12)
     @given(salt=st.integers(0, 50), seed=seeds, lengths=lengths)
     def check(salt: int, seed: int, lengths: list[int]) -> None:
         want = served(build(salt), seed=seed, **SETTINGS[name])
@@ -77,7 +78,7 @@ def test_a_seeds_tokens_do_not_depend_on_drafts(name: str) -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_loose_requests_tokens_do_not_depend_on_where_rounds_are_cut(name: str) -> None:
-    @settings(max_examples=12, deadline=None)
+    @examples(12)
     @given(salt=st.integers(0, 50), seed=seeds, lengths=lengths, policy=st.sampled_from(POLICIES))
     def check(salt: int, seed: int, lengths: list[int], policy: AcceptancePolicy) -> None:
         params = {"seed": seed, "policy": policy, "logprobs": 1} | SETTINGS[name]
@@ -90,7 +91,7 @@ def test_a_loose_requests_tokens_do_not_depend_on_where_rounds_are_cut(name: str
     check()
 
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(salt=st.integers(0, 50), seed=seeds, drafter=st.sampled_from(DRAFTERS), lengths=lengths)
 def test_a_seeds_tokens_do_not_depend_on_what_shares_the_batch(
     salt: int, seed: int, drafter: str, lengths: list[int]

@@ -1,9 +1,10 @@
 """Who runs when, and in which slot: first come, first served, in a bounded queue, over a contiguous range of slots."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from examples import examples
 from fly_trt.errors import QueueFullError
 from fly_trt.runtime.request import Request, RequestState
 from fly_trt.verification import PRESETS
@@ -24,7 +25,7 @@ def active_slots(stack: Stack) -> list[int]:
     return [request.slot for request in stack.loop.scheduler.running]
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(lengths=st.lists(st.integers(1, 8), min_size=1, max_size=8), num_slots=st.integers(1, 4))
 def test_requests_are_admitted_in_the_order_of_arrival(lengths: list[int], num_slots: int) -> None:
     stack = make_stack(LANGUAGE, num_slots=num_slots)

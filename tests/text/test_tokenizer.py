@@ -4,10 +4,11 @@ import itertools
 import os
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from examples import examples
 from fly_trt.errors import EngineError
 from fly_trt.text.tokenizer import Detokenizer, load_tokenizer
 
@@ -176,7 +177,7 @@ def text_after(tokenizer: Tokenizer, prompt: list[int], output: list[int], *, sk
     return whole[len(os.path.commonprefix([before, whole])) :]  # noqa: RUF071 - these are no paths
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(run=runs(), skip_special_tokens=st.booleans())
 def test_the_streamed_text_is_what_all_tokens_decode_to(
     run: tuple[str, list[int], list[int]], skip_special_tokens: bool

@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from examples import examples
 from fly_trt.errors import ConfigError
 from fly_trt.verification import EXACT, NOTHING, PRESETS, AcceptancePolicy, Evidence, FlyPolicy, accept, fly_policy
 
@@ -116,7 +117,7 @@ def whole_rounds(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, A
     return np.array(draft, np.int64), np.array(choices, np.int64), np.array(gate, np.float32), policy
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(whole_rounds())
 def test_a_verdict_on_a_beginning_never_contradicts_the_whole(round_: tuple) -> None:
     draft, choices, gate, policy = round_

@@ -1,9 +1,10 @@
-"""Servers of the demo pair. One runs for all tests that leave it as they found it."""
+"""A server of the demo pair, for all tests that leave it as they found it: those that need another model have it load
+one (hosted_model.py)."""
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,16 @@ from triton_server import LAUNCHER, TritonServer
 
 
 @pytest.fixture(scope="session")
-def launcher() -> None:
+def launcher(build_once: Callable[..., Path]) -> None:
     """The server's environment, or the reason why this machine has none."""
     if not sys.platform.startswith("linux") or sys.version_info[:2] not in ((3, 11), (3, 12)):
         pytest.skip(f"the tritonserver wheel is for Linux and Python 3.11 or 3.12, not {sys.platform} {sys.version}")
-    subprocess.run([LAUNCHER, "--prepare"], check=True, env=os.environ | {"PYTHON": sys.executable})
+
+    def prepare(path: Path) -> None:
+        """Nothing is written at `path`: the environment lies beside the launcher."""
+        subprocess.run([LAUNCHER, "--prepare"], check=True, env=os.environ | {"PYTHON": sys.executable})
+
+    build_once("launcher", prepare)
 
 
 @pytest.fixture(scope="session")
@@ -41,5 +47,6 @@ def slow_steps(repository: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def server(launcher: None, repository: Path) -> Iterator[TritonServer]:
-    with TritonServer(repository, repository.parent / "server.log") as server:
+    arguments = ("--model-control-mode", "explicit", "--load-model", "fly")
+    with TritonServer(repository, repository.parent / "server.log", *arguments) as server:
         yield server

@@ -1,30 +1,30 @@
-"""Servers that start, stop, load, unload and move."""
+"""Servers that start and stop, and models that are loaded, unloaded and moved."""
 
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from engine_switch import BROKEN, add_switch
 
 from eval_prompts import load_eval_prompts
 from fly_trt.serving.triton.repository import make_plan, write_model
+from hosted_model import hosted_model, written_model
 from triton_server import GrpcStream, TritonServer, wait_until
 
 PROMPT = load_eval_prompts()[0]["prompt"]
 WITHOUT_END = {"end_id": -1, "stream": True}
-Write = Callable[..., Path]
+Write = Callable[[], Path]
 
 
 @pytest.fixture
 def write(launcher: None, demo_engine: Path, tmp_path: Path) -> Write:
-    """Writes a model into a repository of its own."""
+    """Writes a model into a repository of its own, for a server of its own."""
 
-    def write(**settings: Any) -> Path:
+    def write() -> Path:
         repository = tmp_path / "model_repository"
-        write_model(make_plan(demo_engine, repository, **settings), lambda done, total: None)
+        write_model(make_plan(demo_engine, repository), lambda done, total: None)
         return repository
 
     return write
@@ -34,9 +34,9 @@ def start(repository: Path, *arguments: str) -> TritonServer:
     return TritonServer(repository, repository.parent / "server.log", *arguments)
 
 
-def streams(server: TritonServer, count: int, max_tokens: int) -> list[GrpcStream]:
+def streams(server: TritonServer, count: int, max_tokens: int, model: str = "fly") -> list[GrpcStream]:
     """Requests that are being served."""
-    started = [server.stream(text_input=PROMPT, max_tokens=max_tokens, **WITHOUT_END) for _ in range(count)]
+    started = [server.stream(model, text_input=PROMPT, max_tokens=max_tokens, **WITHOUT_END) for _ in range(count)]
     for stream in started:
         stream.wait_for_response()
     return started
@@ -53,25 +53,26 @@ def test_sigterm_lets_running_requests_finish(write: Write) -> None:
     assert _stubs(server) == []
 
 
-def test_a_model_is_unloaded_and_loaded_again(write: Write) -> None:
-    with start(write(), "--model-control-mode", "explicit", "--load-model", "fly") as server:
-        want = server.generate(text_input=PROMPT, max_tokens=20)["output_ids"]
-        (running,) = streams(server, 1, 300)
-        assert server.post("/v2/repository/models/fly/unload")[0] == 200
-        assert server.post("/v2/models/fly/generate", {"text_input": PROMPT})[0] == 404
+def test_a_model_is_unloaded_and_loaded_again(server: TritonServer, demo_engine: Path) -> None:
+    with hosted_model(server, demo_engine, "again"):
+        want = server.generate("again", text_input=PROMPT, max_tokens=20)["output_ids"]
+        (running,) = streams(server, 1, 300, model="again")
+        server.unload("again")
+        assert server.post("/v2/models/again/generate", {"text_input": PROMPT})[0] == 404
         assert running.finish().error is None  # what runs is finished first
         assert len(running.token_ids) == 300
-        _wait_for_state(server, "UNAVAILABLE")
-        assert _stubs(server) == []
-        assert server.metrics("num_requests_running") == {}
+        server.wait_until_unloaded("again")
+        assert _stubs(server, "again") == []
+        assert _samples(server, "num_requests_running", "again") == {}
         for _ in range(2):
-            assert server.post("/v2/repository/models/fly/load")[0] == 200
-            assert server.generate(text_input=PROMPT, max_tokens=20)["output_ids"] == want
-            assert server.post("/v2/repository/models/fly/unload")[0] == 200
-            _wait_for_state(server, "UNAVAILABLE")
+            server.load("again")
+            assert server.generate("again", text_input=PROMPT, max_tokens=20)["output_ids"] == want
+            server.unload("again")
+            server.wait_until_unloaded("again")
 
 
 def test_a_reload_takes_an_edited_configuration(write: Write) -> None:
+    """On a server of its own: this release of it may break when it ends while it still unloads what was replaced."""
     repository = write()
     with start(repository, "--model-control-mode", "explicit", "--load-model", "fly") as server:
         loose = server.generate(text_input=PROMPT, max_tokens=160)
@@ -79,33 +80,37 @@ def test_a_reload_takes_an_edited_configuration(write: Write) -> None:
         text, parameter = config.read_text(), 'key: "acceptance" value {{ string_value: "{}" }}'
         assert parameter.format("fly") in text
         config.write_text(text.replace(parameter.format("fly"), parameter.format("exact")))
-        assert server.post("/v2/repository/models/fly/load")[0] == 200
+        server.load("fly")
         exact = server.generate(text_input=PROMPT, max_tokens=160)
         assert loose["total_loosened_tokens"] > exact["total_loosened_tokens"] == 0
+        wait_until(lambda: len(_stubs(server)) == 1, "the replaced model's process has ended")
 
 
-def test_a_copied_repository_works_elsewhere(demo_engine: Path, launcher: None, tmp_path: Path) -> None:
+def test_a_copied_model_works_elsewhere(server: TritonServer, demo_engine: Path, tmp_path: Path) -> None:
     engine = tmp_path / "engine"
     shutil.copytree(demo_engine, engine)
-    write_model(make_plan(engine, tmp_path / "here", copy_engines=True), lambda done, total: None)
+    write_model(make_plan(engine, tmp_path / "here", name="moved", copy_engines=True), lambda done, total: None)
     shutil.rmtree(engine)
-    elsewhere = tmp_path / "another" / "node"
-    elsewhere.parent.mkdir()
-    shutil.move(tmp_path / "here", elsewhere)
-    with start(elsewhere) as server:
-        assert server.generate(text_input=PROMPT, max_tokens=5)["num_output_tokens"] == 5
+    elsewhere = Path(shutil.move(tmp_path / "here" / "moved", server.repository))
+    try:
+        server.load("moved")
+        assert server.generate("moved", text_input=PROMPT, max_tokens=5)["num_output_tokens"] == 5
+    finally:
+        server.unload("moved")
+        server.wait_until_unloaded("moved")
+        shutil.rmtree(elsewhere)
 
 
-def test_two_instances_have_a_runtime_each(write: Write) -> None:
-    with start(write(instances=2)) as server:
-        assert set(server.metrics("num_requests_running")) == {
-            f'{{instance="fly_0_{number}",model="fly",version="1"}}' for number in range(2)
+def test_two_instances_have_a_runtime_each(server: TritonServer, demo_engine: Path) -> None:
+    with hosted_model(server, demo_engine, "two", instances=2):
+        assert set(_samples(server, "num_requests_running", "two")) == {
+            f'{{instance="two_0_{number}",model="two",version="1"}}' for number in range(2)
         }
-        want = server.generate(text_input=PROMPT, max_tokens=60)["output_ids"]
-        together = [server.stream(text_input=PROMPT, max_tokens=60, stream=True) for _ in range(16)]
+        want = server.generate("two", text_input=PROMPT, max_tokens=60)["output_ids"]
+        together = [server.stream("two", text_input=PROMPT, max_tokens=60, stream=True) for _ in range(16)]
         assert [stream.finish().token_ids for stream in together] == [want] * 16
         server.wait_for("num_requests_running", 0)
-        assert all(tokens > 0 for tokens in server.metrics("generation_tokens_total").values())
+        assert all(tokens > 0 for tokens in _samples(server, "generation_tokens_total", "two").values())
 
 
 @pytest.mark.parametrize(
@@ -116,15 +121,19 @@ def test_two_instances_have_a_runtime_each(write: Write) -> None:
         ('string_value: "reference"', 'string_value: "best"', "preset 'best': expected one of"),
     ],
 )
-def test_a_wrong_configuration_does_not_load_and_says_why(write: Write, old: str, new: str, message: str) -> None:
-    repository = write()
-    config = repository / "fly" / "config.pbtxt"
-    assert old in config.read_text()
-    config.write_text(config.read_text().replace(old, new))
-    with pytest.raises(RuntimeError) as failed, start(repository):
-        pass
-    assert message in str(failed.value)
-    assert "Traceback" not in str(failed.value)
+def test_a_wrong_configuration_does_not_load_and_says_why(
+    server: TritonServer, demo_engine: Path, old: str, new: str, message: str
+) -> None:
+    before = len(server.log)
+    with written_model(server, demo_engine, "wrong") as model_dir:
+        config = model_dir / "config.pbtxt"
+        assert old in config.read_text()
+        config.write_text(config.read_text().replace(old, new))
+        status, answer = server.post("/v2/repository/models/wrong/load")
+        assert status >= 400
+        assert message in answer["error"]
+        assert message in server.log[before:]
+        assert "Traceback" not in server.log[before:]
 
 
 def test_missing_engines_do_not_load_and_say_why(launcher: None, demo_engine: Path, tmp_path: Path) -> None:
@@ -151,11 +160,12 @@ def test_a_server_whose_engine_cannot_run_any_more_ends(write: Write, tmp_path: 
     assert _stubs(server) == []
 
 
-def _wait_for_state(server: TritonServer, state: str) -> None:
-    wait_until(lambda: server.post("/v2/repository/index")[1][0]["state"] == state, state)
+def _samples(server: TritonServer, metric: str, model: str) -> dict[str, float]:
+    """Those of the model, by their labels."""
+    return {labels: value for labels, value in server.metrics(metric).items() if f'model="{model}"' in labels}
 
 
-def _stubs(server: TritonServer) -> list[str]:
-    """Processes that serve models of the server's repository."""
+def _stubs(server: TritonServer, model: str = "fly") -> list[str]:
+    """Processes that serve the model of the server's repository."""
     found = subprocess.run(["pgrep", "-fa", "triton_python_backend_stub"], capture_output=True, text=True).stdout
-    return [line for line in found.splitlines() if str(server.repository) in line]
+    return [line for line in found.splitlines() if f"{server.repository / model}/" in line]

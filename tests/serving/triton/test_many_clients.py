@@ -11,7 +11,7 @@ import pytest
 from engine_switch import SLOW, add_switch
 
 from eval_prompts import load_eval_prompts
-from fly_trt.serving.triton.repository import make_plan, write_model
+from hosted_model import written_model
 from triton_server import TritonServer, wait_until
 
 PROMPTS = [record["prompt"] for record in load_eval_prompts()[50:90]]
@@ -138,38 +138,35 @@ def test_what_triton_cannot_read_reaches_nobody(server: TritonServer, body: Any)
 
 
 @pytest.fixture
-def small_server(launcher: None, demo_engine: Path, tmp_path: Path) -> Iterator[TritonServer]:
-    """One request in flight, one that waits, as long as it likes. Its steps are slow while there is a file slow."""
-    plan = make_plan(
-        demo_engine,
-        tmp_path / "models",
-        max_queue_size=1,
-        queue_timeout=0,
-        settings={"max_batch_size": 1, "max_num_tokens": 64},
-        speculative={"method": None},
-    )
-    write_model(plan, lambda done, total: None)
-    add_switch(plan.model_dir, tmp_path / "slow", SLOW)
-    with TritonServer(tmp_path / "models", tmp_path / "server.log") as server:
-        yield server
+def small(server: TritonServer, demo_engine: Path, tmp_path: Path) -> Iterator[str]:
+    """A model with one request in flight, and one that waits as long as it likes. Its steps are slow while there is a
+    file slow."""
+    settings: dict[str, Any] = {"max_batch_size": 1, "max_num_tokens": 64}
+    queue = {"max_queue_size": 1, "queue_timeout": 0}
+    plain = {"method": None}
+    with written_model(server, demo_engine, "small", settings=settings, speculative=plain, **queue) as model_dir:
+        add_switch(model_dir, tmp_path / "slow", SLOW)
+        server.load("small")
+        yield "small"
 
 
-def test_a_full_queue_and_a_long_wait_are_refused(small_server: TritonServer, tmp_path: Path) -> None:
-    server = small_server
+def test_a_full_queue_and_a_long_wait_are_refused(server: TritonServer, small: str, tmp_path: Path) -> None:
     (tmp_path / "slow").touch()
-    running = server.stream(text_input=PROMPTS[0], max_tokens=1900, **WITHOUT_END)  # a minute and a half, or more
+    running = server.stream(
+        small, text_input=PROMPTS[0], max_tokens=1900, **WITHOUT_END
+    )  # a minute and a half, or more
     running.wait_for_response()
-    waiting = server.stream(text_input=PROMPTS[1], max_tokens=5)
+    waiting = server.stream(small, text_input=PROMPTS[1], max_tokens=5)
     server.wait_for("num_requests_waiting", 1)
-    status, answer = server.post("/v2/models/fly/generate", {"text_input": PROMPTS[2], "max_tokens": 5})
+    status, answer = server.post(f"/v2/models/{small}/generate", {"text_input": PROMPTS[2], "max_tokens": 5})
     assert status >= 400
     assert "the queue is full: 1 requests wait and max_queue_size is 1" in answer["error"]
     waiting.disconnect()
     server.wait_for("num_requests_waiting", 0)
-    error = server.stream(text_input=PROMPTS[1], max_tokens=5, wait=1.0).finish().error
+    error = server.stream(small, text_input=PROMPTS[1], max_tokens=5, wait=1.0).finish().error
     assert error is not None
     assert "timed out in the queue" in error.message()
     (tmp_path / "slow").unlink()
     running.disconnect()
     server.wait_for("num_requests_running", 0)
-    assert server.generate(text_input=PROMPTS[1], max_tokens=5)["num_output_tokens"] == 5
+    assert server.generate(small, text_input=PROMPTS[1], max_tokens=5)["num_output_tokens"] == 5

@@ -13,20 +13,17 @@ import pytest
 
 from eval_prompts import load_eval_prompts
 from fly_trt import LLM, SamplingParams
-from fly_trt.serving.triton.repository import make_plan, write_model
+from hosted_model import hosted_model
 from triton_server import TritonServer
 
 PROMPTS = [record["prompt"] for record in load_eval_prompts()[90:94]]
 
 
-@pytest.fixture(scope="module")
-def server(launcher: None, demo_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    folder = tmp_path_factory.mktemp("tensorrt_llm")
+@pytest.fixture(scope="module", autouse=True)
+def ensemble(server: TritonServer, demo_engine: Path) -> Iterator[None]:
     # That repository answers with the prompt in front unless told otherwise.
-    plan = make_plan(demo_engine, folder / "models", name="ensemble", exclude_input_in_output=False)
-    write_model(plan, lambda done, total: None)
-    with TritonServer(folder / "models", folder / "server.log") as server:
-        yield server
+    with hosted_model(server, demo_engine, "ensemble", exclude_input_in_output=False):
+        yield
 
 
 @pytest.fixture(scope="module")
