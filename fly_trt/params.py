@@ -143,7 +143,7 @@ class SpeculativeConfig(AcceptanceSettings):
     draft_token_cost, verification_token_cost: what that is decided by, a draft token and each further token of a target
     step, in target steps of one token; None means as measured when the engine was built.
     acceptance None: "fly" with a draft model; "exact" for n-gram drafts, which are copies rather than alternatives: a
-    loosened one costs accuracy (181 instead of 240 right answers of 240 on the demo pair). preset None: "reference".
+    loosened one costs accuracy (181 instead of 240 right answers of 240 on the demo pair).
     """
 
     method: str | None = "multi_level"
@@ -155,15 +155,15 @@ class SpeculativeConfig(AcceptanceSettings):
     adaptive_acceptance: bool = True
     draft_token_cost: float | None = None
     verification_token_cost: float | None = None
+    preset: str = DEFAULT_PRESET  # here it is always one of them
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, (None, *DRAFTERS))
+        check_choice("preset", self.preset, PRESETS)
         AcceptanceSettings.__post_init__(self)
         if self.acceptance is None:
             usual = DEFAULT_ACCEPTANCE if self.method is None else DRAFTERS[self.method].acceptance
             object.__setattr__(self, "acceptance", usual)
-        if self.preset is None:
-            object.__setattr__(self, "preset", DEFAULT_PRESET)
         for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_num_tokens"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("prompt_lookup_max", self.prompt_lookup_max, self.prompt_lookup_min)
@@ -177,7 +177,8 @@ class SpeculativeConfig(AcceptanceSettings):
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> Self:
         """From YAML or the manifest. Raises ConfigError on an unknown field."""
-        known = [f.name for f in dataclasses.fields(cls)]
+        shared = [f.name for f in dataclasses.fields(AcceptanceSettings)]
+        known = [f.name for f in dataclasses.fields(cls) if f.name not in shared] + shared
         unknown = settings.keys() - set(known)
         if unknown:
             raise ConfigError(f"speculative: unknown field {sorted(unknown)[0]!r}: expected one of {', '.join(known)}")

@@ -31,7 +31,7 @@ async def check_nothing_is_left(llm: AsyncLLM) -> None:
     assert not thread._groups
     assert not thread._group_of
     loop = thread._executor
-    check_invariants(loop)
+    check_invariants(loop.scheduler)
     assert not loop.scheduler.running
     assert not loop.scheduler.waiting
     assert all(slot.request is None for slot in loop.scheduler.slots.table)
