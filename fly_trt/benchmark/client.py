@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fly_trt.errors import ConfigError
-from fly_trt.outputs import RequestMetrics
+from fly_trt.outputs import RequestMetrics, RequestOutput
 from fly_trt.params import RequestOutputKind, SamplingParams
-from fly_trt.service.inbox import Arrival, Inbox
+from fly_trt.service.inbox import Inbox
 from fly_trt.service.service import Service
 from fly_trt.text.prompts import Prompt
 
@@ -56,13 +56,14 @@ class Exchange:
     text: str = ""
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
-    def add(self, arrival: Arrival) -> None:
-        (completion,) = arrival.output.outputs
+    def add(self, output: RequestOutput) -> None:
+        """In the engine thread, so that no other thread's turn is in the times."""
+        (completion,) = output.outputs
         if completion.token_ids:
-            self.chunk_times.append(arrival.time)
+            self.chunk_times.append(time.perf_counter())
         self.token_ids += completion.token_ids
         self.text += completion.text
-        self.metrics = arrival.output.metrics
+        self.metrics = output.metrics
 
     @property
     def time_to_first_token(self) -> float:
@@ -91,7 +92,7 @@ class Client:
         self, prompts: Sequence[Prompt], params: SamplingParams, load: Load, seed: int = 0
     ) -> tuple[list[Exchange], float]:
         """The exchanges, in the order of the prompts, and the seconds until the last one was complete."""
-        exchanges: dict[str, Exchange] = {}
+        exchanges: list[Exchange] = []
         arrivals = load.arrivals(len(prompts), seed)
         limit = load.concurrency or len(prompts)
         started = time.perf_counter()
@@ -102,17 +103,14 @@ class Client:
                     wait = arrivals[len(exchanges)] - (time.perf_counter() - started)
                     if wait > 0:
                         break
-                    request_id, exchange = _send(inbox, prompts[len(exchanges)], params)
-                    exchanges[request_id] = exchange
+                    exchanges.append(_send(inbox, prompts[len(exchanges)], params))
                     wait = None
                 with contextlib.suppress(TimeoutError):
-                    arrival = inbox.get(timeout=wait)
-                    exchanges[arrival.handle.request_id].add(arrival)
-        return list(exchanges.values()), time.perf_counter() - started
+                    inbox.get(timeout=wait)
+        return exchanges, time.perf_counter() - started
 
 
-def _send(inbox: Inbox, prompt: Prompt, params: SamplingParams) -> tuple[str, Exchange]:
+def _send(inbox: Inbox, prompt: Prompt, params: SamplingParams) -> Exchange:
     exchange = Exchange(sent=time.perf_counter())
-    handle = inbox.prepare(prompt, params, output_kind=RequestOutputKind.DELTA)
-    inbox.submit(handle)
-    return handle.request_id, exchange
+    inbox.submit(inbox.prepare(prompt, params, output_kind=RequestOutputKind.DELTA, observe=exchange.add))
+    return exchange

@@ -6,7 +6,6 @@ asks for, or of how it is served.
 
 import asyncio
 import itertools
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,13 +46,16 @@ class RequestHandle:
         self._thread.abort_group(self._group)
 
 
+Observer = Callable[[RequestOutput], None]
+"""Is told of outputs in the engine thread, so it must only take note of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """An output, and when the engine thread handed it over: seconds of time.perf_counter()."""
+    """An output, and whose it is."""
 
     handle: RequestHandle
     output: RequestOutput
-    time: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,6 @@ class _Delivery:
 
     number: int
     output: RequestOutput | FlyError
-    time: float
 
 
 class _Inbox:
@@ -100,19 +101,25 @@ class _Inbox:
         name: str = "",
         output_kind: RequestOutputKind | None = None,
         queue_timeout: float | None = None,
+        observe: Observer | None = None,
     ) -> RequestHandle:
         """A request that was checked, for `submit`. Any thread may call it.
 
         request_id: None makes one. name: which one of several it is, for errors. output_kind: None is the one of
-        `params`. queue_timeout: seconds that it may wait for a slot, None is for ever. Raises RequestError when it can
-        never be served as asked, EngineDeadError after a failure and ConfigError after shutdown.
+        `params`. queue_timeout: seconds that it may wait for a slot, None is for ever. observe: is told of every
+        output, of which only the last one then comes into the inbox and wakes who waits there. Raises RequestError when
+        it can never be served as asked, EngineDeadError after a failure and ConfigError after shutdown.
         """
         self._thread.check_running()
         request_id = request_id or self._admission.new_request_id()
         put, number = self._put, next(self._numbers)
 
         def sink(output: RequestOutput | FlyError) -> None:
-            put(_Delivery(number, output, time.perf_counter()))
+            if observe is not None and not isinstance(output, FlyError):
+                observe(output)
+                if not output.finished:
+                    return
+            put(_Delivery(number, output))
 
         try:
             group = self._admission.make_group(
@@ -152,7 +159,7 @@ class _Inbox:
             raise _named(handle.name, output)
         if output.finished:
             del self._open[delivery.number]
-        return Arrival(handle, output, delivery.time)
+        return Arrival(handle, output)
 
 
 class Inbox(_Inbox):

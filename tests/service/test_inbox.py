@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from fly_trt.errors import EngineError, QueueFullError, RequestError
+from fly_trt.outputs import RequestOutput
 from fly_trt.runtime.group import RequestGroup
 from fly_trt.runtime.thread import EngineThread
 from fly_trt.service.inbox import AsyncInbox, Inbox, RequestHandle
@@ -85,17 +87,21 @@ def test_outputs_of_all_requests_arrive_in_one_inbox(inbox: Inbox) -> None:
     assert inbox.num_open == 0
 
 
-def test_an_output_carries_the_time_at_which_it_was_handed_over(inbox: Inbox) -> None:
-    started = time.perf_counter()
+def test_an_observer_is_told_of_every_output_in_the_engine_thread_and_only_the_last_one_arrives(inbox: Inbox) -> None:
+    seen: list[tuple[list[int], str]] = []
+
+    def observe(output: RequestOutput) -> None:
+        seen.append((output.outputs[0].token_ids, threading.current_thread().name))
+
     with inbox:
-        handle = inbox.prepare([3, 4, 5], {"max_tokens": 5})
-        inbox.submit(handle)
-        wait_until_done(handle)
-        over = time.perf_counter()
-        times = []
-        while inbox.num_open:
-            times.append(inbox.get().time)
-    assert [started, *times, over] == sorted([started, *times, over])
+        inbox.submit(inbox.prepare([3, 4, 5], {"max_tokens": 5}, observe=observe))
+        arrival = inbox.get()
+        assert arrival.output.finished
+        assert inbox.num_open == 0
+    want = greedy(LANGUAGE, [3, 4, 5], 5)
+    assert [tokens for tokens, _ in seen] == [want[:count] for count in range(1, 6)]
+    assert arrival.output.outputs[0].token_ids == want
+    assert {thread for _, thread in seen} == {"fly-trt engine"}
 
 
 def test_a_handle_ends_its_own_request_only_also_where_ids_come_again(inbox: Inbox, engine: SteppedEngine) -> None:
