@@ -6,6 +6,7 @@ examples, always the same ones.
 
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("long" if config.getoption("--long") else "everyday")
+    if "FLY_TRT_TEST_TRACES" not in os.environ:  # the first process of the run
+        folder = tempfile.TemporaryDirectory(prefix="fly-trt-traces-")
+        os.environ["FLY_TRT_TEST_TRACES"] = folder.name
+        config.add_cleanup(folder.cleanup)
     if hasattr(config, "workerinput"):  # one of several processes: the others need the other cores
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         from fly_trt.engines.onnxruntime import session_options

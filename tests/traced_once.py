@@ -1,18 +1,24 @@
-"""Decoders that torch traces once in a process, however many tests export them: each takes seconds.
+"""Decoders that torch traces once in a run, however many tests and processes export them: each takes seconds.
 
 What is traced depends on the configuration and not on the weights, which are inputs of the graph while torch traces.
 """
 
+import contextlib
+import hashlib
 import json
-from typing import Any
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
+import onnx_ir as ir
 import torch
+from filelock import FileLock
 
 from fly_build.checkpoint import Checkpoint
 from fly_build.export import DecoderGraph, export_decoder
 from fly_build.operators import AttentionForm
 
-_traced: dict[tuple[Any, ...], DecoderGraph] = {}
+FOLDER = "FLY_TRT_TEST_TRACES"  # the environment's variable: where the processes of a run share them
 
 
 def export_once(
@@ -22,21 +28,39 @@ def export_once(
     dtype: torch.dtype = torch.float32,
     attention: AttentionForm = "lengths",
 ) -> DecoderGraph:
-    """What export_decoder returns, each time a copy: finishing a graph changes it."""
+    """What export_decoder returns, each time a graph of its own: finishing it changes it."""
     fields = checkpoint.config.to_dict()
     fields.pop("_name_or_path", None)  # where it was read from
-    key = (json.dumps(fields, sort_keys=True, default=str), max_seq_len, dtype, attention)
-    if key not in _traced:
-        _traced[key] = export_decoder(checkpoint, max_seq_len, dtype=dtype, attention=attention)
-    return _copy(_traced[key])
+    key = json.dumps([fields, max_seq_len, str(dtype), attention], sort_keys=True, default=str)
+    path = Path(os.environ[FOLDER]) / f"{hashlib.sha256(key.encode()).hexdigest()}.onnx"
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            _save(export_decoder(checkpoint, max_seq_len, dtype=dtype, attention=attention), path)
+    return _load(path)
 
 
-def _copy(decoder: DecoderGraph) -> DecoderGraph:
-    """Only inputs are copied with the graph, so that the parameters are some for a moment."""
+def _save(decoder: DecoderGraph, path: Path) -> None:
+    with _parameters_as_inputs(decoder):
+        ir.save(decoder.model, path)
+    path.with_suffix(".json").write_text(json.dumps(list(decoder.parameters)))
+
+
+def _load(path: Path) -> DecoderGraph:
+    model = ir.load(path)
+    names = json.loads(path.with_suffix(".json").read_text())
+    num_inputs = len(model.graph.inputs) - len(names)
+    parameters = dict(zip(names, model.graph.inputs[num_inputs:], strict=True))
+    del model.graph.inputs[num_inputs:]
+    return DecoderGraph(model, parameters)
+
+
+@contextlib.contextmanager
+def _parameters_as_inputs(decoder: DecoderGraph) -> Iterator[None]:
+    """Only inputs are saved with the graph, so that the parameters are some for a moment."""
     inputs = decoder.model.graph.inputs
     num_inputs = len(inputs)
     inputs.extend(decoder.parameters.values())
-    model = decoder.model.clone()
-    parameters = dict(zip(decoder.parameters, model.graph.inputs[num_inputs:], strict=True))
-    del inputs[num_inputs:], model.graph.inputs[num_inputs:]
-    return DecoderGraph(model, parameters)
+    try:
+        yield
+    finally:
+        del inputs[num_inputs:]
