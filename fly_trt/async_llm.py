@@ -35,10 +35,10 @@ class AsyncLLM(Facade):
         """Yields outputs as params.output_kind says: CUMULATIVE everything so far, DELTA what is new, FINAL_ONLY one
         output. The last one is finished.
 
-        request_id: unique among the requests being served; None makes one. queue_timeout: seconds that the request may
-        wait for a slot, None is for ever. Leaving the iteration, or cancelling the task, aborts the request. Raises
-        RequestError for a request that cannot be served, QueueFullError when too many wait, QueueTimeoutError when it
-        had no slot in time.
+        request_id: unique among the requests being served; None makes one. queue_timeout: seconds that the request
+        may wait for a slot once its prompt was read, None is for ever; it is looked at between two steps. Leaving
+        the iteration, or cancelling the task, aborts the request. Raises RequestError for a request that cannot be
+        served, QueueFullError when too many wait, QueueTimeoutError when it had no slot in time.
         """
         with self._service.open_async_inbox() as inbox:
             prepare = functools.partial(

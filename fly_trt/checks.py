@@ -26,5 +26,6 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
+    choices = tuple(choices)  # a list is in no tuple of names, and cannot be asked of a table
     if value not in choices:
         raise ConfigError(f"{name} {value!r}: expected one of {', '.join(str(choice) for choice in choices)}")

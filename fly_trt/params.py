@@ -15,10 +15,9 @@ from fly_trt.checks import check_at_least, check_choice, check_flag, is_number, 
 from fly_trt.drafting import DRAFTERS
 from fly_trt.errors import ConfigError, RequestError
 from fly_trt.text.surrogates import check_text
-from fly_trt.verification import POLICIES, PRESETS, AcceptancePolicy
+from fly_trt.verification import DEFAULT_PRESET, POLICIES, PRESETS, AcceptancePolicy
 
 DEFAULT_ACCEPTANCE = "fly"
-DEFAULT_PRESET = "reference"
 PRESET_SETTINGS = ("fly_window_size", "fly_entropy_threshold")  # in the unit of their preset
 DEFAULT_MAX_TOKENS = 256
 MAX_LOGIT_BIAS = 100
@@ -142,8 +141,7 @@ class SpeculativeConfig(AcceptanceSettings):
     decoded exactly for a while where they do not; False is the published rule, which always opens them.
     draft_token_cost, verification_token_cost: what that is decided by, a draft token and each further token of a target
     step, in target steps of one token; None means as measured when the engine was built.
-    acceptance None: "fly" with a draft model; "exact" for n-gram drafts, which are copies rather than alternatives: a
-    loosened one costs accuracy (181 instead of 240 right answers of 240 on the demo pair).
+    acceptance None: "fly" with a draft model; "exact" for n-gram drafts, of which a loosened one costs accuracy.
     """
 
     method: str | None = "multi_level"

@@ -1,4 +1,4 @@
-"""The house: which room may use which, who writes what, and that a new rule or drafter is one module and one line."""
+"""The house: which room may use which, and who writes what."""
 
 import ast
 import graphlib

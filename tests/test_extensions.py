@@ -84,6 +84,49 @@ def test_a_policy_decides_as_it_says_however_its_rounds_are_cut(salt: int, lengt
     assert request.metrics.num_loosened_tokens > 0
 
 
+@pytest.mark.parametrize("salt", range(8))
+def test_a_draft_token_that_leads_to_no_number_changes_nothing_for_those_before_it(salt: int) -> None:
+    """However the round is cut: it is not loosened, and what stands before it is decided as ever."""
+    logits, spoils = spread_logits(salt), np.random.default_rng(salt).integers(2, 10)
+
+    def draft(tokens: tuple[int, ...]) -> int:
+        first, second = np.argsort(-logits(tokens))[:2].tolist()
+        return second if (len(tokens) + salt) % 3 == 0 else first
+
+    def sometimes_none(tokens: tuple[int, ...]) -> np.ndarray:
+        """After a token that only the draft says here."""
+        is_drafts = len(tokens) > len(PROMPT) and tokens[-1] != int(logits(tokens[:-1]).argmax())
+        return np.full(len(logits(tokens)), np.nan) if is_drafts and tokens[-1] == spoils else logits(tokens)
+
+    outputs = []
+    for lengths in ([5], [0], [1], [2, 0], [4, 1]):
+        drafter = make_drafter("draft_model", draft)
+        stack = make_stack(
+            most_probable(logits), drafter, logits=sometimes_none, num_draft_tokens=5, draft_lengths=lengths
+        )
+        request = make_request(policy=LikelyPolicy(), ignore_eos=True)
+        stack.run(request)
+        outputs.append((request.output_token_ids, request.metrics.num_loosened_tokens))
+    assert outputs == [outputs[0]] * len(outputs)
+    assert len(outputs[0][0]) == 40
+
+
+@pytest.mark.parametrize(("num_requests", "prompt"), [(1, 16), (6, 4)])
+def test_a_step_has_no_more_tokens_than_it_may(num_requests: int, prompt: int) -> None:
+    """But for rows of one token, which need a second one to get on."""
+    logits = spread_logits(3)
+    draft = make_drafter("draft_model", lambda tokens: int(np.argsort(-logits(tokens))[1]), num_slots=num_requests)
+    stack = make_stack(
+        most_probable(logits), draft, logits=logits, num_slots=num_requests, num_draft_tokens=5, max_num_tokens=16
+    )
+    requests = [
+        make_request([3 + number] * prompt, policy=LikelyPolicy(), ignore_eos=True, request_id=str(number))
+        for number in range(num_requests)
+    ]
+    assert max(stack.positions_of(lambda: stack.run(*requests))) <= 16
+    assert all(len(request.output_token_ids) == 40 for request in requests)
+
+
 def test_a_policy_is_served_beside_others_and_gives_the_same_in_any_batch(demo_engine: Path) -> None:
     greedy = SamplingParams(max_tokens=60, acceptance=likely())
     sampled = SamplingParams(max_tokens=60, acceptance=likely(), temperature=0.8, seed=3)

@@ -3,7 +3,7 @@
 These functions are the portable definition of the rule: TensorRT compiles them, ONNX Runtime inlines and runs them
 (the gate in a form that reads the vocabulary less often), and a TensorRT build with the plugin library replaces the two
 nodes by kernels of the same name. They know nothing of models: the exporter appends them to any decoder that has
-`logits`. The rule itself is written out for humans in fly_trt/verification/rule.py, which is also what they are tested
+`logits`. The rule itself is written out for humans in fly_trt/verification/fly.py, which is also what they are tested
 against.
 """
 

@@ -44,8 +44,9 @@ class Drafter(Protocol):
         ...
 
     def propose(self, rows: Sequence[DraftRow]) -> list[IntArray]:
-        """For each row at most `num_tokens` draft tokens int64 [n]. Fewer mean that there is nothing more to propose.
-        Asking again for more, or after a part was committed, goes on with the same draft."""
+        """For each row at most `num_tokens` draft tokens, int64 [n], in an array that stays as it is. Fewer mean
+        that there is nothing more to propose. Asking again for more, or after a part was committed, goes on with the
+        same draft."""
         ...
 
     def release(self, slot: int) -> None:

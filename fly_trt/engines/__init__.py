@@ -1,7 +1,7 @@
 """Engines: one protocol, one module for each library that can run a built graph, and the table of those modules.
 
 A new backend is a module with a `load` (base.LoadEngine) and a line in `BACKENDS`. Loading goes by the name that the
-manifest says the directory was built for; nothing above this package knows which library that is.
+manifest says the directory was built for; what serves requests does not know which library that is.
 """
 
 import importlib

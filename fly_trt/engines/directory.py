@@ -4,11 +4,9 @@ A service loads its own, or is given a `LoadedEngines` that others have too: a p
 whatever the number of ways in which it is served. This module knows files and slots; it knows nothing of requests.
 """
 
-import dataclasses
 import os
 import time
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any, Literal, Self
 from tokenizers import Tokenizer
 
 from fly_trt.checks import check_at_least, check_flag
-from fly_trt.engines import Engine, load_engine
+from fly_trt.engines import Engine, find_backend, load_engine
 from fly_trt.engines.fork import HomeProcess, let_children_exit
 from fly_trt.engines.turn import Turn
 from fly_trt.errors import ConfigError, EngineError
@@ -62,15 +60,29 @@ class LoadedEngines:
     another one writes to, so that all of them go without prefix caching.
     Shutting one down leaves the engines to the others; `close` releases them, after the last one was shut down.
 
-    settings: the fields of EngineSettings; whoever shares the engines may use fewer than max_batch_size slots.
+    The settings are those of EngineSettings; whoever shares the engines may use fewer than max_batch_size slots.
     `load_seconds` has the time that each engine took. Raises EngineError for a directory that cannot be used, and
     ConfigError for a setting that cannot be.
     """
 
-    def __init__(self, engine_dir: str | os.PathLike[str], **settings: Any) -> None:
-        wanted = _engine_settings(settings)
+    def __init__(
+        self,
+        engine_dir: str | os.PathLike[str],
+        *,
+        max_batch_size: int | None = None,
+        num_threads: int | None = None,
+        device_id: int | None = None,
+        verify_hashes: bool = False,
+    ) -> None:
+        wanted = EngineSettings(
+            max_batch_size=max_batch_size or None,
+            num_threads=num_threads,
+            device_id=device_id,
+            verify_hashes=verify_hashes,
+        )
         self.directory = Path(engine_dir).expanduser()
         self.manifest: Manifest = read_manifest(self.directory, verify_hashes=wanted.verify_hashes)
+        find_backend(self.directory, self.manifest)
         self.max_batch_size = wanted.max_batch_size or self.manifest.limits.max_batch_size
         self.load_seconds: dict[Role, float] = {}
         self.turn = Turn()
@@ -124,13 +136,6 @@ class LoadedEngines:
             )
             self.load_seconds[role] = time.perf_counter() - started
         return self._engines[role]
-
-
-def _engine_settings(settings: Mapping[str, Any]) -> EngineSettings:
-    known = [field.name for field in dataclasses.fields(EngineSettings)]
-    if unknown := sorted(settings.keys() - set(known)):
-        raise ConfigError(f"unknown setting {unknown[0]!r}: expected one of {', '.join(known)}")
-    return EngineSettings(**settings)
 
 
 def _close_all(engines: dict[Role, Engine], home: HomeProcess) -> None:

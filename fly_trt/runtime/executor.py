@@ -12,7 +12,8 @@ class Executor(Protocol):
     """Serves requests, one iteration at each call of `step`.
 
     One thread calls `step`, `fail_running`, `probe` and `abort`. `add` and the properties may be used from any thread,
-    also in the middle of a step. A request's `state` says where it stands: WAITING until it has a slot.
+    also in the middle of a step. A request's `state`, which `enter` changes, says where it stands: WAITING until
+    it has a slot.
     """
 
     is_admitting: bool

@@ -196,7 +196,7 @@ class GenerationLoop:
         never run, since its draft tokens may be to blame. Raises EngineError where the sequence itself is."""
         self._target.clear_slot(request.slot, request.num_cached)
         if request.round is not None and feed.takes_risks:
-            request.round.is_careful = True
+            request.round.feed_less()
             return True
         if request.round is None or not request.round.num_window:
             raise _not_numbers(request)
@@ -236,7 +236,7 @@ class GenerationLoop:
             logprobs = token_logprobs(rows, request.params.logprobs, np.array(tokens), self._tokenizer)
         is_first = not request.output_token_ids
         num_emitted = request.commit(tokens, logprobs)
-        self._metrics.record_tokens(num_emitted, request.take_pause(), is_first=is_first)
+        self._metrics.record_tokens(num_emitted, request.seconds_since_tokens(), is_first=is_first)
         self._changed[request] = None
         return num_emitted
 

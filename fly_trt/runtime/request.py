@@ -128,8 +128,8 @@ class Request:
                 return count
         return len(tokens)
 
-    def take_pause(self) -> float:
-        """Seconds since this was asked last, or since the request came."""
+    def seconds_since_tokens(self) -> float:
+        """Seconds since this was asked last, which is where tokens are emitted, or since the request came."""
         before, self._asked_at = self._asked_at, time.perf_counter()
         return self._asked_at - before
 

@@ -46,8 +46,8 @@ class Round:
     `evidence` has the draft and what the target said of it, `logits` float32 [v, V] where they are wanted;
     `num_committed` draft tokens are part of the sequence already. Where the round `is_observed` its length is the
     rule's and not the load's, so that the request's windows may be judged by it. `is_careful`: a step came to something
-    that is not a number, so that one draft token at a time is fed and none spoils those before it; what only the host
-    could loosen is not loosened then.
+    that is not a number, so that one draft token at a time is fed, or as few as there must be, and none spoils those
+    before it; where even those few do, the next step `is_alone`, and a draft token that spoils its row is not loosened.
     """
 
     start: int
@@ -57,6 +57,7 @@ class Round:
     logits: FloatArray = field(default_factory=lambda: NO_SCORES)
     num_committed: int = 0
     is_careful: bool = False
+    is_alone: bool = False
 
     @property
     def draft(self) -> IntArray:
@@ -118,11 +119,13 @@ class Round:
 
     def feed(self, context: IntArray, num_tokens: int) -> Feed:
         """What it feeds to a step with rows of `num_tokens`, after the sequence's tokens that are not cached yet."""
+        least = 0 if self.is_alone else self.least_fed
         if self.has_begun:
-            count = 1 if self.is_careful else num_tokens
+            count = max(1, least) if self.is_careful else num_tokens
             draft = self.draft[self.num_fed : min(self.num_fed + count, self.end)]
             return Feed(draft, takes_risks=len(draft) > 1)
-        draft = self.draft[: 0 if self.is_careful else min(num_tokens - len(context), self.end)]
+        count = least if self.is_careful else num_tokens - len(context)
+        draft = self.draft[: min(count, self.end)]
         return Feed(context, draft, len(context) - 1, takes_risks=len(draft) > 0)
 
     def take(
@@ -158,14 +161,20 @@ class Round:
             said = said.copy()  # the step's buffers are used again
             said.choices[np.isnan(said.entropy_topk)] = NO_CHOICE
             said.draft_logprob[-1] = np.nan  # what follows is no part of the row
-            if self.least_fed and not self.is_careful and self._differs_last(said):
+            if self.least_fed and not self.is_alone and self._differs_last(said):
                 said = said.but_last()
         else:
             assert logits is not None
             verified = self.num_verified
             said = choose(logits, self.draft[self.num_committed : verified], self.draft[verified:])
         self._add(said, logits[: len(said.choices)] if keeps_logits and logits is not None else None)
+        self.is_alone = False
         return self.policy.verdict(self.evidence, stop_token_ids)
+
+    def feed_less(self) -> None:
+        """What was fed came to something that is not a number, and its draft tokens may be to blame."""
+        self.is_alone = self.is_careful
+        self.is_careful = True
 
     def go_on(self) -> None:
         """More steps follow: what is a view of this one's buffers becomes the round's own."""

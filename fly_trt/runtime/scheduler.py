@@ -141,9 +141,12 @@ class Scheduler:
         for request in rows:
             if request.round is not None:
                 context = request.num_context
+                fitting = self._num_fitting(len(rows), context)
                 # A window is verified in one step: one token at a time would cost a step each.
-                window = min(request.round.num_window, self._num_fitting(len(rows), context))
-                wanted = max(num_draft if context else num_draft + 1, window, request.round.least_fed)
+                window = min(request.round.num_window, fitting)
+                # After a long context it can wait: the next step has one token of it.
+                least = min(request.round.least_fed, fitting) if context > 1 else request.round.least_fed
+                wanted = max(num_draft if context else num_draft + 1, window, least)
                 num_tokens = max(num_tokens, context + min(request.round.num_missing, wanted))
         for request in rows:
             remaining = len(request.uncached)

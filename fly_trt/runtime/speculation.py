@@ -19,22 +19,18 @@ MAX_USUAL_CONTEXT = 2  # committed tokens that a round starts with, but for the 
 
 
 class Speculation:
-    """drafter: None decodes without drafts. num_draft_tokens: of a round, at most. is_adaptive: steps verify as many as
-    pay. step_costs: what a loose request's windows cost, so that it opens them where they pay; None means always."""
+    """drafter: None decodes without drafts. num_draft_tokens: of a round, at most, and 0 without a drafter.
+    is_adaptive: steps verify as many as pay. step_costs: what a loose request's windows cost, so that it opens them
+    where they pay; None means always."""
 
     def __init__(
         self, drafter: Drafter | None, num_draft_tokens: int, *, is_adaptive: bool, step_costs: StepCosts | None
     ) -> None:
         self.drafter = drafter
-        self._num_draft_tokens = num_draft_tokens if drafter is not None else 0
+        self.num_draft_tokens = num_draft_tokens if drafter is not None else 0
         has_costs = drafter is not None and not drafter.is_free  # free drafts cost nothing where they do not stand
         self._step_costs = step_costs if has_costs else None
-        self.draft_length = DraftLength(self._num_draft_tokens, adaptive=is_adaptive)
-
-    @property
-    def num_draft_tokens(self) -> int:
-        """Draft tokens of a round at most; 0 without a drafter."""
-        return self._num_draft_tokens
+        self.draft_length = DraftLength(self.num_draft_tokens, adaptive=is_adaptive)
 
     @property
     def drafts_are_free(self) -> bool:
@@ -138,7 +134,7 @@ class Speculation:
     def _limit(self, request: Request) -> int:
         """Draft tokens that a round of the request has at most."""
         asked = request.params.num_speculative_tokens
-        return self._num_draft_tokens if asked is None else min(asked, self._num_draft_tokens)
+        return self.num_draft_tokens if asked is None else min(asked, self.num_draft_tokens)
 
     def _rate(self, request: Request) -> AcceptanceRate:
         if request.acceptance_rate is None:

@@ -1,7 +1,7 @@
 """From a prompt with SamplingParams to a request that the engine thread takes.
 
-Everything that can be wrong with a request is found here, before it reaches the loop. It knows the tokenizer, the sizes
-and what the target's engine is, and nothing of queues, threads or how requests are served.
+Everything that can be wrong with a prompt and its settings is found here, before it reaches the loop. It knows
+the tokenizer, the sizes and what the target's engine is, and nothing of queues, threads or how requests are served.
 """
 
 import itertools

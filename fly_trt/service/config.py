@@ -16,6 +16,7 @@ from fly_trt.errors import ConfigError
 from fly_trt.manifest import Manifest
 from fly_trt.params import PRESET_SETTINGS, AcceptanceParams, SpeculativeConfig
 from fly_trt.runtime.loosening import DRAFT_TOKEN_COST, VERIFICATION_TOKEN_COST, StepCosts
+from fly_trt.verification import DEFAULT_PRESET
 
 DEFAULT_MAX_QUEUE_SIZE = 1024
 ALIASES = {"max_num_seqs": "max_batch_size", "max_model_len": "max_seq_len"}
@@ -143,11 +144,11 @@ def resolve_speculative_config(manifest: Manifest, overrides: Mapping[str, Any])
     default number of draft tokens is at most the engine's max_draft_len."""
     limit = manifest.limits.max_draft_len
     settings = dict(manifest.speculative)
-    if overrides.get("preset") not in (None, settings.get("preset", "reference")):
+    if overrides.get("preset") not in (None, settings.get("preset", DEFAULT_PRESET)):
         for name in PRESET_SETTINGS:  # in the unit of the other preset
             settings.pop(name, None)
     if manifest.draft is None and _needs_draft_model(settings.get("method", SpeculativeConfig().method)):
-        settings["method"] = "ngram"
+        settings["method"] = next(name for name, kind in DRAFTERS.items() if not kind.needs_draft_model)
     if limit == 0:
         settings["method"] = None
     wanted = settings.get("num_speculative_tokens", SpeculativeConfig().num_speculative_tokens)
@@ -160,4 +161,4 @@ def resolve_speculative_config(manifest: Manifest, overrides: Mapping[str, Any])
 
 
 def _needs_draft_model(method: Any) -> bool:
-    return method in DRAFTERS and DRAFTERS[method].needs_draft_model
+    return method in tuple(DRAFTERS) and DRAFTERS[method].needs_draft_model

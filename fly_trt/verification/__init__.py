@@ -4,7 +4,7 @@ POLICIES is the table of the rules by the name that `acceptance` has.
 """
 
 from fly_trt.verification.exact import EXACT, ExactPolicy
-from fly_trt.verification.fly import PRESETS, FlyPolicy, accept, fly_policy
+from fly_trt.verification.fly import DEFAULT_PRESET, PRESETS, FlyPolicy, accept, fly_policy
 from fly_trt.verification.policy import (
     NO_SCORES,
     NOTHING,
@@ -30,6 +30,7 @@ from fly_trt.verification.sampling import (
 POLICIES: dict[str, type[AcceptancePolicy]] = {policy.name: policy for policy in (FlyPolicy, ExactPolicy)}
 
 __all__ = [
+    "DEFAULT_PRESET",
     "EXACT",
     "MIN_TEMPERATURE",
     "NOTHING",

@@ -33,7 +33,7 @@ class FlyPolicy(AcceptancePolicy):
     @classmethod
     def make(cls, settings: Mapping[str, Any], vocab_size: int) -> Self:
         policy = fly_policy(
-            settings["preset"] or "reference",
+            settings["preset"] or DEFAULT_PRESET,
             vocab_size,
             entropy_threshold=settings["fly_entropy_threshold"],
             window=settings["fly_window_size"],
@@ -61,6 +61,7 @@ class FlyPolicy(AcceptancePolicy):
         return evidence.target.entropy if self.use_full_entropy else evidence.target.entropy_topk
 
 
+DEFAULT_PRESET = "reference"
 PRESETS: dict[str, FlyPolicy] = {
     # The authors' program, which produced the published speedups: the window counts the mismatch itself.
     "reference": FlyPolicy(entropy_threshold=0.3, use_full_entropy=False, window=6, lookahead=5),

@@ -62,9 +62,10 @@ class Evidence:
     positions that were verified, v of them, and once all are, the position after the last.
 
     Not promised, and then perhaps NaN: `target.entropy` unless the policy's use_full_entropy is set; the draft token's
-    log-probability after the last draft token, where it is the target's choice, and where logits are not numbers; of a
-    request that samples, both log-probabilities unless the policy is decided on the host. Of a position whose logits
-    are not numbers the choice agrees with no draft token.
+    log-probability after the last draft token, where it is the target's choice, and where logits are not numbers. Of a
+    request that samples or changes scores (penalties, bad words) nothing but the choices unless its policy is loose,
+    and both log-probabilities only where that is decided on the host. Of a position whose logits are not numbers the
+    choice agrees with no draft token.
     """
 
     num_draft: int
@@ -155,9 +156,10 @@ class AcceptancePolicy(ABC):
 
     @abstractmethod
     def verdict(self, evidence: Evidence, stop_token_ids: frozenset[int]) -> Verdict:
-        """How many draft tokens of a round stand, as far as it is verified. A verdict on a beginning never differs from
-        the one on the whole: it accepts what is certain and leaves next_token open. Neither a draft token nor a choice
-        among `stop_token_ids` is ever loosened."""
+        """How many draft tokens of a round stand, as far as it is verified. A verdict on a beginning never differs
+        from the one on the whole: it accepts what is certain and leaves next_token open. A rule that waits for
+        tokens after a mismatch says by `lookahead` for how many. Neither a draft token nor a choice among
+        `stop_token_ids` is ever loosened."""
 
     def opens_window(self, evidence: Evidence, position: int, stop_token_ids: frozenset[int]) -> bool:
         """Whether the mismatch at `position` stands if draft and choices agree on the tokens that it waits for."""

@@ -1,6 +1,6 @@
 // LooseWindowAccept: how many draft tokens of each row stand under FLy's rule, and which token follows them.
 //
-// This is the launch interface, free of any TensorRT type. The rule is written out in fly_trt/verification/rule.py; the
+// This is the launch interface, free of any TensorRT type. The rule is written out in fly_trt/verification/fly.py; the
 // layout of a row is that of the engines' verification head: position t predicts token t + 1, and the draft tokens of a
 // row are predicted at positions numContext - 1 onwards.
 #pragma once

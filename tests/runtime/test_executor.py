@@ -44,7 +44,7 @@ class Counting:
     def step(self) -> list[Request]:
         if self._running is None and self.is_admitting and self._waiting:
             self._running = self._waiting.popleft()
-            self._running.state = RequestState.PREFILL
+            self._running.enter(RequestState.PREFILL)
         request = self._running
         if request is None:
             return []

@@ -71,11 +71,10 @@ class ResponseStream:
 
 @dataclass(slots=True, eq=False)
 class _Served:
-    """A request in the runtime. `queue_timeout`: seconds that it may wait for a slot, None is for ever."""
+    """A request in the runtime."""
 
     request_id: str
     stream: ResponseStream
-    queue_timeout: float | None
     task: asyncio.Task[None] | None = None
     reason: str = CANCELLED  # why it is ended early
 
@@ -132,8 +131,9 @@ class TritonPythonModel:
                 stream.fail(f"the request could not be read: {one_line(error)}", pb_utils.TritonError.INTERNAL)
                 continue
             self._num_requests += 1
-            served = _Served(str(self._num_requests), stream, self._queue_timeout(request))
-            asyncio.run_coroutine_threadsafe(self._serve(asked, served), self._loop)
+            served = _Served(str(self._num_requests), stream)
+            serving = self._serve(asked, served, self._queue_timeout(request))
+            asyncio.run_coroutine_threadsafe(serving, self._loop)
 
     def is_ready(self) -> bool:
         """Asked by servers from 26.03 on: False once the engine cannot run any more."""
@@ -170,15 +170,13 @@ class TritonPythonModel:
             limits.append(request.timeout() / 1e6)
         return min((seconds for seconds in limits if seconds), default=None)
 
-    async def _serve(self, asked: ClientRequest, served: _Served) -> None:
+    async def _serve(self, asked: ClientRequest, served: _Served, queue_timeout: float | None) -> None:
         stream = served.stream
         served.task = asyncio.current_task()
         self._served[served.request_id] = served
         try:
             writer = ResponseWriter(asked, self._llm.tokenizer)
-            outputs = self._llm.generate(
-                asked.prompt, asked.params, served.request_id, queue_timeout=served.queue_timeout
-            )
+            outputs = self._llm.generate(asked.prompt, asked.params, served.request_id, queue_timeout=queue_timeout)
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     if any(completion.finish_reason == "abort" for completion in output.outputs):
