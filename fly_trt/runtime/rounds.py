@@ -124,8 +124,8 @@ class Round:
             count = max(1, least) if self.is_careful else num_tokens
             draft = self.draft[self.num_fed : min(self.num_fed + count, self.end)]
             return Feed(draft, takes_risks=len(draft) > 1)
-        count = least if self.is_careful else num_tokens - len(context)
-        draft = self.draft[: min(count, self.end)]
+        room = num_tokens - len(context)
+        draft = self.draft[: min(least if self.is_careful else room, room, self.end)]
         return Feed(context, draft, len(context) - 1, takes_risks=len(draft) > 0)
 
     def take(
