@@ -85,6 +85,11 @@ class TritonServer:
     def terminate(self) -> None:
         self._process.send_signal(signal.SIGTERM)
 
+    def kill(self) -> None:
+        """Ends it at once, however it stands with it."""
+        self._process.kill()
+        self.exit_code = self._process.wait()
+
     def wait(self) -> int:
         """Until the server has ended; its exit code."""
         self.exit_code = self._process.wait(START_SECONDS)
