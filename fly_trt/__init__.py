@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fly_trt.acceptance import AcceptanceParams
     from fly_trt.async_llm import AsyncLLM
     from fly_trt.engines.directory import LoadedEngines
     from fly_trt.errors import (
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     )
     from fly_trt.llm import LLM
     from fly_trt.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-    from fly_trt.params import AcceptanceParams, RequestOutputKind, SamplingParams, SpeculativeConfig
+    from fly_trt.params import RequestOutputKind, SamplingParams, SpeculativeConfig
 
 __version__ = "0.1.0"
 
@@ -44,7 +45,7 @@ __all__ = [
     "SpeculativeConfig",
 ]
 
-_HOMES = ("errors", "outputs", "params", "engines.directory", "llm", "async_llm")
+_HOMES = ("errors", "outputs", "acceptance", "params", "engines.directory", "llm", "async_llm")
 
 
 def __getattr__(name: str) -> Any:

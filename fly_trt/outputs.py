@@ -1,5 +1,6 @@
 """What a request returns: text, tokens, why it ended, and what speculation did for it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -18,12 +19,30 @@ TokenLogprobs = dict[int, Logprob]
 """By token id: the token at one position and the most probable ones."""
 
 
+class RoundCounts(NamedTuple):
+    """Draft tokens of one round: verified, emitted, and emitted although the target had chosen another; the first two
+    also by source."""
+
+    num_draft: int
+    num_accepted: int
+    num_loosened: int
+    drafted_by_source: Mapping[str, int]
+    accepted_by_source: Mapping[str, int]
+
+
+def add_counts(counts: dict[str, int], more: Mapping[str, int]) -> None:
+    for name, count in more.items():
+        counts[name] = counts.get(name, 0) + count
+
+
 @dataclass(slots=True)
 class RequestMetrics:
     """Counts of one request, over all its sequences; times in seconds. Only tokens that were emitted count as accepted.
 
     A spec step is one round: a draft, and what became of it. acceptance_histogram[a] is the number of rounds that
-    emitted `a` draft tokens. num_cached_tokens: prompt tokens whose cache was reused.
+    emitted `a` draft tokens. num_draft_tokens_by_source, num_accepted_tokens_by_source: of those that a "model" chose
+    and of copies, by "lookup" of the sequence's own text or from the "corpus" of others' outputs. num_cached_tokens:
+    prompt tokens whose cache was reused.
     """
 
     num_draft_tokens: int = 0
@@ -31,6 +50,8 @@ class RequestMetrics:
     num_loosened_tokens: int = 0
     num_spec_steps: int = 0
     acceptance_histogram: list[int] = field(default_factory=list)
+    num_draft_tokens_by_source: dict[str, int] = field(default_factory=dict)
+    num_accepted_tokens_by_source: dict[str, int] = field(default_factory=dict)
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
@@ -43,11 +64,14 @@ class RequestMetrics:
         (correction or bonus) also for the last round, where an accepted end-of-sequence leaves it out of the text."""
         return 1 + self.num_accepted_tokens / self.num_spec_steps if self.num_spec_steps else 0.0
 
-    def record_round(self, num_draft: int, num_accepted: int, num_loosened: int) -> None:
+    def record_round(self, counts: "RoundCounts") -> None:
+        num_accepted = counts.num_accepted
         self.num_spec_steps += 1
-        self.num_draft_tokens += num_draft
+        self.num_draft_tokens += counts.num_draft
         self.num_accepted_tokens += num_accepted
-        self.num_loosened_tokens += num_loosened
+        self.num_loosened_tokens += counts.num_loosened
+        add_counts(self.num_draft_tokens_by_source, counts.drafted_by_source)
+        add_counts(self.num_accepted_tokens_by_source, counts.accepted_by_source)
         missing = num_accepted + 1 - len(self.acceptance_histogram)
         self.acceptance_histogram.extend([0] * missing)
         self.acceptance_histogram[num_accepted] += 1
@@ -55,13 +79,20 @@ class RequestMetrics:
     def merged(self, others: "list[RequestMetrics]") -> "RequestMetrics":
         """A copy that includes the other sequences of the same prompt; times are the first token's and the last
         one's."""
-        total = replace(self, acceptance_histogram=list(self.acceptance_histogram))
+        total = replace(
+            self,
+            acceptance_histogram=list(self.acceptance_histogram),
+            num_draft_tokens_by_source=dict(self.num_draft_tokens_by_source),
+            num_accepted_tokens_by_source=dict(self.num_accepted_tokens_by_source),
+        )
         for other in others:
             total.num_draft_tokens += other.num_draft_tokens
             total.num_accepted_tokens += other.num_accepted_tokens
             total.num_loosened_tokens += other.num_loosened_tokens
             total.num_spec_steps += other.num_spec_steps
             total.num_output_tokens += other.num_output_tokens
+            add_counts(total.num_draft_tokens_by_source, other.num_draft_tokens_by_source)
+            add_counts(total.num_accepted_tokens_by_source, other.num_accepted_tokens_by_source)
             missing = len(other.acceptance_histogram) - len(total.acceptance_histogram)
             total.acceptance_histogram.extend([0] * missing)
             for accepted, count in enumerate(other.acceptance_histogram):

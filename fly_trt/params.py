@@ -1,4 +1,4 @@
-"""What a caller may ask for: SamplingParams per request, SpeculativeConfig per engine, AcceptanceParams for both.
+"""What a caller may ask for: SamplingParams per request, SpeculativeConfig per engine, and AcceptanceParams for both.
 
 Names follow vLLM. SpeculativeConfig has the same fields in recipe YAML and in Python; the command line has the
 most used ones. Unknown names and values that cannot be honoured are refused; nothing is ignored.
@@ -6,19 +6,19 @@ most used ones. Unknown names and values that cannot be honoured are refused; no
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Self
 
+from fly_trt.acceptance import DEFAULT_ACCEPTANCE, AcceptanceParams, AcceptanceSettings
 from fly_trt.checks import check_at_least, check_choice, check_flag, is_number, is_whole
-from fly_trt.drafting import DRAFTERS
+from fly_trt.drafting import DRAFT_STOPS, DRAFTERS, NO_STOP, DraftStop
 from fly_trt.errors import ConfigError, RequestError
+from fly_trt.settings import Setting, check_settings, setting, settings_of
 from fly_trt.text.surrogates import check_text
-from fly_trt.verification import DEFAULT_PRESET, POLICIES, PRESETS, AcceptancePolicy
+from fly_trt.verification import DEFAULT_PRESET, PRESETS, AcceptancePolicy
 
-DEFAULT_ACCEPTANCE = "fly"
-PRESET_SETTINGS = ("fly_window_size", "fly_entropy_threshold")  # in the unit of their preset
 DEFAULT_MAX_TOKENS = 256
 MAX_LOGIT_BIAS = 100
 # What one request may cost the others: completions, words that are looked for after every token, and tokens that are
@@ -31,100 +31,12 @@ MAX_LOGPROBS = 20
 MAX_TOKEN_IDS = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class AcceptanceOption:
-    """How a setting of acceptance is given where it is not given in Python: on command lines, in requests to servers.
-
-    kind: str, int or float. choices: the values that there are, where they are names; a table, so that it is up to
-    date. least: the smallest value of a number.
-    """
-
-    kind: type
-    help: str
-    metavar: str | None = None
-    choices: Collection[str] | None = None
-    least: int = 0
-
-    def check(self, name: str, value: Any) -> None:
-        if self.choices is not None:
-            check_choice(name, value, (None, *self.choices))
-        elif value is None:
-            return
-        elif self.kind is int:
-            check_at_least(name, value, self.least)
-        elif not (is_number(value) and value >= self.least):
-            raise ConfigError(f"{name} {value!r}: expected a number >= {self.least}")
+def _draft_stop() -> Any:
+    return setting(str, "Ends a draft model's draft early: where it is unsure. [as built]", choices=DRAFT_STOPS)
 
 
-def _setting(kind: type, text: str, **more: Any) -> Any:
-    return field(default=None, metadata={"option": AcceptanceOption(kind, text, **more)})
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AcceptanceSettings:
-    """The settings of all acceptance policies, declared once: an engine's SpeculativeConfig and a request's
-    AcceptanceParams have them, and flags and request fields are made of them. Each policy says which it reads."""
-
-    acceptance: str | None = _setting(str, "Loose, or exact (lossless). [as built]", choices=POLICIES)
-    preset: str | None = _setting(str, "Which FLy. [as built]", choices=PRESETS)
-    fly_entropy_threshold: float | None = _setting(
-        float, "Gate, in nats; under preset paper a fraction of ln V. [the preset's]", metavar="X"
-    )
-    fly_window_size: int | None = _setting(int, "Deferred window, in tokens. [the preset's]", metavar="W")
-    fly_entropy_top_k: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, option in acceptance_options().items():
-            option.check(name, getattr(self, name))
-        if self.fly_entropy_top_k is not None:
-            check_at_least("fly_entropy_top_k", self.fly_entropy_top_k, 1)
-
-    def policy(self, vocab_size: int, entropy_top_k: int) -> AcceptancePolicy:
-        """The rule for a vocabulary of so many tokens. Raises ConfigError when the engine's gate looks at another
-        number of tokens."""
-        rule = POLICIES[self.acceptance or DEFAULT_ACCEPTANCE]
-        asked = self.fly_entropy_top_k
-        if "fly_entropy_top_k" in rule.settings and asked not in (None, entropy_top_k):
-            raise ConfigError(
-                f"fly_entropy_top_k {asked}: the engine was built for {entropy_top_k}: "
-                f"rebuild with --entropy-top-k {asked}"
-            )
-        return rule.make({f.name: getattr(self, f.name) for f in dataclasses.fields(AcceptanceSettings)}, vocab_size)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AcceptanceParams(AcceptanceSettings):
-    """Which draft tokens stand. Every field None means: as the engine was configured.
-
-    acceptance: "fly" (loose) or "exact" (lossless). preset: "reference" (the authors' code), "paper" or "vllm".
-    fly_entropy_threshold: in nats; under preset "paper" a fraction of ln(vocabulary size). fly_window_size: tokens.
-    fly_entropy_top_k: probabilities that the gate looks at; fixed when the engine is built.
-    """
-
-    def over(self, defaults: AcceptanceSettings) -> "AcceptanceParams":
-        """These settings where given, `defaults` elsewhere. Another preset drops the defaults' window and
-        threshold. Raises ConfigError for a setting that the policy does not read."""
-        self._check_has_effect(self.acceptance or defaults.acceptance or DEFAULT_ACCEPTANCE)
-        changes_preset = self.preset is not None and self.preset != defaults.preset
-        base = AcceptanceParams(acceptance=defaults.acceptance) if changes_preset else defaults
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return AcceptanceParams(**{n: getattr(base, n) if v is None else v for n, v in given.items()})
-
-    def _check_has_effect(self, acceptance: str) -> None:
-        for name in acceptance_options():
-            value = getattr(self, name)
-            if value is None or name == "acceptance" or name in POLICIES[acceptance].settings:
-                continue
-            reader = next(other for other, policy in POLICIES.items() if name in policy.settings)
-            raise ConfigError(
-                f"{name} {value!r}: has no effect with acceptance {acceptance!r}: add acceptance={reader!r}"
-            )
-
-
-def acceptance_options() -> dict[str, AcceptanceOption]:
-    """The settings of acceptance that can be given anywhere, by name."""
-    fields = dataclasses.fields(AcceptanceSettings)
-    return {f.name: f.metadata["option"] for f in fields if "option" in f.metadata}
+def _draft_stop_threshold() -> Any:
+    return setting(float, "Where: nats for adasd, a probability for confidence. [the rule's]", metavar="X")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,8 +51,10 @@ class SpeculativeConfig(AcceptanceSettings):
     a step at the current load; num_speculative_tokens is then the most. The tokens are the same either way.
     adaptive_acceptance: with "fly" and a draft model, a request opens FLy's windows where its own windows pay, and is
     decoded exactly for a while where they do not; False is the published rule, which always opens them.
-    draft_token_cost, verification_token_cost: what that is decided by, a draft token and each further token of a target
-    step, in target steps of one token; None means as measured when the engine was built.
+    draft_stop: the rule that ends a draft model's draft early, "adasd", "confidence", "adaedl", or "none", with its
+    draft_stop_threshold: see drafting.stops. It comes on top of adaptive_draft_length.
+    draft_token_cost, verification_token_cost: what windows are decided by, a draft token and each further token of a
+    target step, in target steps of one token; None means as measured when the engine was built.
     acceptance None: "fly" with a draft model; "exact" for n-gram drafts, of which a loosened one costs accuracy.
     """
 
@@ -150,6 +64,8 @@ class SpeculativeConfig(AcceptanceSettings):
     prompt_lookup_min: int = 1
     prompt_lookup_num_tokens: int = 6
     adaptive_draft_length: bool = True
+    draft_stop: str | None = _draft_stop()
+    draft_stop_threshold: float | None = _draft_stop_threshold()
     adaptive_acceptance: bool = True
     draft_token_cost: float | None = None
     verification_token_cost: float | None = None
@@ -165,12 +81,33 @@ class SpeculativeConfig(AcceptanceSettings):
         for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_num_tokens"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("prompt_lookup_max", self.prompt_lookup_max, self.prompt_lookup_min)
+        self.make_draft_stop(self.draft_stop, self.draft_stop_threshold)
         for name in ("adaptive_draft_length", "adaptive_acceptance"):
             check_flag(name, getattr(self, name))
         for name in ("draft_token_cost", "verification_token_cost"):
             cost = getattr(self, name)
             if cost is not None and not (is_number(cost) and 0 <= cost < math.inf):
                 raise ConfigError(f"{name} {cost!r}: expected a number >= 0, in target steps of one token, or None")
+
+    def make_draft_stop(self, asked: str | None = None, threshold: float | None = None) -> DraftStop | None:
+        """The rule of a sequence, which may ask for another one or for another threshold. Raises ConfigError for what
+        would have no effect."""
+        name = asked or self.draft_stop or NO_STOP
+        rule, given = DRAFT_STOPS[name], threshold
+        if given is None and name == self.draft_stop:
+            given = self.draft_stop_threshold
+        if rule is None and given is not None:
+            known = ", ".join(stop for stop in DRAFT_STOPS if stop != NO_STOP)
+            raise ConfigError(f"draft_stop_threshold {given!r}: has no effect without draft_stop: add one of {known}")
+        if rule is None:
+            return None
+        if self.method is None or not DRAFTERS[self.method].has_scores:
+            able = ", ".join(method for method, kind in DRAFTERS.items() if kind.has_scores)
+            raise ConfigError(
+                f"draft_stop {name!r}: has no effect with method {self.method!r}, whose drafts no model chooses: leave "
+                f"it out, or serve with method {able}"
+            )
+        return rule(given)
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> Self:
@@ -205,10 +142,12 @@ class SamplingParams:
     model's own distribution. prompt_logprobs: the same for prompt tokens. max_tokens: output tokens at most, exactly
     kept; None means up to the engine's max_seq_len. stop: strings that end the text; it is cut before the string unless
     include_stop_str_in_output. stop_token_ids: tokens that end the sequence besides the model's own. ignore_eos: the
-    model's own end tokens do not end it. acceptance: overrides the engine's SpeculativeConfig for this request.
+    model's own end tokens do not end it. acceptance: overrides the engine's SpeculativeConfig for this request; a
+    policy of your own may stand for AcceptanceParams(acceptance=policy).
     num_speculative_tokens: draft tokens per round of this request, at most the SpeculativeConfig's, which None means; 0
     decodes without drafts. With "fly" it is part of the rule: a token is loosened only where its window lies inside the
-    round, so that other numbers may give other tokens. output_kind: what a stream yields.
+    round, so that other numbers may give other tokens. draft_stop, draft_stop_threshold: as in SpeculativeConfig, for
+    this request; "none" for no rule. output_kind: what a stream yields.
     """
 
     n: int = 1
@@ -231,8 +170,10 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    acceptance: AcceptanceParams | None = None
+    acceptance: AcceptanceParams | AcceptancePolicy | None = None
     num_speculative_tokens: int | None = None
+    draft_stop: str | None = _draft_stop()
+    draft_stop_threshold: float | None = _draft_stop_threshold()
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     stop_strings: tuple[str, ...] = field(init=False, repr=False)
 
@@ -274,8 +215,12 @@ class SamplingParams:
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} {getattr(self, name)!r}: expected True or False")
-        if self.acceptance is not None and not isinstance(self.acceptance, AcceptanceParams):
-            raise RequestError(f"acceptance {self.acceptance!r}: expected AcceptanceParams or None")
+        if self.acceptance is not None and not isinstance(self.acceptance, (AcceptanceParams, AcceptancePolicy)):
+            raise RequestError(f"acceptance {self.acceptance!r}: expected AcceptanceParams, a policy or None")
+        try:
+            check_settings(self)
+        except ConfigError as error:
+            raise RequestError(str(error)) from None
         if not isinstance(self.output_kind, RequestOutputKind):
             raise RequestError(f"output_kind {self.output_kind!r}: expected a RequestOutputKind")
         self._check_logit_bias()
@@ -283,6 +228,13 @@ class SamplingParams:
             raise RequestError(f"min_tokens {self.min_tokens}: more than max_tokens {self.max_tokens}")
         if self.n > 1 and self.temperature == 0:
             raise RequestError(f"n {self.n}: greedy completions are all the same: use n=1 or a temperature above 0")
+
+    @property
+    def acceptance_params(self) -> AcceptanceParams:
+        """What the request says of acceptance."""
+        if isinstance(self.acceptance, AcceptancePolicy):
+            return AcceptanceParams(acceptance=self.acceptance)
+        return self.acceptance or AcceptanceParams()
 
     @property
     def changes_scores(self) -> bool:
@@ -314,6 +266,11 @@ class SamplingParams:
             is_whole(token) and is_number(value) and abs(value) <= MAX_LOGIT_BIAS for token, value in bias.items()
         ):
             raise RequestError(f"logit_bias {bias!r}: expected token ids with numbers of at most {MAX_LOGIT_BIAS}")
+
+
+def request_settings() -> dict[str, Setting]:
+    """What a request may say of acceptance and of drafting, by name."""
+    return settings_of(AcceptanceParams) | settings_of(SamplingParams)
 
 
 def _are_strings(value: Any) -> bool:

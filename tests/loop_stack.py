@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models
 
-from fly_trt.drafting import Drafter, DraftRow, Lookup, ModelDrafter, NgramDrafter
+from fly_trt.drafting import Draft, Drafter, DraftRow, Lookup, ModelDrafter, NgramDrafter
 from fly_trt.params import SamplingParams
 from fly_trt.runtime.draft_length import DraftLength
 from fly_trt.runtime.invariants import check_invariants
@@ -19,7 +19,7 @@ from fly_trt.runtime.metrics import PREFIX, Metrics
 from fly_trt.runtime.request import Request
 from fly_trt.runtime.sampler import Sampler
 from fly_trt.text.tokenizer import Detokenizer
-from fly_trt.tokens import IntArray, TokenSequence
+from fly_trt.tokens import TokenSequence
 from fly_trt.verification import EXACT, AcceptancePolicy, FlyPolicy, LogitsProcessor, UniformStream
 from table_engine import STOP_TOKEN, VOCAB_SIZE, Entropy, Logits, NextToken, TableEngine, greedy, sometimes_differs
 
@@ -91,10 +91,13 @@ class CheckedModelDrafter(ModelDrafter):
         super().__init__(*arguments, **settings)
         self._draft = draft
 
-    def propose(self, rows: Sequence[DraftRow]) -> list[IntArray]:
+    def propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
         drafts = super().propose(rows)
         for row, draft in zip(rows, drafts, strict=True):
-            assert draft.tolist() == greedy(self._draft, row.tokens.tolist(), row.num_tokens), f"slot {row.slot}"
+            greedy_text = greedy(self._draft, row.tokens.tolist(), row.num_tokens)
+            drafted = draft.tokens.tolist()
+            assert drafted == greedy_text[: len(drafted)], f"slot {row.slot}"
+            assert row.stop is not None or len(drafted) == row.num_tokens, f"slot {row.slot}"
         return drafts
 
 

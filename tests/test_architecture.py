@@ -13,10 +13,11 @@ PACKAGE = ROOT / "fly_trt"
 FLOORS = (
     ("errors", "tokens", "files"),
     ("checks", "outputs", "manifest"),
-    ("text",),
+    ("text", "settings"),
     ("verification",),
     ("engines",),
     ("drafting",),
+    ("acceptance",),
     ("params",),
     ("runtime",),
     ("service",),
@@ -26,7 +27,18 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # What fly_build may use of fly_trt: never what runs a request.
-ROOMS_OF_THE_BUILD = {"errors", "checks", "files", "manifest", "params", "engines", "verification", "tokens", "cli"}
+ROOMS_OF_THE_BUILD = {
+    "errors",
+    "checks",
+    "files",
+    "manifest",
+    "acceptance",
+    "params",
+    "engines",
+    "verification",
+    "tokens",
+    "cli",
+}
 MAX_LINES = 420
 
 

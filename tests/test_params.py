@@ -13,7 +13,8 @@ from fly_trt import (
     SamplingParams,
     SpeculativeConfig,
 )
-from fly_trt.verification import EXACT, PRESETS
+from fly_trt.drafting import DRAFT_STOPS
+from fly_trt.verification import EXACT, PRESETS, HeadInfo
 
 GOOD_VALUES = {
     "n": [1, 4],
@@ -38,6 +39,8 @@ GOOD_VALUES = {
     "prompt_logprobs": [None, 0, 5],
     "acceptance": [None, AcceptanceParams(), AcceptanceParams(acceptance="exact")],
     "num_speculative_tokens": [None, 0, 1, 25],
+    "draft_stop": [None, *DRAFT_STOPS],
+    "draft_stop_threshold": [None, 0, 0.7, 3],
     "output_kind": list(RequestOutputKind),
 }
 
@@ -65,8 +68,13 @@ BAD_VALUES = {
     "skip_special_tokens": (["no", 0, None], "expected True or False"),
     "logprobs": ([-1, 1.5, "1", True], "expected a whole number, at least 0 or None"),
     "prompt_logprobs": ([-1, 1.5, "1", True], "expected a whole number, at least 0 or None"),
-    "acceptance": (["exact", {"acceptance": "exact"}, SpeculativeConfig()], "expected AcceptanceParams or None"),
+    "acceptance": (
+        ["exact", {"acceptance": "exact"}, SpeculativeConfig()],
+        "expected AcceptanceParams, a policy or None",
+    ),
     "num_speculative_tokens": ([-1, 1.5, "1", True], "expected a whole number, at least 0 or None"),
+    "draft_stop": (["entropy", 3, ["adasd"]], "expected one of None, none, adasd, confidence, adaedl"),
+    "draft_stop_threshold": ([-1, "0.7", math.nan, True], "expected a number >= 0"),
     "output_kind": (["delta", None, 1], "expected a RequestOutputKind"),
 }
 
@@ -147,7 +155,7 @@ def test_an_unknown_setting_is_refused() -> None:
         ({"num_speculative_tokens": 0}, "num_speculative_tokens 0: expected a whole number, at least 1"),
         ({"num_speculative_tokens": 2.5}, "num_speculative_tokens 2.5"),
         ({"prompt_lookup_min": 3, "prompt_lookup_max": 2}, "prompt_lookup_max 2: expected a whole number, at least 3"),
-        ({"acceptance": "typical"}, "acceptance 'typical': expected one of None, fly, exact"),
+        ({"acceptance": "best"}, "acceptance 'best': expected one of None, fly, exact"),
         ({"preset": "strict"}, "preset 'strict': expected one of reference, paper, vllm"),
         ({"fly_window_size": -1}, "fly_window_size -1"),
         ({"fly_entropy_threshold": -0.1}, "fly_entropy_threshold -0.1: expected a number >= 0"),
@@ -171,13 +179,13 @@ def test_an_unknown_field_in_a_mapping_is_refused_with_the_known_ones() -> None:
 def test_defaults_are_the_authors() -> None:
     config = SpeculativeConfig()
     assert (config.method, config.num_speculative_tokens, config.acceptance) == ("multi_level", 15, "fly")
-    assert config.policy(128_256, 3) == PRESETS["reference"]
+    assert config.policy(HeadInfo(128_256, 3)) == PRESETS["reference"]
 
 
 def test_ngram_drafts_are_verified_exactly_unless_asked_otherwise() -> None:
-    assert SpeculativeConfig(method="ngram").policy(100, 3) == EXACT
+    assert SpeculativeConfig(method="ngram").policy(HeadInfo(100, 3)) == EXACT
     loose = SpeculativeConfig(method="ngram", acceptance="fly")
-    assert loose.policy(100, 3) == PRESETS["reference"]
+    assert loose.policy(HeadInfo(100, 3)) == PRESETS["reference"]
 
 
 def test_a_request_overrides_what_it_names_and_keeps_the_rest() -> None:
@@ -185,20 +193,20 @@ def test_a_request_overrides_what_it_names_and_keeps_the_rest() -> None:
     assert AcceptanceParams().over(engine) == AcceptanceParams(
         acceptance="fly", preset="reference", fly_entropy_threshold=0.5, fly_window_size=4
     )
-    assert AcceptanceParams(acceptance="exact").over(engine).policy(100, 3) == EXACT
-    policy = AcceptanceParams(fly_window_size=8).over(engine).policy(100, 3)
+    assert AcceptanceParams(acceptance="exact").over(engine).policy(HeadInfo(100, 3)) == EXACT
+    policy = AcceptanceParams(fly_window_size=8).over(engine).policy(HeadInfo(100, 3))
     assert (policy.entropy_threshold, policy.window, policy.lookahead) == (0.5, 8, 7)
 
 
 def test_another_preset_does_not_inherit_a_threshold_in_another_unit() -> None:
     engine = SpeculativeConfig(fly_entropy_threshold=0.5)
-    policy = AcceptanceParams(preset="paper").over(engine).policy(100, 3)
+    policy = AcceptanceParams(preset="paper").over(engine).policy(HeadInfo(100, 3))
     assert policy.entropy_threshold == pytest.approx(0.3 * math.log(100))
 
 
 def test_another_top_k_than_the_engines_names_the_fix() -> None:
     with pytest.raises(ConfigError, match=r"built for 3: rebuild with --entropy-top-k 5"):
-        AcceptanceParams(fly_entropy_top_k=5).policy(100, 3)
+        AcceptanceParams(fly_entropy_top_k=5).policy(HeadInfo(100, 3))
 
 
 @pytest.mark.parametrize(

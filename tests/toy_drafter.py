@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fly_trt.drafting import DraftParts, DraftRow, DraftSettings, FreeDrafter
-from fly_trt.tokens import IntArray
+from fly_trt.drafting import Draft, DraftParts, DraftRow, DraftSettings, FreeDrafter
+from fly_trt.verification import DraftSource
 
 
 class PeriodDrafter(FreeDrafter):
@@ -14,8 +14,8 @@ class PeriodDrafter(FreeDrafter):
     def __init__(self, period: int) -> None:
         self._period = period
 
-    def propose(self, rows: Sequence[DraftRow]) -> list[IntArray]:
-        return [np.resize(tokens[-self._period :], num_tokens) for _, tokens, num_tokens in rows]
+    def propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
+        return [Draft.of(np.resize(row.tokens[-self._period :], row.num_tokens), DraftSource.LOOKUP) for row in rows]
 
 
 def period(settings: DraftSettings, parts: DraftParts) -> PeriodDrafter:

@@ -14,6 +14,7 @@ from fly_build.backends import BACKENDS
 from fly_build.schema import Recipe
 from fly_trt.errors import ConfigError
 from fly_trt.params import SpeculativeConfig
+from fly_trt.verification import HeadInfo
 
 RECIPES = Path(__file__).resolve().parents[2] / "engines" / "recipes"
 
@@ -50,7 +51,7 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
         known = " or ".join(map(repr, BACKENDS))
         raise ConfigError(f"{path or 'flags'}: backend: Input should be {known}, got {recipe.backend!r}")
     speculative = SpeculativeConfig.from_dict(recipe.speculative)
-    speculative.policy(vocab_size=2, entropy_top_k=recipe.entropy_top_k)
+    speculative.policy(HeadInfo(vocab_size=2, entropy_top_k=recipe.entropy_top_k, has_top_tokens=True))
     _check_backend(recipe)
     if recipe.max_num_tokens <= recipe.max_draft_len:
         raise ConfigError(

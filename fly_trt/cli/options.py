@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from fly_trt.drafting import DRAFTERS
-from fly_trt.params import AcceptanceOption, acceptance_options
+from fly_trt.params import SpeculativeConfig
+from fly_trt.settings import Setting, settings_of
 
 Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -56,9 +57,28 @@ def as_json(help: str) -> Option:
     return click.option("--json", "as_json", is_flag=True, help=help)
 
 
-def _acceptance_option(name: str, option: AcceptanceOption) -> Option:
-    kind = option.kind if option.choices is None else click.Choice(list(option.choices))
-    return click.option(f"--{name.replace('_', '-')}", type=kind, metavar=option.metavar, help=option.help)
+class ListOf(click.ParamType[Any]):
+    """Items with commas between them; nothing at all is an empty list."""
+
+    def __init__(self, kind: type) -> None:
+        self.name = "list"
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return [self._kind(item) for item in value.split(",") if item]
+        except ValueError:
+            self.fail(f"{value!r}: expected whole numbers with commas between them", param, context)
+
+
+def setting_option(name: str, declared: Setting) -> Option:
+    """The flag of a setting that is declared in Python."""
+    kind: Any = declared.kind if declared.choices is None else click.Choice(list(declared.choices))
+    if declared.is_list:
+        kind = ListOf(declared.kind)
+    return click.option(f"--{name.replace('_', '-')}", type=kind, metavar=declared.metavar, help=declared.help)
 
 
 SPECULATIVE = {
@@ -66,7 +86,7 @@ SPECULATIVE = {
     "num_speculative_tokens": click.option(
         "--num-speculative-tokens", type=int, metavar="K", help="Draft tokens per step, at most. [as built]"
     ),
-} | {name: _acceptance_option(name, option) for name, option in acceptance_options().items()}
+} | {name: setting_option(name, declared) for name, declared in settings_of(SpeculativeConfig).items()}
 
 
 # What is left to say where a command chooses method and acceptance itself.

@@ -1,15 +1,26 @@
-"""Drafting: where draft tokens come from.
+"""Drafting: where draft tokens come from, and where a draft ends.
 
-DRAFTERS is the table of the ways to draft, by the name that `method` has.
+DRAFTERS is the table of the ways to draft, by the name that `method` has; DRAFT_STOPS that of the rules that end the
+draft of a model early.
 """
 
-from fly_trt.drafting.base import Drafter, DrafterKind, DraftParts, DraftRow, DraftSettings, FreeDrafter
+from fly_trt.drafting.base import (
+    Draft,
+    Drafter,
+    DrafterKind,
+    DraftParts,
+    DraftRow,
+    DraftSettings,
+    FreeDrafter,
+    MakeDrafter,
+)
 from fly_trt.drafting.model import Lookup, ModelDrafter, draft_model, multi_level
 from fly_trt.drafting.ngram import NgramDrafter, ngram
+from fly_trt.drafting.stops import DRAFT_STOPS, NO_STOP, DraftStop
 
 DRAFTERS: dict[str, DrafterKind] = {
-    "multi_level": DrafterKind(multi_level, needs_draft_model=True, acceptance="fly"),
-    "draft_model": DrafterKind(draft_model, needs_draft_model=True, acceptance="fly"),
+    "multi_level": DrafterKind(multi_level, needs_draft_model=True, acceptance="fly", has_scores=True),
+    "draft_model": DrafterKind(draft_model, needs_draft_model=True, acceptance="fly", has_scores=True),
     # Its drafts are copies rather than alternatives: a loosened one costs accuracy (181 instead of 240 right answers of
     # 240 on the demo pair).
     "ngram": DrafterKind(ngram, needs_draft_model=False, acceptance="exact"),
@@ -17,13 +28,18 @@ DRAFTERS: dict[str, DrafterKind] = {
 
 __all__ = [
     "DRAFTERS",
+    "DRAFT_STOPS",
+    "NO_STOP",
+    "Draft",
     "DraftParts",
     "DraftRow",
     "DraftSettings",
+    "DraftStop",
     "Drafter",
     "DrafterKind",
     "FreeDrafter",
     "Lookup",
+    "MakeDrafter",
     "ModelDrafter",
     "NgramDrafter",
 ]

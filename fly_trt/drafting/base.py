@@ -4,19 +4,47 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
+from fly_trt.drafting.stops import DraftStop
 from fly_trt.engines.base import Engine
 from fly_trt.tokens import IntArray
-from fly_trt.verification import DraftSource
+from fly_trt.verification import NO_DRAFT_SCORES, DraftScores, DraftSource
 
 State = TypeVar("State")
 
 
 class DraftRow(NamedTuple):
-    """Asks for `num_tokens` draft tokens to follow the committed `tokens` int64 [length] of the sequence in `slot`."""
+    """Asks for `num_tokens` draft tokens to follow the committed `tokens` int64 [length] of the sequence in `slot`.
+
+    stop: where a draft model's tokens end. wants_scores: what it says of them is wanted. is_private: the draft must
+    rest on the sequence alone, because tokens may depend on it."""
 
     slot: int
     tokens: IntArray
     num_tokens: int
+    stop: DraftStop | None = None
+    wants_scores: bool = False
+    is_private: bool = False
+
+
+class Draft(NamedTuple):
+    """Draft tokens int64 [n], in an array that stays as it is, with the DraftSource of each, uint8 [n], and what a
+    draft model said of them: DraftScores of n tokens, or none of any where nobody wants them. is_whole: it was made as
+    a whole, before any of it was needed, so that fewer tokens than were asked for are a shorter round."""
+
+    tokens: IntArray
+    sources: npt.NDArray[np.uint8]
+    scores: DraftScores = NO_DRAFT_SCORES
+    is_whole: bool = True
+
+    @classmethod
+    def of(
+        cls, tokens: IntArray, source: DraftSource, scores: DraftScores = NO_DRAFT_SCORES, *, is_whole: bool = True
+    ) -> "Draft":
+        """Tokens of one source."""
+        return cls(tokens, np.full(len(tokens), source, np.uint8), scores, is_whole)
 
 
 class Drafter(Protocol):
@@ -25,8 +53,9 @@ class Drafter(Protocol):
 
     is_free: bool
     """A proposal costs nothing worth saving, so that a whole draft may be asked for before any of it is needed."""
-    source: DraftSource
-    """Where its draft tokens come from."""
+    has_exact_copies: bool
+    """Copied draft tokens stand only where they are the target's choice, unless the policy is meant for copies: a
+    drafter that has a model too."""
 
     @property
     def num_preparations(self) -> int:
@@ -43,10 +72,9 @@ class Drafter(Protocol):
         costs. Optional: `propose` does it too."""
         ...
 
-    def propose(self, rows: Sequence[DraftRow]) -> list[IntArray]:
-        """For each row at most `num_tokens` draft tokens, int64 [n], in an array that stays as it is. Fewer mean
-        that there is nothing more to propose. Asking again for more, or after a part was committed, goes on with the
-        same draft."""
+    def propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
+        """For each row at most `num_tokens` draft tokens. Fewer mean that there is nothing more to propose. Asking
+        again for more, or after a part was committed, goes on with the same draft."""
         ...
 
     def release(self, slot: int) -> None:
@@ -74,7 +102,7 @@ class FreeDrafter:
     """A drafter without a model that keeps nothing by slot: it only has to `propose`."""
 
     is_free = True
-    source = DraftSource.LOOKUP
+    has_exact_copies = False
     num_preparations = 0
 
     def num_unread(self, slot: int, length: int) -> int:
@@ -121,13 +149,18 @@ class DraftParts:
     reuse_cache: bool
 
 
+MakeDrafter = Callable[[DraftSettings, DraftParts], Drafter]
+
+
 @dataclass(frozen=True, slots=True)
 class DrafterKind:
-    """A line of the table of drafters. acceptance: which policy its drafts get where nobody says."""
+    """A line of the table of drafters. acceptance: which policy its drafts get where nobody says. has_scores: a model
+    chooses its drafts, or some of them, so that they may be ended by what it says of them."""
 
-    make: Callable[[DraftSettings, DraftParts], Drafter]
+    make: MakeDrafter
     needs_draft_model: bool
     acceptance: str
+    has_scores: bool = False
 
 
 def common_prefix(held: IntArray, tokens: IntArray, known: int = 0) -> int:

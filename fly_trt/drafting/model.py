@@ -11,11 +11,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fly_trt.drafting.base import DraftParts, DraftRow, DraftSettings, common_prefix, exchange
+from fly_trt.drafting.base import Draft, DraftParts, DraftRow, DraftSettings, common_prefix, exchange
 from fly_trt.drafting.ngram import NgramIndex
-from fly_trt.engines.base import Engine
+from fly_trt.drafting.stops import DraftStop
+from fly_trt.engines.base import Engine, Step
 from fly_trt.tokens import NO_TOKENS, IntArray, TokenSequence
-from fly_trt.verification import DraftSource
+from fly_trt.verification import (
+    EXACT,
+    EXACT_WITH_ENTROPY,
+    NO_DRAFT_SCORES,
+    AcceptancePolicy,
+    DraftScores,
+    DraftSource,
+)
 
 # A row with more context than this gets a step of its own: in a common one every other row would be padded to it.
 MAX_SHARED_CONTEXT = 8
@@ -41,7 +49,8 @@ class _Slot:
     """`held` is committed tokens and the drafts after them, of which the engine's cache has the first `num_cached`;
     the first `num_committed` were committed when last seen; `wanted` is how long `held` shall become. Reading its first
     `lost_at` tokens came to something that is not a number, so that nothing follows them; one that `may_guess` no more
-    had a guess that did."""
+    had a guess that did. `stop` says where the draft ends, and has said it where it `has_stopped`. Where the row
+    `wants_scores`, `scores` has what the model said of the tokens of `held` from `first_scored` on."""
 
     index: NgramIndex | None
     held: TokenSequence = field(default_factory=lambda: TokenSequence([]))
@@ -50,6 +59,11 @@ class _Slot:
     wanted: int = 0
     lost_at: int = NEVER
     may_guess: bool = True
+    stop: DraftStop | None = None
+    has_stopped: bool = False
+    wants_scores: bool = False
+    scores: DraftScores = NO_DRAFT_SCORES
+    first_scored: int = 0
 
     @property
     def is_lost(self) -> bool:
@@ -57,7 +71,11 @@ class _Slot:
 
     @property
     def is_pending(self) -> bool:
-        return len(self.held) < self.wanted and not self.is_lost
+        return len(self.held) < self.wanted and not self.is_lost and not self.has_stopped
+
+    @property
+    def is_scored(self) -> bool:
+        return self.wants_scores or self.stop is not None
 
     @property
     def context(self) -> IntArray:
@@ -71,7 +89,7 @@ class ModelDrafter:
     """
 
     is_free = False
-    source = DraftSource.MODEL
+    has_exact_copies = False
 
     def __init__(
         self, engine: Engine, target_vocab_size: int, lookup: Lookup | None = None, *, reuse_cache: bool = True
@@ -81,6 +99,7 @@ class ModelDrafter:
         self._reuse_cache = reuse_cache
         self._target_vocab_size = target_vocab_size
         self._vocab_size = engine.info.vocab_size
+        self._top_k = engine.info.entropy_top_k if engine.info.has_top_tokens else 0
         self._has_all_tokens = self._vocab_size >= target_vocab_size
         longest_guess = min(lookup.num_tokens, engine.info.max_draft_len) if lookup else 0
         self._max_context = engine.info.max_num_tokens - longest_guess
@@ -97,26 +116,22 @@ class ModelDrafter:
         return length - min(length, state.num_cached) if state is not None and state.num_committed else length
 
     def prepare(self, rows: Sequence[DraftRow]) -> None:
-        for slot, tokens, num_tokens in rows:
-            state = self._slots.get(slot)
+        for row in rows:
+            state = self._slots.get(row.slot)
             if state is None:
-                state = self._slots[slot] = self._new_slot()
-            self._follow(state, tokens)
-            state.wanted = len(tokens) + num_tokens
+                state = self._slots[row.slot] = self._new_slot()
+            state.stop, state.wants_scores = row.stop, row.wants_scores
+            self._follow(state, row.tokens)
+            state.wanted = len(row.tokens) + row.num_tokens
             if state.is_pending:
-                self._prefill(slot, state)
+                self._prefill(row.slot, state)
 
-    def propose(self, rows: Sequence[DraftRow]) -> list[IntArray]:
+    def propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
         self.prepare(rows)
         pending = [row.slot for row in rows]
         while pending := [slot for slot in pending if self._slots[slot].is_pending]:
             self._extend(pending)
-        drafts = []
-        for slot, tokens, num_tokens in rows:
-            draft = self._slots[slot].held.tokens[len(tokens) : len(tokens) + num_tokens].copy()
-            has_same_tokens = self._vocab_size == self._target_vocab_size
-            drafts.append(draft if has_same_tokens else _before(draft, self._target_vocab_size))
-        return drafts
+        return [self._drafted(row) for row in rows]
 
     def release(self, slot: int) -> None:
         if not self._reuse_cache:
@@ -146,6 +161,18 @@ class ModelDrafter:
         for state in self._slots.values():
             state.num_cached = min(state.num_cached, held)
 
+    def _drafted(self, row: DraftRow) -> Draft:
+        """What a slot holds behind the row's tokens."""
+        state, start = self._slots[row.slot], len(row.tokens)
+        tokens = state.held.tokens[start : start + row.num_tokens].copy()
+        if self._vocab_size != self._target_vocab_size:
+            tokens = _before(tokens, self._target_vocab_size)
+        scores = NO_DRAFT_SCORES
+        if state.is_scored:
+            first = start - state.first_scored
+            scores = DraftScores._make(array[first : first + len(tokens)] for array in state.scores)
+        return Draft.of(tokens, DraftSource.MODEL, scores, is_whole=False)
+
     def _new_slot(self) -> _Slot:
         return _Slot(NgramIndex(self._lookup.max_n, self._lookup.min_n) if self._lookup is not None else None)
 
@@ -161,6 +188,9 @@ class ModelDrafter:
             state.num_cached = min(state.num_cached, kept)
             if state.index is not None:
                 state.index.sync(state.held.tokens, min(kept, len(state.index)))
+            state.has_stopped = False
+            state.first_scored = len(tokens)
+            state.scores = DraftScores.none(0, self._top_k) if state.is_scored else NO_DRAFT_SCORES
         state.num_committed = len(tokens)
         state.may_guess = True
         state.num_cached = min(state.num_cached, len(state.held) - 1)
@@ -178,16 +208,30 @@ class ModelDrafter:
         longest_guess = MAX_GUESSED_POSITIONS // (max(slots) - min(slots) + 1) - 1
         guesses = [self._guess(self._slots[slot], longest_guess) for slot in slots]
         contexts = [self._slots[slot].context for slot in slots]
-        for slot, guess, (accepted, next_token) in zip(
+        for slot, guess, (accepted, next_token, scores) in zip(
             slots, guesses, self._run(slots, contexts, guesses), strict=True
         ):
             state = self._slots[slot]
             if next_token < 0:
                 continue
             new = [*guess[:accepted].tolist(), next_token]
+            if scores is not None:
+                new = new[: self._take_scores(state, scores)]
             state.held.append(new)
+            state.num_cached = min(state.num_cached, len(state.held))
             if state.index is not None:
                 state.index.extend(new)
+
+    def _take_scores(self, state: _Slot, scores: DraftScores) -> int:
+        """Takes what the model said of the next tokens, and returns how many of them are part of the draft."""
+        num_kept = len(scores.entropy)
+        if state.stop is not None:
+            for at, (entropy, logprob) in enumerate(zip(scores.entropy.tolist(), scores.logprob.tolist(), strict=True)):
+                if state.stop.ends(entropy, logprob):
+                    state.has_stopped, num_kept = True, at + 1
+                    break
+        state.scores = state.scores.followed_by(scores.first(num_kept))
+        return num_kept
 
     def _guess(self, state: _Slot, longest: int) -> IntArray:
         if state.index is None or self._lookup is None or not state.may_guess:
@@ -198,21 +242,25 @@ class ModelDrafter:
         guess = state.index.propose(num_tokens)
         return guess if self._has_all_tokens else _before(guess, self._vocab_size)
 
-    def _run(self, slots: list[int], contexts: list[IntArray], guesses: list[IntArray]) -> list[tuple[int, int]]:
+    def _run(
+        self, slots: list[int], contexts: list[IntArray], guesses: list[IntArray]
+    ) -> list[tuple[int, int, DraftScores | None]]:
         """Steps the slots from the first to the last of `slots`; those between them that are not asked for write where
-        nothing is held. Returns accepted tokens and next token of each, or -1 where that is not a number."""
+        nothing is held. Returns accepted tokens, next token and, where they are wanted, the scores of these tokens; or
+        the next token -1 where it is not a number."""
         first, last = min(slots), max(slots)
         num_tokens = max(len(context) + len(guess) for context, guess in zip(contexts, guesses, strict=True))
-        step = self._engine.step(first, last - first + 1, num_tokens)
+        with_top = self._top_k > 0 and any(self._slots[slot].wants_scores for slot in slots)
+        step = self._engine.step(first, last - first + 1, num_tokens, with_top=with_top)
         if len(slots) <= last - first:
             for slot in range(first, last + 1):
                 step.set_row(slot - first, self._slots[slot].num_cached if slot in self._slots else 0, IDLE_CONTEXT)
         for slot, context, guess in zip(slots, contexts, guesses, strict=True):
             if not self._has_all_tokens:
                 context = np.minimum(context, self._vocab_size - 1)
-            step.set_row(slot - first, self._slots[slot].num_cached, context, guess)
+            step.set_row(slot - first, self._slots[slot].num_cached, context, guess, self._policy(slot))
         self._engine.run(step)
-        results = []
+        results: list[tuple[int, int, DraftScores | None]] = []
         for slot, context, guess in zip(slots, contexts, guesses, strict=True):
             state = self._slots[slot]
             if np.isnan(step.entropy_topk[slot - first, : len(context) + len(guess)]).any():
@@ -220,12 +268,29 @@ class ModelDrafter:
                 if not len(guess):
                     state.lost_at = state.num_cached + len(context)
                 state.may_guess = False
-                results.append((0, -1))
+                results.append((0, -1, None))
                 continue
             accepted = int(step.num_accepted[slot - first])
             state.num_cached += len(context) + accepted
-            results.append((accepted, int(step.next_token[slot - first])))
+            at = slice(len(context) - 1, len(context) + accepted)
+            scores = self._scores(step, slot - first, at) if state.is_scored else None
+            results.append((accepted, int(step.next_token[slot - first]), scores))
         return results
+
+    def _policy(self, slot: int) -> AcceptancePolicy:
+        stop = self._slots[slot].stop
+        return EXACT_WITH_ENTROPY if stop is not None and stop.needs_entropy else EXACT
+
+    def _scores(self, step: Step, row: int, at: slice) -> DraftScores:
+        """Of the tokens that the model chose at these positions; its buffers are used again."""
+        num_tokens = at.stop - at.start
+        scores = DraftScores.none(num_tokens, self._top_k)
+        scores.entropy[:] = step.entropy[row, at]
+        scores.logprob[:] = step.argmax_logprob[row, at]
+        if step.top_ids is not None and step.top_logprobs is not None:
+            scores.top_ids[:] = step.top_ids[row, at]
+            scores.top_logprobs[:] = step.top_logprobs[row, at]
+        return scores
 
 
 def draft_model(settings: DraftSettings, parts: DraftParts, lookup: Lookup | None = None) -> ModelDrafter:

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from fly_trt.drafting.base import DraftParts, DraftRow, DraftSettings, FreeDrafter, exchange
+from fly_trt.drafting.base import Draft, DraftParts, DraftRow, DraftSettings, FreeDrafter, exchange
 from fly_trt.tokens import NO_TOKENS, IntArray
+from fly_trt.verification import DraftSource
 
 
 class NgramIndex:
@@ -74,15 +75,15 @@ class NgramDrafter(FreeDrafter):
         self._indexes: dict[int, NgramIndex] = {}
 
     def prepare(self, rows: Sequence[DraftRow]) -> None:
-        for slot, tokens, _ in rows:
-            index = self._indexes.get(slot)
+        for row in rows:
+            index = self._indexes.get(row.slot)
             if index is None:
-                index = self._indexes[slot] = NgramIndex(self._max_n, self._min_n)
-            index.sync(tokens, len(index))
+                index = self._indexes[row.slot] = NgramIndex(self._max_n, self._min_n)
+            index.sync(row.tokens, len(index))
 
-    def propose(self, rows: Sequence[DraftRow]) -> list[IntArray]:
+    def propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
         self.prepare(rows)
-        return [self._indexes[slot].propose(num_tokens) for slot, _, num_tokens in rows]
+        return [Draft.of(self._indexes[row.slot].propose(row.num_tokens), DraftSource.LOOKUP) for row in rows]
 
     def release(self, slot: int) -> None:
         self._indexes.pop(slot, None)

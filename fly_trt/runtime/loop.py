@@ -66,6 +66,7 @@ class GenerationLoop:
             config.num_draft_tokens,
             is_adaptive=config.adaptive_draft_length,
             step_costs=config.step_costs,
+            stop_token_ids=target.info.stop_token_ids,
         )
         self.scheduler = Scheduler(
             SlotTable(config.num_slots, target, drafter, prefix_caching=config.prefix_caching),
@@ -161,7 +162,13 @@ class GenerationLoop:
             self.speculation.warm_up(num_rows, token)
 
     def _run(self, plan: StepPlan) -> Step:
-        step = self._target.step(plan.first_slot, len(plan.rows), plan.num_tokens, with_logits=plan.with_logits)
+        step = self._target.step(
+            plan.first_slot,
+            len(plan.rows),
+            plan.num_tokens,
+            with_logits=plan.with_logits,
+            with_top=plan.with_top,
+        )
         for row, (request, feed) in enumerate(plan.rows):
             policy = EXACT if request.round is None else request.round.policy  # which says what the gate looks at
             step.set_row(row, request.num_cached, feed.context, feed.draft, policy)
@@ -210,8 +217,7 @@ class GenerationLoop:
             step,
             row,
             request.choose if request.sampler is not None else None,
-            self._never_loosened(request),
-            head_decides=_head_decides(request, round_),
+            head_stops=self._target.info.stop_token_ids,
             keeps_logits=request.params.logprobs is not None,
         )
         request.hold(round_.num_held(verdict))
@@ -243,15 +249,11 @@ class GenerationLoop:
     def _end_round(self, request: Request, round_: Round, num_kept: int) -> None:
         """num_kept: draft tokens that were emitted."""
         request.round = None
-        if num_verified := round_.evidence.num_known:
-            num_loosened = round_.evidence.num_loosened(num_kept)
-            request.metrics.record_round(num_verified, num_kept, num_loosened)
-            self._metrics.record_round(num_verified, num_kept, num_loosened)
-        was_rejected = round_.num_committed < round_.end
-        self.speculation.end_round(request, round_, self._never_loosened(request), was_rejected=was_rejected)
-
-    def _never_loosened(self, request: Request) -> frozenset[int]:
-        return request.end_token_ids | self._target.info.stop_token_ids
+        if round_.evidence.num_known:
+            counts = round_.counts(num_kept)
+            request.metrics.record_round(counts)
+            self._metrics.record_round(counts, request.policy.name)
+        self.speculation.end_round(request, round_, num_kept)
 
     def _collect_prompt_logprobs(self, request: Request, step: Step, row: int, num_tokens: int) -> None:
         """Position t of the step predicts prompt token num_cached + t + 1."""
@@ -284,12 +286,6 @@ class GenerationLoop:
         capacity = self._config.num_slots * self._config.max_seq_len
         usage = sum(request.num_cached for request in running) / capacity
         self._metrics.set_load(len(running), len(self.scheduler.waiting), usage)
-
-
-def _head_decides(request: Request, round_: Round) -> bool:
-    """Whether the verdict of the engine's head holds: it does not know the stop tokens that only this request has."""
-    policy = round_.policy
-    return policy.is_decided_by_head and not (request.stop_token_ids and policy.is_loose)
 
 
 def _not_numbers(request: Request) -> EngineError:

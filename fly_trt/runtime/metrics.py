@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from fly_trt.outputs import RoundCounts
+
 logger = logging.getLogger(__name__)
 
 PREFIX = "fly_trt:"
@@ -34,6 +36,10 @@ COUNTERS = {
     "generation_tokens": "Tokens emitted.",
     "prefix_cache_queries": "Prompt tokens looked up in the cache.",
     "prefix_cache_hits": "Prompt tokens whose cache was reused.",
+}
+BY_SOURCE = {
+    "spec_decode_num_draft_tokens_by_source": "Draft tokens verified, by policy and by where they come from.",
+    "spec_decode_num_accepted_tokens_by_source": "Draft tokens emitted, by policy and by where they come from.",
 }
 GAUGES = {
     "num_requests_running": "Requests in slots.",
@@ -73,6 +79,8 @@ class Metrics:
         self._counts = dict.fromkeys(COUNTERS, 0)
         self._levels = dict.fromkeys(GAUGES, 0.0)
         self._rounds_by_length: Counter[int] = Counter()  # rounds by the draft tokens that they emitted
+        self._by_source: tuple[Counter[tuple[str, str]], ...] = (Counter(), Counter())  # by policy and source
+        self._loosened: Counter[str] = Counter()  # by policy
         self._ended: Counter[str] = Counter()
         self._first_token = _Histogram("time_to_first_token_seconds", "From arrival.", FIRST_TOKEN_SECONDS)
         self._inter_token = _Histogram(
@@ -96,6 +104,19 @@ class Metrics:
             num_emitted = sum(count for length, count in rounds.items() if length > position)
             per_position.add_metric([str(position)], num_emitted)
         yield per_position
+        for (name, text), table in zip(BY_SOURCE.items(), self._by_source, strict=True):
+            family = CounterMetricFamily(PREFIX + name, text, labels=["acceptance", "source"])
+            for labels, count in dict(table).items():
+                family.add_metric(labels, count)
+            yield family
+        loosened = CounterMetricFamily(
+            PREFIX + "spec_decode_num_loosened_tokens_by_policy",
+            "Emitted draft tokens that the target did not choose, by policy.",
+            labels=["acceptance"],
+        )
+        for acceptance, count in dict(self._loosened).items():
+            loosened.add_metric([acceptance], count)
+        yield loosened
         ended = CounterMetricFamily(
             PREFIX + "request_success", "Requests that ended, by reason.", labels=["finished_reason"]
         )
@@ -116,13 +137,18 @@ class Metrics:
                 values[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
         return values
 
-    def record_round(self, num_draft: int, num_accepted: int, num_loosened: int) -> None:
+    def record_round(self, round_: RoundCounts, acceptance: str) -> None:
+        """acceptance: the name of the request's policy."""
         counts = self._counts
         counts["spec_decode_num_drafts"] += 1
-        counts["spec_decode_num_draft_tokens"] += num_draft
-        counts["spec_decode_num_accepted_tokens"] += num_accepted
-        counts["spec_decode_num_loosened_tokens"] += num_loosened
-        self._rounds_by_length[num_accepted] += 1
+        counts["spec_decode_num_draft_tokens"] += round_.num_draft
+        counts["spec_decode_num_accepted_tokens"] += round_.num_accepted
+        counts["spec_decode_num_loosened_tokens"] += round_.num_loosened
+        self._rounds_by_length[round_.num_accepted] += 1
+        self._loosened[acceptance] += round_.num_loosened
+        for table, by_source in zip(self._by_source, round_[-2:], strict=True):
+            for source, count in by_source.items():
+                table[acceptance, source] += count
 
     def record_tokens(self, num_tokens: int, seconds: float, *, is_first: bool) -> None:
         """Tokens that a step emitted for one sequence, `seconds` after its arrival or after those before them."""

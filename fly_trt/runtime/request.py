@@ -6,6 +6,7 @@ from enum import Enum
 
 import numpy as np
 
+from fly_trt.drafting import DraftStop
 from fly_trt.errors import FlyError
 from fly_trt.outputs import CompletionOutput, FinishReason, RequestMetrics, TokenLogprobs
 from fly_trt.params import SamplingParams
@@ -15,7 +16,7 @@ from fly_trt.runtime.rounds import Round
 from fly_trt.runtime.sampler import Sampler
 from fly_trt.text.tokenizer import Detokenizer
 from fly_trt.tokens import FloatArray, IntArray, TokenSequence
-from fly_trt.verification import AcceptancePolicy, Positions
+from fly_trt.verification import AcceptancePolicy, Guards, Positions
 
 
 class RequestState(Enum):
@@ -31,7 +32,8 @@ class RequestState(Enum):
 class Request:
     """`sequence` is prompt and output; the target's cache holds `num_cached` tokens of it and of the draft after it.
     `end_token_ids` end the sequence; `stop_token_ids` are those of them that only this request has. `sampler` None
-    means that the engine's argmax decides. `loosening` None means that every round has the request's `policy`. `index`
+    means that the engine's argmax decides. `loosening` None means that every round has the request's `policy`.
+    `guards`: where a loose policy is exact all the same. `draft_stop`: where drafts of its rounds end early. `index`
     numbers the sequences of one prompt."""
 
     request_id: str
@@ -44,6 +46,8 @@ class Request:
     detokenizer: Detokenizer
     sequence: TokenSequence
     sampler: Sampler | None = None
+    guards: Guards | None = None
+    draft_stop: DraftStop | None = None
     index: int = 0
     state: RequestState = RequestState.WAITING
     slot: int = -1
@@ -76,6 +80,11 @@ class Request:
     @property
     def needs_logits(self) -> bool:
         return self.sampler is not None or self.params.logprobs is not None
+
+    @property
+    def needs_top(self) -> bool:
+        """Whether the target's most probable tokens are wanted from the engine: a sampler has its own."""
+        return self.sampler is None and self.round is not None and self.round.policy.needs_top
 
     @property
     def needs_prompt_logits(self) -> bool:

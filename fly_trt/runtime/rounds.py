@@ -11,12 +11,16 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from fly_trt.drafting import Draft
 from fly_trt.engines.base import Step
+from fly_trt.outputs import RoundCounts
 from fly_trt.runtime.loosening import WindowCounts
 from fly_trt.tokens import NO_TOKENS, FloatArray, IntArray
-from fly_trt.verification import NO_SCORES, AcceptancePolicy, DraftSource, Evidence, Positions, Verdict
+from fly_trt.verification import NO_SCORES, AcceptancePolicy, DraftSource, Evidence, Limits, Positions, Verdict
 
+SOURCE_NAMES = [source.name.lower() for source in DraftSource]
 NO_CHOICE = -1  # agrees with no draft token
 
 Choose = Callable[[FloatArray, IntArray, IntArray], Positions]
@@ -41,7 +45,8 @@ class Feed(NamedTuple):
 
 @dataclass(slots=True)
 class Round:
-    """A draft that follows the `start` tokens of the sequence, and the `policy` that decides it.
+    """A draft that follows the `start` tokens of the sequence, the `policy` that decides it, and the `limits` that no
+    policy goes beyond.
 
     `evidence` has the draft and what the target said of it, `logits` float32 [v, V] where they are wanted;
     `num_committed` draft tokens are part of the sequence already. Where the round `is_observed` its length is the
@@ -53,6 +58,7 @@ class Round:
     start: int
     evidence: Evidence
     policy: AcceptancePolicy
+    limits: Limits
     is_observed: bool = False
     logits: FloatArray = field(default_factory=lambda: NO_SCORES)
     num_committed: int = 0
@@ -105,16 +111,19 @@ class Round:
             return 0
         return 2 if self.has_begun else 1
 
-    def take_draft(self, draft: IntArray, num_asked: int, source: DraftSource, *, is_whole: bool) -> None:
+    def take_draft(self, draft: Draft, num_asked: int) -> None:
         """Takes draft tokens that follow the committed ones; fewer than asked for mean that the draft ends there. A
         draft that was made as a whole, before any of it was needed, is then a shorter round; one that is made in parts
         may not be, for its first part was decided by the length that was asked for."""
         evidence, kept = self.evidence, self.num_committed
-        sources = np.full(len(draft), source, np.uint8)
-        evidence.has_ended = len(draft) < num_asked
-        evidence.draft = np.concatenate([evidence.draft[:kept], draft]) if kept else draft
-        evidence.sources = np.concatenate([evidence.sources[:kept], sources]) if kept else sources
-        if evidence.has_ended and is_whole:
+        evidence.has_ended = len(draft.tokens) < num_asked
+        if kept:
+            evidence.draft = np.concatenate([evidence.draft[:kept], draft.tokens])
+            evidence.sources = np.concatenate([evidence.sources[:kept], draft.sources])
+            evidence.scores = evidence.scores.first(kept).followed_by(draft.scores)
+        else:
+            evidence.draft, evidence.sources, evidence.scores = draft.tokens, draft.sources, draft.scores
+        if evidence.has_ended and draft.is_whole:
             evidence.num_draft = len(evidence.draft)
 
     def feed(self, context: IntArray, num_tokens: int) -> Feed:
@@ -134,15 +143,14 @@ class Round:
         step: Step,
         row: int,
         choose: Choose | None,
-        stop_token_ids: frozenset[int],
         *,
-        head_decides: bool,
+        head_stops: frozenset[int],
         keeps_logits: bool,
     ) -> Verdict:
         """Takes what a step says of the tokens that were fed to this row of it, and decides what that decides.
 
-        choose: how a request that samples or changes scores gets its choices; None takes the argmax. stop_token_ids:
-        never loosened. head_decides: the verdict of the engine's head on a whole round holds.
+        choose: how a request that samples or changes scores gets its choices; None takes the argmax. head_stops: what
+        the engine's head never loosens, so that its verdict on a whole round holds where no more is forbidden.
         """
         positions = slice(feed.first, feed.num_tokens)
         logits = None if step.logits is None else step.logits[row, positions]
@@ -153,8 +161,10 @@ class Round:
             step.argmax_logprob[row, positions],
             step.token_logprob[row, positions],
         )
+        if self.policy.needs_top and step.top_ids is not None and step.top_logprobs is not None:
+            said = said._replace(top_ids=step.top_ids[row, positions], top_logprobs=step.top_logprobs[row, positions])
         is_whole = not self.has_begun and len(said.choices) == self.num_draft + 1
-        if choose is None and is_whole and head_decides:
+        if choose is None and is_whole and self._head_decides(head_stops):
             self._add(said, logits)
             return Verdict(int(step.num_accepted[row]), int(step.next_token[row]))
         if choose is None:
@@ -169,7 +179,8 @@ class Round:
             said = choose(logits, self.draft[self.num_committed : verified], self.draft[verified:])
         self._add(said, logits[: len(said.choices)] if keeps_logits and logits is not None else None)
         self.is_alone = False
-        return self.policy.verdict(self.evidence, stop_token_ids)
+        verdict = self.policy.verdict(self.evidence, self.limits.never_loosened)
+        return self.limits.apply(verdict, self.evidence) if self.policy.is_loose else verdict
 
     def feed_less(self) -> None:
         """What was fed came to something that is not a number, and its draft tokens may be to blame."""
@@ -187,12 +198,30 @@ class Round:
             return self.start + self.num_verified - 1
         return self.start + min(self.num_fed, verdict.num_accepted)
 
-    def window_counts(self, stop_token_ids: frozenset[int]) -> WindowCounts:
+    def window_counts(self) -> WindowCounts:
         """What the round shows of windows once it is decided; the same however it was cut."""
         at, stood = self.num_committed, self.evidence.num_loosened(self.num_committed)
         differs = at < self.end
-        failed = differs and self.policy.opens_window(self.evidence, at, stop_token_ids)
+        failed = (
+            differs
+            and self.policy.opens_window(self.evidence, at, self.limits.never_loosened)
+            and not self.limits.forbid(self.evidence, at)
+        )
         return WindowCounts(at - stood, stood + differs, stood, int(failed))
+
+    def counts(self, num_kept: int) -> RoundCounts:
+        """Of a round that is decided, of which `num_kept` draft tokens were emitted."""
+        evidence = self.evidence
+        num_verified = evidence.num_known
+        by_source = [_by_source(evidence.sources[:count]) for count in (num_verified, num_kept)]
+        return RoundCounts(num_verified, num_kept, evidence.num_loosened(num_kept), *by_source)
+
+    def _head_decides(self, head_stops: frozenset[int]) -> bool:
+        """Whether the verdict of the engine's head is the policy's, and nothing is forbidden that it does not know."""
+        if not self.policy.is_decided_by_head:
+            return False
+        limits = self.limits
+        return not self.policy.is_loose or (limits.never_loosened <= head_stops and not limits.are_beyond_the_head)
 
     def _differs_last(self, said: Positions) -> bool:
         """Whether the last of these next positions has a draft token, and another one than the target's choice."""
@@ -205,3 +234,12 @@ class Round:
         elif not self.has_begun:
             self.logits = NO_SCORES
         self.evidence.add(said)
+
+
+def _by_source(sources: npt.NDArray[np.uint8]) -> dict[str, int]:
+    """How many tokens there are of each source."""
+    if not len(sources):
+        return {}
+    if (sources == sources[0]).all():
+        return {SOURCE_NAMES[sources[0]]: len(sources)}
+    return {SOURCE_NAMES[source]: count for source, count in enumerate(np.bincount(sources).tolist()) if count}

@@ -48,8 +48,10 @@ class Sampler:
         probabilities = sampling.distribution(
             logits, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p
         )
-        uniforms = self.uniforms.at(len(output) + len(undecided), len(logits))
-        return self._positions(sampling.sample(probabilities, uniforms), logits, probabilities, draft)
+        at = len(output) + len(undecided), len(logits)
+        choices = sampling.sample(probabilities, self.uniforms.at(*at))
+        said = self._positions(choices, logits, probabilities, draft)
+        return said._replace(uniforms=self.uniforms.others().at(*at)) if self.policy.needs_uniforms else said
 
     def _positions(
         self, choices: IntArray, scores: FloatArray, probabilities: FloatArray | None, draft: IntArray
@@ -66,6 +68,9 @@ class Sampler:
         for gates in (entropy, entropy_topk):
             gates[:num_drafts][is_banned] = -np.inf
         said = said._replace(entropy=entropy, entropy_topk=entropy_topk)
+        if self.policy.needs_top:
+            top_ids, top_logprobs = sampling.top_tokens(probabilities, self.entropy_top_k)
+            said = said._replace(top_ids=top_ids, top_logprobs=top_logprobs)
         if not self.policy.is_decided_by_head:
             with np.errstate(divide="ignore"):  # a token that is left out has the log-probability -inf
                 said.argmax_logprob[:] = np.log(probabilities.max(axis=1))

@@ -31,6 +31,7 @@ class StepPlan:
     num_tokens: int
     rows: list[tuple[Request, Feed]]
     with_logits: bool
+    with_top: bool = False
 
 
 class Scheduler:
@@ -128,7 +129,9 @@ class Scheduler:
         num_tokens = self._open_rounds(rows, num_draft)
         self._speculation.draft(rows, num_tokens)
         with_logits = any(request.needs_logits or request.needs_prompt_logits for request in rows)
-        return StepPlan(rows[0].slot, num_tokens, [(row, _feed(row, num_tokens)) for row in rows], with_logits)
+        feeds = [(row, _feed(row, num_tokens)) for row in rows]
+        fed = max(feed.num_tokens for _, feed in feeds)  # less than planned where drafts ended early
+        return StepPlan(rows[0].slot, fed, feeds, with_logits, with_top=any(row.needs_top for row in rows))
 
     def _open_rounds(self, rows: list[Request], num_draft: int) -> int:
         """Starts the rounds that are due and returns the tokens of each row: what the longest decoding row needs."""

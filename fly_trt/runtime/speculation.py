@@ -7,13 +7,13 @@ pay. It knows requests and rounds; it runs no target engine and decides nothing 
 import time
 from collections.abc import Sequence
 
-from fly_trt.drafting import Drafter, DraftRow
+from fly_trt.drafting import Draft, Drafter, DraftRow, DraftStop
 from fly_trt.runtime.draft_length import SURE, AcceptanceRate, DraftLength
 from fly_trt.runtime.loosening import Loosening, StepCosts
 from fly_trt.runtime.request import Request
 from fly_trt.runtime.rounds import Round
 from fly_trt.tokens import IntArray
-from fly_trt.verification import EXACT, Evidence
+from fly_trt.verification import EXACT, AcceptancePolicy, DraftSource, Evidence, Limits
 
 MAX_USUAL_CONTEXT = 2  # committed tokens that a round starts with, but for the first after a prompt
 
@@ -21,15 +21,22 @@ MAX_USUAL_CONTEXT = 2  # committed tokens that a round starts with, but for the 
 class Speculation:
     """drafter: None decodes without drafts. num_draft_tokens: of a round, at most, and 0 without a drafter.
     is_adaptive: steps verify as many as pay. step_costs: what a loose request's windows cost, so that it opens them
-    where they pay; None means always."""
+    where they pay; None means always. stop_token_ids: the model's own, never loosened."""
 
     def __init__(
-        self, drafter: Drafter | None, num_draft_tokens: int, *, is_adaptive: bool, step_costs: StepCosts | None
+        self,
+        drafter: Drafter | None,
+        num_draft_tokens: int,
+        *,
+        is_adaptive: bool,
+        step_costs: StepCosts | None,
+        stop_token_ids: frozenset[int],
     ) -> None:
         self.drafter = drafter
         self.num_draft_tokens = num_draft_tokens if drafter is not None else 0
         has_costs = drafter is not None and not drafter.is_free  # free drafts cost nothing where they do not stand
         self._step_costs = step_costs if has_costs else None
+        self._stop_token_ids = stop_token_ids
         self.draft_length = DraftLength(self.num_draft_tokens, adaptive=is_adaptive)
 
     @property
@@ -75,7 +82,9 @@ class Speculation:
                 num_draft, policy = min(num_draft, limit, pause - 1), EXACT
             else:
                 num_draft, policy, is_observed = limit, policy if request.loosening.is_open else EXACT, True
-        request.round = Round(length, Evidence(num_draft), policy, is_observed)
+        request.round = Round(length, Evidence(num_draft), policy, self._limits(request, policy), is_observed)
+        if request.guards is not None:
+            request.guards.start_round(request.output_token_ids)
 
     def draft(self, rows: Sequence[Request], num_tokens: int) -> None:
         """Makes the draft tokens that a step with rows of `num_tokens` feeds, and of a loose round one more to compare
@@ -89,13 +98,13 @@ class Speculation:
                 end = min(end, round_.num_fed + num_tokens - request.num_context + 1)
             if end > len(round_.draft):
                 asked.append((request, round_, end - round_.num_committed))
-        if not asked or self.drafter is None:
+        if not asked:
             return
-        drafts = self.propose([DraftRow(request.slot, request.sequence.tokens, count) for request, _, count in asked])
+        drafts = self.propose([_row(request, round_, count) for request, round_, count in asked])
         for (_, round_, count), draft in zip(asked, drafts, strict=True):
-            round_.take_draft(draft, count, self.drafter.source, is_whole=self.drafter.is_free)
+            round_.take_draft(draft, count)
 
-    def propose(self, rows: Sequence[DraftRow]) -> list[IntArray]:
+    def propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
         """What the drafter proposes, and how long it takes for it."""
         assert self.drafter is not None
         unread = max(self.drafter.num_unread(row.slot, len(row.tokens)) for row in rows)
@@ -103,8 +112,8 @@ class Speculation:
         prepared, started = self.drafter.num_preparations, time.perf_counter()
         drafts = self.drafter.propose(rows)
         # What was read at length has brought its first draft tokens already.
-        if self.drafter.num_preparations == prepared and unread <= MAX_USUAL_CONTEXT:
-            longest = max(row.num_tokens for row in rows)
+        longest = max(len(draft.tokens) for draft in drafts)
+        if self.drafter.num_preparations == prepared and unread <= MAX_USUAL_CONTEXT and longest:
             self.draft_length.observe_drafting(len(rows), longest, time.perf_counter() - started)
         return drafts
 
@@ -123,13 +132,24 @@ class Speculation:
             self.drafter.propose([DraftRow(0, token, 1)])
             self.drafter.reset()
 
-    def end_round(self, request: Request, round_: Round, never_loosened: frozenset[int], *, was_rejected: bool) -> None:
-        """Learns from a round that is decided; was_rejected: it has draft tokens that do not stand."""
+    def end_round(self, request: Request, round_: Round, num_kept: int) -> None:
+        """Learns from a round that is decided, of which `num_kept` draft tokens were emitted."""
+        was_rejected = round_.num_committed < round_.end
         if round_.evidence.num_known:
             self._rate(request).observe(round_.num_committed, was_rejected)
             self.draft_length.observe_round(round_.num_committed, was_rejected)
+        round_.policy.observe(round_.evidence, round_.num_committed)
+        if request.guards is not None:
+            request.guards.end_round(round_.evidence, num_kept)
+        is_paused = request.loosening is not None and not round_.is_observed  # its length is the load's
+        if request.draft_stop is not None and not is_paused:
+            _show_rejected(round_, request.draft_stop)
         if request.loosening is not None and round_.is_observed and not request.is_finished:
-            request.loosening.observe(round_.window_counts(never_loosened), len(request.sequence))
+            request.loosening.observe(round_.window_counts(), len(request.sequence))
+
+    def _limits(self, request: Request, policy: AcceptancePolicy) -> Limits:
+        exact_copies = self.drafter is not None and self.drafter.has_exact_copies and not policy.loosens_copies
+        return Limits(request.end_token_ids | self._stop_token_ids, request.guards, exact_copies)
 
     def _limit(self, request: Request) -> int:
         """Draft tokens that a round of the request has at most."""
@@ -140,3 +160,21 @@ class Speculation:
         if request.acceptance_rate is None:
             request.acceptance_rate = AcceptanceRate(self.draft_length.usual_rate)
         return request.acceptance_rate
+
+
+def _row(request: Request, round_: Round, num_tokens: int) -> DraftRow:
+    return DraftRow(
+        request.slot,
+        request.sequence.tokens,
+        num_tokens,
+        stop=request.draft_stop,
+        wants_scores=round_.policy.needs_draft_scores,
+        is_private=round_.policy.is_loose or round_.is_observed,
+    )
+
+
+def _show_rejected(round_: Round, stop: DraftStop) -> None:
+    """Tells a rule that ends drafts where the target rejected a token that a draft model chose."""
+    at, evidence = round_.num_committed, round_.evidence
+    if at < evidence.num_known and evidence.sources[at] == DraftSource.MODEL and at < len(evidence.scores.entropy):
+        stop.observe(float(evidence.scores.entropy[at]))

@@ -8,19 +8,20 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from fly_trt.acceptance import AcceptanceParams
 from fly_trt.checks import is_number
 from fly_trt.engines.directory import LoadedEngines
 from fly_trt.errors import RequestError
-from fly_trt.params import AcceptanceParams, RequestOutputKind, SamplingParams, SpeculativeConfig
+from fly_trt.params import RequestOutputKind, SamplingParams, SpeculativeConfig
 from fly_trt.runtime.group import RequestGroup, Sink
 from fly_trt.runtime.request import Request
 from fly_trt.runtime.sampler import Sampler, draw_seed
-from fly_trt.service.config import Sizes
+from fly_trt.service.config import Sizes, head_info
 from fly_trt.text.chat import ChatMessage
 from fly_trt.text.prompts import Prompt, PromptReader, TokensPrompt
 from fly_trt.text.tokenizer import Detokenizer
 from fly_trt.tokens import TokenSequence
-from fly_trt.verification.policy import AcceptancePolicy
+from fly_trt.verification import AcceptancePolicy, Guards, make_guards
 from fly_trt.verification.sampling import LogitsProcessor, UniformStream
 
 
@@ -29,6 +30,7 @@ class Admission:
 
     def __init__(self, engines: LoadedEngines, speculative_config: SpeculativeConfig, sizes: Sizes) -> None:
         self._info = engines.target.info
+        self._head = head_info(engines.manifest)
         self._max_draft_len = engines.manifest.limits.max_draft_len
         self._speculative_config = speculative_config
         self._sizes = sizes
@@ -99,8 +101,8 @@ class Admission:
         seed: int,
         index: int,
     ) -> Request:
-        acceptance = (params.acceptance or AcceptanceParams()).over(self._speculative_config)
-        policy = acceptance.policy(self._info.vocab_size, self._info.entropy_top_k)
+        acceptance = params.acceptance_params.over(self._speculative_config)
+        policy = acceptance.policy(self._head).for_request()
         own_stops = frozenset(params.stop_token_ids or ())
         self._check_token_ids("stop_token_ids", own_stops)
         self._check_token_ids("logit_bias", params.logit_bias or ())
@@ -122,10 +124,21 @@ class Admission:
             ),
             sequence=TokenSequence(token_ids),
             sampler=self._make_sampler(params, bad_words, policy, token_ids, ends, seed, index),
+            guards=self._make_guards(acceptance) if policy.is_loose else None,
+            draft_stop=self._speculative_config.make_draft_stop(params.draft_stop, params.draft_stop_threshold),
             index=index,
         )
         request.metrics.num_prompt_tokens = len(token_ids)
         return request
+
+    def _make_guards(self, acceptance: AcceptanceParams) -> Guards | None:
+        settings = acceptance.guard_settings()
+        self._check_token_ids("exact_token_ids", settings.exact_token_ids)
+        return make_guards(settings, self._piece)
+
+    def _piece(self, token: int) -> str:
+        """The text of one token."""
+        return self._tokenizer.decode([token], skip_special_tokens=False)
 
     def _make_sampler(
         self,

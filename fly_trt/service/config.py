@@ -9,14 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from fly_trt.acceptance import PRESET_SETTINGS, AcceptanceParams
 from fly_trt.checks import check_at_least, check_flag
 from fly_trt.drafting import DRAFTERS
 from fly_trt.engines.directory import EngineSettings, LoadedEngines
 from fly_trt.errors import ConfigError
 from fly_trt.manifest import Manifest
-from fly_trt.params import PRESET_SETTINGS, AcceptanceParams, SpeculativeConfig
+from fly_trt.params import SpeculativeConfig
 from fly_trt.runtime.loosening import DRAFT_TOKEN_COST, VERIFICATION_TOKEN_COST, StepCosts
-from fly_trt.verification import DEFAULT_PRESET
+from fly_trt.verification import DEFAULT_PRESET, HeadInfo
 
 DEFAULT_MAX_QUEUE_SIZE = 1024
 ALIASES = {"max_num_seqs": "max_batch_size", "max_model_len": "max_seq_len"}
@@ -123,7 +124,12 @@ def _check_speculative_limits(config: SpeculativeConfig, manifest: Manifest) -> 
             f"num_speculative_tokens {config.num_speculative_tokens}: built for max_draft_len "
             f"{manifest.limits.max_draft_len}: rebuild with --max-draft-len {config.num_speculative_tokens}"
         )
-    config.policy(manifest.target.vocab_size, manifest.head.entropy_top_k)
+    config.policy(head_info(manifest))
+
+
+def head_info(manifest: Manifest) -> HeadInfo:
+    """What the target's head offers to a rule."""
+    return HeadInfo(manifest.target.vocab_size, manifest.head.entropy_top_k, manifest.head.top_tokens)
 
 
 def step_costs(manifest: Manifest, config: SpeculativeConfig) -> StepCosts | None:

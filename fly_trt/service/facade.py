@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fly_trt.drafting import Drafter, MakeDrafter
 from fly_trt.engines.directory import LoadedEngines
 from fly_trt.params import SpeculativeConfig
 from fly_trt.service.config import ServiceConfig
@@ -16,8 +17,10 @@ class Facade:
     """An engine directory that is being served; engine_dir may be a LoadedEngines, which several share.
 
     speculative_config: None means the engine directory's defaults, a dict changes some of them, a SpeculativeConfig
-    replaces them; method None decodes without drafts. settings: the fields of ServiceConfig. Raises EngineError for a
-    directory that cannot be used and ConfigError for settings that do not fit it.
+    replaces them; method None decodes without drafts. drafter: one of your own in place of the one that `method` names,
+    or a function that makes it of SpeculativeConfig and DraftParts; it serves this LLM alone. settings: the fields of
+    ServiceConfig. Raises EngineError for a directory that cannot be used and ConfigError for settings that do not fit
+    it.
     """
 
     def __init__(
@@ -25,9 +28,10 @@ class Facade:
         engine_dir: str | os.PathLike[str] | LoadedEngines,
         *,
         speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
+        drafter: Drafter | MakeDrafter | None = None,
         **settings: Any,
     ) -> None:
-        self._service = Service(engine_dir, speculative_config, ServiceConfig.from_dict(settings))
+        self._service = Service(engine_dir, speculative_config, ServiceConfig.from_dict(settings), drafter)
         self.manifest = self._service.manifest
         self.speculative_config = self._service.speculative_config
         self.tokenizer = self._service.tokenizer

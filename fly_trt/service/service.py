@@ -9,8 +9,9 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fly_trt.drafting import DRAFTERS, Drafter, DraftParts
+from fly_trt.drafting import DRAFTERS, Drafter, DraftParts, MakeDrafter
 from fly_trt.engines.directory import LoadedEngines
+from fly_trt.errors import ConfigError
 from fly_trt.manifest import Manifest
 from fly_trt.params import SpeculativeConfig
 from fly_trt.runtime.loop import GenerationLoop, LoopConfig
@@ -26,7 +27,8 @@ from fly_trt.text.prompts import TokensPrompt
 class Service:
     """Engines, tokenizer and engine thread of one engine directory, or of one that was loaded to be shared.
 
-    Raises EngineError for a directory that cannot be used and ConfigError for settings that do not fit it.
+    drafter: in place of the one that speculative_config's method names. Raises EngineError for a directory that cannot
+    be used and ConfigError for settings that do not fit it.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Service:
         engine_dir: str | os.PathLike[str] | LoadedEngines,
         speculative_config: SpeculativeConfig | Mapping[str, Any] | None,
         config: ServiceConfig,
+        drafter: Drafter | MakeDrafter | None = None,
     ) -> None:
         if isinstance(engine_dir, LoadedEngines):
             engines, release = engine_dir, _leave_to_the_others
@@ -49,7 +52,7 @@ class Service:
         self.tokenizer = engines.tokenizer
         self.metrics = Metrics()
         self._admission = Admission(engines, speculative_config, self.sizes)
-        drafter = self._make_drafter(engines, config.enable_prefix_caching)
+        drafter = self._make_drafter(engines, drafter, config.enable_prefix_caching)
         loop_config = LoopConfig(
             num_slots=self.sizes.max_batch_size,
             max_seq_len=self.sizes.max_seq_len,
@@ -93,12 +96,17 @@ class Service:
         """Ends the request that has this id now, if there is one. Raises ConfigError in a forked process."""
         self._thread.abort(request_id)
 
-    def _make_drafter(self, engines: LoadedEngines, reuse_cache: bool) -> Drafter | None:
+    def _make_drafter(
+        self, engines: LoadedEngines, own: Drafter | MakeDrafter | None, reuse_cache: bool
+    ) -> Drafter | None:
         config = self.speculative_config
         if config.method is None:
+            if own is not None:
+                raise ConfigError("drafter: has no effect with method None, which makes no drafts: leave out one")
             return None
         parts = DraftParts(lambda: engines.draft, self.manifest.target.vocab_size, reuse_cache)
-        return DRAFTERS[config.method].make(config, parts)
+        make = DRAFTERS[config.method].make if own is None else own
+        return make(config, parts) if callable(make) else make
 
 
 def _leave_to_the_others() -> None:

@@ -3,18 +3,27 @@
 POLICIES is the table of the rules by the name that `acceptance` has.
 """
 
-from fly_trt.verification.exact import EXACT, ExactPolicy
+from fly_trt.verification.adaptive import AdaptivePolicy
+from fly_trt.verification.cactus import CactusPolicy
+from fly_trt.verification.conditional import APPLY_TO, ConditionalPolicy
+from fly_trt.verification.exact import EXACT, EXACT_WITH_ENTROPY, ExactPolicy
 from fly_trt.verification.fly import DEFAULT_PRESET, PRESETS, FlyPolicy, accept, fly_policy
+from fly_trt.verification.guards import Guards, GuardSettings, Limits, check_regions, make_guards
+from fly_trt.verification.margin import MarginPolicy
 from fly_trt.verification.policy import (
+    NO_DRAFT_SCORES,
     NO_SCORES,
     NOTHING,
     AcceptancePolicy,
+    DraftScores,
     DraftSource,
     Evidence,
+    HeadInfo,
     Positions,
     Verdict,
     decide_each,
 )
+from fly_trt.verification.relaxed import RelaxedPolicy
 from fly_trt.verification.sampling import (
     MIN_TEMPERATURE,
     LogitsProcessor,
@@ -25,34 +34,65 @@ from fly_trt.verification.sampling import (
     greedy,
     sample,
     top_logprobs,
+    top_tokens,
 )
+from fly_trt.verification.typical import TypicalPolicy
 
-POLICIES: dict[str, type[AcceptancePolicy]] = {policy.name: policy for policy in (FlyPolicy, ExactPolicy)}
+POLICIES: dict[str, type[AcceptancePolicy]] = {
+    policy.name: policy
+    for policy in (
+        FlyPolicy,
+        ExactPolicy,
+        RelaxedPolicy,
+        MarginPolicy,
+        TypicalPolicy,
+        ConditionalPolicy,
+        AdaptivePolicy,
+        CactusPolicy,
+    )
+}
 
 __all__ = [
+    "APPLY_TO",
     "DEFAULT_PRESET",
     "EXACT",
+    "EXACT_WITH_ENTROPY",
     "MIN_TEMPERATURE",
     "NOTHING",
+    "NO_DRAFT_SCORES",
     "NO_SCORES",
     "POLICIES",
     "PRESETS",
     "AcceptancePolicy",
+    "AdaptivePolicy",
+    "CactusPolicy",
+    "ConditionalPolicy",
+    "DraftScores",
     "DraftSource",
     "Evidence",
     "ExactPolicy",
     "FlyPolicy",
+    "GuardSettings",
+    "Guards",
+    "HeadInfo",
+    "Limits",
     "LogitsProcessor",
+    "MarginPolicy",
     "Positions",
+    "RelaxedPolicy",
     "TopLogprobs",
+    "TypicalPolicy",
     "UniformStream",
     "Verdict",
     "accept",
+    "check_regions",
     "decide_each",
     "distribution",
     "fly_policy",
     "gate_entropy",
     "greedy",
+    "make_guards",
     "sample",
     "top_logprobs",
+    "top_tokens",
 ]

@@ -23,3 +23,4 @@ class ExactPolicy(AcceptancePolicy):
 
 
 EXACT = ExactPolicy()
+EXACT_WITH_ENTROPY = ExactPolicy(use_full_entropy=True)

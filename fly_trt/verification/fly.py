@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fly_trt.errors import ConfigError
 from fly_trt.tokens import FloatArray, IntArray
-from fly_trt.verification.policy import AcceptancePolicy, Evidence, Verdict
+from fly_trt.verification.policy import AcceptancePolicy, Evidence, HeadInfo, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,8 @@ class FlyPolicy(AcceptancePolicy):
     and target agree on the `lookahead` tokens after j, and j + max(window, lookahead) < n.
 
     The gate is the entropy of the `k` largest probabilities, not renormalised, or with `use_full_entropy` that of the
-    whole vocabulary. A threshold of +inf means exact match.
+    whole vocabulary. A threshold of +inf means exact match. The paper's ablations are settings: a window of 0 loosens
+    whatever the gate lets pass, a threshold of 0 whatever the window does.
     """
 
     name: ClassVar[str] = "fly"
@@ -31,10 +32,10 @@ class FlyPolicy(AcceptancePolicy):
     is_decided_by_head: ClassVar[bool] = True
 
     @classmethod
-    def make(cls, settings: Mapping[str, Any], vocab_size: int) -> Self:
+    def make(cls, settings: Mapping[str, Any], head: HeadInfo) -> Self:
         policy = fly_policy(
             settings["preset"] or DEFAULT_PRESET,
-            vocab_size,
+            head.vocab_size,
             entropy_threshold=settings["fly_entropy_threshold"],
             window=settings["fly_window_size"],
         )
@@ -46,7 +47,7 @@ class FlyPolicy(AcceptancePolicy):
 
     @property
     def has_windows(self) -> bool:
-        return self.is_loose
+        return self.is_loose and self.lookahead > 0
 
     def verdict(self, evidence: Evidence, stop_token_ids: frozenset[int]) -> Verdict:
         draft, choices = evidence.draft, evidence.choices

@@ -17,37 +17,79 @@ import numpy.typing as npt
 from fly_trt.tokens import NO_TOKENS, FloatArray, IntArray
 
 NO_SCORES: FloatArray = np.empty(0, np.float32)
+NO_TOP_IDS: IntArray = np.empty((0, 0), np.int64)
+NO_TOP_LOGPROBS: FloatArray = np.empty((0, 0), np.float32)
+NO_UNIFORMS: npt.NDArray[np.float64] = np.empty(0)
 
 
 class DraftSource(IntEnum):
-    """Where a draft token comes from: a draft model chose it, or it is copied from earlier text."""
+    """Where a draft token comes from: a draft model chose it, or it is copied, from earlier text of its own sequence or
+    from another's output."""
 
     MODEL = 0
     LOOKUP = 1
+    CORPUS = 2
+
+
+class HeadInfo(NamedTuple):
+    """What an engine's verification head offers to a rule: tokens of the vocabulary, how many of the most probable ones
+    the gate looks at, and whether it names them."""
+
+    vocab_size: int
+    entropy_top_k: int
+    has_top_tokens: bool = False
+
+
+class DraftScores(NamedTuple):
+    """What a draft model said where it chose d draft tokens: float32 [d] in nats the entropy of its whole vocabulary
+    and the token's log-probability, and its k most probable tokens, int64 [d, k], with log-probabilities float32
+    [d, k]. NaN and -1 where the token is a copy, and where nobody asked."""
+
+    entropy: FloatArray
+    logprob: FloatArray
+    top_ids: IntArray
+    top_logprobs: FloatArray
+
+    @classmethod
+    def none(cls, num_tokens: int, top_k: int = 0) -> "DraftScores":
+        """Of tokens that no model scored."""
+        entropy, logprob = np.full((2, num_tokens), np.nan, np.float32)
+        return cls(entropy, logprob, np.full((num_tokens, top_k), -1), np.full((num_tokens, top_k), np.nan, np.float32))
+
+    def first(self, num_tokens: int) -> "DraftScores":
+        return DraftScores._make(array[:num_tokens] for array in self)
+
+    def followed_by(self, others: "DraftScores") -> "DraftScores":
+        return DraftScores._make(np.concatenate([ours, more]) for ours, more in zip(self, others, strict=True))
+
+
+NO_DRAFT_SCORES = DraftScores.none(0)
 
 
 class Positions(NamedTuple):
     """What the target says of m consecutive positions: its choices int64 [m] (argmax or sample), and float32 [m] in
     nats the entropies of the whole vocabulary and of its most probable tokens, and the log-probabilities of its most
-    probable token and of the draft token."""
+    probable token and of the draft token. Where a rule asks for them: its k most probable tokens int64 [m, k], most
+    probable first, with log-probabilities float32 [m, k]; a number in [0, 1) that was drawn for the position, float64
+    [m], and for nothing else."""
 
     choices: IntArray
     entropy: FloatArray
     entropy_topk: FloatArray
     argmax_logprob: FloatArray
     draft_logprob: FloatArray
+    top_ids: IntArray = NO_TOP_IDS
+    top_logprobs: FloatArray = NO_TOP_LOGPROBS
+    uniforms: npt.NDArray[np.float64] = NO_UNIFORMS
 
     def copy(self) -> "Positions":
-        copies = (array.copy() for array in self[1:])
-        return Positions(self.choices.copy(), *copies)
+        return Positions._make(array.copy() for array in self)
 
     def but_last(self) -> "Positions":
-        scores = (array[:-1] for array in self[1:])
-        return Positions(self.choices[:-1], *scores)
+        return Positions._make(array[:-1] for array in self)
 
     def followed_by(self, others: "Positions") -> "Positions":
-        scores = (np.concatenate([ours, more]) for ours, more in zip(self[1:], others[1:], strict=True))
-        return Positions(np.concatenate([self.choices, others.choices]), *scores)
+        return Positions._make(np.concatenate([ours, more]) for ours, more in zip(self, others, strict=True))
 
 
 NOTHING = Positions(NO_TOKENS, NO_SCORES, NO_SCORES, NO_SCORES, NO_SCORES)
@@ -58,20 +100,23 @@ class Evidence:
     """What is known of one round: the draft, or its beginning, and what the target said so far.
 
     num_draft n is the length of the whole draft, which a loose verdict may depend on; `draft` int64 [d] the part that
-    exists, all of it where it `has_ended`; `sources` uint8 [d] the DraftSource of each token. `target` has the draft
-    positions that were verified, v of them, and once all are, the position after the last.
+    exists, all of it where it `has_ended`; `sources` uint8 [d] the DraftSource of each token and `scores` what the
+    draft model said of it. `target` has the draft positions that were verified, v of them, and once all are, the
+    position after the last.
 
-    Not promised, and then perhaps NaN: `target.entropy` unless the policy's use_full_entropy is set; the draft token's
-    log-probability after the last draft token, where it is the target's choice, and where logits are not numbers. Of a
-    request that samples or changes scores (penalties, bad words) nothing but the choices unless its policy is loose,
-    and both log-probabilities only where that is decided on the host. Of a position whose logits are not numbers the
-    choice agrees with no draft token.
+    Not promised, and then perhaps NaN, -1 or empty: `target.entropy` unless the policy's use_full_entropy is set; the
+    target's most probable tokens, its drawn numbers and the draft's scores unless the policy needs them; the draft
+    token's log-probability after the last draft token, where it is the target's choice, and where logits are not
+    numbers; drawn numbers where nothing is sampled. Of a request that samples or changes scores (penalties, bad words)
+    nothing but the choices unless its policy is loose, and log-probabilities only where that is decided on the host. Of
+    a position whose logits are not numbers the choice agrees with no draft token.
     """
 
     num_draft: int
     has_ended: bool = False
     draft: IntArray = field(default_factory=lambda: NO_TOKENS)
     sources: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
+    scores: DraftScores = NO_DRAFT_SCORES
     target: Positions = NOTHING
 
     @property
@@ -126,6 +171,9 @@ class AcceptancePolicy(ABC):
 
     name: as `acceptance` has it. settings: the fields of AcceptanceParams that the rule reads. is_decided_by_head: the
     engine's head decides by the same rule, for argmax choices and whole rounds; the host decides everything else.
+    needs_top, needs_draft_scores, needs_uniforms: it reads the target's most probable tokens, what the draft model said
+    of its own, or drawn numbers. loosens_copies: it is meant for copied draft tokens, so that a drafter that has them
+    verified exactly beside a model's leaves them to it.
     """
 
     entropy_threshold: float = math.inf
@@ -136,12 +184,20 @@ class AcceptancePolicy(ABC):
     name: ClassVar[str]
     settings: ClassVar[tuple[str, ...]] = ()
     is_decided_by_head: ClassVar[bool] = False
+    needs_top: ClassVar[bool] = False
+    needs_draft_scores: ClassVar[bool] = False
+    needs_uniforms: ClassVar[bool] = False
+    loosens_copies: ClassVar[bool] = False
 
     @classmethod
-    def make(cls, settings: Mapping[str, Any], vocab_size: int) -> Self:
-        """From AcceptanceParams' fields by name, None where not given, for a vocabulary of so many tokens. Raises
+    def make(cls, settings: Mapping[str, Any], head: HeadInfo) -> Self:
+        """From AcceptanceParams' fields by name, None where not given, for an engine with such a head. Raises
         ConfigError for what the rule cannot be made of."""
         return cls()
+
+    def for_request(self) -> "AcceptancePolicy":
+        """The policy of one sequence: a rule that learns returns one that knows nothing yet."""
+        return self
 
     @property
     def is_loose(self) -> bool:
@@ -158,12 +214,16 @@ class AcceptancePolicy(ABC):
     def verdict(self, evidence: Evidence, stop_token_ids: frozenset[int]) -> Verdict:
         """How many draft tokens of a round stand, as far as it is verified. A verdict on a beginning never differs
         from the one on the whole: it accepts what is certain and leaves next_token open. A rule that waits for
-        tokens after a mismatch says by `lookahead` for how many. Neither a draft token nor a choice among
-        `stop_token_ids` is ever loosened."""
+        tokens after a mismatch says by `lookahead` for how many. `stop_token_ids` are never loosened, neither as draft
+        tokens nor as choices: a rule need not look, since `Guards` has the last word."""
 
     def opens_window(self, evidence: Evidence, position: int, stop_token_ids: frozenset[int]) -> bool:
         """Whether the mismatch at `position` stands if draft and choices agree on the tokens that it waits for."""
         return False
+
+    def observe(self, evidence: Evidence, num_accepted: int) -> None:  # noqa: B027 - few rules learn
+        """A round ended. What a rule learns must come from the accepted positions and the one after them: whether
+        anything is known of those behind depends on how the round was cut."""
 
 
 def decide_each(evidence: Evidence, stands: npt.NDArray[np.bool_]) -> Verdict:

@@ -24,7 +24,7 @@ def make_drafter(
 
 def propose(drafter: ModelDrafter, tokens: list[int], num_tokens: int, slot: int = 0) -> list[int]:
     (draft,) = drafter.propose([DraftRow(slot, np.array(tokens), num_tokens)])
-    return draft.tolist()
+    return draft.tokens.tolist()
 
 
 def steps_of(engine: TableEngine, action: Callable[[], object]) -> list[tuple[int, int, int]]:
@@ -97,8 +97,8 @@ class Sequences:
             self.drafter.prepare(rows)
         for row, draft in zip(rows, self.drafter.propose(rows), strict=True):
             tokens = self.tokens[row.slot]
-            assert draft.tolist() == greedy(self.language, tokens, row.num_tokens)
-            accepted = draft[: (num_accepted + row.slot) % (row.num_tokens + 1)].tolist()
+            assert draft.tokens.tolist() == greedy(self.language, tokens, row.num_tokens)
+            accepted = draft.tokens[: (num_accepted + row.slot) % (row.num_tokens + 1)].tolist()
             tokens += accepted
             if len(accepted) < row.num_tokens:
                 tokens.append(correction)
@@ -154,7 +154,7 @@ def test_a_row_that_wants_less_leaves_the_later_steps_to_the_others() -> None:
     drafts = []
     steps = steps_of(engine, lambda: drafts.extend(drafter.propose(rows)))
     assert steps == [(0, 3, 2), (0, 3, 1), (1, 2, 1), (1, 2, 1), (1, 1, 1), (1, 1, 1)]
-    assert [draft.tolist() for draft in drafts] == [
+    assert [draft.tokens.tolist() for draft in drafts] == [
         greedy(language, row.tokens.tolist(), row.num_tokens) for row in rows
     ]
 
@@ -189,7 +189,7 @@ def test_preparing_reads_the_prompts_and_changes_no_draft(lookup: Lookup | None)
     drafts: list[np.ndarray] = []
     steps = steps_of(engine, lambda: drafts.extend(drafter.propose(rows)))
     assert sum(num_rows * num_tokens for _, num_rows, num_tokens in steps) < 50
-    assert [draft.tolist() for draft in drafts] == [greedy(language, prompt, 5) for prompt in prompts]
+    assert [draft.tokens.tolist() for draft in drafts] == [greedy(language, prompt, 5) for prompt in prompts]
 
 
 @pytest.mark.parametrize("lookup", LOOKUPS)

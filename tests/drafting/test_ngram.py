@@ -63,13 +63,13 @@ def test_any_history_of_additions_and_rewinds_finds_what_a_scan_finds(data: st.D
 
 def propose(drafter: NgramDrafter, slot: int, tokens: list[int], num_tokens: int) -> list[int]:
     (draft,) = drafter.propose([DraftRow(slot, np.array(tokens), num_tokens)])
-    return draft.tolist()
+    return draft.tokens.tolist()
 
 
 def test_each_slot_has_its_own_sequence_until_it_is_released() -> None:
     drafter = NgramDrafter(4, 1)
     rows = [DraftRow(0, np.array([1, 2, 3, 1]), 2), DraftRow(1, np.array([7, 8, 7]), 2)]
-    assert [draft.tolist() for draft in drafter.propose(rows)] == [[2, 3], [8, 7]]
+    assert [draft.tokens.tolist() for draft in drafter.propose(rows)] == [[2, 3], [8, 7]]
     drafter.release(0)
     assert propose(drafter, 0, [4, 1], 2) == []
     assert propose(drafter, 1, [7, 8, 7, 9, 8], 1) == [7]
@@ -101,4 +101,4 @@ def test_preparing_changes_no_proposal() -> None:
     row = DraftRow(0, np.array([1, 2, 3, 1]), 2)
     drafter.prepare([row])
     drafter.prepare([row])
-    assert drafter.propose([row])[0].tolist() == [2, 3]
+    assert drafter.propose([row])[0].tokens.tolist() == [2, 3]

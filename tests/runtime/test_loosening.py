@@ -10,7 +10,7 @@ from fly_trt.drafting import ModelDrafter
 from fly_trt.runtime.loosening import MAX_PAUSE_TOKENS, TRY_SHARE, Loosening, StepCosts, WindowCounts
 from fly_trt.runtime.request import Request
 from fly_trt.runtime.rounds import Round
-from fly_trt.verification import EXACT, NOTHING, PRESETS, AcceptancePolicy, Evidence
+from fly_trt.verification import EXACT, PRESETS, AcceptancePolicy, Evidence, Limits, Positions
 from loop_stack import NUM_DRAFT_TOKENS, PROMPT, SHORT_WINDOW, Stack, make_drafter, make_request, make_stack
 from table_engine import VOCAB_SIZE, TableEngine, greedy, hashed, sometimes_differs, sometimes_uncertain
 
@@ -235,10 +235,12 @@ def test_exact_requests_and_free_drafts_never_pause() -> None:
 
 def test_evidence_is_what_was_decided() -> None:
     choices = np.array([0, 9, 2, 3, 4, 9, 6, 9, 8, 9, 5])
-    said = NOTHING._replace(choices=choices, entropy_topk=np.full(11, 1.0, np.float32))
-    round_ = Round(0, Evidence(10, draft=np.arange(10), target=said), SHORT_WINDOW)
+    said = Positions(choices, *np.ones((4, 11), np.float32))
+    evidence = Evidence(10, draft=np.arange(10), sources=np.zeros(10, np.uint8), target=said)
+    round_ = Round(0, evidence, SHORT_WINDOW, Limits(frozenset()))
     verdict = round_.policy.verdict(round_.evidence, frozenset())
     assert (verdict.num_accepted, verdict.next_token) == (5, 9)  # 1 is loosened, the window of 5 fails at 7
     round_.num_committed = verdict.num_accepted
-    assert round_.window_counts(frozenset()) == WindowCounts(num_agreed=4, num_differed=2, num_stood=1, num_failed=1)
-    assert round_.window_counts(frozenset({9})).num_failed == 0  # a stop token opens no window
+    assert round_.window_counts() == WindowCounts(num_agreed=4, num_differed=2, num_stood=1, num_failed=1)
+    round_.limits = Limits(frozenset({9}))
+    assert round_.window_counts().num_failed == 0  # a stop token opens no window

@@ -15,6 +15,7 @@ from eval_prompts import load_eval_prompts
 from fly_trt import LLM, RequestOutput, SamplingParams
 from fly_trt.engines.base import Step
 from fly_trt.engines.onnxruntime import OnnxRuntimeEngine
+from fly_trt.outputs import RoundCounts
 from fly_trt.runtime import metrics as metrics_module
 from fly_trt.runtime import request as request_module
 from fly_trt.runtime.metrics import Metrics
@@ -184,7 +185,7 @@ def test_the_line_has_the_rates_of_its_window_and_idle_time_is_no_window(
     def step_at(seconds: float, num_tokens: int) -> list[str]:
         clock.now = 1000.0 + seconds
         metrics.record_tokens(num_tokens, 0.5, is_first=False)
-        metrics.record_round(num_draft=15, num_accepted=num_tokens - 1, num_loosened=0)
+        metrics.record_round(RoundCounts(15, num_tokens - 1, 0, {"model": 15}, {"model": num_tokens - 1}), "fly")
         caplog.clear()
         metrics.set_load(num_running=1, num_waiting=3, cache_usage=0.375)
         return caplog.messages

@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples import examples
-from fly_trt.drafting import DraftRow, ModelDrafter
+from fly_trt.drafting import Draft, DraftRow, ModelDrafter
 from fly_trt.runtime.request import Request
-from fly_trt.tokens import IntArray
 from fly_trt.verification import EXACT, PRESETS, AcceptancePolicy
 from loop_stack import (
     DRAFTERS,
@@ -124,7 +123,7 @@ class RecordingDrafter(ModelDrafter):
         super().__init__(TableEngine(draft), VOCAB_SIZE)
         self.longest: dict[int, int] = {}
 
-    def propose(self, rows: Sequence[DraftRow]) -> list[IntArray]:
+    def propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
         for row in rows:
             first = int(row.tokens[0])
             self.longest[first] = max(row.num_tokens, self.longest.get(first, 0))

@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from fly_trt.acceptance import AcceptanceParams, acceptance_settings
 from fly_trt.errors import RequestError
 from fly_trt.outputs import CompletionOutput, RequestOutput
-from fly_trt.params import AcceptanceParams, RequestOutputKind, SamplingParams, acceptance_options
+from fly_trt.params import RequestOutputKind, SamplingParams, request_settings
 from fly_trt.serving.triton.tensors import INPUTS
 from fly_trt.text.prompts import Prompt
 
@@ -61,7 +62,8 @@ def read_request(tensors: Mapping[str, Array], parameters: str, *, exclude_input
     if given.pop("beam_width", 1) != 1:
         raise RequestError("beam_width: there is no beam search: use 1, or num_return_sequences for several samples")
     prompt = _prompt(given)
-    acceptance = {name: given.pop(name) for name in acceptance_options() if name in given}
+    own = {name: given.pop(name) for name in request_settings() if name in given}
+    acceptance = {name: own.pop(name) for name in acceptance_settings() if name in own}
     settings = {target: given.pop(source) for source, target in SAMPLING.items() if source in given}
     params = SamplingParams(
         **_sampling(settings),
@@ -70,6 +72,7 @@ def read_request(tensors: Mapping[str, Array], parameters: str, *, exclude_input
         bad_words=[word for word in given.pop("bad_words", ()) if word] or None,
         logprobs=0 if given.pop("return_log_probs", False) else None,
         acceptance=AcceptanceParams(**acceptance) if acceptance else None,
+        **own,
         output_kind=RequestOutputKind.DELTA if is_streamed else RequestOutputKind.FINAL_ONLY,
     )
     assert not given, given

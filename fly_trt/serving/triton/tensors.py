@@ -1,13 +1,13 @@
 """The tensors that clients send and get: names, types and shapes, declared once for config.pbtxt and for the model.
 
 Names and shapes are those of TensorRT-LLM's Triton repository (its ensemble and tensorrt_llm_bls models), so that its
-clients work; min_length and random_seed are what older releases of it called min_tokens and seed. The settings of FLy
-have the names that they have in Python.
+clients work; min_length and random_seed are what older releases of it called min_tokens and seed. The settings of
+acceptance and drafting have the names that they have in Python.
 """
 
 from dataclasses import dataclass
 
-from fly_trt.params import acceptance_options
+from fly_trt.params import request_settings
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ INPUTS = (
     TensorSpec("return_log_probs", "TYPE_BOOL"),
     TensorSpec("exclude_input_in_output", "TYPE_BOOL"),
     TensorSpec("num_draft_tokens", "TYPE_INT32"),
-    *(TensorSpec(name, TYPES[option.kind]) for name, option in acceptance_options().items()),
+    *(
+        TensorSpec(name, TYPES[declared.kind], (-1,) if declared.is_list else (1,))
+        for name, declared in request_settings().items()
+    ),
 )
 """All are optional to the server: a prompt is text_input or input_ids."""
 
