@@ -4,11 +4,12 @@ It keeps the tokens of each slot as a real engine keeps its cache, refuses a ste
 uses a shape's buffers again, and decides with the reference rule, so that loops and drafters can be tested on any
 acceptance pattern. A position that is no number (its entropy is not, or its logits are not) spoils the whole row, and
 every later step of the slot until it is written over or cleared. It gives no more than an engine promises: what a step
-says of its padding is not a number, nor are the full entropies of a step in which no row uses them, nor the logits of
-an earlier step once others are asked for; and what it says of a spoilt row looks right where it is no float.
+says of its padding is not a number (no token has the id -1), nor are the full entropies of a step in which no row uses
+them, nor the logits of an earlier step once others are asked for; and what it says of a spoilt row looks right where it
+is no float.
 
 What it was asked to do is recorded: `shapes` of the steps, `copies` and `swaps` of slots, `trims`, and the positions of
-steps with logits.
+steps with logits and with the most probable tokens.
 """
 
 from collections.abc import Callable
@@ -16,10 +17,11 @@ from functools import cache
 
 import numpy as np
 
-from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, Step
+from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, TOP_OUTPUTS, EngineInfo, Step, StepCache, StepShape
 from fly_trt.verification import FlyPolicy, accept
 
 VOCAB_SIZE = 32
+MAX_STEPS = 10_000
 CERTAIN_LOGIT = 8.0  # of the table's token, where no logits are given; the others have 0
 FULL_ENTROPY = 2.0  # how much larger the entropy of the whole vocabulary is than that of its most probable tokens
 STOP_TOKEN = 1
@@ -46,6 +48,7 @@ class TableEngine:
         max_num_tokens: int = 16,
         max_seq_len: int = 256,
         trim_block: int | None = None,
+        has_top_tokens: bool = True,
     ) -> None:
         """trim_block: trimming leaves whole blocks of so many tokens in each slot; None leaves everything."""
         self.info = EngineInfo(
@@ -56,6 +59,7 @@ class TableEngine:
             vocab_size=vocab_size,
             entropy_top_k=3,
             stop_token_ids=frozenset({STOP_TOKEN}),
+            has_top_tokens=has_top_tokens,
         )
         self.num_preparations = 0
         self.closed = False
@@ -70,19 +74,20 @@ class TableEngine:
         self.swaps: list[tuple[int, int, int]] = []  # two slots and tokens
         self.trims: list[int] = []  # tokens that were still needed
         self.logits_shapes: list[tuple[int, int]] = []  # rows and tokens of every step with logits
-        self._steps: dict[tuple[int, int, int, bool], Step] = {}
+        self.top_shapes: list[tuple[int, int]] = []  # of every step with the most probable tokens
+        self._steps = StepCache(self.info, max_batch_size, MAX_STEPS)
         self._last_logits = np.empty(0, np.float32)
 
     @property
     def num_runs(self) -> int:
         return len(self.shapes)
 
-    def step(self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False) -> Step:
+    def step(
+        self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False, with_top: bool = False
+    ) -> Step:
         assert 0 <= first_slot < first_slot + batch_size <= len(self.slots), "the slots exist"
-        key = (first_slot, batch_size, num_tokens, with_logits)
-        if key not in self._steps:
-            self._steps[key] = self._make_step(*key)
-        step = self._steps[key]
+        shape = StepShape(first_slot, batch_size, num_tokens, with_logits, with_top)
+        step = self._steps.get(shape, self._make_step)
         if step.logits is not None:
             self._last_logits[:] = np.nan  # one buffer for all: what it held is gone
             self._last_logits = step.logits.reshape(-1)
@@ -94,6 +99,8 @@ class TableEngine:
         self.shapes.append(shape)
         if step.logits is not None:
             self.logits_shapes.append(step.input_ids.shape)
+        if step.top_ids is not None:
+            self.top_shapes.append(step.input_ids.shape)
         for row, ids in enumerate(step.input_ids):
             self._run_row(step, row, ids.tolist())
 
@@ -128,17 +135,21 @@ class TableEngine:
     def close(self) -> None:
         self.closed = True
 
-    def _make_step(self, first_slot: int, batch_size: int, num_tokens: int, with_logits: bool) -> Step:
+    def _make_step(self, shape: StepShape) -> Step:
+        batch_size, num_tokens = shape.batch_size, shape.num_tokens
         rows = {name: np.zeros(batch_size, dtype) for name, dtype in ROW_INPUTS.items()}
         tokens = {name: np.zeros((batch_size, num_tokens), dtype) for name, dtype in TOKEN_OUTPUTS.items()}
+        ranks = (batch_size, num_tokens, self.info.entropy_top_k)
+        top = {name: np.zeros(ranks, dtype) for name, dtype in TOP_OUTPUTS.items()} if shape.with_top else {}
         return Step(
-            first_slot=first_slot,
+            first_slot=shape.first_slot,
             input_ids=np.zeros((batch_size, num_tokens), np.int64),
             num_accepted=np.zeros(batch_size, np.int64),
             next_token=np.zeros(batch_size, np.int64),
-            logits=np.zeros((batch_size, num_tokens, self.info.vocab_size), np.float32) if with_logits else None,
+            logits=np.zeros((batch_size, num_tokens, self.info.vocab_size), np.float32) if shape.with_logits else None,
             **rows,
             **tokens,
+            **top,
         )
 
     def _logits_of(self, prefix: tuple[int, ...]) -> np.ndarray:
@@ -156,6 +167,12 @@ class TableEngine:
                 log_sum = largest + np.log(np.exp(logits - largest).sum())
             token = np.nan if following is None else logits[following]
         return largest - log_sum, np.nan if following is None else token - log_sum
+
+    def _top(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The most probable tokens, the lowest id first among equals, and their log-probabilities."""
+        ids = np.argsort(-logits, kind="stable")[: self.info.entropy_top_k]
+        with np.errstate(invalid="ignore"):  # of logits that are no numbers
+            return ids, logits[ids] - logits.max() - np.log(np.exp(logits - logits.max()).sum())
 
     def _run_row(self, step: Step, row: int, ids: list[int]) -> None:
         slot = self.slots[step.first_slot + row]
@@ -184,11 +201,16 @@ class TableEngine:
                 following = ids[t + 1] if t + 1 < context + drafts else None
                 logprobs = self._logprobs(int(step.argmax[row, t]), logits, following)
             step.argmax_logprob[row, t], step.token_logprob[row, t] = logprobs
+            if step.top_ids is not None:
+                step.top_ids[row, t], step.top_logprobs[row, t] = -1, np.nan
+                if not is_padding:
+                    step.top_ids[row, t], step.top_logprobs[row, t] = self._top(self._logits_of(prefix))
         if spoilt:
             for scores in (step.entropy_topk, step.argmax_logprob, step.token_logprob):
                 scores[row] = np.nan
-            if step.logits is not None:
-                step.logits[row] = np.nan
+            for scores in (step.logits, step.top_logprobs):
+                if scores is not None:
+                    scores[row] = np.nan
         use_full_entropy = bool(step.use_full_entropy.any())
         step.entropy[row] = FULL_ENTROPY * step.entropy_topk[row] if use_full_entropy else np.nan
         policy = FlyPolicy(

@@ -194,6 +194,11 @@ def test_a_link_that_leaves_the_directory(directory: Path, tmp_path_factory: pyt
     assert "outside the engine directory: replace it by the file itself" in message_of(directory)
 
 
+def test_a_directory_from_before_the_most_probable_tokens_says_that_it_has_none(directory: Path) -> None:
+    edit(directory, head={"entropy_top_k": 3, "stop_token_ids": [1]})
+    assert not read_manifest(directory).head.top_tokens
+
+
 def test_links_within_the_directory_and_to_it_are_fine(
     directory: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -26,7 +26,17 @@ HEAD_INPUTS = {
 }
 # How TensorRT's ONNX parser finds the plugin of a node; the plugin's fields are attributes too.
 PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
-GATE_OUTPUTS = ("argmax", "entropy", "entropy_topk", "argmax_logprob", "token_logprob")
+# What the two nodes say: its type, and how many of the axes [batch, length, top k] it has.
+ACCEPT_OUTPUTS = {"num_accepted": (ir.DataType.INT64, 1), "next_token": (ir.DataType.INT64, 1)}
+GATE_OUTPUTS = {
+    "argmax": (ir.DataType.INT64, 2),
+    "entropy": (ir.DataType.FLOAT, 2),
+    "entropy_topk": (ir.DataType.FLOAT, 2),
+    "argmax_logprob": (ir.DataType.FLOAT, 2),
+    "token_logprob": (ir.DataType.FLOAT, 2),
+    "top_ids": (ir.DataType.INT64, 3),
+    "top_logprobs": (ir.DataType.FLOAT, 3),
+}
 
 # How the gate is computed: "functions" in any engine, "lazy_functions" on ONNX Runtime's CPU provider, "plugins" by the
 # kernels of the plugin library.
@@ -38,10 +48,11 @@ fly = Opset(DOMAIN, 1)
 
 @script(fly, default_opset=op)
 def EntropyGate(logits, next_tokens, top_k):
-    """logits [B, T, V], next_tokens int64 [B, T], top_k int64 [1] -> five [B, T] tensors, entropies in nats.
+    """logits [B, T, V], next_tokens int64 [B, T], top_k int64 [1] -> five [B, T] tensors, entropies in nats, and the
+    top_k most probable tokens with their log probabilities [B, T, k], the lowest id first among equals.
 
-    A logit of -inf has no share in the entropies. A row with NaN or +inf has NaN entropies and argmax_logprob, so it
-    never loosens, and the runtime reports it.
+    A logit of -inf has no share in the entropies. A row with NaN or +inf has NaN entropies and log probabilities of its
+    most probable tokens, so it never loosens, and the runtime reports it.
     """
     last = op.Constant(value_ints=[-1])
     scores = op.Cast(logits, to=1)
@@ -59,7 +70,10 @@ def EntropyGate(logits, next_tokens, top_k):
     argmax = op.Gather(top_tokens, first, axis=-1)
     argmax_logprob = op.Gather(top_log_probs, first, axis=-1)
     token_logprob = op.Squeeze(op.GatherElements(log_probs, op.Unsqueeze(next_tokens, last), axis=-1), last)
-    return argmax, entropy, entropy_topk, argmax_logprob, token_logprob
+    # Beside a logit of +inf every other has -inf, which would say that it is impossible.
+    best = op.Unsqueeze(argmax_logprob, last)
+    top_log_probs = op.Where(best < op.Constant(value_float=1.0), top_log_probs, best)
+    return argmax, entropy, entropy_topk, argmax_logprob, token_logprob, top_tokens, top_log_probs
 
 
 @script(fly, default_opset=op)
@@ -91,7 +105,7 @@ def LazyEntropyGate(logits, next_tokens, top_k, use_full_entropy):
         entropy = op.Neg(op.ReduceSum(terms, last, keepdims=0))
     else:
         entropy = entropy_topk + op.Constant(value_float=float("nan"))
-    return argmax, entropy, entropy_topk, argmax_logprob, token_logprob
+    return argmax, entropy, entropy_topk, argmax_logprob, token_logprob, top_tokens, top_log_probs
 
 
 @script(fly, default_opset=op)
@@ -206,16 +220,14 @@ def append_head(
         [next_tokens.outputs[0], argmax, entropy, entropy_topk, *row_inputs.values(), stop_tokens],
         PLUGIN_ATTRIBUTES if use_plugins else {},
         domain=DOMAIN,
-        num_outputs=2,
+        num_outputs=len(ACCEPT_OUTPUTS),
     )
     graph.extend([shifted, next_tokens, gate, *casts, accept])
-    outputs = [(accept.outputs[0], "num_accepted", 1), (accept.outputs[1], "next_token", 1)]
-    outputs += [(value, name, 2) for value, name in zip(gate.outputs, GATE_OUTPUTS, strict=True)]
-    for at, (value, name, rank) in enumerate(outputs):
-        integer = name in ("num_accepted", "next_token", "argmax")
-        value.name = name
-        value.type = ir.TensorType(ir.DataType.INT64 if integer else ir.DataType.FLOAT)
-        value.shape = ir.Shape([batch, length][:rank])
+    outputs = ACCEPT_OUTPUTS | GATE_OUTPUTS
+    for at, (value, name) in enumerate(zip([*accept.outputs, *gate.outputs], outputs, strict=True)):
+        dtype, rank = outputs[name]
+        value.name, value.type = name, ir.TensorType(dtype)
+        value.shape = ir.Shape([batch, length, entropy_top_k][:rank])
         graph.outputs.insert(at, value)
 
 

@@ -74,7 +74,7 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
     if recipe.entropy_top_k > smallest:
         raise ConfigError(f"entropy_top_k {recipe.entropy_top_k}: the vocabulary has {smallest} tokens: use 3")
     warn_of_tokens_without_embedding(target.name, target.tokenizer, target.config.vocab_size)
-    head = Head(entropy_top_k=recipe.entropy_top_k, stop_token_ids=stop_token_ids(target))
+    head = Head(entropy_top_k=recipe.entropy_top_k, stop_token_ids=stop_token_ids(target), top_tokens=True)
     models = [
         ModelPlan(folder, checkpoint, _engine(folder, checkpoint, backend))
         for folder, checkpoint in checkpoints.items()

@@ -73,6 +73,7 @@ def load_engine(
         vocab_size=model.vocab_size,
         entropy_top_k=manifest.head.entropy_top_k,
         stop_token_ids=frozenset(manifest.head.stop_token_ids),
+        has_top_tokens=manifest.head.top_tokens,
     )
     settings = LoadSettings(num_slots=num_slots, num_threads=num_threads, device_id=device_id)
     return backend.load(directory, manifest, model, info, settings)

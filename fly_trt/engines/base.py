@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,8 @@ from fly_trt.tokens import NO_TOKENS, FloatArray, IntArray
 from fly_trt.verification.exact import EXACT
 from fly_trt.verification.policy import AcceptancePolicy
 
-# The tensors of a step and their types: per row [B], and per position [B, T] of the verification head.
+# The tensors of a step and their types: per row [B], and of the verification head per position [B, T], and per position
+# and rank [B, T, k].
 ROW_INPUTS: dict[str, type[np.generic]] = {
     "write_indices": np.int64,
     "num_context": np.int64,
@@ -37,11 +38,15 @@ TOKEN_OUTPUTS: dict[str, type[np.generic]] = {
     "argmax_logprob": np.float32,
     "token_logprob": np.float32,
 }
+TOP_OUTPUTS: dict[str, type[np.generic]] = {"top_ids": np.int64, "top_logprobs": np.float32}
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine can do: sizes in rows, tokens and vocabulary entries, and the head's constants."""
+    """What an engine can do: sizes in rows, tokens and vocabulary entries, and the head's constants.
+
+    has_top_tokens: the head says which are the entropy_top_k most probable tokens; engines built by older versions of
+    fly-build do not."""
 
     max_batch_size: int
     max_seq_len: int
@@ -50,6 +55,7 @@ class EngineInfo:
     vocab_size: int
     entropy_top_k: int
     stop_token_ids: frozenset[int]
+    has_top_tokens: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +79,11 @@ class Step:
     Outputs: num_accepted, next_token int64 [B]; argmax int64 [B, T]; the others float32 [B, T], in nats; logits
     float32 [B, T, V], or None unless asked for. Where a position's logits hold NaN or +inf its entropies are NaN;
     `entropy` may be NaN everywhere in a step in which no row's use_full_entropy is set.
+
+    top_ids int64 and top_logprobs float32 [B, T, k], or None unless asked for: the engine's entropy_top_k most probable
+    tokens of each position, most probable first and the lowest id first among equals, and their log probabilities under
+    the full softmax, in nats: -inf where a token's logit is, NaN where the position's entropies are, and then the ids
+    mean nothing. What they say of padding is not promised.
     """
 
     first_slot: int
@@ -92,6 +103,8 @@ class Step:
     argmax_logprob: FloatArray
     token_logprob: FloatArray
     logits: FloatArray | None
+    top_ids: IntArray | None = None
+    top_logprobs: FloatArray | None = None
     binding: Any = None
 
     def set_row(
@@ -133,31 +146,47 @@ class LogitsBuffer:
         self._values = np.empty(0, np.float32)
 
 
-class StepCache:
-    """The steps of an engine with `num_slots` slots, by shape: first slot, rows, tokens, with logits. Of more than
-    `max_steps` the one that was asked for longest ago is dropped."""
+class StepShape(NamedTuple):
+    """What a step is asked for with: rows from a first slot on, tokens a row, and which outputs besides the usual."""
 
-    def __init__(self, num_slots: int, max_steps: int) -> None:
+    first_slot: int
+    batch_size: int
+    num_tokens: int
+    with_logits: bool
+    with_top: bool
+
+
+class StepCache:
+    """The steps of an engine with `num_slots` slots, by shape. Of more than `max_steps` the one that was asked for
+    longest ago is dropped. Raises EngineError for a step that the engine cannot have."""
+
+    def __init__(self, info: EngineInfo, num_slots: int, max_steps: int) -> None:
+        self._info = info
         self._num_slots = num_slots
         self._max_steps = max_steps
-        self._steps: OrderedDict[tuple[int, int, int, bool], Step] = OrderedDict()
+        self._steps: OrderedDict[StepShape, Step] = OrderedDict()
 
-    def get(self, shape: tuple[int, int, int, bool], make: Callable[[int, int, int, bool], Step]) -> Step:
+    def get(self, shape: StepShape, make: Callable[[StepShape], Step]) -> Step:
         step = self._steps.get(shape)
         if step is not None:
             self._steps.move_to_end(shape)
             return step
-        first_slot, batch_size, *_ = shape
-        if first_slot + batch_size > self._num_slots:
-            raise EngineError(f"slots {first_slot} to {first_slot + batch_size - 1}: the engine has {self._num_slots}")
-        step = self._steps[shape] = make(*shape)
+        last_slot = shape.first_slot + shape.batch_size - 1
+        if last_slot >= self._num_slots:
+            raise EngineError(f"slots {shape.first_slot} to {last_slot}: the engine has {self._num_slots}")
+        if shape.with_top and not self._info.has_top_tokens:
+            raise EngineError(
+                "asked for the most probable tokens, but the engine was built by a version of fly-build whose "
+                "verification head does not give them: rebuild it with fly-build"
+            )
+        step = self._steps[shape] = make(shape)
         if len(self._steps) > self._max_steps:
             self._steps.popitem(last=False)
         return step
 
     def drop_with_logits(self) -> None:
         """Forgets the steps with logits: they are views of a buffer that was replaced."""
-        for shape in [shape for shape in self._steps if shape[3]]:
+        for shape in [shape for shape in self._steps if shape.with_logits]:
             del self._steps[shape]
 
     def clear(self) -> None:
@@ -172,8 +201,12 @@ class Engine(Protocol):
     """One-time work done so far: shapes bound, graphs captured, caches resized. The time of a step in which this rises
     says nothing of the next ones."""
 
-    def step(self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False) -> Step:
-        """The buffers for slots first_slot .. first_slot + batch_size - 1 and T = num_tokens; made once per shape."""
+    def step(
+        self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False, with_top: bool = False
+    ) -> Step:
+        """The buffers for slots first_slot .. first_slot + batch_size - 1 and T = num_tokens; made once per shape.
+        `with_top` asks for top_ids and top_logprobs. Raises EngineError for slots that do not exist, and for `with_top`
+        where the engine has no such outputs (EngineInfo.has_top_tokens)."""
         ...
 
     def run(self, step: Step) -> None:

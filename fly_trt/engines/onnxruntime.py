@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, LoadSettings, LogitsBuffer, Step, StepCache
+from fly_trt.engines.base import (
+    ROW_INPUTS,
+    TOKEN_OUTPUTS,
+    TOP_OUTPUTS,
+    EngineInfo,
+    LoadSettings,
+    LogitsBuffer,
+    Step,
+    StepCache,
+    StepShape,
+)
 from fly_trt.engines.cores import available_cores
 from fly_trt.errors import ConfigError, EngineError, one_line
 from fly_trt.manifest import Manifest, ModelEngine
@@ -86,7 +96,7 @@ class OnnxRuntimeEngine:
         self._num_held = [0] * num_slots  # tokens of each slot that a resize keeps
         self._generation = 0  # of the cache arrays: a step bound to older ones is bound again
         self._caches: list[np.ndarray] = []
-        self._steps = StepCache(num_slots, MAX_BOUND_SHAPES)
+        self._steps = StepCache(info, num_slots, MAX_BOUND_SHAPES)
         self._logits = LogitsBuffer(info.vocab_size)
         try:
             options = session_options(num_threads)
@@ -95,8 +105,10 @@ class OnnxRuntimeEngine:
             reason = one_line(error)
             raise EngineError(f"{model_path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from None
 
-    def step(self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False) -> Step:
-        return self._steps.get((first_slot, batch_size, num_tokens, with_logits), self._make_step)
+    def step(
+        self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False, with_top: bool = False
+    ) -> Step:
+        return self._steps.get(StepShape(first_slot, batch_size, num_tokens, with_logits, with_top), self._make_step)
 
     def run(self, step: Step) -> None:
         batch_size, num_tokens = step.input_ids.shape
@@ -142,30 +154,40 @@ class OnnxRuntimeEngine:
         self._caches.clear()
         del self._session
 
-    def _make_step(self, first_slot: int, batch_size: int, num_tokens: int, with_logits: bool) -> Step:
+    def _make_step(self, shape: StepShape) -> Step:
+        batch_size, num_tokens = shape.batch_size, shape.num_tokens
         rows: dict[str, Any] = {name: np.zeros(batch_size, dtype) for name, dtype in ROW_INPUTS.items()}
-        shape = (batch_size, num_tokens)
+        tokens: dict[str, Any] = {
+            name: np.zeros((batch_size, num_tokens), dtype) for name, dtype in TOKEN_OUTPUTS.items()
+        }
+        top: dict[str, Any] = {}
+        if shape.with_top:
+            ranks = (batch_size, num_tokens, self.info.entropy_top_k)
+            top = {name: np.zeros(ranks, dtype) for name, dtype in TOP_OUTPUTS.items()}
         logits = None
-        if with_logits:
+        if shape.with_logits:
             logits, has_grown = self._logits.view(batch_size, num_tokens)
             if has_grown:
                 self._steps.drop_with_logits()
-        tokens: dict[str, Any] = {name: np.zeros(shape, dtype) for name, dtype in TOKEN_OUTPUTS.items()}
         return Step(
-            first_slot=first_slot,
+            first_slot=shape.first_slot,
             input_ids=np.zeros((batch_size, num_tokens), np.int64),
             num_accepted=np.zeros(batch_size, np.int64),
             next_token=np.zeros(batch_size, np.int64),
             logits=logits,
             **rows,
             **tokens,
+            **top,
         )
 
     def _bind(self, step: Step) -> ort.IOBinding:
         binding = self._session.io_binding()
         for name in ("input_ids", *ROW_INPUTS):
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(getattr(step, name)))
-        for name in ("num_accepted", "next_token", *TOKEN_OUTPUTS):
+        outputs = ["num_accepted", "next_token", *TOKEN_OUTPUTS]
+        if step.top_ids is not None:
+            outputs += TOP_OUTPUTS
+        for name in outputs:
             binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(getattr(step, name)))
         if step.logits is not None:
             binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(step.logits))

@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fly_trt.engines import cuda
-from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, EngineInfo, LoadSettings, LogitsBuffer, Step, StepCache
+from fly_trt.engines.base import EngineInfo, LoadSettings, LogitsBuffer, Step, StepCache, StepShape
+from fly_trt.engines.blocks import ALIGNMENT, INPUTS, PER_ROW, Block, StepBlocks, round_up, shape_of, tensors_of
 from fly_trt.engines.kernel_cache import KernelCache
 from fly_trt.engines.tensorrt_library import cache_folder, check_compatibility, import_library
 from fly_trt.errors import EngineError
@@ -33,16 +34,12 @@ from fly_trt.tokens import FloatArray
 
 logger = logging.getLogger(__name__)
 
-ALIGNMENT = 256  # of tensor addresses, as TensorRT asks for
 MAX_BOUND_SHAPES = 64
 MAX_STEPS = 256
 ROW_TOKENS = (1, 2, 4, 8)  # padded lengths of steps that verify; from there on multiples of the last
 PREFILL_TOKENS_MULTIPLE = 64
 DECODE, VERIFICATION, PREFILL = range(3)  # optimisation profiles, in the order in which fly_build adds them
 
-INPUTS = {"input_ids": np.int64} | ROW_INPUTS
-OUTPUTS = {"num_accepted": np.int64, "next_token": np.int64} | TOKEN_OUTPUTS
-PER_ROW = frozenset(ROW_INPUTS) | {"num_accepted", "next_token"}
 ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -62,32 +59,11 @@ def load(
     )
 
 
-class _Block:
-    """Small tensors of one direction side by side, on the host and on the device, so that one copy moves them all."""
-
-    def __init__(self, tensors: dict[str, type[np.generic]], batch_size: int, num_tokens: int) -> None:
-        shapes = {name: (batch_size,) if name in PER_ROW else (batch_size, num_tokens) for name in tensors}
-        offset = 0
-        self.offsets = {}
-        for name, dtype in tensors.items():
-            self.offsets[name] = offset
-            offset += _round_up(int(np.prod(shapes[name])) * np.dtype(dtype).itemsize, ALIGNMENT)
-        self.num_bytes = offset
-        self.host = cuda.PinnedBuffer(offset)
-        self.device = cuda.DeviceBuffer(offset)
-        self.arrays: dict[str, npt.NDArray[Any]] = {}
-        for name, dtype in tensors.items():
-            begin, shape = self.offsets[name], shapes[name]
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            self.arrays[name] = self.host.array[begin : begin + size].view(dtype).reshape(shape)
-
-
 @dataclass
 class _Bound:
     """One padded shape at one first slot: its buffers, its execution context, and its graph once it ran."""
 
-    inputs: _Block
-    outputs: _Block
+    blocks: StepBlocks
     context: Any
     graph: cuda.Graph | None = None
     is_capturable: bool = True
@@ -142,18 +118,20 @@ class TensorRTEngine:
         for cache in self._caches:
             self._stream.clear(cache.address, cache.num_bytes)  # a masked key counts nothing only while it is a number
         self._swapped = cuda.DeviceBuffer(self._slot_bytes)
-        longest = max(num_slots * self._plan.max_row_tokens, _round_up(info.max_num_tokens, PREFILL_TOKENS_MULTIPLE))
+        longest = max(num_slots * self._plan.max_row_tokens, round_up(info.max_num_tokens, PREFILL_TOKENS_MULTIPLE))
         self._logits = cuda.DeviceBuffer(longest * model.vocab_size * item_bytes)
         self._host_logits = LogitsBuffer(model.vocab_size)
         self._raw_logits = cuda.PinnedBuffer(ALIGNMENT)  # what is copied before it is widened
-        self._blocks: dict[tuple[int, int], tuple[_Block, _Block]] = {}
+        self._blocks: dict[tuple[int, int], StepBlocks] = {}
         self._bound: OrderedDict[tuple[int, int, int], _Bound] = OrderedDict()
         self._prefill_context: Any = None
         self._prefill_lengths: set[int] = set()
-        self._steps = StepCache(num_slots, MAX_STEPS)
+        self._steps = StepCache(info, num_slots, MAX_STEPS)
 
-    def step(self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False) -> Step:
-        return self._steps.get((first_slot, batch_size, num_tokens, with_logits), self._make_step)
+    def step(
+        self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False, with_top: bool = False
+    ) -> Step:
+        return self._steps.get(StepShape(first_slot, batch_size, num_tokens, with_logits, with_top), self._make_step)
 
     def run(self, step: Step) -> None:
         cuda.use_device(self._device)
@@ -178,6 +156,8 @@ class TensorRTEngine:
             self._enqueue(bound)
             if bound.is_capturable:
                 self._capture(bound)
+        if step.top_ids is not None and bound.blocks.top is not None:
+            self._read(bound.blocks.top)
         if logits is None:
             self._stream.synchronize()
         else:
@@ -237,32 +217,31 @@ class TensorRTEngine:
     def _padded(self, num_tokens: int) -> int:
         if num_tokens > self._plan.max_row_tokens:
             longest = max(self.info.max_num_tokens, self._plan.max_row_tokens)
-            return max(num_tokens, min(_round_up(num_tokens, PREFILL_TOKENS_MULTIPLE), longest))
-        return next((size for size in ROW_TOKENS if size >= num_tokens), _round_up(num_tokens, ROW_TOKENS[-1]))
+            return max(num_tokens, min(round_up(num_tokens, PREFILL_TOKENS_MULTIPLE), longest))
+        return next((size for size in ROW_TOKENS if size >= num_tokens), round_up(num_tokens, ROW_TOKENS[-1]))
 
-    def _make_step(self, first_slot: int, batch_size: int, num_tokens: int, with_logits: bool) -> Step:
+    def _make_step(self, shape: StepShape) -> Step:
         cuda.use_device(self._device)
+        batch_size, num_tokens = shape.batch_size, shape.num_tokens
+        tensors = tensors_of(shape.with_top)
         if self._fits(batch_size, num_tokens):
-            inputs, outputs = self._io(batch_size, self._padded(num_tokens))
-            arrays = inputs.arrays | outputs.arrays
+            arrays = self._blocks_of(batch_size, self._padded(num_tokens)).arrays()
         else:
-            arrays = {
-                name: np.zeros((batch_size,) if name in PER_ROW else (batch_size, num_tokens), dtype)
-                for name, dtype in (INPUTS | OUTPUTS).items()
-            }
-        views = {name: array if name in PER_ROW else array[:, :num_tokens] for name, array in arrays.items()}
+            sizes = batch_size, num_tokens, self.info.entropy_top_k
+            arrays = {name: np.zeros(shape_of(name, sizes), dtype) for name, dtype in tensors.items()}
+        views = {name: arrays[name] if name in PER_ROW else arrays[name][:, :num_tokens] for name in tensors}
         logits = None
-        if with_logits:
+        if shape.with_logits:
             logits, has_grown = self._host_logits.view(batch_size, num_tokens)
             if has_grown:
                 self._steps.drop_with_logits()
-        return Step(first_slot=first_slot, logits=logits, **views)
+        return Step(first_slot=shape.first_slot, logits=logits, **views)
 
-    def _io(self, batch_size: int, num_tokens: int) -> tuple[_Block, _Block]:
+    def _blocks_of(self, batch_size: int, num_tokens: int) -> StepBlocks:
         """The blocks of one padded shape, which all its slots and lengths share."""
         blocks = self._blocks.get((batch_size, num_tokens))
         if blocks is None:
-            blocks = _Block(INPUTS, batch_size, num_tokens), _Block(OUTPUTS, batch_size, num_tokens)
+            blocks = StepBlocks.make(self.info, batch_size, num_tokens)
             self._blocks[batch_size, num_tokens] = blocks
         return blocks
 
@@ -275,7 +254,7 @@ class TensorRTEngine:
             # Each graph has a context of its own, since a context must not change under a graph that was captured from
             # it; all of them share the scratch memory, for only one runs at a time.
             context = self._make_context(DECODE if num_tokens == 1 else VERIFICATION)
-            bound = self._bound[key] = _Bound(*self._io(batch_size, num_tokens), context)
+            bound = self._bound[key] = _Bound(self._blocks_of(batch_size, num_tokens), context)
             self._set_tensors(bound, first_slot, batch_size)
             if len(self._bound) > MAX_BOUND_SHAPES:
                 self._bound.popitem(last=False)
@@ -290,7 +269,7 @@ class TensorRTEngine:
         if num_tokens not in self._prefill_lengths:
             self._prefill_lengths.add(num_tokens)
             self.num_preparations += 1  # TensorRT-RTX compiles kernels for it
-        bound = _Bound(*self._io(1, num_tokens), self._prefill_context, is_capturable=False)
+        bound = _Bound(self._blocks_of(1, num_tokens), self._prefill_context, is_capturable=False)
         self._set_tensors(bound, first_slot, 1)
         return bound
 
@@ -305,9 +284,9 @@ class TensorRTEngine:
 
     def _set_tensors(self, bound: _Bound, first_slot: int, batch_size: int) -> None:
         model, context = self._model, bound.context
-        for name, array in bound.inputs.arrays.items():
+        for name, array in bound.blocks.inputs.arrays.items():
             self._require(context.set_input_shape(name, array.shape), name)
-        for block in (bound.inputs, bound.outputs):
+        for block in bound.blocks:
             for name, offset in block.offsets.items():
                 self._require(context.set_tensor_address(name, block.device.address + offset), name)
         self._require(context.set_tensor_address("logits", self._logits.address), "logits")
@@ -324,10 +303,13 @@ class TensorRTEngine:
             raise EngineError(f"{self._library.name}: {what}: {self._library.take_errors()}")
 
     def _enqueue(self, bound: _Bound) -> None:
-        inputs, outputs = bound.inputs, bound.outputs
+        inputs = bound.blocks.inputs
         self._stream.copy(inputs.device.address, inputs.host.address, inputs.num_bytes)
         self._require(bound.context.execute_async_v3(self._stream.handle), "execution")
-        self._stream.copy(outputs.host.address, outputs.device.address, outputs.num_bytes)
+        self._read(bound.blocks.outputs)
+
+    def _read(self, block: Block) -> None:
+        self._stream.copy(block.host.address, block.device.address, block.num_bytes)
 
     def _capture(self, bound: _Bound) -> None:
         """The first run made the engine ready for this shape; what it did is recorded for the next ones."""
@@ -336,16 +318,20 @@ class TensorRTEngine:
             bound.graph = self._stream.capture(lambda: self._enqueue(bound))
         except EngineError as error:
             bound.is_capturable = False
-            logger.warning("steps of %s run without a CUDA graph: %s", bound.inputs.arrays["input_ids"].shape, error)
+            logger.warning(
+                "steps of %s run without a CUDA graph: %s", bound.blocks.inputs.arrays["input_ids"].shape, error
+            )
 
     def _run_rows(self, step: Step) -> None:
         """One row at a time, for steps with long rows."""
+        with_top = step.top_ids is not None
+        outputs = tensors_of(with_top).keys() - INPUTS
         for row in range(len(step.input_ids)):
-            part = self.step(step.first_slot + row, 1, step.input_ids.shape[1])
+            part = self.step(step.first_slot + row, 1, step.input_ids.shape[1], with_top=with_top)
             for name in INPUTS:
                 getattr(part, name)[0] = getattr(step, name)[row]
             self._execute(part, None if step.logits is None else step.logits[row : row + 1])
-            for name in OUTPUTS:
+            for name in outputs:
                 getattr(step, name)[row] = getattr(part, name)[0]
 
     def _read_logits(self, logits: FloatArray) -> None:
@@ -380,7 +366,3 @@ def _widen(raw: cuda.Bytes, dtype: Dtype, target: npt.NDArray[np.float32]) -> No
     else:
         stored = np.float32 if dtype == "float32" else np.float16
         np.copyto(target, raw.view(stored).reshape(target.shape))
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

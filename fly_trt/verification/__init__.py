@@ -25,6 +25,7 @@ from fly_trt.verification.sampling import (
     greedy,
     sample,
     top_logprobs,
+    top_tokens,
 )
 
 POLICIES: dict[str, type[AcceptancePolicy]] = {policy.name: policy for policy in (FlyPolicy, ExactPolicy)}
@@ -55,4 +56,5 @@ __all__ = [
     "greedy",
     "sample",
     "top_logprobs",
+    "top_tokens",
 ]

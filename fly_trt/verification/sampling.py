@@ -199,6 +199,19 @@ def gate_entropy(probabilities: FloatArray, top_k: int) -> tuple[FloatArray, Flo
     return entropy, entropy_topk
 
 
+def top_tokens(probabilities: FloatArray, k: int) -> tuple[IntArray, FloatArray]:
+    """The k most probable tokens of each row of [m, V], k <= V, and their log-probabilities in nats: int64 [m, k] and
+    float32 [m, k], most probable first and the lowest id first among equals. A token of probability 0 has -inf. On a
+    plain softmax they are what an engine's step says in `top_ids` and `top_logprobs`."""
+    ids = np.empty((len(probabilities), k), np.int64)
+    logprobs = np.empty(ids.shape, np.float32)
+    for i, row in enumerate(probabilities):
+        ids[i] = _by_rank(row, k)
+        with np.errstate(divide="ignore"):
+            logprobs[i] = np.log(row[ids[i]])
+    return ids, logprobs
+
+
 @dataclass(frozen=True, slots=True)
 class TopLogprobs:
     """The most probable tokens of m positions and the chosen one's place among all.
@@ -223,8 +236,7 @@ def top_logprobs(logits: FloatArray, num: int, token_ids: IntArray) -> TopLogpro
     for i, (row, token) in enumerate(zip(logits, token_ids, strict=True)):
         largest = _largest_score(row)
         log_sum = largest + math.log(_sum(_softmax_weights(row, largest, 1.0)))
-        listed = _most_probable(row, num)
-        ids[i] = listed[np.argsort(-row[listed], kind="stable")]
+        ids[i] = _by_rank(row, num)
         logprobs[i] = row[ids[i]] - log_sum
         chosen[i] = row[token] - log_sum
         ranks[i] = 1 + np.count_nonzero(row > row[token]) + np.count_nonzero(row[:token] == row[token])
@@ -261,6 +273,12 @@ def _nucleus(values: FloatArray, weights: FloatArray, top_p: float) -> IntArray:
     descending = np.sort(weights[candidates])[None, ::-1]
     (last,) = _crossing(descending, _block_ends(descending), np.array([wanted]))
     return candidates[_most_probable(values[candidates], last + 1)]
+
+
+def _by_rank(values: FloatArray, count: int) -> IntArray:
+    """Indices of the `count` largest of [n], largest first; among equals the lower index first."""
+    chosen = _most_probable(values, count)
+    return chosen[np.argsort(-values[chosen], kind="stable")]
 
 
 def _most_probable(values: FloatArray, count: int) -> IntArray:

@@ -48,6 +48,7 @@ GRANITE_MULTIPLIERS = {
 LEFTOVERS = {"Pow", "ReduceMean", "ReduceSumSquare", "Sqrt", "Rsqrt", "Reciprocal", "Neg"}
 ROW_INPUTS = ["num_context", "num_draft", "entropy_threshold", "use_full_entropy", "window", "lookahead"]
 HEAD_OUTPUTS = ["num_accepted", "next_token", "argmax", "entropy", "entropy_topk", "argmax_logprob", "token_logprob"]
+HEAD_OUTPUTS += ["top_ids", "top_logprobs"]
 
 Config = Callable[[], Any]
 

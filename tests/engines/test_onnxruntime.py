@@ -233,6 +233,34 @@ def test_logits_leave_the_engine_only_when_asked_for(engine: Engine) -> None:
     assert step.argmax[0].tolist() == logits(engine, 0, TOKENS[:4]).argmax(-1).tolist()
 
 
+def test_the_most_probable_tokens_leave_the_engine_only_when_asked_for(engine: Engine) -> None:
+    want = logits(engine, 0, TOKENS[:4])
+    steps = []
+    for asked in ({}, {"with_top": True}, {"with_top": True, "with_logits": True}, {}):
+        step = engine.step(0, 1, 4, **asked)
+        step.set_row(0, 0, TOKENS[:4])
+        engine.run(step)
+        steps.append(step)
+        if not asked:
+            assert (step.top_ids, step.top_logprobs) == (None, None)
+            continue
+        order = np.argsort(-want, axis=-1, kind="stable")[:, : engine.info.entropy_top_k]
+        np.testing.assert_array_equal(step.top_ids[0], order)
+        log_probs = want - np.logaddexp.reduce(want, axis=-1, keepdims=True)
+        np.testing.assert_allclose(step.top_logprobs[0], np.take_along_axis(log_probs, order, axis=-1), atol=1e-4)
+        np.testing.assert_array_equal(step.top_logprobs[0, :, 0], step.argmax_logprob[0])
+    usual, with_top, with_both, _ = (len(step.binding[1].get_outputs()) for step in steps)
+    assert (with_top - usual, with_both - usual) == (2, 3)
+
+
+def test_an_engine_without_the_most_probable_tokens_names_the_fix(demo_engine: Path, manifest: Manifest) -> None:
+    older = manifest.model_copy(update={"head": manifest.head.model_copy(update={"top_tokens": False})})
+    engine = load_engine(demo_engine, older, older.target, num_slots=1)
+    assert not engine.info.has_top_tokens
+    with pytest.raises(EngineError, match=r"most probable tokens, but .* rebuild it with fly-build"):
+        engine.step(0, 1, 4, with_top=True)
+
+
 def test_the_draft_of_a_row_is_verified_in_the_engine(engine: Engine) -> None:
     prompt = TOKENS[:10]
     greedy = []

@@ -13,7 +13,8 @@ import pytest
 
 from fly_trt.engines import Engine
 from fly_trt.engines.base import Step
-from fly_trt.engines.tensorrt import OUTPUTS, _widen
+from fly_trt.engines.blocks import OUTPUTS
+from fly_trt.engines.tensorrt import _widen
 from fly_trt.manifest import Dtype, read_manifest
 from fly_trt.verification import FlyPolicy
 from simulated_cuda import SimulatedCuda

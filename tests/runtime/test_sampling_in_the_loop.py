@@ -193,9 +193,9 @@ def test_logits_leave_the_engine_for_those_who_need_them_only() -> None:
     asked = []
     make = stack.target.step
 
-    def step(*shape: int, with_logits: bool = False) -> Any:
+    def step(*shape: int, with_logits: bool = False, **outputs: bool) -> Any:
         asked.append(with_logits)
-        return make(*shape, with_logits=with_logits)
+        return make(*shape, with_logits=with_logits, **outputs)
 
     stack.target.step = step
     stack.run(make_request(), make_request(policy=PRESETS["reference"]), make_request(stop_token_ids=[3]))

@@ -115,6 +115,28 @@ def test_entropies_and_log_probabilities_agree_with_numpy(session: ort.Inference
     np.testing.assert_allclose(got["token_logprob"][:, :-1], following, rtol=1e-5, atol=5e-6)
 
 
+@pytest.mark.parametrize("top_k", [1, 3, 40, VOCAB_SIZE])
+@pytest.mark.parametrize("form", ["functions", "lazy_functions"])
+def test_the_most_probable_tokens_agree_with_numpy(form: str, top_k: int) -> None:
+    """With many ties, where the lowest id comes first, and impossible tokens."""
+    rng = np.random.default_rng(9)
+    session = head_session(VOCAB_SIZE, STOPS, top_k, form)
+    for round_to in (None, 0, -1):
+        batch = Batch.random(rng)
+        if round_to is not None:
+            batch.logits = batch.logits.round(round_to)
+        batch.logits[rng.random(batch.logits.shape) < 0.3] = -np.inf
+        batch.logits[..., 50] = 0  # one is possible at least
+        got = run(session, batch)
+        order = np.argsort(-batch.logits, axis=-1, kind="stable")[..., :top_k]
+        log_probs = np.take_along_axis(log_softmax(batch.logits), order, axis=-1)
+        assert (got["top_ids"].dtype, got["top_logprobs"].dtype) == (np.int64, np.float32)
+        np.testing.assert_array_equal(got["top_ids"], order)
+        np.testing.assert_allclose(got["top_logprobs"], log_probs, rtol=1e-5, atol=5e-6)
+        np.testing.assert_array_equal(got["top_ids"][..., 0], got["argmax"])
+        np.testing.assert_array_equal(got["top_logprobs"][..., 0], got["argmax_logprob"])
+
+
 def test_the_lazy_gate_computes_the_full_entropy_of_every_row_where_one_row_uses_it() -> None:
     session = head_session(VOCAB_SIZE, STOPS, form="lazy_functions")
     rows, length = 3, 4
@@ -125,7 +147,7 @@ def test_the_lazy_gate_computes_the_full_entropy_of_every_row_where_one_row_uses
     assert np.isnan(without["entropy"]).all()
     used = replace(batch, policies=[unused, replace(unused, use_full_entropy=True), unused])
     assert not np.isnan(run(session, used)["entropy"]).any()
-    for name in ("argmax", "entropy_topk", "argmax_logprob", "token_logprob"):
+    for name in set(GATE_OUTPUTS) - {"entropy"}:
         np.testing.assert_array_equal(run(session, used)[name], without[name])
 
 
@@ -162,6 +184,8 @@ def test_a_position_that_is_not_a_number_is_never_loosened_and_says_so(
     assert got["num_accepted"][0] == broken
     for name in ("entropy_topk", "argmax_logprob", *(["entropy"] if use_full_entropy else [])):
         assert np.isnan(got[name][0]).nonzero()[0].tolist() == [broken]
+    assert np.isnan(got["top_logprobs"][0]).all(axis=-1).nonzero()[0].tolist() == [broken]
+    assert np.isnan(got["top_logprobs"][0]).any(axis=-1).nonzero()[0].tolist() == [broken]
     assert 0 <= got["argmax"][0, broken] < VOCAB_SIZE
 
     logits[0, broken] = logits[0, 0]
@@ -178,6 +202,8 @@ def test_an_impossible_token_has_no_share_in_the_entropies(session: ort.Inferenc
     np.testing.assert_allclose(got["entropy"], want, rtol=1e-5, atol=5e-6)
     np.testing.assert_allclose(got["entropy_topk"], want, rtol=1e-5, atol=5e-6)
     np.testing.assert_array_equal(got["argmax"], few.argmax(-1))
+    assert (got["top_ids"][..., 2] == 2).all()
+    assert np.isneginf(got["top_logprobs"][..., 2]).all()
 
 
 def test_without_stop_tokens_every_token_may_be_loosened() -> None:

@@ -21,6 +21,7 @@ from fly_trt.verification import (
     greedy,
     sample,
     top_logprobs,
+    top_tokens,
 )
 from sampling_definitions import processed_row, random_scores, truncated_softmax
 
@@ -305,6 +306,30 @@ def test_a_certain_position_has_no_entropy() -> None:
 def test_a_narrow_distribution_has_the_same_entropy_in_both_gates() -> None:
     full, topk = gate_entropy(distribution(np.zeros((1, 9), np.float32), top_k=4), 10)
     np.testing.assert_allclose([full, topk], math.log(4), rtol=1e-6)
+
+
+def test_the_most_probable_tokens_come_first_and_the_lowest_id_among_equals() -> None:
+    scores = random_scores(np.random.default_rng(5), 6, 50).round()  # with ties
+    ids, logprobs = top_tokens(distribution(scores), 7)
+    assert (ids.dtype, logprobs.dtype) == (np.int64, np.float32)
+    for i, row in enumerate(scores.astype(np.float64)):
+        order = sorted(range(50), key=lambda token: (-row[token], token))[:7]
+        assert ids[i].tolist() == order
+        np.testing.assert_allclose(logprobs[i], row[order] - math.log(np.exp(row).sum()), atol=1e-5)
+
+
+def test_tokens_that_are_left_out_of_a_distribution_come_last_and_are_impossible() -> None:
+    ids, logprobs = top_tokens(distribution(np.array([[0, 5, 1, 5]], np.float32), top_k=2), 4)
+    assert ids.tolist() == [[1, 3, 0, 2]]
+    np.testing.assert_allclose(logprobs, [[-math.log(2), -math.log(2), -math.inf, -math.inf]], rtol=1e-6)
+
+
+def test_a_row_has_the_most_probable_tokens_that_it_has_alone() -> None:
+    probabilities = distribution(random_scores(np.random.default_rng(6), 5, 301))
+    together = top_tokens(probabilities, 9)
+    for i in range(5):
+        for alone, all_rows in zip(top_tokens(probabilities[i : i + 1], 9), together, strict=True):
+            np.testing.assert_array_equal(alone[0], all_rows[i])
 
 
 def test_log_probabilities_are_ranked_most_probable_first() -> None:
