@@ -1,6 +1,7 @@
 """Processed scores and distributions as the parameters are defined, one token at a time."""
 
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -46,3 +47,20 @@ def truncated_softmax(
     probabilities = np.zeros(len(scores))
     probabilities[kept] = weights[kept] / mass
     return probabilities
+
+
+def follows(counts: Counter[int], law: np.ndarray) -> bool:
+    """Pearson's chi-square test at p = 0.01: whether counts of tokens may have been drawn from `law`."""
+    num = counts.total()
+    observed = np.array([counts[token] for token in range(len(law))])
+    if observed[law == 0].any():
+        return False
+    rare = law * num < 5  # too few for the approximation: counted together
+    expected = np.append(law[~rare] * num, law[rare].sum() * num)
+    observed = np.append(observed[~rare], observed[rare].sum())
+    possible = expected > 0
+    statistic = float((((observed - expected)[possible] ** 2) / expected[possible]).sum())
+    freedom = np.count_nonzero(possible) - 1
+    # Wilson and Hilferty 1931: the cube root of chi-square / freedom is nearly normal; 2.326 is the normal's 99 %.
+    variance = 2 / (9 * freedom)
+    return statistic < freedom * (1 - variance + 2.326 * math.sqrt(variance)) ** 3

@@ -1,6 +1,5 @@
 """The law of sampled speculation: a toy model's tokens are distributed as without a draft, and are the same tokens."""
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -20,7 +19,7 @@ from fly_trt.verification import (
     gate_entropy,
     sample,
 )
-from sampling_definitions import processed_row, random_scores, truncated_softmax
+from sampling_definitions import follows, processed_row, random_scores, truncated_softmax
 
 TOY_SIZE = 12
 NUM_DRAFT = 4
@@ -86,23 +85,6 @@ def toy_decode(seed: int, length: int, truncation: dict[str, float], num_draft: 
 def toy_law(output: tuple[int, ...], truncation: dict[str, float]) -> np.ndarray:
     scores = processed_row(toy_row(TOY_TARGET, output), list(TOY_PROMPT), list(output), TOY_SETTINGS)
     return truncated_softmax(np.array(scores), **truncation)
-
-
-def follows(counts: Counter[int], law: np.ndarray) -> bool:
-    """Pearson's chi-square test at p = 0.01: whether counts of tokens may have been drawn from `law`."""
-    num = counts.total()
-    observed = np.array([counts[token] for token in range(TOY_SIZE)])
-    if observed[law == 0].any():
-        return False
-    rare = law * num < 5  # too few for the approximation: counted together
-    expected = np.append(law[~rare] * num, law[rare].sum() * num)
-    observed = np.append(observed[~rare], observed[rare].sum())
-    possible = expected > 0
-    statistic = float((((observed - expected)[possible] ** 2) / expected[possible]).sum())
-    freedom = np.count_nonzero(possible) - 1
-    # Wilson and Hilferty 1931: the cube root of chi-square / freedom is nearly normal; 2.326 is the normal's 99 %.
-    variance = 2 / (9 * freedom)
-    return statistic < freedom * (1 - variance + 2.326 * math.sqrt(variance)) ** 3
 
 
 def first_and_second(truncation: dict[str, float], num: int, policy: AcceptancePolicy = EXACT) -> tuple[bool, bool]:
