@@ -20,9 +20,9 @@ from fly_trt.verification import (
     DraftSource,
     Evidence,
     HeadInfo,
+    Limits,
     Positions,
     Verdict,
-    enforce,
 )
 from policy_oracles import Answer
 
@@ -137,7 +137,7 @@ def make(name: str, **settings: Any) -> AcceptancePolicy:
 
 
 def decide(policy: AcceptancePolicy, evidence: Evidence) -> Verdict:
-    return enforce(policy.verdict(evidence, STOPS), evidence, STOPS)
+    return Limits(STOPS).apply(policy.verdict(evidence, STOPS), evidence)
 
 
 def is_guarded(evidence: Evidence, j: int) -> bool:
