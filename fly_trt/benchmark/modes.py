@@ -14,11 +14,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fly_trt.acceptance import AcceptanceParams, acceptance_settings
 from fly_trt.drafting import DRAFTERS
 from fly_trt.errors import ConfigError
 from fly_trt.manifest import Manifest
-from fly_trt.params import AcceptanceParams, SpeculativeConfig, acceptance_options
+from fly_trt.params import SpeculativeConfig
 from fly_trt.service.config import ServiceConfig, resolve_sizes, resolve_speculative_config
+from fly_trt.settings import settings_of
 from fly_trt.verification import POLICIES
 
 AUTOREGRESSIVE = "autoregressive"
@@ -112,7 +114,7 @@ def _read(text: str) -> tuple[str, dict[str, Any]]:
             raise ConfigError(f"mode {text!r}: {field} has no effect without drafts: leave it out")
         if field in settings:
             raise ConfigError(f"mode {text!r}: {field} twice: leave one out")
-        settings[field] = _value(value)
+        settings[field] = _value(field, value)
     return name if is_named else text, settings
 
 
@@ -135,13 +137,16 @@ def _settings(drafter: str, policy: str = "") -> dict[str, Any]:
     return {"method": drafter, "acceptance": policy or DRAFTERS[drafter].acceptance}
 
 
-def _value(text: str) -> Any:
-    """As JSON has it; a word that JSON does not know is a text. What does not suit its field, SpeculativeConfig
-    refuses."""
+def _value(field: str, text: str) -> Any:
+    """As JSON has it; a word that JSON does not know is a text, and a list of one needs no brackets. What does not suit
+    its field, SpeculativeConfig refuses."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError:
-        return text
+        value = text
+    declared = settings_of(SpeculativeConfig).get(field)
+    is_item = declared is not None and declared.is_list and isinstance(value, (str, int))
+    return [value] if is_item else value
 
 
 def _is_possible(settings: Mapping[str, Any], manifest: Manifest) -> bool:
@@ -155,7 +160,9 @@ def _is_possible(settings: Mapping[str, Any], manifest: Manifest) -> bool:
 def _fits(name: str, value: Any, settings: Mapping[str, Any]) -> bool:
     if settings["method"] is None:
         return False
-    if name not in acceptance_options():
+    if name.startswith("draft_stop"):
+        return DRAFTERS[settings["method"]].has_scores
+    if name not in acceptance_settings():
         return True
     asked = AcceptanceParams(**{name: value})
     try:

@@ -143,6 +143,12 @@ def _factor(spread: Spread | None) -> str:
     return NOTHING if spread is None else f"{spread.median:.2f}x"
 
 
+def _by_source(row: Row) -> str:
+    """Where there are several sources, a line for each."""
+    figures = [f"{source} {spread.median:.2f}" for source, spread in row.accepted_by_source.items()]
+    return "\n".join(figures) if len(figures) > 1 else NOTHING
+
+
 def _over_exact(row: Row) -> str:
     """Where there is no plain decoding to compare it with."""
     return NOTHING if row.speed_up_over_autoregressive is not None else _factor(row.speed_up_over_exact)
@@ -182,6 +188,7 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("over\nAR", lambda row: _factor(row.speed_up_over_autoregressive)),
     ("over\nexact", _over_exact),
     ("accept.\nlength", lambda row: _number(row.mean_acceptance_length, ".2f")),
+    ("accepted\nby source", _by_source),
     ("loose\n/ 100", _loosened),
     ("TTFT\nms", lambda row: _milliseconds(row.time_to_first_token_ms)),
     ("ITL ms\np50 / p99", _percentiles),

@@ -60,6 +60,12 @@ class Round:
     def mean_acceptance_length(self) -> float | None:
         return self.metrics().mean_acceptance_length or None
 
+    def accepted_by_source(self) -> dict[str, float]:
+        """Emitted draft tokens by round of speculation, from each source that drafted."""
+        counts = self.metrics()
+        accepted = counts.num_accepted_tokens_by_source
+        return {source: accepted.get(source, 0) / counts.num_spec_steps for source in counts.num_draft_tokens_by_source}
+
     def time_to_first_token_ms(self) -> float:
         return 1e3 * statistics.median(exchange.time_to_first_token for exchange in self.exchanges)
 
@@ -114,6 +120,7 @@ class Row:
     tokens_per_second: output tokens of all requests by the time they took together, prompts included.
     speed_up_over_autoregressive, speed_up_over_exact: ratios of it within each round.
     mean_acceptance_length: 1 + emitted draft tokens by round of speculation, as RequestMetrics has it.
+    accepted_by_source: the emitted draft tokens by round of speculation, by where they came from.
     loosened_tokens: emitted draft tokens that the target did not choose; loosened_per_100: by 100 output tokens.
     time_to_first_token_ms: median over the requests, from sending a request to its first chunk of output.
     inter_token_latency_ms_p50, _p99: percentiles over all gaps between two consecutive chunks of a request; a chunk is
@@ -136,6 +143,7 @@ class Row:
     speed_up_over_autoregressive: Spread | None
     speed_up_over_exact: Spread | None
     mean_acceptance_length: Spread | None
+    accepted_by_source: dict[str, Spread]
     loosened_tokens: Spread | None
     loosened_per_100: Spread | None
     time_to_first_token_ms: Spread | None
@@ -159,6 +167,12 @@ def summarise(load: Load, rounds: Mapping[str, list[Round]], prompts: Sequence[B
     """A row for each mode of `rounds`."""
     plain, exact = rounds.get(AUTOREGRESSIVE), rounds.get(EXACT)
     return [_row(mode, load, own, plain, exact, prompts) for mode, own in rounds.items()]
+
+
+def _by_source(rounds: list[dict[str, float]]) -> dict[str, Spread]:
+    sources = dict.fromkeys(source for round_ in rounds for source in round_)
+    spreads = {source: Spread.of([round_.get(source, 0.0) for round_ in rounds]) for source in sources}
+    return {source: spread for source, spread in spreads.items() if spread is not None}
 
 
 def wilson_interval(num_right: float, count: int) -> tuple[float, float]:
@@ -208,6 +222,7 @@ def _row(
         speed_up_over_autoregressive=against(plain, speed_up),
         speed_up_over_exact=against(exact, speed_up),
         mean_acceptance_length=each(Round.mean_acceptance_length),
+        accepted_by_source=_by_source([round_.accepted_by_source() for round_ in rounds]),
         loosened_tokens=each(lambda own: own.metrics().num_loosened_tokens),
         loosened_per_100=each(Round.loosened_per_100),
         time_to_first_token_ms=each(Round.time_to_first_token_ms),

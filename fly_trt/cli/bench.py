@@ -23,7 +23,7 @@ CONFIG_FLAGS = (
     *("max_tokens", "ignore_eos", "temperature", "perplexity"),
 )
 ROOFLINE_FLAGS = ("engine_dir", "roofline", "rounds", "num_threads", "output", "as_json")
-FILE_WIDTH = 120  # columns where there is no terminal that has its own
+FILE_WIDTH = 132  # columns where there is no terminal that has its own
 EXAMPLES = (
     f"""
 \b

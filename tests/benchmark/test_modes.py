@@ -53,6 +53,8 @@ def test_settings_go_to_the_modes_that_they_fit(pair: Manifest) -> None:
     modes = choose_modes([], pair, {"num_speculative_tokens": 9, "fly_window_size": 4})
     assert [config.num_speculative_tokens for config in modes.values()][1:] == [9, 9, 9, 9]
     assert [config.fly_window_size for config in modes.values()] == [None, None, 4, 4, None]
+    stopped = choose_modes([], pair, {"draft_stop": "confidence", "draft_stop_threshold": 0.5})
+    assert [config.draft_stop for config in stopped.values()] == [None, *["confidence"] * 3, None]
     for name, value, asked in (("preset", "paper", ["exact"]), ("num_speculative_tokens", 3, ["autoregressive"])):
         with pytest.raises(ConfigError, match=f"{name} {value!r}: has no effect in mode {asked[0]}"):
             choose_modes(asked, pair, {name: value})
@@ -89,9 +91,11 @@ def test_every_drafter_goes_with_every_policy(drafter: str, policy: str) -> None
 
 def test_values_are_json_or_words() -> None:
     """Whether they suit their fields is for SpeculativeConfig to say."""
-    text = "fly,adaptive_acceptance=false,draft_token_cost=0.5,fly_window_size=null,preset=vllm,prompt_lookup_max=[1,2]"
+    text = "fly,adaptive_acceptance=false,draft_token_cost=0.5,fly_window_size=null,preset=vllm,exact_token_ids=[1,2]"
     (settings,) = read_modes([text]).values()
     assert list(settings.values())[2:] == [False, 0.5, None, "vllm", [1, 2]]
+    (settings,) = read_modes(["fly,exact_token_ids=7,exact_within=code"]).values()
+    assert list(settings.values())[2:] == [[7], ["code"]]
 
 
 def test_what_a_mode_says_itself_goes_before_what_is_said_for_all(pair: Manifest) -> None:

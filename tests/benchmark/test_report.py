@@ -53,6 +53,16 @@ def test_fifteen_modes_fit_on_one_screen(benchmark: Benchmark, rows: list[Row]) 
     assert "a[1, 2]" in text
 
 
+def test_sources_are_told_apart_where_a_mode_has_several(benchmark: Benchmark, rows: list[Row]) -> None:
+    assert "by source" not in shown(benchmark, rows)
+    mixed = dataclasses.replace(rows[4], accepted_by_source={"model": wide(3.21), "lookup": wide(1.5)})
+    lines = shown(benchmark, [*rows[:4], mixed], width=132).splitlines()
+    text = "\n".join(lines)
+    assert all(words in text for words in ("by source", "model 3.21", "lookup 1.50"))
+    assert len([line for line in lines if "231/240 [92.7, 98.1]" in line]) == 5
+    assert max(map(len, lines)) <= 132
+
+
 def test_each_load_has_its_modes_below_it(benchmark: Benchmark) -> None:
     lines = [line.split("  ")[0].strip() for line in shown(benchmark, benchmark.rows).splitlines()]
     modes = ["autoregressive", "exact", "fly-draft", "fly", "ngram"]

@@ -60,6 +60,19 @@ def test_acceptance_length_counts_the_targets_own_token_and_rounds_are_pooled_in
     assert row(rounds(1)).mean_acceptance_length is None
 
 
+def test_accepted_tokens_are_counted_by_round_and_source() -> None:
+    def drafted(**accepted: int) -> list[Round]:
+        own = rounds(1, accepted=6, steps=4)
+        for source, count in accepted.items():
+            own[0].exchanges[0].metrics.num_draft_tokens_by_source[source] = count + 5
+            own[0].exchanges[0].metrics.num_accepted_tokens_by_source[source] = count
+        return own
+
+    found = row(drafted(model=6, lookup=0) + drafted(model=2))
+    assert found.accepted_by_source == {"model": Spread(1, 0.5, 1.5, [1.5, 0.5]), "lookup": Spread(0, 0, 0, [0, 0])}
+    assert row(rounds(1)).accepted_by_source == {}
+
+
 def test_right_answers_and_same_outputs_are_relative_to_autoregressive() -> None:
     found = row(rounds(1, text="no"), autoregressive=rounds(1, tokens=5))
     assert (found.right_answers.median, found.num_checks, found.accuracy_retention.median) == (0, 1, 0)
