@@ -48,13 +48,16 @@ class Load:
 @dataclass(slots=True)
 class Exchange:
     """One request and its answer. `sent` and `chunk_times` are seconds of one clock; a chunk is what one step brought,
-    one token or several."""
+    one token or several. `log_likelihood`, in nats, is the output's under the target, where somebody has asked for it.
+    """
 
     sent: float = 0.0
     chunk_times: list[float] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    prompt_token_ids: list[int] = field(default_factory=list)
+    log_likelihood: float | None = None
 
     def add(self, output: RequestOutput) -> None:
         """In the engine thread, so that no other thread's turn is in the times."""
@@ -64,11 +67,17 @@ class Exchange:
         self.token_ids += completion.token_ids
         self.text += completion.text
         self.metrics = output.metrics
+        self.prompt_token_ids = output.prompt_token_ids
 
     @property
     def time_to_first_token(self) -> float:
         """Seconds from sending the request to its first chunk."""
         return self.chunk_times[0] - self.sent
+
+    @property
+    def nll_per_token(self) -> float | None:
+        """Mean of -ln p over the output tokens, in nats."""
+        return None if self.log_likelihood is None else -self.log_likelihood / len(self.token_ids)
 
     @property
     def inter_token_latencies(self) -> list[float]:

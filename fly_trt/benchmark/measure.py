@@ -1,7 +1,8 @@
 """The measurement: all modes on the same loaded engines, the same prompts and the same loads, by turns.
 
 One request at a time, the modes take turns prompt by prompt; under any other load, with the whole set. Either way a
-machine that slows down for a while slows all of them. Each load begins with requests that are not measured.
+machine that slows down for a while slows all of them. Each load begins with requests that are not measured, and ends
+with what takes no part in the times: how probable the target finds what the modes emitted.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fly_trt.benchmark.client import Client, Load
+from fly_trt.benchmark.likelihood import Likelihood
 from fly_trt.benchmark.modes import choose_modes
 from fly_trt.benchmark.results import Round, Row, summarise
 from fly_trt.benchmark.workload import BenchmarkPrompt, built_in_prompts, random_prompts, read_prompts, repeated
@@ -30,12 +32,13 @@ Progress = Callable[[str, int, int], None]
 class BenchmarkConfig:
     """What to measure.
 
-    modes: names of MODES; none means all that the engine directory can do. loads: how requests arrive, one after
-    another. rounds: measured repetitions of each load. prompts: a JSON Lines file, or random_tokens: the length of
-    random prompts; neither means the built-in prompts. num_prompts: taken from the front, and again from there where
-    there are fewer. chat: put the prompts into the model's chat template. max_tokens, ignore_eos, temperature: as in
-    SamplingParams. seed: of sampling, of random prompts and of arrivals. speculative: fields of SpeculativeConfig, for
-    the modes that they fit. num_threads: of the engines.
+    modes: as `read_modes` reads them; none means the usual ones that the engine directory can do. loads: how requests
+    arrive, one after another. rounds: measured repetitions of each load. prompts: a JSON Lines file, or random_tokens:
+    the length of random prompts; neither means the built-in prompts. num_prompts: taken from the front, and again from
+    there where there are fewer. chat: put the prompts into the model's chat template. max_tokens, ignore_eos,
+    temperature: as in SamplingParams. seed: of sampling, of random prompts and of arrivals. speculative: fields of
+    SpeculativeConfig, for the modes that they fit. num_threads: of the engines. perplexity: also find out how probable
+    the target finds the outputs.
     """
 
     modes: Sequence[str] = ()
@@ -51,6 +54,7 @@ class BenchmarkConfig:
     seed: int = 0
     speculative: Mapping[str, Any] = field(default_factory=dict)
     num_threads: int | None = None
+    perplexity: bool = True
 
     def __post_init__(self) -> None:
         for name in ("rounds", "num_prompts"):
@@ -175,6 +179,9 @@ def _measure(
     finally:
         for service in services.values():
             service.shutdown()
+    if config.perplexity:
+        meter.say(f"perplexity, {load}")
+        _score(rounds, Likelihood(engines))
     return summarise(load, rounds, prompts)
 
 
@@ -200,6 +207,14 @@ def _round(
             rounds[mode].seconds += seconds
             meter.say(f"{mode}, {load}, round {number + 1} of {config.rounds}", len(share))
     return rounds
+
+
+def _score(rounds: Mapping[str, list[Round]], likelihood: Likelihood) -> None:
+    """Prompt by prompt, since outputs of the same prompt mostly begin alike."""
+    every = [round_.exchanges for own in rounds.values() for round_ in own]
+    for exchanges in zip(*every, strict=True):
+        for exchange in exchanges:
+            exchange.log_likelihood = likelihood.log_likelihood(exchange.prompt_token_ids, exchange.token_ids)
 
 
 def _as_given(prompt: BenchmarkPrompt, config: BenchmarkConfig, service: Service) -> Prompt:

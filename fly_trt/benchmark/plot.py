@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg")
 INCHES = (11.0, 3.6)  # of one load
+FEW_MODES = 6  # whose names stand side by side
 
 
 def check_plot(path: Path) -> None:
@@ -56,7 +57,7 @@ def _draw_speeds(axes: "Axes", rows: list[Row], colours: dict[str, str]) -> None
     bars = axes.bar(names, medians, yerr=[below, above], capsize=4, color=[colours[name] for name in names])
     axes.bar_label(bars, fmt="%.4g", label_type="center", color="white")
     axes.set_ylabel("output tokens/s")
-    axes.tick_params(axis="x", labelrotation=15)
+    axes.tick_params(axis="x", labelrotation=15 if len(rows) <= FEW_MODES else 90)
 
 
 def _draw_lengths(axes: "Axes", rows: list[Row], colours: dict[str, str]) -> None:

@@ -9,7 +9,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
+from rich.text import Text
 
 import fly_trt
 from fly_trt.benchmark.client import Load
@@ -23,6 +25,7 @@ from fly_trt.params import SpeculativeConfig
 
 SCHEMA_VERSION = 1
 NOTHING = "-"
+MODE_WIDTH = 22  # columns of a terminal; a longer name goes on below
 LIBRARIES = ("numpy", "tokenizers", "onnxruntime", "cuda-python")
 
 
@@ -35,7 +38,7 @@ def as_record(benchmark: Benchmark) -> dict[str, Any]:
         "num_prompts": config.num_prompts,
         "num_checks": sum(prompt.check is not None for prompt in benchmark.prompts),
         **{name: getattr(config, name) for name in ("random_tokens", "chat", "max_tokens", "ignore_eos")},
-        **{name: getattr(config, name) for name in ("temperature", "seed", "rounds")},
+        **{name: getattr(config, name) for name in ("temperature", "seed", "rounds", "perplexity")},
         "loads": [_load(load) for load in config.loads],
         "modes": {mode: _speculation(speculative) for mode, speculative in benchmark.modes.items()},
     }
@@ -50,8 +53,8 @@ def as_record(benchmark: Benchmark) -> dict[str, Any]:
 
 
 def as_table(benchmark: Benchmark) -> Table:
-    """A row for each load and mode; medians, and the speeds with their range over the rounds. Columns without a figure
-    are left out, and so is a load that is the only one."""
+    """A row for each mode, under the name of its load where there are several; medians, and the speeds with their range
+    over the rounds. Columns without a figure are left out, which leaves about 120 columns of a terminal."""
     config = benchmark.config
     load = f", {config.loads[0]}" if len(config.loads) == 1 else ""
     times = f"median of {config.rounds} rounds" if config.rounds > 1 else "1 round"
@@ -59,14 +62,22 @@ def as_table(benchmark: Benchmark) -> Table:
     table = Table(
         title=f"{benchmark.engines.directory}: {config.num_prompts} prompts{load}, {times}",
         caption=f"engines loaded once: {seconds}",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
     )
-    columns = COLUMNS[1:] if len(config.loads) == 1 else COLUMNS
-    shown = [column for column in columns if any(column[1](row) != NOTHING for row in benchmark.rows)]
+    shown = [column for column in COLUMNS if any(column[1](row) != NOTHING for row in benchmark.rows)]
+    table.add_column("mode", max_width=MODE_WIDTH, overflow="fold")
     for name, _ in shown:
-        table.add_column(name, justify="left" if name in ("load", "mode") else "right", no_wrap=name == "mode")
-    for row, following in zip(benchmark.rows, [*benchmark.rows[1:], None], strict=True):
-        is_last = following is None or following.load != row.load
-        table.add_row(*(text(row) for _, text in shown), end_section=is_last)
+        table.add_column(name, justify="right")
+    last_load = config.loads[0] if len(config.loads) == 1 else None
+    for row in benchmark.rows:
+        if row.load != last_load:
+            table.add_row(Text(str(row.load), "bold"))
+            last_load = row.load
+        # As texts, in which brackets are no markup.
+        table.add_row(Text(row.mode.replace(",", ", ")), *(Text(figure(row)) for _, figure in shown))
     return table
 
 
@@ -124,38 +135,68 @@ def _rate(spread: Spread | None) -> str:
     return f"{spread.median:.{digits}f} ({spread.min:.{digits}f}-{spread.max:.{digits}f})"
 
 
+def _milliseconds(spread: Spread | None) -> str:
+    return _number(spread, ".0f" if spread is not None and spread.median >= 100 else ".1f")
+
+
 def _factor(spread: Spread | None) -> str:
     return NOTHING if spread is None else f"{spread.median:.2f}x"
+
+
+def _by_source(row: Row) -> str:
+    """Where there are several sources, a line for each."""
+    figures = [f"{source} {spread.median:.2f}" for source, spread in row.accepted_by_source.items()]
+    return "\n".join(figures) if len(figures) > 1 else NOTHING
+
+
+def _over_exact(row: Row) -> str:
+    """Where there is no plain decoding to compare it with."""
+    return NOTHING if row.speed_up_over_autoregressive is not None else _factor(row.speed_up_over_exact)
 
 
 def _right(row: Row) -> str:
     if row.right_answers is None:
         return NOTHING
-    share = "" if row.accuracy_retention is None else f", {row.accuracy_retention.median:.1%}"
-    return f"{row.right_answers.median:g}/{row.num_checks}{share}"
+    interval = row.right_answers_interval
+    shares = "" if interval is None else f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    return f"{row.right_answers.median:g}/{row.num_checks}{shares}"
+
+
+def _common_prefix(row: Row) -> str:
+    """Where no answers are right or wrong."""
+    return NOTHING if row.num_checks else _number(row.common_prefix_with_autoregressive, ".0%")
 
 
 def _loosened(row: Row) -> str:
-    return NOTHING if row.mean_acceptance_length is None else _number(row.loosened_tokens, "g")
+    return NOTHING if row.mean_acceptance_length is None else _number(row.loosened_per_100, ".1f")
+
+
+def _perplexity(row: Row) -> str:
+    """As above."""
+    if row.nll_per_token is None or row.perplexity_over_autoregressive is not None:
+        return NOTHING
+    return f"{math.exp(row.nll_per_token.median):.3f}"
 
 
 def _percentiles(row: Row) -> str:
-    medians = [_number(s, ".1f") for s in (row.inter_token_latency_ms_p50, row.inter_token_latency_ms_p99)]
+    medians = [_milliseconds(s) for s in (row.inter_token_latency_ms_p50, row.inter_token_latency_ms_p99)]
     return NOTHING if NOTHING in medians else " / ".join(medians)
 
 
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("load", lambda row: str(row.load)),
-    ("mode", lambda row: row.mode),
     ("tokens/s", lambda row: _rate(row.tokens_per_second)),
-    ("over AR", lambda row: _factor(row.speed_up_over_autoregressive)),
-    ("over exact", lambda row: _factor(row.speed_up_over_exact)),
-    ("accept. length", lambda row: _number(row.mean_acceptance_length, ".2f")),
-    ("loosened", _loosened),
-    ("TTFT ms", lambda row: _number(row.time_to_first_token_ms, ".1f")),
-    ("ITL ms p50 / p99", _percentiles),
-    ("right", _right),
-    ("same as AR", lambda row: _number(row.same_as_autoregressive, ".0%")),
+    ("over\nAR", lambda row: _factor(row.speed_up_over_autoregressive)),
+    ("over\nexact", _over_exact),
+    ("accept.\nlength", lambda row: _number(row.mean_acceptance_length, ".2f")),
+    ("accepted\nby source", _by_source),
+    ("loose\n/ 100", _loosened),
+    ("TTFT\nms", lambda row: _milliseconds(row.time_to_first_token_ms)),
+    ("ITL ms\np50 / p99", _percentiles),
+    ("right [95 %]", _right),
+    ("same\nas AR", lambda row: _number(row.same_as_autoregressive, ".0%")),
+    ("prefix\nas AR", _common_prefix),
+    ("ppl\nratio", lambda row: _number(row.perplexity_over_autoregressive, ".3f")),
+    ("ppl", _perplexity),
 )
 
 

@@ -14,17 +14,31 @@ from rich.table import Table
 from fly_trt.benchmark.modes import modes
 from fly_trt.cli import options
 from fly_trt.cli.command import command
+from fly_trt.drafting import DRAFTERS
 from fly_trt.errors import ConfigError
+from fly_trt.verification import POLICIES
 
-CONFIG_FLAGS = ("rounds", "prompts", "random_tokens", "num_prompts", "chat", "max_tokens", "ignore_eos", "temperature")
+CONFIG_FLAGS = (
+    *("rounds", "prompts", "random_tokens", "num_prompts", "chat"),
+    *("max_tokens", "ignore_eos", "temperature", "perplexity"),
+)
 ROOFLINE_FLAGS = ("engine_dir", "roofline", "rounds", "num_threads", "output", "as_json")
-FILE_WIDTH = 160  # columns where there is no terminal that has its own
-EXAMPLES = """
+FILE_WIDTH = 132  # columns where there is no terminal that has its own
+EXAMPLES = (
+    f"""
+\b
+A mode: [NAME=]DRAFTER[+POLICY][,SETTING=VALUE...], or a drafter or a policy alone. Several are separated by commas.
+Drafters: {", ".join(DRAFTERS)}.
+Policies: {", ".join(POLICIES)}.
+Settings: fields of SpeculativeConfig; values as in JSON, or plain words.
+"""
+    + """
 \b
 Examples:
-  fly-bench engines/demo                                            # every mode, one request at a time
+  fly-bench engines/demo                                            # the usual modes, one request at a time
   fly-bench engines/demo --prompts tests/assets/pair/eval.jsonl     # a prompt a line, with checks of the answers
   fly-bench engines/demo --modes autoregressive,fly --concurrency 1,4,8 --plot bench.png
+  fly-bench engines/demo --mode exact --mode ngram+fly --mode w0=multi_level+fly,fly_window_size=0
   fly-bench engines/demo --request-rate 2,inf --json -o bench.json
   fly-bench engines/demo --roofline --rounds 10                     # how far each step is from this machine's limits
   fly-bench engines/llama-70b --random-tokens 1024 --max-tokens 256 --ignore-eos
@@ -37,16 +51,19 @@ Kinds of checks: contains, regex (value: a text, a regular expression), number, 
 \b
 TTFT is the time from sending a request to its first output. ITL is the gap between two consecutive outputs of a
 request, of one token or several; TPOT the time from the first output to the last by token after the first.
+Perplexity (ppl) is the target's, of what a mode emitted; its ratio is to autoregressive's, per token.
 """
+)
 
 
 @command("fly-bench", epilog=EXAMPLES, streams=True)
 @options.ENGINE_DIR
 @click.option(
     "--modes",
+    "--mode",
     multiple=True,
     metavar="MODE,MODE",
-    help=f"Of {', '.join(modes())}. [all that the engines can do]",
+    help=f"{', '.join(modes())}, or as below. [these, where the engines can]",
 )
 @click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", help="JSON Lines. [built-in prompts]")
 @click.option("--random-tokens", type=int, metavar="LENGTH", help="Random prompts of so many tokens instead.")
@@ -61,6 +78,12 @@ request, of one token or several; TPOT the time from the first output to the las
     "--request-rate", multiple=True, metavar="R,R", help="Requests per second, arriving at random; inf is all at once."
 )
 @click.option("--rounds", type=int, default=3, show_default=True, help="Repetitions; figures are medians over them.")
+@click.option(
+    "--perplexity/--no-perplexity",
+    default=True,
+    show_default=True,
+    help="Read what was emitted once more, untimed, for its perplexity.",
+)
 @click.option(
     "--roofline",
     is_flag=True,
@@ -120,7 +143,7 @@ def _measure_modes(engine_dir: Path, flags: dict[str, Any], report: Any) -> tupl
     from fly_trt.benchmark.report import as_record, as_table
 
     config = BenchmarkConfig(
-        modes=_items(flags["modes"]),
+        modes=flags["modes"],
         loads=_loads(flags),
         seed=flags["seed"],
         speculative=options.speculative_overrides(flags),

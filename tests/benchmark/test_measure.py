@@ -64,6 +64,18 @@ def test_every_figure_is_over_all_rounds(benchmark: Benchmark) -> None:
         assert spread.min == min(spread.rounds) <= spread.median <= spread.max == max(spread.rounds)
 
 
+def test_the_target_finds_exact_modes_as_probable_as_plain_decoding(benchmark: Benchmark) -> None:
+    for row in benchmark.rows:
+        assert row.nll_per_token.min >= 0
+        assert row.nll_deviation.min >= 0
+        if row.mode in ("autoregressive", "exact", "ngram"):
+            assert row.perplexity_over_autoregressive == Spread(1, 1, 1, [1, 1])
+            assert row.common_prefix_with_autoregressive == Spread(1, 1, 1, [1, 1])
+        else:
+            assert row.perplexity_over_autoregressive.median != 1
+            assert row.common_prefix_with_autoregressive.median < 1
+
+
 def test_engines_are_loaded_once_for_all_modes_and_loads(demo_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = []
 
@@ -108,6 +120,11 @@ def test_progress_ends_where_it_said(demo_engine: Path) -> None:
     told: list[tuple[str, int, int]] = []
     run_benchmark(demo_engine, BenchmarkConfig(modes=["ngram"], **SHORT), lambda *news: told.append(news))
     assert told[0] == ("loading engines", 0, 2)
+    assert told[-2] == ("ngram, 1 in flight, round 1 of 1", 2, 2)
+    assert told[-1] == ("perplexity, 1 in flight", 2, 2)
+    run_benchmark(
+        demo_engine, BenchmarkConfig(modes=["ngram"], perplexity=False, **SHORT), lambda *news: told.append(news)
+    )
     assert told[-1] == ("ngram, 1 in flight, round 1 of 1", 2, 2)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from fly_trt import ConfigError, RequestMetrics
 from fly_trt.benchmark.client import Exchange, Load
-from fly_trt.benchmark.results import Round, Row, Spread, summarise
+from fly_trt.benchmark.results import Round, Row, Spread, summarise, wilson_interval
 from fly_trt.benchmark.workload import BenchmarkPrompt
 
 PROMPTS = [BenchmarkPrompt("a", {"kind": "contains", "value": "yes"}), BenchmarkPrompt("b")]
@@ -60,6 +60,19 @@ def test_acceptance_length_counts_the_targets_own_token_and_rounds_are_pooled_in
     assert row(rounds(1)).mean_acceptance_length is None
 
 
+def test_accepted_tokens_are_counted_by_round_and_source() -> None:
+    def drafted(**accepted: int) -> list[Round]:
+        own = rounds(1, accepted=6, steps=4)
+        for source, count in accepted.items():
+            own[0].exchanges[0].metrics.num_draft_tokens_by_source[source] = count + 5
+            own[0].exchanges[0].metrics.num_accepted_tokens_by_source[source] = count
+        return own
+
+    found = row(drafted(model=6, lookup=0) + drafted(model=2))
+    assert found.accepted_by_source == {"model": Spread(1, 0.5, 1.5, [1.5, 0.5]), "lookup": Spread(0, 0, 0, [0, 0])}
+    assert row(rounds(1)).accepted_by_source == {}
+
+
 def test_right_answers_and_same_outputs_are_relative_to_autoregressive() -> None:
     found = row(rounds(1, text="no"), autoregressive=rounds(1, tokens=5))
     assert (found.right_answers.median, found.num_checks, found.accuracy_retention.median) == (0, 1, 0)
@@ -67,6 +80,57 @@ def test_right_answers_and_same_outputs_are_relative_to_autoregressive() -> None
     assert row(rounds(1), autoregressive=rounds(1, text="no")).accuracy_retention is None
     unchecked = summarise(Load(concurrency=1), {"fly": rounds(1)}, [PROMPTS[1]] * 2)[0]
     assert (unchecked.right_answers, unchecked.num_checks) == (None, 0)
+
+
+@pytest.mark.parametrize(
+    ("num_right", "count", "interval"),
+    [(231, 240, (0.9303, 0.9801)), (0, 10, (0, 0.2775)), (10, 10, (0.7225, 1)), (1, 2, (0.0945, 0.9055))],
+)
+def test_an_interval_is_wilsons(num_right: int, count: int, interval: tuple[float, float]) -> None:
+    """Each end is the share p from which the share seen is 1.96 standard deviations of p away."""
+    found = wilson_interval(num_right, count)
+    assert found == pytest.approx(interval, abs=1e-4)
+    for share in found:
+        if share not in (0, pytest.approx(1)):
+            deviations = abs(num_right / count - share) / math.sqrt(share * (1 - share) / count)
+            assert deviations == pytest.approx(1.96, abs=1e-3)
+
+
+def test_the_interval_is_of_the_median_round() -> None:
+    assert row(rounds(1)).right_answers_interval == wilson_interval(1, 1)
+    unchecked = summarise(Load(concurrency=1), {"fly": rounds(1)}, [PROMPTS[1]] * 2)[0]
+    assert unchecked.right_answers_interval is None
+
+
+def test_a_common_prefix_is_a_share_of_the_longer_output() -> None:
+    plain = [Round([exchange(1, tokens=4), exchange(1, tokens=2)], 1)]
+    own = [Round([exchange(1, tokens=4), exchange(1, tokens=2)], 1)]
+    own[0].exchanges[0].token_ids = [0, 1, 9, 3, 4, 5, 6, 7]
+    found = row(own, autoregressive=plain)
+    assert found.common_prefix_with_autoregressive.median == (2 / 8 + 1) / 2
+    assert found.same_as_autoregressive.median == 0.5
+    assert row(own).common_prefix_with_autoregressive is None
+
+
+def test_loosened_tokens_are_counted_by_100_emitted() -> None:
+    own = rounds(1, tokens=6)
+    own[0].exchanges[0].metrics.num_loosened_tokens = 2
+    assert (row(own).loosened_tokens.median, row(own).loosened_per_100.median) == (2, 25)
+
+
+def test_perplexities_are_compared_by_token() -> None:
+    def scored(*log_likelihoods: float, tokens: int = 6) -> list[Round]:
+        own = rounds(1, tokens=tokens)
+        for one, log_likelihood in zip(own[0].exchanges, log_likelihoods, strict=True):
+            one.log_likelihood = log_likelihood
+        return own
+
+    found = row(scored(-6, -6), autoregressive=scored(-3, -3, tokens=4))
+    assert found.nll_per_token.median == 12 / 8
+    assert found.nll_deviation.median == 1  # of 1 and 3
+    assert found.perplexity_over_autoregressive.median == pytest.approx(math.exp(12 / 8 - 6 / 6))
+    unknown = row(rounds(1), autoregressive=rounds(1))
+    assert (unknown.nll_per_token, unknown.nll_deviation, unknown.perplexity_over_autoregressive) == (None, None, None)
 
 
 def test_arrivals_are_a_poisson_process_of_the_seed() -> None:

@@ -51,6 +51,8 @@ def test_json_holds_settings_machine_and_every_round(demo_engine: Path, tmp_path
         assert row["tokens_per_second"].keys() == {"median", "min", "max", "rounds"}
         assert len(row["speed_up_over_autoregressive"]["rounds"]) == 2
         assert row["num_checks"] == 2
+        assert len(row["right_answers_interval"]) == 2
+        assert len(row["nll_per_token"]["rounds"]) == len(row["perplexity_over_autoregressive"]["rounds"]) == 2
 
 
 def test_the_table_has_every_mode_and_no_empty_column(demo_engine: Path) -> None:
@@ -62,13 +64,30 @@ def test_the_table_has_every_mode_and_no_empty_column(demo_engine: Path) -> None
         "exact",
         "ngram",
         "tokens/s",
-        "ITL ms p50 / p99",
+        "ITL ms",
+        "p50 / p99",
         "1.00x",
     ):
         assert words in result.stdout
-    for words in ("autoregressive", "over AR", "same as AR"):
+    for words in ("autoregressive", "AR", "ratio"):  # nothing is over plain decoding, or the same as it
         assert words not in result.stdout
     assert "…" not in result.stdout
+
+
+def test_modes_are_written_with_their_settings(demo_engine: Path) -> None:
+    flags = ("--modes", "autoregressive,w0=fly,fly_window_size=0", "--mode", "ngram+fly,num_speculative_tokens=4")
+    result = run(str(demo_engine), *QUICK, *flags, "--no-perplexity", "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    found = record["settings"]["modes"]
+    assert list(found) == ["autoregressive", "w0", "ngram+fly,num_speculative_tokens=4"]
+    assert [(mode.get("fly_window_size"), mode.get("num_speculative_tokens")) for mode in found.values()][1:] == [
+        (0, 15),
+        (None, 4),
+    ]
+    assert [row["mode"] for row in record["results"]] == list(found)
+    assert [row["nll_per_token"] for row in record["results"]] == [None] * 3
+    assert record["settings"]["perplexity"] is False
 
 
 def test_a_plot_is_drawn_beside_the_table(demo_engine: Path, tmp_path: Path) -> None:
@@ -84,6 +103,7 @@ def test_a_plot_is_drawn_beside_the_table(demo_engine: Path, tmp_path: Path) -> 
         (["nowhere"], "nowhere: no such engine directory"),
         (["{engine}", "--modes", "fly,medusa"], "mode 'medusa': expected autoregressive, exact, fly-draft, fly, ngram"),
         (["{engine}", "--modes", ""], "mode '': expected autoregressive"),
+        (["{engine}", "--mode", "exact,fly_window_size=1"], "mode exact,fly_window_size=1: fly_window_size 1: has no"),
         (["{engine}", "--concurrency", "1,x"], "concurrency 'x': expected numbers with commas, such as 1,4"),
         (["{engine}", "--concurrency", "0"], "concurrency 0: expected at least 1"),
         (["{engine}", "--request-rate", "-1"], "request_rate -1: expected requests per second"),
