@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from fly_trt.acceptance import acceptance_settings
 from fly_trt.drafting import DRAFTERS
 from fly_trt.params import SpeculativeConfig
 from fly_trt.settings import Setting, settings_of
@@ -81,12 +82,13 @@ def setting_option(name: str, declared: Setting) -> Option:
     return click.option(f"--{name.replace('_', '-')}", type=kind, metavar=declared.metavar, help=declared.help)
 
 
+SETTINGS = acceptance_settings() | settings_of(SpeculativeConfig)
 SPECULATIVE = {
     "method": click.option("--method", type=click.Choice([*DRAFTERS, "none"]), help="How drafts are made. [as built]"),
     "num_speculative_tokens": click.option(
         "--num-speculative-tokens", type=int, metavar="K", help="Draft tokens per step, at most. [as built]"
     ),
-} | {name: setting_option(name, declared) for name, declared in settings_of(SpeculativeConfig).items()}
+} | {name: setting_option(name, declared) for name, declared in SETTINGS.items()}
 
 
 # What is left to say where a command chooses method and acceptance itself.

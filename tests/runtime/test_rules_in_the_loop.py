@@ -26,6 +26,7 @@ from table_engine import VOCAB_SIZE, Logits, NextToken, TableEngine, greedy, mos
 
 NUM_DRAFT = 7
 CUTS: list[Sequence[int]] = [(), (0,), (NUM_DRAFT, 0, 2), (3, 1)]
+SALTS = {"margin": range(8)}  # with most languages none of its two most probable tokens are close
 SETTINGS: dict[str, dict[str, Any]] = {"margin": {"margin_threshold": 1.5}}
 HEAD = HeadInfo(VOCAB_SIZE, 3, has_top_tokens=True)
 
@@ -110,7 +111,7 @@ def test_a_loose_request_gets_the_same_tokens_however_it_is_cut_and_beside_whom(
 ) -> None:
     """Also with windows that are opened only where they pay, whose pauses have rounds of the load's length."""
     num_loosened = 0
-    for salt in range(2):
+    for salt in SALTS.get(acceptance, (0, 1)):
         language = Language(salt)
         for costs in (None, StepCosts(0.2, 0.1)) if acceptance == "fly" else (None,):
             outcomes = []
