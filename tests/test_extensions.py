@@ -5,21 +5,22 @@ Backends have tests of the same kind in tests/engines/test_backends.py and tests
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from eval_prompts import load_eval_prompts
-from fly_trt import LLM, AcceptanceParams, ConfigError, SamplingParams
+from fly_trt import LLM, AcceptanceParams, ConfigError, RequestOutput, SamplingParams
 from fly_trt.benchmark.modes import choose_modes
-from fly_trt.drafting import DRAFTERS, DrafterKind
+from fly_trt.drafting import DRAFTERS, Draft, DrafterKind, DraftRow
 from fly_trt.manifest import read_manifest
 from fly_trt.serving.triton.request import read_request
 from fly_trt.verification import POLICIES
 from loop_stack import PROMPT, make_drafter, make_request, make_stack
 from table_engine import STOP_TOKEN, Logits, NextToken, most_probable, spread_logits
-from toy_drafter import period
+from toy_drafter import PeriodDrafter, period
 from toy_policy import RATIO, LikelyPolicy
 
 PROMPTS = [prompt["prompt"] for prompt in load_eval_prompts()[:12]]
@@ -179,3 +180,58 @@ def test_command_lines_know_both(demo_engine: Path) -> None:
         run = f"{ADDED}from fly_trt.cli.{module} import main; main(['--help'])"
         done = subprocess.run([sys.executable, "-c", run], cwd=Path(__file__).parent, capture_output=True, text=True)
         assert all(name in done.stdout for name in names), module
+
+
+class AtMost(PeriodDrafter):
+    """A drafter with a state of its own, made by its user."""
+
+    def __init__(self, period: int) -> None:
+        super().__init__(period)
+        self.num_asked = 0
+
+    def propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
+        self.num_asked += len(rows)
+        return super().propose(rows)
+
+
+def test_an_object_of_the_users_own_stands_for_a_name(demo_engine: Path) -> None:
+    """Of a rule in a request and in an engine's configuration, of a drafter for an LLM; no table is touched."""
+    POLICIES.pop("likely")
+    params = SamplingParams(max_tokens=60, acceptance=LikelyPolicy())
+    guarded = SamplingParams(max_tokens=60, acceptance=AcceptanceParams(acceptance=LikelyPolicy(), exact_first=1000))
+    exact = SamplingParams(max_tokens=60, acceptance=AcceptanceParams(acceptance="exact"))
+    with LLM(demo_engine) as llm:
+        asked, held_back, plain = (llm.generate(PROMPTS, settings) for settings in (params, guarded, exact))
+        assert 'acceptance="likely"' in str(llm.metrics())
+    with LLM(demo_engine, speculative_config={"acceptance": LikelyPolicy()}) as llm:
+        configured = llm.generate(PROMPTS, SamplingParams(max_tokens=60))
+    assert _tokens(configured) == _tokens(asked) != _tokens(plain)
+    assert _tokens(held_back) == _tokens(plain)
+    assert sum(output.metrics.num_loosened_tokens for output in asked) > 0
+    drafter = AtMost(3)
+    with LLM(demo_engine, drafter=drafter, speculative_config={"acceptance": "exact"}) as llm:
+        drafted = llm.generate(PROMPTS, SamplingParams(max_tokens=60))
+    assert _tokens(drafted) == _tokens(plain)
+    assert drafter.num_asked > 0
+    with LLM(
+        demo_engine, drafter=period, speculative_config={"acceptance": "exact"}
+    ) as llm:  # a function that makes it
+        assert _tokens(llm.generate(PROMPTS, SamplingParams(max_tokens=60))) == _tokens(plain)
+
+
+def test_a_drafter_where_none_is_used_is_refused(demo_engine: Path) -> None:
+    with pytest.raises(ConfigError, match="drafter: has no effect with method None"):
+        LLM(demo_engine, drafter=PeriodDrafter(3), speculative_config={"method": None})
+
+
+def test_a_rule_that_learns_starts_anew_with_each_sequence(demo_engine: Path) -> None:
+    """One object in the configuration, and no request knows what another one showed it."""
+    with LLM(demo_engine, speculative_config={"acceptance": "adaptive"}) as llm:
+        first = llm.generate(PROMPTS[0], SamplingParams(max_tokens=60))
+        llm.generate(PROMPTS, SamplingParams(max_tokens=60))
+        again = llm.generate(PROMPTS[0], SamplingParams(max_tokens=60))
+    assert _tokens(first) == _tokens(again)
+
+
+def _tokens(outputs: Sequence[RequestOutput]) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in outputs]
