@@ -56,16 +56,21 @@ def _compile(builder: EngineBuilder, onnx_path: Path, *_: Any) -> tuple[bytes, T
     return serialise(onnx.load(onnx_path).SerializeToString(), LIBRARY, limits), record
 
 
-def load(built: Path, *, num_slots: int = 3, folder: Path | None = None, **changes: Any) -> Engine:
+def load(
+    built: Path, *, num_slots: int = 3, folder: Path | None = None, top_tokens: bool = True, **changes: Any
+) -> Engine:
     """The draft of the engine directory `built`. `changes` are made to its record in the manifest, or to the record of
-    its plan; `folder` is where changed files lie."""
+    its plan, and `top_tokens` is what the manifest says of the head; `folder` is where changed files lie."""
     manifest = read_manifest(built)
+    head = manifest.head.model_copy(update={"top_tokens": top_tokens})
     model = manifest.draft
     of_plan = {name: changes.pop(name) for name in list(changes) if name in TensorRTPlan.model_fields}
     plan = model.tensorrt.model_copy(update=of_plan)
     changed = model.model_copy(update={"tensorrt": plan, **changes})
     files = manifest.files | {changed.model: manifest.files[model.model]}
-    return load_engine(folder or built, manifest.model_copy(update={"files": files}), changed, num_slots=num_slots)
+    return load_engine(
+        folder or built, manifest.model_copy(update={"head": head, "files": files}), changed, num_slots=num_slots
+    )
 
 
 def run(engine: Engine, cached: int, tokens: npt.ArrayLike, slot: int = 0, *, with_logits: bool = True) -> Step:

@@ -14,6 +14,7 @@ from onnxscript import script
 from onnxscript.values import OnnxFunction, Opset
 
 from fly_build.operators import OPSET_VERSION
+from fly_trt.engines.tensorrt_library import PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 DOMAIN = "fly"
 HEAD_INPUTS = {
@@ -25,7 +26,7 @@ HEAD_INPUTS = {
     "lookahead": ir.DataType.INT64,
 }
 # How TensorRT's ONNX parser finds the plugin of a node; the plugin's fields are attributes too.
-PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
+PLUGIN_ATTRIBUTES = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}
 # What the two nodes say: its type, and how many of the axes [batch, length, top k] it has.
 ACCEPT_OUTPUTS = {"num_accepted": (ir.DataType.INT64, 1), "next_token": (ir.DataType.INT64, 1)}
 GATE_OUTPUTS = {

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 # Both libraries look for a GPU at every turn and log this as an error where there is none.
 NO_DRIVER = "CUDA driver version is insufficient"
-PLUGIN, PLUGIN_VERSION, PLUGIN_NAMESPACE = "EntropyGate", "1", "fly"
+PLUGIN, PLUGIN_VERSION, PLUGIN_NAMESPACE = "EntropyGate", "2", "fly"
 EXTRAS: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 
 
@@ -49,9 +49,11 @@ class Library:
         return reason
 
     def load_plugins(self, path: Path) -> None:
-        """Registers the creators of `libfly_plugins.so`, once a process. Raises EngineError when it does not load."""
+        """Registers the creators of `libfly_plugins.so`, once a process. Raises EngineError when it does not load or
+        holds another version of the plugins."""
         registry = self.trt.get_plugin_registry()
-        if registry.get_creator(PLUGIN, PLUGIN_VERSION, PLUGIN_NAMESPACE) is not None:
+        wanted = PLUGIN, PLUGIN_VERSION, PLUGIN_NAMESPACE
+        if registry.get_creator(*wanted) is not None:
             return
         fix = "build it with plugins/CMakeLists.txt"
         if not path.is_file():
@@ -66,6 +68,11 @@ class Library:
             raise EngineError(
                 f"{path}: {self.name} {self.version} cannot load it ({self.take_errors()}): {fix} against the headers "
                 "of this version"
+            )
+        if registry.get_creator(*wanted) is None:
+            raise EngineError(
+                f"{path}: has no version {PLUGIN_VERSION} of {PLUGIN}, an older or newer fly-trt's: {fix} of this one, "
+                "and the engine with it"
             )
 
 

@@ -6,10 +6,12 @@ usage: plugins/check/engines.py [--library tensorrt_rtx] [--dtypes float32 float
 
 Engines that DIR does not hold yet are built into it: the pair in float32 for ONNX Runtime, and in every dtype for
 TensorRT. TensorRT-RTX builds them on any machine, so that DIR can be made on one (--build-only) and checked on another.
-Then the same evaluation prompts are decoded plainly, with exact speculation and with FLy.
+Then the same evaluation prompts are decoded plainly, with exact speculation and with FLy, and each engine says which
+tokens it finds most probable at every position of the prompts and of ONNX Runtime's plain answers.
 
 It passes (exit status 0) when TensorRT answers at least 99 % as many prompts right as ONNX Runtime in every mode, and
-in float32 also emits the same tokens for at least 99 % of the prompts; half precision breaks near ties otherwise.
+in float32 also emits the same tokens for at least 99 % of the prompts, and finds the same tokens most probable, in the
+same order, at 99 % of the positions, with log probabilities within 0.001; half precision breaks near ties otherwise.
 """
 
 import argparse
@@ -21,13 +23,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from fly_trt import LLM, FlyError, RequestOutput, SamplingParams
 from fly_trt.benchmark.checks import is_right
 from fly_trt.benchmark.workload import BenchmarkPrompt, read_prompts
+from fly_trt.engines import load_engine
+from fly_trt.manifest import read_manifest
 from fly_trt.text.prompts import Prompt
+from fly_trt.tokens import FloatArray, IntArray
 
 EVAL_PROMPTS = Path(__file__).resolve().parents[2] / "tests" / "assets" / "pair" / "eval.jsonl"
 MODES: dict[str, dict[str, Any]] = {"plain": {"method": None}, "exact": {"acceptance": "exact"}, "FLy": {}}
@@ -35,6 +41,7 @@ DTYPES = ["float32", "float16", "bfloat16"]
 REFERENCE = "onnxruntime-float32"
 MAX_TOKENS = 160
 LEAST_SHARE = 0.99
+MOST_DIFFERENCE = 1e-3  # of log probabilities in float32, nats
 
 
 @dataclass
@@ -53,6 +60,18 @@ class Row:
     passes: bool = True
 
 
+@dataclass
+class TopRow:
+    """The most probable tokens of one engine; `num_same` counts positions with the reference's tokens in its order, and
+    `largest_difference` is that of their log probabilities, nats."""
+
+    engine: str
+    num_positions: int
+    num_same: int
+    largest_difference: float
+    passes: bool
+
+
 def build_engines(folder: Path, library: str, dtypes: list[str]) -> dict[str, Path]:
     """The engine directories by name, the reference first; those that are missing are built."""
     wanted = {REFERENCE: ("onnxruntime", "float32", None)}
@@ -68,9 +87,10 @@ def build_engines(folder: Path, library: str, dtypes: list[str]) -> dict[str, Pa
     return {name: folder / name for name in wanted}
 
 
-def check(engines: dict[str, Path], num_prompts: int) -> list[Row]:
+def check(engines: dict[str, Path], num_prompts: int) -> tuple[list[Row], list[TopRow]]:
     records = read_prompts(EVAL_PROMPTS)[:num_prompts]
     rows = []
+    answers: list[RequestOutput] = []
     for mode, settings in MODES.items():
         reference: Row | None = None
         expected: list[RequestOutput] = []
@@ -78,13 +98,47 @@ def check(engines: dict[str, Path], num_prompts: int) -> list[Row]:
             outputs, seconds = _generate(directory, settings, [record.prompt for record in records])
             if reference is None:
                 expected = outputs
+                answers = answers or outputs
             row = _row(name, mode, records, outputs, expected, seconds)
             reference = reference or row
             row.passes = row.num_right >= LEAST_SHARE * reference.num_right
             if name.endswith("float32"):
                 row.passes &= row.num_same >= LEAST_SHARE * row.num_prompts
             rows.append(row)
+    return rows, check_top_tokens(engines, answers)
+
+
+def check_top_tokens(engines: dict[str, Path], answers: list[RequestOutput]) -> list[TopRow]:
+    texts = [np.array([*answer.prompt_token_ids, *answer.outputs[0].token_ids], np.int64) for answer in answers]
+    (reference, (expected_ids, expected_logprobs)), *others = (
+        (name, _top_tokens(directory, texts)) for name, directory in engines.items()
+    )
+    rows = [TopRow(reference, len(expected_ids), len(expected_ids), 0.0, passes=True)]
+    for name, (ids, logprobs) in others:
+        is_same = (ids == expected_ids).all(axis=-1)
+        difference = float(np.abs(logprobs - expected_logprobs)[is_same].max(initial=0.0))
+        num_same = int(is_same.sum())
+        agrees = num_same >= LEAST_SHARE * len(ids) and difference <= MOST_DIFFERENCE
+        rows.append(TopRow(name, len(ids), num_same, difference, passes=agrees or not name.endswith("float32")))
     return rows
+
+
+def _top_tokens(directory: Path, texts: list[IntArray]) -> tuple[IntArray, FloatArray]:
+    """What the target finds most probable at each position of all texts: ids [n, k] and log probabilities [n, k]."""
+    manifest = read_manifest(directory)
+    engine = load_engine(directory, manifest, manifest.target, num_slots=1)
+    ids, logprobs = [], []
+    for text in texts:
+        tokens = text[: engine.info.max_num_tokens]
+        step = engine.step(0, 1, len(tokens), with_top=True)
+        step.set_row(0, 0, tokens)
+        engine.run(step)
+        assert step.top_ids is not None
+        assert step.top_logprobs is not None
+        ids.append(step.top_ids[0].copy())
+        logprobs.append(step.top_logprobs[0].copy())
+    engine.close()
+    return np.concatenate(ids), np.concatenate(logprobs)
 
 
 def _generate(directory: Path, settings: dict[str, Any], prompts: list[Prompt]) -> tuple[list[RequestOutput], float]:
@@ -147,6 +201,16 @@ def _print(rows: list[Row]) -> None:
     Console().print(table)
 
 
+def _print_top_tokens(rows: list[TopRow]) -> None:
+    table = Table(title="The most probable tokens")
+    for column in ("engine", "same tokens", "largest difference", ""):
+        table.add_column(column, justify="left" if column == "engine" else "right")
+    for row in rows:
+        same, verdict = f"{row.num_same} of {row.num_positions}", "ok" if row.passes else "FAILED"
+        table.add_row(row.engine, same, f"{row.largest_difference:.1e}", verdict)
+    Console().print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", choices=["tensorrt_rtx", "tensorrt"], default="tensorrt_rtx")
@@ -161,14 +225,16 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as temporary:
             engines = build_engines(args.engines or Path(temporary), args.library, args.dtypes)
-            rows = [] if args.build_only else check(engines, args.prompts)
+            rows, top_rows = ([], []) if args.build_only else check(engines, args.prompts)
     except FlyError as error:
         parser.exit(2, f"engines: {error}\n")
     if args.json:
-        print(json.dumps([asdict(row) for row in rows], indent=2))
+        report = {"modes": [asdict(row) for row in rows], "top_tokens": [asdict(row) for row in top_rows]}
+        print(json.dumps(report, indent=2))
     elif rows:
         _print(rows)
-    sys.exit(not all(row.passes for row in rows))
+        _print_top_tokens(top_rows)
+    sys.exit(not all(row.passes for row in (*rows, *top_rows)))
 
 
 if __name__ == "__main__":

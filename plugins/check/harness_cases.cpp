@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <limits>
+#include <numeric>
 #include <random>
 
 namespace fly::check {
@@ -63,7 +63,8 @@ Case entropyGateCase(DataType type, int32_t const& topK, int64_t vocabSize, uint
         logit = (static_cast<float>(random() % 65) - 32.0F) / 4.0F;
     }
     std::vector<int64_t> nextTokens, argmax;
-    std::vector<float> entropy, entropyTopk, argmaxLogprob, tokenLogprob;
+    std::vector<int64_t> topIds;
+    std::vector<float> entropy, entropyTopk, argmaxLogprob, tokenLogprob, topLogprobs;
     for (int64_t row = 0; row < numRows; ++row) {
         float const* const begin = logits.data() + row * vocabSize;
         float const* const end = begin + vocabSize;
@@ -73,13 +74,19 @@ Case entropyGateCase(DataType type, int32_t const& topK, int64_t vocabSize, uint
         std::for_each(begin, end, [&](float x) { sum += std::exp(static_cast<double>(x) - *best); });
         double const logSum = *best + std::log(sum);
         auto const term = [logSum](double total, double x) { return total - std::exp(x - logSum) * (x - logSum); };
-        std::vector<float> sorted(begin, end);
-        std::sort(sorted.begin(), sorted.end(), std::greater<>());
+        std::vector<int64_t> ranked(static_cast<size_t>(vocabSize));
+        std::iota(ranked.begin(), ranked.end(), 0);
+        std::stable_sort(ranked.begin(), ranked.end(), [=](int64_t a, int64_t b) { return begin[a] > begin[b]; });
         double full = 0;
         double top = 0;
         for (int64_t i = 0; i < vocabSize; ++i) {
-            full = term(full, sorted[static_cast<size_t>(i)]);
-            top = i < topK ? full : top;
+            int64_t const token = ranked[static_cast<size_t>(i)];
+            full = term(full, begin[token]);
+            if (i < topK) {
+                top = full;
+                topIds.push_back(token);
+                topLogprobs.push_back(static_cast<float>(begin[token] - logSum));
+            }
         }
         argmax.push_back(best - begin);
         entropy.push_back(static_cast<float>(full));
@@ -88,6 +95,7 @@ Case entropyGateCase(DataType type, int32_t const& topK, int64_t vocabSize, uint
         tokenLogprob.push_back(static_cast<float>(begin[nextTokens.back()] - logSum));
     }
     std::vector<int64_t> const perToken{batchSize, numTokens};
+    std::vector<int64_t> const perRank{batchSize, numTokens, topK};
     Case result{"EntropyGate", "type code " + std::to_string(static_cast<int32_t>(type)) + ", top_k "
             + std::to_string(topK) + ", vocabulary " + std::to_string(vocabSize),
         {{"top_k", &topK, nvinfer1::PluginFieldType::kINT32, 1}}, {}, {}, 2e-5};
@@ -101,6 +109,8 @@ Case entropyGateCase(DataType type, int32_t const& topK, int64_t vocabSize, uint
         {"entropy_topk", "BT", perToken, {DataType::kFLOAT}, bytesOf(entropyTopk)},
         {"argmax_logprob", "BT", perToken, {DataType::kFLOAT}, bytesOf(argmaxLogprob)},
         {"token_logprob", "BT", perToken, {DataType::kFLOAT}, bytesOf(tokenLogprob)},
+        {"top_ids", "BTK", perRank, {DataType::kINT64}, bytesOf(topIds)},
+        {"top_logprobs", "BTK", perRank, {DataType::kFLOAT}, bytesOf(topLogprobs)},
     };
     return result;
 }

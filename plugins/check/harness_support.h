@@ -97,7 +97,8 @@ private:
     State mState;
 };
 
-// Makes constants only: the plugins take their output sizes from their inputs as they are.
+// Makes constants only: the plugins take their output sizes from their inputs and fields as they are. What it makes
+// lives as long as it does.
 class ExpressionBuilder final : public nvinfer1::IExprBuilder {
 public:
     ExpressionBuilder() {

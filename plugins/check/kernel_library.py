@@ -5,6 +5,7 @@ results are. On a GPU, torch holds the memory.
 """
 
 import ctypes
+import math
 import os
 import shutil
 import subprocess
@@ -30,7 +31,10 @@ GATE_OUTPUTS = {
     "entropy_topk": np.float32,
     "argmax_logprob": np.float32,
     "token_logprob": np.float32,
+    "top_ids": np.int64,
+    "top_logprobs": np.float32,
 }
+TOP_OUTPUTS = frozenset({"top_ids", "top_logprobs"})  # these have top_k numbers for each row, the others have one
 ACCEPT_INPUTS = {
     "next_tokens": np.int64,
     "argmax": np.int64,
@@ -159,7 +163,8 @@ class Kernels:
         return int(self.library.flyLooseWindowAccept(ctypes.byref(args), self.memory.stream))
 
     def entropy_gate(self, logits: Array, next_tokens: Array, top_k: int, offset: int = 0) -> dict[str, Array]:
-        """logits [R, V] float32, float16 or the uint16 bits of bfloat16; next_tokens int64 [R] -> five arrays [R].
+        """logits [R, V] float32, float16 or the uint16 bits of bfloat16; next_tokens int64 [R] -> arrays [R], and
+        those of TOP_OUTPUTS [R, top_k].
 
         `offset` is the number of elements by which the logits begin after an aligned address.
         """
@@ -167,7 +172,8 @@ class Kernels:
         memory = self.memory
         given = memory.upload(logits, offset * logits.itemsize)
         tokens = memory.upload(next_tokens.astype(np.int64))
-        outputs = {name: self._empty(num_rows, dtype) for name, dtype in GATE_OUTPUTS.items()}
+        shapes = {name: (num_rows, top_k) if name in TOP_OUTPUTS else (num_rows,) for name in GATE_OUTPUTS}
+        outputs = {name: self._empty(math.prod(shapes[name]), dtype) for name, dtype in GATE_OUTPUTS.items()}
         num_bytes = self.workspace_bytes(num_rows, vocab_size, top_k)
         workspace = self._empty(num_bytes, np.uint8)
         if isinstance(memory, CpuMemory):
@@ -182,7 +188,9 @@ class Kernels:
             *(memory.pointer(buffer) for buffer in outputs.values()),
         )
         _check(self.launch_entropy_gate(args, memory.pointer(workspace), num_bytes), "EntropyGate")
-        return {name: memory.download(buffer, GATE_OUTPUTS[name]) for name, buffer in outputs.items()}
+        return {
+            name: memory.download(buffer, GATE_OUTPUTS[name]).reshape(shapes[name]) for name, buffer in outputs.items()
+        }
 
     def loose_window_accept(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The arrays named in ACCEPT_INPUTS: [B, T], parameters [B], stop tokens [N] -> two arrays [B]."""

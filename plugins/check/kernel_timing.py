@@ -17,7 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kernel_library import ACCEPT_INPUTS, ACCEPT_OUTPUTS, GATE_OUTPUTS, AcceptArgs, GateArgs, Kernels
+import numpy as np
+
+from kernel_library import ACCEPT_INPUTS, ACCEPT_OUTPUTS, GATE_OUTPUTS, TOP_OUTPUTS, AcceptArgs, GateArgs, Kernels
 
 REPLAYS = 21
 PROBE_LAUNCHES = 16  # of the graph that finds out how many launches last GRAPH_MS
@@ -189,8 +191,12 @@ def _kernel_call(kernels: Kernels, torch: Any, shape: Shape, logits: Any, tokens
     num_bytes = kernels.workspace_bytes(shape.rows, shape.vocab_size, shape.top_k)
     workspace = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
     outputs = [
-        torch.empty(shape.rows, dtype=torch.int64 if name == "argmax" else torch.float32, device="cuda")
-        for name in GATE_OUTPUTS
+        torch.empty(
+            shape.rows * (shape.top_k if name in TOP_OUTPUTS else 1),
+            dtype=torch.int64 if dtype is np.int64 else torch.float32,
+            device="cuda",
+        )
+        for name, dtype in GATE_OUTPUTS.items()
     ]
     logits_type = ["float32", "float16", "bfloat16"].index(shape.dtype)
 
@@ -209,7 +215,8 @@ def _torch_results(torch: Any, logits: Any, tokens: Any, top_k: int) -> tuple[An
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     top, places = log_probs.topk(top_k)
     entropy_topk = -(top.exp() * top).sum(-1)
-    return places[:, 0], entropy, entropy_topk, top[:, 0], log_probs.gather(-1, tokens[:, None])[:, 0]
+    token_logprob = log_probs.gather(-1, tokens[:, None])[:, 0]
+    return places[:, 0], entropy, entropy_topk, top[:, 0], token_logprob, places, top
 
 
 def _time_accept(kernels: Kernels, stopwatch: Stopwatch, rows: int, tokens: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-NAMESPACE, VERSION = "fly", "1"
+NAMESPACE, VERSION = "fly", "2"
 NAMES = ("EntropyGate", "LooseWindowAccept")
 
 

@@ -93,7 +93,7 @@ int32_t Plugin::getOutputDataTypes(
 }
 
 int32_t Plugin::getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, DimsExprs const* /* shapeInputs */,
-    int32_t nbShapeInputs, DimsExprs* outputs, int32_t nbOutputs, nvinfer1::IExprBuilder& /* exprBuilder */) noexcept {
+    int32_t nbShapeInputs, DimsExprs* outputs, int32_t nbOutputs, nvinfer1::IExprBuilder& exprBuilder) noexcept {
     return guarded(mSignature.name, kFailure, [&] {
         checkCount(mSignature.inputs, nbInputs, "inputs");
         checkCount(mSignature.outputs, nbOutputs, "outputs");
@@ -118,6 +118,9 @@ int32_t Plugin::getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, DimsE
                         ", but an input before it has ", known->getConstantValue(), ": give both the same size");
                 }
             }
+        }
+        for (size_t i = 0; i < mFieldValues.size(); ++i) {
+            sizes[static_cast<size_t>(mSignature.fields[i].letter - 'A')] = exprBuilder.constant(mFieldValues[i]);
         }
         for (int32_t i = 0; i < nbOutputs; ++i) {
             outputs[i].nbDims = 0;

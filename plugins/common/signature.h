@@ -13,12 +13,13 @@
 namespace fly {
 
 inline constexpr char const* kNamespace = "fly";
-inline constexpr char const* kVersion = "1";
+inline constexpr char const* kVersion = "2";
 
 struct TensorSpec {
     char const* name;
     std::vector<nvinfer1::DataType> types;  // any of these; an output has exactly one
-    char const* shape;                     // a capital letter per dimension; the same letter means the same size
+    char const* shape;                     // a capital letter per dimension; the same letter means the same size,
+                                           // that of an input's dimension or of a field
 };
 
 struct IntegerField {
@@ -26,6 +27,7 @@ struct IntegerField {
     int32_t defaultValue;
     int32_t minimum;
     int32_t maximum;
+    char letter;  // of the outputs' dimensions that have the value as their size
 };
 
 struct Signature {

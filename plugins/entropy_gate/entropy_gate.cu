@@ -31,7 +31,8 @@ bool isValid(EntropyGateArgs const& args) {
     return knownType && args.vocabSize >= 1 && args.vocabSize <= kMaxVocabSize && args.topK >= 1 &&
         args.topK <= kMaxTopK && args.topK <= args.vocabSize && args.logits != nullptr && args.nextTokens != nullptr &&
         args.argmax != nullptr && args.entropy != nullptr && args.entropyTopk != nullptr &&
-        args.argmaxLogprob != nullptr && args.tokenLogprob != nullptr;
+        args.argmaxLogprob != nullptr && args.tokenLogprob != nullptr && args.topIds != nullptr &&
+        args.topLogprobs != nullptr;
 }
 
 // A second kernel merges the chunks, because the workspace comes with undefined content: a counter for "the last
@@ -76,7 +77,8 @@ cudaError_t launch(EntropyGateArgs const& args, void* workspace, size_t workspac
     config.numAttrs = overlaps ? 1 : 0;
     config.gridDim = dim3(static_cast<uint32_t>(divideUp(numRows, kRowsPerMergeBlock)));
     MergeArgs const mergeArgs{args.logits, args.nextTokens, args.argmax, args.entropy, args.entropyTopk,
-        args.argmaxLogprob, args.tokenLogprob, numRows, args.vocabSize, numChunks, args.topK};
+        args.argmaxLogprob, args.tokenLogprob, args.topIds, args.topLogprobs, numRows, args.vocabSize, numChunks,
+        args.topK};
     ChunkResult<kTop> const* const finished = results;
     return cudaLaunchKernelEx(&config, mergeChunks<Type, kTop>, mergeArgs, finished);
 }

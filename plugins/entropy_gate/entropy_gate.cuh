@@ -14,8 +14,8 @@
 //
 // The largest k values are kept by a branch-free insertion into sorted lists of packed pairs: 2k - 1 instructions for
 // a pair. Skipping by comparison with the k-th value would save little, since a thread sees only 64 elements and a
-// warp all of the lists' early changes. The first index of the maximum is looked up afterwards, by the threads that
-// hold it.
+// warp all of the lists' early changes. Where the largest values of the chunk lie is looked up afterwards, one after
+// the other, by the threads that hold them; only equal ones wait for each other, since the lower index is the first.
 #pragma once
 
 #include "logits.cuh"
@@ -39,20 +39,21 @@ inline constexpr float kLn2 = 0.6931471805599453f;
 inline constexpr float kHighestMaximum = 5e8f;  // see kLowestMaximum
 // 2^x is 0 in float32 from here on. Bounding an exponent from below keeps 0 * -inf out of the merged sums.
 inline constexpr float kLowestExponent = -1000.0f;
-// An index of the maximum competes by its value; one that is not a NaN's has this bit and loses against any that is.
-inline constexpr uint32_t kNotNan = 0x80000000u;
 inline constexpr uint32_t kNoIndex = 0xffffffffu;
 
 // What a block finds in its chunk. `peak` is the chunk's maximum and `index` its first index, or a NaN and its first
-// index; the sums are relative to the maximum. `top` holds the largest values in falling order, filled up with -inf.
-// It is made of whole 16-byte words, so that results are written and read in few instructions and without padding.
+// index; the sums are relative to the maximum. `top` holds the largest values in falling order, filled up with -inf,
+// and `places` their indices, in rising order among equals. Where the chunk holds a NaN, places mean nothing. It is
+// made of whole 16-byte words, so that results are written and read in few instructions and without padding.
 template <int32_t kTop>
 struct alignas(16) ChunkResult {
+    static constexpr int32_t kStored = (kTop + 3) / 4 * 4;
     float peak;
     float sum;
     float weighted;
-    int32_t index;
-    float top[(kTop + 3) / 4 * 4];
+    uint32_t index;
+    float top[kStored];
+    uint32_t places[kStored];
 };
 
 __device__ __forceinline__ float negativeInfinity() { return __uint_as_float(0xff800000u); }
@@ -126,6 +127,51 @@ __device__ __forceinline__ void warpTop(float (&top)[kTop], int32_t lane) {
     for (int32_t i = 0; i < kTop; ++i) top[i] = result[i];
 }
 
+// Takes a value and its place into a list that falls by value, and rises by place among equals.
+template <int32_t kTop>
+__device__ __forceinline__ void insertPlaced(
+    float (&top)[kTop], uint32_t (&places)[kTop], float value, uint32_t place) {
+#pragma unroll
+    for (int32_t i = 0; i < kTop; ++i) {
+        bool const comesFirst = value > top[i] || (value == top[i] && place < places[i]);
+        float const nextValue = comesFirst ? top[i] : value;
+        uint32_t const nextPlace = comesFirst ? places[i] : place;
+        top[i] = comesFirst ? value : top[i];
+        places[i] = comesFirst ? place : places[i];
+        value = nextValue;
+        place = nextPlace;
+    }
+}
+
+// The same as warpTop for lists with places; among equals the lower place comes first.
+template <int32_t kTop>
+__device__ __forceinline__ void warpTopPlaced(float (&top)[kTop], uint32_t (&places)[kTop]) {
+    float result[kTop];
+    uint32_t resultPlaces[kTop];
+#pragma unroll
+    for (int32_t i = 0; i < kTop; ++i) {
+        uint32_t const key = orderedKey(top[0]);
+        uint32_t const largest = __reduce_max_sync(kAllLanes, key);
+        uint32_t const place = __reduce_min_sync(kAllLanes, key == largest ? places[0] : kNoIndex);
+        result[i] = keyValue(largest);
+        resultPlaces[i] = place;
+        if (key == largest && places[0] == place) {
+#pragma unroll
+            for (int32_t j = 0; j + 1 < kTop; ++j) {
+                top[j] = top[j + 1];
+                places[j] = places[j + 1];
+            }
+            top[kTop - 1] = negativeInfinity();
+            places[kTop - 1] = kNoIndex;
+        }
+    }
+#pragma unroll
+    for (int32_t i = 0; i < kTop; ++i) {
+        top[i] = result[i];
+        places[i] = resultPlaces[i];
+    }
+}
+
 template <typename Type, int32_t kTop>
 __device__ __forceinline__ void threadTop(Vector<Type> const (&vectors)[kVectorsPerThread], float (&top)[kTop]) {
     typename Type::Packed packed[kTop];
@@ -144,25 +190,30 @@ __device__ __forceinline__ void threadTop(Vector<Type> const (&vectors)[kVectors
     }
 }
 
-// The first index at which a thread holds `wanted`, which it does hold.
+// The first index behind `after` at which a thread holds `wanted`, or kNoIndex. Every index is behind kNoIndex.
 template <typename Type>
-__device__ __forceinline__ uint32_t firstIndex(
-    Vector<Type> const (&vectors)[kVectorsPerThread], uint32_t firstVector, float wanted) {
+__device__ __forceinline__ uint32_t nextIndex(
+    Vector<Type> const (&vectors)[kVectorsPerThread], uint32_t firstVector, float wanted, uint32_t after) {
     typename Type::Packed const wantedPacked = Type::filled(wanted);
-    typename Type::Packed found = wantedPacked;
-    uint32_t place = 0;  // counted from firstVector, so that the candidates are constants
+    uint32_t const first = firstVector * kPerVector<Type>;
+    // Counted from the first element, so that the candidates are constants.
+    int32_t const behind = after == kNoIndex ? -1 : static_cast<int32_t>(after - first);
+    uint32_t place = kNoIndex;
 #pragma unroll
     for (int32_t v = kVectorsPerThread - 1; v >= 0; --v) {
 #pragma unroll
         for (int32_t word = kWordsPerVector - 1; word >= 0; --word) {
             typename Type::Packed const packed = vectors[v].packed(word);
             if (!Type::anyEqual(packed, wantedPacked)) continue;
-            found = packed;
-            place = static_cast<uint32_t>(v * kThreads * kPerVector<Type> + word * Type::kPerWord);
+#pragma unroll
+            for (int32_t i = Type::kPerWord - 1; i >= 0; --i) {
+                int32_t const candidate = v * kThreads * kPerVector<Type> + word * Type::kPerWord + i;
+                bool const isNext = Type::value(packed, i) == wanted && candidate > behind;
+                if (isNext) place = static_cast<uint32_t>(candidate);
+            }
         }
     }
-    uint32_t const inWord = Type::value(found, 0) == wanted ? 0 : 1;
-    return firstVector * kPerVector<Type> + place + inWord;
+    return place == kNoIndex ? kNoIndex : first + place;
 }
 
 // The first index at which a thread holds a NaN, or kNoIndex.
@@ -213,9 +264,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<kTop>) reduceChunks(
     cudaTriggerProgrammaticLaunchCompletion();
 #endif
     __shared__ float warpTops[kWarps][kTop];
+    __shared__ float blockTops[kWarps][kTop];  // the block's list, once for each warp, so that none waits for another
+    __shared__ uint32_t places[kTop];
     __shared__ float warpSums[kWarps];
     __shared__ float warpWeighted[kWarps];
-    __shared__ uint32_t warpIndices[kWarps];
+    __shared__ uint32_t warpNans[kWarps];
 
     int32_t const thread = static_cast<int32_t>(threadIdx.x);
     int32_t const warp = thread / kWarpSize;
@@ -228,21 +281,54 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<kTop>) reduceChunks(
     Vector<Type> vectors[kVectorsPerThread];
     Row<Type>(logits, row, vocabSize).load(firstVector, kThreads, isInside, vectors);
 
+    float own[kTop];
     float top[kTop];
-    threadTop<Type>(vectors, top);
-    float const threadMax = top[0];
+    threadTop<Type>(vectors, own);
+#pragma unroll
+    for (int32_t i = 0; i < kTop; ++i) top[i] = own[i];
     warpTop(top, lane);
     if (lane == 0) {
 #pragma unroll
         for (int32_t i = 0; i < kTop; ++i) warpTops[warp][i] = top[i];
     }
+    if (thread < kTop) places[thread] = kNoIndex;
     __syncthreads();
 #pragma unroll
     for (int32_t v = 0; v < kVectorsPerThread; ++v) vectors[v].forgetUnpacked();
 
-    float blockMax = warpTops[0][0];
 #pragma unroll
-    for (int32_t i = 1; i < kWarps; ++i) blockMax = fmaxf(blockMax, warpTops[i][0]);
+    for (int32_t i = 0; i < kTop; ++i) top[i] = lane < kWarps ? warpTops[lane][i] : negativeInfinity();
+    warpTop(top, lane);
+    if (lane == 0) {
+#pragma unroll
+        for (int32_t i = 0; i < kTop; ++i) blockTops[warp][i] = top[i];
+    }
+    __syncwarp();
+    float const blockMax = top[0];
+    uint32_t held = 0;  // bit r: the thread holds the value of rank r, which is then among its own r + 1 largest
+#pragma unroll
+    for (int32_t rank = 0; rank < kTop; ++rank) {
+#pragma unroll
+        for (int32_t i = 0; i <= rank; ++i) held |= own[i] == top[rank] ? 1u << rank : 0u;
+    }
+#pragma unroll 1
+    for (int32_t rank = 0; rank < kTop; ++rank) {
+#pragma unroll
+        for (int32_t v = 0; v < kVectorsPerThread; ++v) vectors[v].forgetUnpacked();
+        float const wanted = blockTops[warp][rank];
+        bool const isRepeated = rank > 0 && wanted == blockTops[warp][rank - 1];  // in all threads or in none
+        if (isRepeated) __syncthreads();
+        uint32_t place = kNoIndex;
+        if ((held >> rank & 1u) != 0) {
+            uint32_t const after = isRepeated ? places[rank - 1] : kNoIndex;
+            place = nextIndex(vectors, static_cast<uint32_t>(firstVector), wanted, after);
+        }
+        place = __reduce_min_sync(kAllLanes, place);
+        if (lane == 0 && place != kNoIndex) atomicMin(&places[rank], place);
+    }
+#pragma unroll
+    for (int32_t v = 0; v < kVectorsPerThread; ++v) vectors[v].forgetUnpacked();
+
     float const subtrahend = reference<Type>(blockMax);
     // Past the end of a row is -inf; elsewhere it is rare enough to be found by its result.
     float sum = 0.0f;
@@ -255,40 +341,35 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<kTop>) reduceChunks(
     }
 #pragma unroll
     for (int32_t v = 0; v < kVectorsPerThread; ++v) vectors[v].forgetUnpacked();
-    uint32_t index = kNoIndex;
-    if (sum != sum) index = firstNan(vectors, static_cast<uint32_t>(firstVector));
-    if (index == kNoIndex && threadMax == blockMax) {
-        index = firstIndex(vectors, static_cast<uint32_t>(firstVector), blockMax) | kNotNan;
-    }
+    uint32_t nan = kNoIndex;
+    if (sum != sum) nan = firstNan(vectors, static_cast<uint32_t>(firstVector));
     sum = warpSum(sum);
     weighted = warpSum(weighted);
-    index = __reduce_min_sync(kAllLanes, index);
+    nan = __reduce_min_sync(kAllLanes, nan);
     if (lane == 0) {
         warpSums[warp] = sum;
         warpWeighted[warp] = weighted;
-        warpIndices[warp] = index;
+        warpNans[warp] = nan;
     }
     __syncthreads();
-    if (warp != 0) return;
+    if (thread != 0) return;
 
-#pragma unroll
-    for (int32_t i = 0; i < kTop; ++i) top[i] = lane < kWarps ? warpTops[lane][i] : negativeInfinity();
-    warpTop(top, lane);
-    if (lane != 0) return;
 #pragma unroll
     for (int32_t i = 1; i < kWarps; ++i) {
         sum += warpSums[i];
         weighted += warpWeighted[i];
-        index = min(index, warpIndices[i]);
+        nan = min(nan, warpNans[i]);
     }
     ChunkResult<kTop> result;
-    result.peak = (index & kNotNan) != 0 ? blockMax : notANumber();
+    result.peak = nan == kNoIndex ? blockMax : notANumber();
     result.sum = sum;
     result.weighted = weighted;
-    result.index = static_cast<int32_t>(index & ~kNotNan);
-    constexpr int32_t kStored = sizeof(result.top) / sizeof(float);
+    result.index = nan == kNoIndex ? places[0] : nan;
 #pragma unroll
-    for (int32_t i = 0; i < kStored; ++i) result.top[i] = i < kTop ? top[i] : negativeInfinity();
+    for (int32_t i = 0; i < ChunkResult<kTop>::kStored; ++i) {
+        result.top[i] = i < kTop ? blockTops[0][i] : negativeInfinity();
+        result.places[i] = i < kTop ? places[i] : kNoIndex;
+    }
     results[static_cast<int64_t>(row) * numChunks + chunk] = result;
 }
 
@@ -300,6 +381,8 @@ struct MergeArgs {
     float* entropyTopk;
     float* argmaxLogprob;
     float* tokenLogprob;
+    int64_t* topIds;
+    float* topLogprobs;
     int32_t numRows;
     int32_t vocabSize;
     int32_t numChunks;
@@ -325,21 +408,25 @@ __global__ void __launch_bounds__(kThreads) mergeChunks(MergeArgs args, ChunkRes
     float peak = negativeInfinity();  // NaN as soon as there is one
     uint32_t index = kNoIndex;
     float top[kTop];
+    uint32_t places[kTop];
 #pragma unroll
-    for (int32_t i = 0; i < kTop; ++i) top[i] = negativeInfinity();
+    for (int32_t i = 0; i < kTop; ++i) {
+        top[i] = negativeInfinity();
+        places[i] = kNoIndex;
+    }
     for (int32_t chunk = lane; chunk < args.numChunks; chunk += kWarpSize) {
         ChunkResult<kTop> const result = chunks[chunk];  // a copy: all of it is on its way before any is looked at
         if (index == kNoIndex || orderedKey(result.peak) > orderedKey(peak)) {
             peak = result.peak;
-            index = static_cast<uint32_t>(result.index);
+            index = result.index;
         }
 #pragma unroll
-        for (int32_t i = 0; i < kTop; ++i) insert<Float32>(top, result.top[i]);
+        for (int32_t i = 0; i < kTop; ++i) insertPlaced(top, places, result.top[i], result.places[i]);
     }
     uint32_t const peakKey = orderedKey(peak);
     bool const holdsPeak = peakKey == __reduce_max_sync(kAllLanes, peakKey);
     index = __reduce_min_sync(kAllLanes, holdsPeak ? index : kNoIndex);
-    warpTop(top, lane);
+    warpTopPlaced(top, places);
 
     float const maximum = top[0];
     float const subtrahend = reference<Type>(maximum);
@@ -364,10 +451,16 @@ __global__ void __launch_bounds__(kThreads) mergeChunks(MergeArgs args, ChunkRes
     float const logSum = (log2Sum - fmaf(maximum, kLog2E, -subtrahend)) * kLn2;
     float const logNorm = logSum < 0.0f ? 0.0f : logSum;
     float entropyTopk = 0.0f;
+    int64_t const firstTop = static_cast<int64_t>(row) * args.topK;
 #pragma unroll
     for (int32_t i = 0; i < kTop; ++i) {
+        if (i >= args.topK) continue;
         float const logProb = top[i] - maximum - logNorm;
-        if (i < args.topK) entropyTopk -= fastExp2(logProb * kLog2E) * fmaxf(logProb, kLowestExponent);
+        entropyTopk -= fastExp2(logProb * kLog2E) * fmaxf(logProb, kLowestExponent);
+        // Behind the row's end only where there is no softmax, and then any token is as good.
+        bool const isToken = places[i] < static_cast<uint32_t>(args.vocabSize);
+        args.topIds[firstTop + i] = isToken ? static_cast<int64_t>(places[i]) : 0;
+        args.topLogprobs[firstTop + i] = logProb;
     }
     float const entropy = (log2Sum - weighted / sum) * kLn2;
     args.argmax[row] = static_cast<int64_t>(index);

@@ -22,16 +22,18 @@ struct EntropyGateArgs {
     LogitsType logitsType;
     int64_t numRows;            // batch size * tokens per sequence
     int32_t vocabSize;          // 1..kMaxVocabSize
-    int32_t topK;               // 1..min(kMaxTopK, vocabSize), the number of probabilities in entropyTopk
+    int32_t topK;               // 1..min(kMaxTopK, vocabSize), how many probabilities entropyTopk is of, and topIds lists
     int64_t const* nextTokens;  // [numRows], the token whose log probability is asked for; NaN where it is not a token
     int64_t* argmax;            // [numRows], the first index of the maximum; of a row with NaN the first NaN's index
     float* entropy;             // [numRows], of the softmax over the whole vocabulary, in nats
     float* entropyTopk;         // [numRows], the same sum over the topK largest probabilities, not renormalised
     float* argmaxLogprob;       // [numRows], nats
     float* tokenLogprob;        // [numRows], nats
+    int64_t* topIds;            // [numRows, topK], the most probable tokens, the lowest first among equals
+    float* topLogprobs;         // [numRows, topK], theirs, nats; -inf where the logit is
 };
-// Logits of -inf contribute nothing. A row that holds a NaN or +inf, or nothing but -inf, has no softmax: its four
-// float results are NaN, so that no threshold is ever reached and the host can report it. So are those of a row whose
+// Logits of -inf contribute nothing. A row that holds a NaN or +inf, or nothing but -inf, has no softmax: its float
+// results are NaN, so that no threshold is ever reached and the host can report it, and its topIds are any tokens. So are those of a row whose
 // maximum cannot be told from values that mask logits (below -6e4 for float16, -5e8 otherwise) or exceeds 5e8: up to
 // there the results are within 1e-3 relative or 1e-5 absolute of the exact ones, beyond float32 would lose them.
 

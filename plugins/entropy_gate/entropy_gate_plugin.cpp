@@ -34,8 +34,10 @@ Signature const& entropyGateSignature() {
             {"entropy_topk", {DataType::kFLOAT}, "BT"},
             {"argmax_logprob", {DataType::kFLOAT}, "BT"},
             {"token_logprob", {DataType::kFLOAT}, "BT"},
+            {"top_ids", {DataType::kINT64}, "BTK"},
+            {"top_logprobs", {DataType::kFLOAT}, "BTK"},
         },
-        {{"top_k", kDefaultTopK, 1, kMaxTopK}},
+        {{"top_k", kDefaultTopK, 1, kMaxTopK, 'K'}},
     };
     return signature;
 }
@@ -71,6 +73,8 @@ cudaError_t EntropyGatePlugin::launch(Call const& call) const {
     args.entropyTopk = call.output<float>(2);
     args.argmaxLogprob = call.output<float>(3);
     args.tokenLogprob = call.output<float>(4);
+    args.topIds = call.output<int64_t>(5);
+    args.topLogprobs = call.output<float>(6);
     // The size for this call, not the size that was allocated for the largest one, which is never less.
     return launchEntropyGate(args, call.workspace, workspaceBytes(call.sizes), call.stream);
 }

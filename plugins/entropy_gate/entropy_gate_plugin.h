@@ -1,5 +1,5 @@
-// EntropyGate as a TensorRT plugin: logits and the token that follows each position in, argmax, two entropies and two
-// log probabilities per position out. The kernels and the meaning of every number are in entropy_gate.h; here is only
+// EntropyGate as a TensorRT plugin: logits and the token that follows each position in, argmax, two entropies, two
+// log probabilities and the most probable tokens per position out. The kernels and the meaning of every number are in entropy_gate.h; here is only
 // what TensorRT needs to know.
 #pragma once
 

@@ -244,8 +244,8 @@ def test_with_plugins_the_head_is_two_nodes_that_the_parser_finds_by_name(tmp_pa
     gate, accept = (node for node in graph.graph if node.domain == "fly")
     assert (gate.op_type, accept.op_type) == ("EntropyGate", "LooseWindowAccept")
     attributes = {name: attribute.value for name, attribute in gate.attributes.items()}
-    assert attributes == {"plugin_namespace": "fly", "plugin_version": "1", "top_k": 3}
-    assert [len(gate.inputs), len(gate.outputs), len(accept.inputs), len(accept.outputs)] == [2, 5, 11, 2]
+    assert attributes == {"plugin_namespace": "fly", "plugin_version": "2", "top_k": 3}
+    assert [len(gate.inputs), len(gate.outputs), len(accept.inputs), len(accept.outputs)] == [2, 7, 11, 2]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -2,6 +2,7 @@
 and padding, and that logits of every type are read right.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import onnx_ir as ir
 import pytest
 
 from fly_trt.engines import Engine
-from fly_trt.engines.base import Step
+from fly_trt.engines.base import TOP_OUTPUTS, Step
 from fly_trt.engines.blocks import OUTPUTS
 from fly_trt.engines.tensorrt import _widen
+from fly_trt.errors import EngineError
 from fly_trt.manifest import Dtype, read_manifest
 from fly_trt.verification import FlyPolicy
 from simulated_cuda import SimulatedCuda
@@ -76,9 +78,9 @@ def test_the_last_slot_ends_where_its_memory_ends(engine: Engine) -> None:
 
 def outputs(step: Step, row: int, num_tokens: int) -> list[Any]:
     """All that a step says about the tokens of a row and their successors."""
-    values = [np.atleast_1d(getattr(step, name)[row]) for name in OUTPUTS]
-    shifted = {name: num_tokens - (name == "token_logprob") for name in OUTPUTS}
-    return [value[: shifted[name]].copy() for name, value in zip(OUTPUTS, values, strict=True)]
+    names = [*OUTPUTS, *(TOP_OUTPUTS if step.top_ids is not None else ())]
+    values = [np.atleast_1d(getattr(step, name)[row]) for name in names]
+    return [value[: num_tokens - (name == "token_logprob")].copy() for name, value in zip(names, values, strict=True)]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 8, LONGEST_ROW, LONGEST_ROW + 1, 70])
@@ -92,19 +94,19 @@ def test_rows_of_a_batch_give_what_they_give_alone(engine: Engine, first_slot: i
         if cached:
             logits(engine, 0, TOKENS[row : row + cached], slot=first_slot + row)
         tokens = TOKENS[row + cached :][:num_tokens]
-        step = engine.step(first_slot + row, 1, num_tokens, with_logits=True)
+        step = engine.step(first_slot + row, 1, num_tokens, with_logits=True, with_top=True)
         step.set_row(0, cached, tokens[:cut], tokens[cut:], **policies[row])
         engine.run(step)
         alone.append((outputs(step, 0, num_tokens), numbers(step.logits[0])))
 
-    for with_logits in (False, True):
-        step = engine.step(first_slot, 2, num_tokens, with_logits=with_logits)
+    for with_logits, with_top in itertools.product((False, True), repeat=2):
+        step = engine.step(first_slot, 2, num_tokens, with_logits=with_logits, with_top=with_top)
         for row, cached in enumerate(starts):
             tokens = TOKENS[row + cached :][:num_tokens]
             step.set_row(row, cached, tokens[:cut], tokens[cut:], **policies[row])
         engine.run(step)
         for row, (found, row_logits) in enumerate(alone):
-            for got, want in zip(outputs(step, row, num_tokens), found, strict=True):
+            for got, want in zip(outputs(step, row, num_tokens), found, strict=with_top):
                 same(got, want)
             if with_logits:
                 same(step.logits[row], row_logits)
@@ -202,6 +204,44 @@ def test_logits_leave_the_engine_only_when_asked_for(engine: Engine, gpu: Simula
     gpu.copies.clear()
     run(engine, 0, TOKENS[:5])
     assert gpu.copies == {"host to device": 1, "device to host": 2}
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 50])
+def test_the_most_probable_tokens_leave_the_engine_only_when_asked_for(
+    engine: Engine, gpu: SimulatedCuda, num_tokens: int
+) -> None:
+    """Before and after a graph of the shape was recorded, which steps with and without them share."""
+    num_ranks = engine.info.entropy_top_k
+    for start in (0, 20, 40):
+        want = logits(engine, 0, TOKENS[start:][:num_tokens])
+        step = engine.step(0, 1, num_tokens, with_top=True)
+        step.set_row(0, 0, TOKENS[start:][:num_tokens])
+        gpu.copies.clear()
+        engine.run(step)
+        assert gpu.copies == {"host to device": 1, "device to host": 2}
+        order = np.argsort(-want, axis=-1, kind="stable")[:, :num_ranks]
+        log_probs = want - np.logaddexp.reduce(want, axis=-1, keepdims=True)
+        np.testing.assert_array_equal(step.top_ids[0], order)
+        same(step.top_logprobs[0], np.take_along_axis(log_probs, order, axis=-1))
+        usual = run(engine, 0, TOKENS[start:][:num_tokens], with_logits=False)
+        assert (usual.top_ids, usual.top_logprobs) == (None, None)
+    assert len(gpu.executables) == (num_tokens <= LONGEST_ROW)
+
+
+def test_an_engine_without_the_most_probable_tokens_runs_and_names_the_fix_where_they_are_asked_for(
+    engine: Engine, simulated_engine: Path, tmp_path: Path
+) -> None:
+    onnx_model, library, profiles = deserialise((simulated_engine / "draft/model.plan").read_bytes())
+    model = ir.from_proto(onnx.load_model_from_string(onnx_model))
+    kept = [value for value in model.graph.outputs if value.name not in TOP_OUTPUTS]
+    del model.graph.outputs[:]
+    model.graph.outputs.extend(kept)
+    (tmp_path / "older.plan").write_bytes(serialise(ir.to_proto(model).SerializeToString(), library, profiles))
+    older = load(simulated_engine, folder=tmp_path, model="older.plan", top_tokens=False)
+    for num_tokens in (5, 5, 50):
+        same(logits(older, 0, TOKENS[:num_tokens]), logits(engine, 0, TOKENS[:num_tokens]))
+    with pytest.raises(EngineError, match="rebuild it with fly-build"):
+        older.step(0, 1, 5, with_top=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", *HALVES])

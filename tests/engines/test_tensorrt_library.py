@@ -4,6 +4,7 @@ import _ctypes  # an extension module: a library that has nothing to do with Ten
 import logging
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,6 +58,18 @@ def test_what_is_no_plugin_library_is_refused_with_the_reason(library: Library, 
         library.load_plugins(text)
     with pytest.raises(EngineError, match="without TensorRT plugins, it exports no getCreators"):
         library.load_plugins(Path(_ctypes.__file__))
+
+
+def test_a_library_of_another_version_of_the_plugins_is_refused(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = SimpleNamespace(get_creator=lambda *_: None, load_library=lambda path: object())
+    monkeypatch.setattr(library.trt, "get_plugin_registry", lambda: older)
+    monkeypatch.setattr("ctypes.CDLL", lambda path: SimpleNamespace(getCreators=None))
+    path = tmp_path / "libfly_plugins.so"
+    path.touch()
+    with pytest.raises(EngineError, match=r"has no version 2 of EntropyGate, .*: build it with"):
+        library.load_plugins(path)
 
 
 def test_files_are_kept_in_the_users_cache_or_where_there_is_no_home_in_the_temporary_folder(

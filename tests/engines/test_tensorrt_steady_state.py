@@ -2,6 +2,7 @@
 many graphs and contexts as are allowed. Where no graph can be made, and after the engine is closed, nothing is left.
 """
 
+import itertools
 import logging
 from collections import Counter
 from pathlib import Path
@@ -66,8 +67,8 @@ def test_a_steady_state_allocates_nothing(engine: Engine, gpu: SimulatedCuda) ->
             for num_tokens in (1, 2, 3, 5, 16, 24, 70):
                 for with_logits in (False, True):
                     run(engine, shift, TOKENS[shift:][:num_tokens], slot, with_logits=with_logits)
-        for num_tokens in (1, 6, 30):
-            step = engine.step(0, 3, num_tokens)
+        for num_tokens, with_top in itertools.product((1, 6, 30), (False, True)):
+            step = engine.step(0, 3, num_tokens, with_top=with_top)
             for row in range(3):
                 step.set_row(row, shift, TOKENS[row : row + num_tokens])
             engine.run(step)

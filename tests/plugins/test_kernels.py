@@ -15,7 +15,7 @@ from fly_trt.verification import FlyPolicy, accept
 from portable_head import head_session
 
 TYPES = ["float32", "float16", "bfloat16"]
-FLOATS = ("entropy", "entropy_topk", "argmax_logprob", "token_logprob")
+FLOATS = ("entropy", "entropy_topk", "argmax_logprob", "token_logprob", "top_logprobs")
 INVALID_VALUE = 1
 PER_VECTOR = {"float32": 4, "float16": 8, "bfloat16": 8}
 
@@ -31,6 +31,13 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> library.Kernels:
 def gate(kernels: library.Kernels, values: Any, dtype: str = "float32", token: int = 0, top_k: int = 3) -> Any:
     logits = check.encode(np.atleast_2d(np.asarray(values, np.float64)), dtype)
     return kernels.entropy_gate(logits, np.full(len(logits), token), top_k)
+
+
+def all_nan(found: Any) -> Any:
+    """Of each row whether it has nothing but NaN; a row with both is wrong."""
+    numbers = np.isnan(found.reshape(len(found), -1))
+    assert (numbers.all(axis=1) == numbers.any(axis=1)).all()
+    return numbers.all(axis=1)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -117,6 +124,35 @@ def test_the_first_of_equal_maxima_wins(kernels: library.Kernels, dtype: str) ->
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 8])
+def test_the_lowest_of_equal_tokens_are_the_most_probable(kernels: library.Kernels, dtype: str, top_k: int) -> None:
+    """Equal in one word, in one thread, in one chunk and in several, and cut off within the equal ones."""
+    values = np.zeros((5, 40_000))
+    places: tuple[list[int], ...] = (
+        [14, 15, 16, 17, 4096, 4097],
+        [39_999, 8191, 25_000, 8192, 20, 16_384, 30_000, 1, 0],
+        [100, 100 + 1024, 100 + 2048, 100 + 3072, 100 + 4096, 100 + 5120],
+        [39_999],
+        [],
+    )
+    for row, equal in zip(values, places, strict=True):
+        row[equal] = 2
+    values[1, 12_345] = 3
+    values[2, 5:9] = -np.inf
+    found = gate(kernels, values, dtype, top_k=top_k)
+    for row, ids in zip(values, found["top_ids"], strict=True):
+        assert ids.tolist() == np.argsort(-row, kind="stable")[:top_k].tolist()
+
+
+def test_impossible_tokens_come_last_and_say_so(kernels: library.Kernels) -> None:
+    found = gate(kernels, np.where(np.arange(30_000) == 20_000, 4.0, -np.inf), top_k=4)
+    assert found["top_ids"].tolist() == [[20_000, 0, 1, 2]]
+    assert found["top_logprobs"].tolist() == [[0, -np.inf, -np.inf, -np.inf]]
+    few = gate(kernels, [1.0, -np.inf, 2.0], top_k=3)  # all tokens that there are
+    assert few["top_ids"].tolist() == [[2, 0, 1]]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("place", [0, 5000, 20_000])
 def test_a_row_without_a_softmax_is_reported(kernels: library.Kernels, dtype: str, place: int) -> None:
     values = np.random.default_rng(2).normal(size=(4, 20_001))
@@ -127,7 +163,8 @@ def test_a_row_without_a_softmax_is_reported(kernels: library.Kernels, dtype: st
     found = gate(kernels, values, dtype)
     assert found["argmax"][:3].tolist() == [place, place, 0]
     for name in FLOATS:
-        assert np.isnan(found[name]).tolist() == [True, True, True, False], name
+        assert all_nan(found[name]).tolist() == [True, True, True, False], name
+    assert ((found["top_ids"] >= 0) & (found["top_ids"] < 20_001)).all()
 
 
 def test_masked_logits_contribute_nothing(kernels: library.Kernels) -> None:
@@ -166,7 +203,7 @@ def test_rows_up_to_the_limit_are_exact_and_rows_beyond_it_are_reported(
     assert check.GateCase(dtype, logits, tokens, 3, 0).mismatches(kernels) == []
     found = kernels.entropy_gate(logits, tokens, 3)
     for name in FLOATS:
-        assert np.isnan(found[name]).tolist() == [False] * 120 + [True] * 40, name
+        assert all_nan(found[name]).tolist() == [False] * 120 + [True] * 40, name
 
 
 def test_masks_below_the_limit_contribute_nothing(kernels: library.Kernels) -> None:
@@ -303,8 +340,9 @@ def test_both_kernels_together_are_the_portable_head(kernels: library.Kernels) -
         feeds["use_full_entropy"] = row["use_full_entropy"].astype(np.bool_)
         want = dict(zip(names, session.run(list(names), feeds), strict=True))
         found = kernels.entropy_gate(logits.reshape(-1, vocab_size), following.reshape(-1), 3)
-        found = {name: results.reshape(batch_size, length) for name, results in found.items()}
-        np.testing.assert_array_equal(found["argmax"], want["argmax"])
+        found = {name: results.reshape(want[name].shape) for name, results in found.items()}
+        for name in ("argmax", "top_ids"):
+            np.testing.assert_array_equal(found[name], want[name])
         for name in FLOATS:
             np.testing.assert_allclose(found[name], want[name], rtol=1e-5, atol=1e-5, err_msg=name)
         gates = {name: found[name] for name in ("argmax", "entropy", "entropy_topk")}

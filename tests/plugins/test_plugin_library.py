@@ -76,11 +76,11 @@ def test_a_plugin_registry_makes_both_plugins(build: tuple[Path, str]) -> None:
     assert found["creators"] == ["EntropyGate", "LooseWindowAccept"]
     assert found["fields"] == {"EntropyGate": ["top_k"], "LooseWindowAccept": []}
     assert found["plugins"] == {
-        "EntropyGate": "fly::EntropyGate 1",
-        "EntropyGate, top_k int32": "fly::EntropyGate 1",
-        "EntropyGate, top_k int64": "fly::EntropyGate 1",
+        "EntropyGate": "fly::EntropyGate 2",
+        "EntropyGate, top_k int32": "fly::EntropyGate 2",
+        "EntropyGate, top_k int64": "fly::EntropyGate 2",
         "EntropyGate, top_k 9": None,
-        "LooseWindowAccept": "fly::LooseWindowAccept 1",
+        "LooseWindowAccept": "fly::LooseWindowAccept 2",
     }
 
 

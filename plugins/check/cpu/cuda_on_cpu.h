@@ -228,6 +228,14 @@ inline uint32_t __ballot_sync(uint32_t mask, bool predicate) {
     return ballot;
 }
 
+inline void __syncwarp() { cuda_on_cpu::gather(0xffffffffu, 0, "__syncwarp"); }
+
+inline uint32_t atomicMin(uint32_t* address, uint32_t value) {  // one thread runs at a time
+    uint32_t const old = *address;
+    *address = std::min(old, value);
+    return old;
+}
+
 inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t value) {
     auto const& meeting = cuda_on_cpu::gather(mask, value, "__reduce_max_sync");
     return static_cast<uint32_t>(*std::max_element(std::begin(meeting.values), std::end(meeting.values)));
