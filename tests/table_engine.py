@@ -172,7 +172,7 @@ class TableEngine:
         """The most probable tokens, the lowest id first among equals, and their log-probabilities."""
         ids = np.argsort(-logits, kind="stable")[: self.info.entropy_top_k]
         with np.errstate(invalid="ignore"):  # of logits that are no numbers
-            return ids, logits[ids] - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+            return ids, logits[ids] - (logits.max() + np.log(np.exp(logits - logits.max()).sum()))
 
     def _run_row(self, step: Step, row: int, ids: list[int]) -> None:
         slot = self.slots[step.first_slot + row]
