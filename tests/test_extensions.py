@@ -235,3 +235,13 @@ def test_a_rule_that_learns_starts_anew_with_each_sequence(demo_engine: Path) ->
 
 def _tokens(outputs: Sequence[RequestOutput]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
+
+
+def test_the_worked_example_of_the_architecture_page_runs(
+    demo_engine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[1] / "fly_trt" / "README.md").read_text(encoding="utf-8")
+    (example,) = (block for block in page.split("```python\n")[1:] if "HalfAsLikely" in block)
+    code = example.split("```")[0].replace("engines/demo", str(demo_engine))
+    exec(compile(code, "fly_trt/README.md", "exec"), {"__name__": "example"})
+    assert capsys.readouterr().out.endswith(": twenty-one.\n")

@@ -79,6 +79,9 @@ def test_acceptance_is_chosen_per_request(server: TritonServer, llm: LLM) -> Non
         {"preset": "paper"},
         {"fly_entropy_threshold": 0.05, "fly_window_size": 8},
         {"fly_entropy_threshold": 100.0},
+        {"acceptance": "typical", "typical_alpha": 0.25},
+        {"acceptance": "relaxed", "relaxed_top_n": 2, "relaxed_delta": 0.375},
+        {"exact_first": 9, "exact_within": ["digits", "after:::"], "exact_token_ids": [5], "max_loosened_per_100": 2},
     ]
     for prompt in PROMPTS[:6]:
         for setting in settings:
@@ -97,6 +100,16 @@ def test_draft_tokens_are_chosen_per_request(server: TritonServer, llm: LLM) -> 
     assert few["output_ids"] == want.outputs[0].token_ids
     assert 0 < few["total_accepted_draft_tokens"] <= few["total_draft_tokens"]
     assert few["acceptance_rate"] == pytest.approx(few["total_accepted_draft_tokens"] / few["total_draft_tokens"])
+
+
+def test_a_draft_stop_is_chosen_per_request(server: TritonServer, llm: LLM) -> None:
+    answers = {}
+    for stop in ("none", "confidence"):
+        setting = {"draft_stop": stop} | ({"draft_stop_threshold": 0.75} if stop != "none" else {})
+        answers[stop] = server.generate(text_input=PROMPTS[2], max_tokens=80, **setting)
+        want = llm.generate(PROMPTS[2], SamplingParams(max_tokens=80, **setting))[0]
+        assert answers[stop]["output_ids"] == want.outputs[0].token_ids
+    assert answers["confidence"]["total_loosened_tokens"] < answers["none"]["total_loosened_tokens"]
 
 
 def test_sampling_is_that_of_the_python_runtime(server: TritonServer, llm: LLM) -> None:

@@ -88,6 +88,11 @@ def test_a_prompt_alone_is_a_greedy_request_with_pythons_defaults() -> None:
         ("preset", "paper", {"acceptance": AcceptanceParams(preset="paper")}),
         ("fly_entropy_threshold", 0.3, {"acceptance": AcceptanceParams(fly_entropy_threshold=0.3)}),
         ("fly_window_size", 8, {"acceptance": AcceptanceParams(fly_window_size=8)}),
+        ("exact_within", ["code", "json"], {"acceptance": AcceptanceParams(exact_within=["code", "json"])}),
+        ("exact_token_ids", [5, 7], {"acceptance": AcceptanceParams(exact_token_ids=[5, 7])}),
+        ("cactus_delta", 0.5, {"acceptance": AcceptanceParams(cactus_delta=0.5)}),
+        ("draft_stop", "adasd", {"draft_stop": "adasd"}),
+        ("draft_stop_threshold", 0.75, {"draft_stop_threshold": 0.75}),
     ],
 )
 def test_each_input_is_one_setting_and_changes_no_other(name: str, value: Any, settings: dict[str, Any]) -> None:
