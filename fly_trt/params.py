@@ -43,10 +43,14 @@ def _draft_stop_threshold() -> Any:
 class SpeculativeConfig(AcceptanceSettings):
     """How draft tokens are made, and by default accepted: the fields of AcceptanceParams are the requests' defaults.
 
-    method: "multi_level" (draft model that is itself accelerated by n-gram lookup), "draft_model", "ngram" (no draft
-    model), or None for plain decoding. num_speculative_tokens: draft tokens per round; a request may ask for fewer.
+    method: "multi_level" (draft model that is itself accelerated by n-gram lookup) or "draft_model"; without a draft
+    model "ngram" or "suffix"; None for plain decoding. num_speculative_tokens: draft tokens per round; a request may
+    ask for fewer.
     prompt_lookup_max and _min: longest and shortest n-gram to match; prompt_lookup_num_tokens: tokens that a match
     proposes to the draft model under "multi_level" (under "ngram" it proposes up to num_speculative_tokens).
+    suffix_corpus_tokens: how many tokens of earlier outputs "suffix" keeps to copy from, for all requests of an engine,
+    in 36 bytes each; 0 keeps none, so that no request's speed depends on what others emitted. suffix_max_spec_factor:
+    draft tokens for each token of a match.
     adaptive_draft_length: draft as many tokens as pay, by each request's recent acceptance and the measured cost of
     a step at the current load; num_speculative_tokens is then the most. The tokens are the same either way.
     adaptive_acceptance: with "fly" and a draft model, a request opens FLy's windows where its own windows pay, and is
@@ -63,6 +67,8 @@ class SpeculativeConfig(AcceptanceSettings):
     prompt_lookup_max: int = 4
     prompt_lookup_min: int = 1
     prompt_lookup_num_tokens: int = 6
+    suffix_corpus_tokens: int = 65_536
+    suffix_max_spec_factor: float = 2.0
     adaptive_draft_length: bool = True
     draft_stop: str | None = _draft_stop()
     draft_stop_threshold: float | None = _draft_stop_threshold()
@@ -81,6 +87,9 @@ class SpeculativeConfig(AcceptanceSettings):
         for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_num_tokens"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("prompt_lookup_max", self.prompt_lookup_max, self.prompt_lookup_min)
+        check_at_least("suffix_corpus_tokens", self.suffix_corpus_tokens, 0)
+        if not (is_number(self.suffix_max_spec_factor) and 0 < self.suffix_max_spec_factor < math.inf):
+            raise ConfigError(f"suffix_max_spec_factor {self.suffix_max_spec_factor!r}: expected a number above 0")
         self.make_draft_stop(self.draft_stop, self.draft_stop_threshold)
         for name in ("adaptive_draft_length", "adaptive_acceptance"):
             check_flag(name, getattr(self, name))

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from fly_trt.drafting.stops import DraftStop
 from fly_trt.engines.base import Engine
-from fly_trt.tokens import IntArray
+from fly_trt.tokens import FloatArray, IntArray
 from fly_trt.verification import NO_DRAFT_SCORES, DraftScores, DraftSource
 
 State = TypeVar("State")
@@ -19,7 +19,8 @@ class DraftRow(NamedTuple):
     """Asks for `num_tokens` draft tokens to follow the committed `tokens` int64 [length] of the sequence in `slot`.
 
     stop: where a draft model's tokens end. wants_scores: what it says of them is wanted. is_private: the draft must
-    rest on the sequence alone, because tokens may depend on it."""
+    rest on the sequence alone, because tokens may depend on it. round_start: the length of the sequence when the round
+    began that the draft is for, None where it begins now. num_prompt: of the tokens, how many are the prompt."""
 
     slot: int
     tokens: IntArray
@@ -27,6 +28,13 @@ class DraftRow(NamedTuple):
     stop: DraftStop | None = None
     wants_scores: bool = False
     is_private: bool = False
+    round_start: int | None = None
+    num_prompt: int = 0
+
+    @property
+    def begins_at(self) -> int:
+        """Tokens of the sequence when the round began."""
+        return len(self.tokens) if self.round_start is None else self.round_start
 
 
 class Draft(NamedTuple):
@@ -98,6 +106,36 @@ class Drafter(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsPrompts(Protocol):
+    """A drafter that wants to know what the target says of prompts. A loose request then reads its whole prompt, also
+    where a cache has the beginning, so that what is known of it does not depend on other requests."""
+
+    def read_prompt(
+        self,
+        slot: int,
+        tokens: IntArray,
+        start: int,
+        choices: IntArray,
+        choice_logprobs: FloatArray,
+        token_logprobs: FloatArray,
+    ) -> None:
+        """What the target said after the m prompt tokens from position `start` on of the slot's sequence `tokens` int64
+        [length]: its most probable next tokens `choices` int64 [m], their log-probabilities, and those of the tokens
+        that do follow, float32 [m] in nats; of the last one NaN where the target has not read that yet. Buffers are
+        used again. The prompt's last position is left out; so are positions that came with a cache."""
+        ...
+
+
+@runtime_checkable
+class ReadsOutputs(Protocol):
+    """A drafter that wants to know what sequences emitted."""
+
+    def read_output(self, slot: int, tokens: IntArray) -> None:
+        """The sequence in the slot ended, with these output tokens int64 [n]; `release` follows."""
+        ...
+
+
 class FreeDrafter:
     """A drafter without a model that keeps nothing by slot: it only has to `propose`."""
 
@@ -131,11 +169,17 @@ class DraftSettings(Protocol):
     """What drafters are set by: fields of SpeculativeConfig."""
 
     @property
+    def num_speculative_tokens(self) -> int: ...
+    @property
     def prompt_lookup_max(self) -> int: ...
     @property
     def prompt_lookup_min(self) -> int: ...
     @property
     def prompt_lookup_num_tokens(self) -> int: ...
+    @property
+    def suffix_corpus_tokens(self) -> int: ...
+    @property
+    def suffix_max_spec_factor(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)

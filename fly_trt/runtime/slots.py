@@ -8,7 +8,7 @@ copy. This module knows tokens and slots; moving the caches is left to the engin
 from dataclasses import dataclass, field
 
 from fly_trt.drafting import Drafter
-from fly_trt.drafting.base import common_prefix
+from fly_trt.drafting.base import ReadsOutputs, common_prefix
 from fly_trt.engines.base import Engine
 from fly_trt.runtime.request import Request
 from fly_trt.tokens import NO_TOKENS, IntArray
@@ -92,6 +92,8 @@ class SlotTable:
         slot.kept = request.cached_tokens.copy() if self._prefix_caching else NO_TOKENS
         slot.freed_at = self._num_freed
         slot.request = None
+        if isinstance(self._drafter, ReadsOutputs):
+            self._drafter.read_output(index, request.output_tokens)
         if self._drafter is not None:
             self._drafter.release(index)
 

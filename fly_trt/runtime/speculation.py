@@ -170,6 +170,8 @@ def _row(request: Request, round_: Round, num_tokens: int) -> DraftRow:
         stop=request.draft_stop,
         wants_scores=round_.policy.needs_draft_scores,
         is_private=round_.policy.is_loose or round_.is_observed,
+        round_start=round_.start,
+        num_prompt=len(request.prompt_token_ids),
     )
 
 
