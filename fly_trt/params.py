@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from fly_trt.acceptance import DEFAULT_ACCEPTANCE, AcceptanceParams, AcceptanceSettings
 from fly_trt.checks import check_at_least, check_choice, check_flag, is_number, is_whole
-from fly_trt.drafting import DRAFT_STOPS, DRAFTERS, NO_STOP, DraftStop
+from fly_trt.drafting import ALIGNMENT_MODES, DRAFT_STOPS, DRAFTERS, NO_STOP, DraftStop
 from fly_trt.errors import ConfigError, RequestError
 from fly_trt.settings import Setting, check_settings, setting, settings_of
 from fly_trt.text.surrogates import check_text
@@ -44,13 +44,16 @@ class SpeculativeConfig(AcceptanceSettings):
     """How draft tokens are made, and by default accepted: the fields of AcceptanceParams are the requests' defaults.
 
     method: "multi_level" (draft model that is itself accelerated by n-gram lookup) or "draft_model"; without a draft
-    model "ngram" or "suffix"; None for plain decoding. num_speculative_tokens: draft tokens per round; a request may
-    ask for fewer.
+    model "ngram", "alignment" or "suffix"; None for plain decoding. num_speculative_tokens: draft tokens per round; a
+    request may ask for fewer.
     prompt_lookup_max and _min: longest and shortest n-gram to match; prompt_lookup_num_tokens: tokens that a match
     proposes to the draft model under "multi_level" (under "ngram" it proposes up to num_speculative_tokens).
     suffix_corpus_tokens: how many tokens of earlier outputs "suffix" keeps to copy from, for all requests of an engine,
     in 36 bytes each; 0 keeps none, so that no request's speed depends on what others emitted. suffix_max_spec_factor:
     draft tokens for each token of a match.
+    alignment_mode: what "alignment" does where its copy of the prompt is not what the target would have said there:
+    "cut" ends the draft, "argmax" takes the target's token, "prompt" nothing (as "ngram"). alignment_margin: by how
+    many nats the target's choice must be the more probable one.
     adaptive_draft_length: draft as many tokens as pay, by each request's recent acceptance and the measured cost of
     a step at the current load; num_speculative_tokens is then the most. The tokens are the same either way.
     adaptive_acceptance: with "fly" and a draft model, a request opens FLy's windows where its own windows pay, and is
@@ -69,6 +72,8 @@ class SpeculativeConfig(AcceptanceSettings):
     prompt_lookup_num_tokens: int = 6
     suffix_corpus_tokens: int = 65_536
     suffix_max_spec_factor: float = 2.0
+    alignment_mode: str = "cut"
+    alignment_margin: float = 4.0
     adaptive_draft_length: bool = True
     draft_stop: str | None = _draft_stop()
     draft_stop_threshold: float | None = _draft_stop_threshold()
@@ -88,6 +93,9 @@ class SpeculativeConfig(AcceptanceSettings):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("prompt_lookup_max", self.prompt_lookup_max, self.prompt_lookup_min)
         check_at_least("suffix_corpus_tokens", self.suffix_corpus_tokens, 0)
+        check_choice("alignment_mode", self.alignment_mode, ALIGNMENT_MODES)
+        if not (is_number(self.alignment_margin) and self.alignment_margin >= 0):
+            raise ConfigError(f"alignment_margin {self.alignment_margin!r}: expected a number >= 0, in nats")
         if not (is_number(self.suffix_max_spec_factor) and 0 < self.suffix_max_spec_factor < math.inf):
             raise ConfigError(f"suffix_max_spec_factor {self.suffix_max_spec_factor!r}: expected a number above 0")
         self.make_draft_stop(self.draft_stop, self.draft_stop_threshold)

@@ -4,6 +4,7 @@ DRAFTERS is the table of the ways to draft, by the name that `method` has; DRAFT
 draft of a model early.
 """
 
+from fly_trt.drafting.alignment import ALIGNMENT_MODES, AlignmentDrafter, alignment
 from fly_trt.drafting.base import (
     Draft,
     Drafter,
@@ -13,6 +14,8 @@ from fly_trt.drafting.base import (
     DraftSettings,
     FreeDrafter,
     MakeDrafter,
+    ReadsOutputs,
+    ReadsPrompts,
 )
 from fly_trt.drafting.model import Lookup, ModelDrafter, draft_model, multi_level
 from fly_trt.drafting.ngram import NgramDrafter, ngram
@@ -25,13 +28,16 @@ DRAFTERS: dict[str, DrafterKind] = {
     # Its drafts are copies rather than alternatives: a loosened one costs accuracy (181 instead of 240 right answers of
     # 240 on the demo pair).
     "ngram": DrafterKind(ngram, needs_draft_model=False, acceptance="exact"),
+    "alignment": DrafterKind(alignment, needs_draft_model=False, acceptance="exact"),
     "suffix": DrafterKind(suffix, needs_draft_model=False, acceptance="exact"),
 }
 
 __all__ = [
+    "ALIGNMENT_MODES",
     "DRAFTERS",
     "DRAFT_STOPS",
     "NO_STOP",
+    "AlignmentDrafter",
     "Draft",
     "DraftParts",
     "DraftRow",
@@ -44,5 +50,7 @@ __all__ = [
     "MakeDrafter",
     "ModelDrafter",
     "NgramDrafter",
+    "ReadsOutputs",
+    "ReadsPrompts",
     "SuffixDrafter",
 ]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fly_trt.drafting.base import Draft, DraftParts, DraftRow, DraftSettings, FreeDrafter, exchange
-from fly_trt.tokens import NO_TOKENS, IntArray
+from fly_trt.tokens import IntArray
 from fly_trt.verification import DraftSource
 
 
@@ -57,12 +57,17 @@ class NgramIndex:
         With tokens 1 2 3 4 1 2 3, max_n 4 and min_n 1, the 3-gram 1 2 3 occurred first at the start, so 4 1 2 3 is
         proposed.
         """
+        start = self.find()
+        return np.array(self._tokens[start : start + num_tokens], np.int64)
+
+    def find(self) -> int:
+        """Where the tokens stand that followed the earliest earlier match; the length without one."""
         length = len(self._tokens)
         for n in range(min(self._max_n, length), self._min_n - 1, -1):
             end = self._first_end[tuple(self._tokens[length - n :])]
             if end < length:
-                return np.array(self._tokens[end : end + num_tokens], np.int64)
-        return NO_TOKENS
+                return end
+        return length
 
 
 class NgramDrafter(FreeDrafter):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from fly_trt.drafting import Drafter
+from fly_trt.drafting import Drafter, ReadsPrompts
 from fly_trt.engines.base import Engine, Step
 from fly_trt.errors import EngineError, FlyError
 from fly_trt.runtime.invariants import check_invariants
@@ -74,6 +74,7 @@ class GenerationLoop:
             max_num_tokens=config.max_num_tokens,
             max_queue_size=config.max_queue_size,
         )
+        self._prompt_reader = drafter if isinstance(drafter, ReadsPrompts) else None
         self._changed: dict[Request, None] = {}
         self._may_shrink = False
         self._is_checked = os.environ.get(CHECK_VARIABLE) == "1"
@@ -190,6 +191,8 @@ class GenerationLoop:
                     continue
                 if request.needs_prompt_logits:
                     self._collect_prompt_logprobs(request, step, row, feed.num_tokens)
+                if self._prompt_reader is not None:
+                    _read_prompt(self._prompt_reader, request, feed, step, row)
                 request.hold(request.num_cached + feed.num_tokens)
                 if request.round is not None:
                     self._decide(request, request.round, feed, step, row)
@@ -286,6 +289,20 @@ class GenerationLoop:
         capacity = self._config.num_slots * self._config.max_seq_len
         usage = sum(request.num_cached for request in running) / capacity
         self._metrics.set_load(len(running), len(self.scheduler.waiting), usage)
+
+
+def _read_prompt(reader: ReadsPrompts, request: Request, feed: Feed, step: Step, row: int) -> None:
+    """Shows a drafter what a row says of the prompt tokens that it has."""
+    start = request.num_cached
+    count = min(len(feed.context), len(request.prompt_token_ids) - 1 - start)
+    if count <= 0:
+        return
+    of_tokens = step.token_logprob[row, :count].copy()
+    if count == feed.num_tokens:
+        of_tokens[-1] = np.nan  # what follows is no part of the row
+    tokens = request.sequence.tokens
+    of_choices = step.argmax_logprob[row, :count]
+    reader.read_prompt(request.slot, tokens, start, step.argmax[row, :count], of_choices, of_tokens)
 
 
 def _not_numbers(request: Request) -> EngineError:

@@ -8,7 +8,7 @@ copy. This module knows tokens and slots; moving the caches is left to the engin
 from dataclasses import dataclass, field
 
 from fly_trt.drafting import Drafter
-from fly_trt.drafting.base import ReadsOutputs, common_prefix
+from fly_trt.drafting.base import ReadsOutputs, ReadsPrompts, common_prefix
 from fly_trt.engines.base import Engine
 from fly_trt.runtime.request import Request
 from fly_trt.tokens import NO_TOKENS, IntArray
@@ -126,7 +126,8 @@ class SlotTable:
     def _longest_prefix(self, request: Request, candidates: list[int] | range) -> tuple[int, int]:
         """The slot whose cache shares most with the prompt, and how many tokens; the prompt's last token is always
         computed, since its output is what generation starts from."""
-        if not self._prefix_caching or request.params.prompt_logprobs is not None:
+        wants_all = request.policy.is_loose and isinstance(self._drafter, ReadsPrompts)
+        if not self._prefix_caching or request.params.prompt_logprobs is not None or wants_all:
             return 0, 0
         prompt = request.sequence.tokens[:-1]
         lengths = {
