@@ -43,14 +43,15 @@ def _draft_stop_threshold() -> Any:
 class SpeculativeConfig(AcceptanceSettings):
     """How draft tokens are made, and by default accepted: the fields of AcceptanceParams are the requests' defaults.
 
-    method: "multi_level" (draft model that is itself accelerated by n-gram lookup) or "draft_model"; without a draft
-    model "ngram", "alignment" or "suffix"; None for plain decoding. num_speculative_tokens: draft tokens per round; a
-    request may ask for fewer.
+    method: with a draft model "multi_level" (itself accelerated by n-gram lookup), "draft_model" or "hybrid" (copies
+    where there is a match); without one "ngram", "alignment" or "suffix"; None for plain decoding.
+    num_speculative_tokens: draft tokens per round; a request may ask for fewer.
     prompt_lookup_max and _min: longest and shortest n-gram to match; prompt_lookup_num_tokens: tokens that a match
     proposes to the draft model under "multi_level" (under "ngram" it proposes up to num_speculative_tokens).
     suffix_corpus_tokens: how many tokens of earlier outputs "suffix" keeps to copy from, for all requests of an engine,
     in 36 bytes each; 0 keeps none, so that no request's speed depends on what others emitted. suffix_max_spec_factor:
-    draft tokens for each token of a match.
+    draft tokens for each token of a match of "suffix" and "hybrid". hybrid_min_match: tokens that a match must have for
+    "hybrid" to copy instead of asking the draft model.
     alignment_mode: what "alignment" does where its copy of the prompt is not what the target would have said there:
     "cut" ends the draft, "argmax" takes the target's token, "prompt" nothing (as "ngram"). alignment_margin: by how
     many nats the target's choice must be the more probable one.
@@ -72,6 +73,7 @@ class SpeculativeConfig(AcceptanceSettings):
     prompt_lookup_num_tokens: int = 6
     suffix_corpus_tokens: int = 65_536
     suffix_max_spec_factor: float = 2.0
+    hybrid_min_match: int = 3
     alignment_mode: str = "cut"
     alignment_margin: float = 4.0
     adaptive_draft_length: bool = True
@@ -89,7 +91,7 @@ class SpeculativeConfig(AcceptanceSettings):
         if self.acceptance is None:
             usual = DEFAULT_ACCEPTANCE if self.method is None else DRAFTERS[self.method].acceptance
             object.__setattr__(self, "acceptance", usual)
-        for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_num_tokens"):
+        for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_num_tokens", "hybrid_min_match"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("prompt_lookup_max", self.prompt_lookup_max, self.prompt_lookup_min)
         check_at_least("suffix_corpus_tokens", self.suffix_corpus_tokens, 0)

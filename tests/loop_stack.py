@@ -9,7 +9,19 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models
 
-from fly_trt.drafting import Draft, Drafter, DraftRow, Lookup, ModelDrafter, NgramDrafter
+from fly_trt.drafting import (
+    AlignmentDrafter,
+    Draft,
+    Drafter,
+    DraftRow,
+    HybridDrafter,
+    Lookup,
+    ModelDrafter,
+    NgramDrafter,
+    SuffixDrafter,
+)
+from fly_trt.drafting.matches import SuffixCorpus
+from fly_trt.drafting.suffix import Copies
 from fly_trt.params import SamplingParams
 from fly_trt.runtime.draft_length import DraftLength
 from fly_trt.runtime.invariants import check_invariants
@@ -26,7 +38,7 @@ from table_engine import STOP_TOKEN, VOCAB_SIZE, Entropy, Logits, NextToken, Tab
 PROMPT = [3, 4, 5, 3, 4]
 NUM_DRAFT_TOKENS = 15
 SHORT_WINDOW = FlyPolicy(entropy_threshold=0.1, use_full_entropy=False, window=2, lookahead=2)
-DRAFTERS = ("none", "ngram", "draft_model", "multi_level")
+DRAFTERS = ("none", "ngram", "alignment", "suffix", "draft_model", "multi_level", "hybrid")
 LOOKUP = Lookup(max_n=4, min_n=1, num_tokens=6)
 
 
@@ -107,8 +119,13 @@ def make_drafter(name: str, draft: NextToken, num_slots: int = 4, *, trim_block:
         return None
     if name == "ngram":
         return NgramDrafter(LOOKUP.max_n, LOOKUP.min_n)
+    if name == "alignment":
+        return AlignmentDrafter(LOOKUP.max_n, LOOKUP.min_n, "argmax", 0.5)
+    if name == "suffix":
+        return SuffixDrafter(Copies(2.0, NUM_DRAFT_TOKENS, SuffixCorpus(500)))
     engine = TableEngine(draft, max_batch_size=num_slots, trim_block=trim_block)
-    return CheckedModelDrafter(draft, engine, VOCAB_SIZE, LOOKUP if name == "multi_level" else None)
+    model = CheckedModelDrafter(draft, engine, VOCAB_SIZE, LOOKUP if name == "multi_level" else None)
+    return HybridDrafter(Copies(2.0, NUM_DRAFT_TOKENS, None), model, min_match=2) if name == "hybrid" else model
 
 
 def drafters(target: NextToken, salt: int = 0) -> dict[str, Drafter | None]:

@@ -13,9 +13,9 @@ from fly_trt.drafting import DRAFTERS
 FAMILIES = ("extract", "code", "math", "words")
 BY_FAMILY = [[prompt["prompt"] for prompt in load_eval_prompts() if prompt["family"] == name] for name in FAMILIES]
 # Prompts of many kinds, and some twice: the second time there is a cache of it, and an answer to copy from.
-PROMPTS = [prompts[number] for number in range(3) for prompts in BY_FAMILY]
-PROMPTS = [*PROMPTS, *PROMPTS[:4], *[PROMPTS[0] + "".join(PROMPTS[1:4])] * 2]
-MAX_TOKENS = 48
+PROMPTS = [prompts[number] for number in range(2) for prompts in BY_FAMILY]
+PROMPTS = [*PROMPTS, *PROMPTS[:2], *["".join(PROMPTS[:4])] * 2]
+MAX_TOKENS = 32
 EXACT = SamplingParams(max_tokens=MAX_TOKENS, acceptance=AcceptanceParams(acceptance="exact"))
 SMALL_STEPS = {"max_num_tokens": 40, "max_batch_size": 4}  # prompts are read in chunks, beside rounds that are cut
 
@@ -43,9 +43,8 @@ def test_under_exact_the_text_is_plain_decodings(demo_engine: Path, plain: list[
         metrics = [output.metrics for output in llm.generate(PROMPTS, EXACT)]
         assert sum(one.num_accepted_tokens for one in metrics) > 0
         assert sum(one.num_cached_tokens for one in metrics) > 0
-    for settings in (SMALL_STEPS, SMALL_STEPS | {"enable_prefix_caching": False}):
-        with LLM(demo_engine, speculative_config={"method": method}, **settings) as llm:
-            assert texts(llm, PROMPTS, EXACT) == plain, f"with {settings}"
+    with LLM(demo_engine, speculative_config={"method": method}, **SMALL_STEPS) as llm:
+        assert texts(llm, PROMPTS, EXACT) == plain, "in small steps"
 
 
 @cache

@@ -17,6 +17,7 @@ from fly_trt.drafting.base import (
     ReadsOutputs,
     ReadsPrompts,
 )
+from fly_trt.drafting.hybrid import HybridDrafter, hybrid
 from fly_trt.drafting.model import Lookup, ModelDrafter, draft_model, multi_level
 from fly_trt.drafting.ngram import NgramDrafter, ngram
 from fly_trt.drafting.stops import DRAFT_STOPS, NO_STOP, DraftStop
@@ -25,11 +26,12 @@ from fly_trt.drafting.suffix import SuffixDrafter, suffix
 DRAFTERS: dict[str, DrafterKind] = {
     "multi_level": DrafterKind(multi_level, needs_draft_model=True, acceptance="fly", has_scores=True),
     "draft_model": DrafterKind(draft_model, needs_draft_model=True, acceptance="fly", has_scores=True),
-    # Its drafts are copies rather than alternatives: a loosened one costs accuracy (181 instead of 240 right answers of
-    # 240 on the demo pair).
+    # The next three draft copies rather than alternatives: a loosened one costs accuracy (181 instead of 240 right
+    # answers of 240 on the demo pair).
     "ngram": DrafterKind(ngram, needs_draft_model=False, acceptance="exact"),
     "alignment": DrafterKind(alignment, needs_draft_model=False, acceptance="exact"),
     "suffix": DrafterKind(suffix, needs_draft_model=False, acceptance="exact"),
+    "hybrid": DrafterKind(hybrid, needs_draft_model=True, acceptance="fly", has_scores=True),
 }
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "Drafter",
     "DrafterKind",
     "FreeDrafter",
+    "HybridDrafter",
     "Lookup",
     "MakeDrafter",
     "ModelDrafter",

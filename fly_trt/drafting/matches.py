@@ -14,8 +14,9 @@ from fly_trt.tokens import NO_TOKENS, IntArray
 LEVELS = (8, 4, 2, 1)  # tokens that a chain's places have in common; the first chain with a place has the longest match
 MAX_MATCH = 64  # tokens that are compared; a longer match justifies no longer draft
 MAX_PLACES = 32  # the latest ones of a chain that are looked at
-# The last tokens, whose places are all looked at: linking them one by one would cost more. More than the longest level.
-MAX_TAIL = 64
+# Tokens are linked in blocks of so many, since one by one would cost more; behind the last block every place is looked
+# at. No shorter than the longest level.
+BLOCK = 64
 LEAST_SHARE = 0.3  # of the places of a match: fewer of them justify no token
 FIRST_CAPACITY = 1024
 END = -1  # stands behind each text of a corpus and matches nothing
@@ -62,10 +63,11 @@ class SuffixIndex:
             self._allocate(1 << (self._length - 1).bit_length())
             self._tokens[:start] = known
         self._tokens[start : self._length] = tokens
-        if self._length - self._num_linked > MAX_TAIL:
+        end = self._length // BLOCK * BLOCK  # follows from the length, and with it what a lookup finds
+        if end > self._num_linked:
             for level, size in enumerate(LEVELS):
-                self._link(level, size, max(self._num_linked, size - 1))
-            self._num_linked = self._length
+                self._link(level, size, max(self._num_linked, size - 1), end)
+            self._num_linked = end
 
     def find(self, suffix: IntArray) -> tuple[Places, int]:
         """Where the longest end of `suffix` that there is ended before, latest first, and its length: places before
@@ -87,7 +89,7 @@ class SuffixIndex:
     def match(self, suffix: IntArray, factor: float, most: int) -> Match:
         """What followed the longest end of `suffix`: at most `most` tokens, and `factor` for each that it is long, each
         the one that came next most often (the latest of equals) at the places that agree with those before it, as long
-        as LEAST_SHARE of all places do."""
+        as LEAST_SHARE of all places do. A copy that reaches the end of the text goes on with itself."""
         places, length = self.find(suffix)
         if not length:
             return NO_MATCH
@@ -111,9 +113,9 @@ class SuffixIndex:
             mixed = (mixed ^ tokens[offset : offset + count].astype(np.uint64)) * MULTIPLIER
         return (mixed >> self._shift).astype(np.int64)
 
-    def _link(self, level: int, size: int, start: int) -> None:
-        """Adds the places after the positions from `start` on."""
-        hashes = self._hashes(self._tokens[start - size + 1 : self._length], size)
+    def _link(self, level: int, size: int, start: int, end: int) -> None:
+        """Adds the places after the positions from `start` to `end`."""
+        hashes = self._hashes(self._tokens[start - size + 1 : end], size)
         order = np.argsort(hashes, kind="stable")
         ordered, places = hashes[order], (order + start + 1).astype(np.int32)
         is_first = np.append(True, ordered[1:] != ordered[:-1])
@@ -146,13 +148,14 @@ class SuffixIndex:
     def _follow_one(self, places: Places, num_tokens: int) -> IntArray:
         tokens = self._tokens[places[0] : min(places[0] + num_tokens, self._length)].astype(np.int64)
         ends = (tokens == END).nonzero()[0]
-        return tokens[: ends[0]] if len(ends) else tokens
+        return tokens[: ends[0]] if len(ends) else np.resize(tokens, num_tokens)
 
     def _follow(self, places: Places, num_tokens: int) -> IntArray:
         draft: list[int] = []
         least, left = LEAST_SHARE * len(places), places.tolist()
         while len(draft) < num_tokens:
-            following = [(place, int(self._tokens[place])) for place in left if place < self._length]
+            text, end = self._tokens, self._length
+            following = [(place, int(text[place]) if place < end else draft[place - end]) for place in left]
             counts = Counter(token for _, token in following if token != END)
             token, count = counts.most_common(1)[0] if counts else (END, 0)
             if not count or count < least:

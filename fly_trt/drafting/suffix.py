@@ -96,11 +96,6 @@ class SuffixDrafter(FreeDrafter):
         self._copies.read_output(tokens)
 
 
-def make_copies(settings: DraftSettings) -> Copies:
-    """With a corpus of its own."""
-    corpus = SuffixCorpus(settings.suffix_corpus_tokens) if settings.suffix_corpus_tokens else None
-    return Copies(settings.suffix_max_spec_factor, settings.num_speculative_tokens, corpus)
-
-
 def suffix(settings: DraftSettings, parts: DraftParts) -> SuffixDrafter:
-    return SuffixDrafter(make_copies(settings))
+    corpus = SuffixCorpus(settings.suffix_corpus_tokens) if settings.suffix_corpus_tokens else None
+    return SuffixDrafter(Copies(settings.suffix_max_spec_factor, settings.num_speculative_tokens, corpus))

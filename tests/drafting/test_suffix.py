@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from examples import examples
 from fly_trt.drafting import DraftRow, matches
 from fly_trt.drafting.matches import BYTES_PER_TOKEN, END, LEAST_SHARE, SuffixCorpus, SuffixIndex
 from fly_trt.drafting.suffix import Copies, SuffixDrafter
-from fly_trt.verification import DraftSource
+from fly_trt.verification import EXACT, AcceptancePolicy, DraftSource, TypicalPolicy
+from loop_stack import make_request, make_stack
+from table_engine import greedy, most_probable, spread_logits
 
 FACTOR, MOST = 2.0, 15
 NOTHING = ([], 0)
@@ -27,14 +30,15 @@ def scan(text: list[int], ending: list[int], factor: float = FACTOR, most: int =
             length += 1
         lengths[place] = length
     longest = max(lengths.values(), default=0)
-    left = [text[place:] for place, length in lengths.items() if length == longest]
-    draft, least = [], LEAST_SHARE * len(left)
+    left = [place for place, length in lengths.items() if length == longest]
+    text, draft, least = list(text), [], LEAST_SHARE * len(left)
     while longest and len(draft) < min(most, max(1, int(factor * longest))):
-        tokens = [rest[0] for rest in left if rest and rest[0] != END]
+        tokens = [text[place] for place in left if text[place] != END]
         if not tokens or max(Counter(tokens).values()) < least:
             break
         draft.append(max(tokens, key=tokens.count))  # the first of equals: the latest place
-        left = [rest[1:] for rest in left if rest and rest[0] == draft[-1]]
+        text.append(draft[-1])
+        left = [place + 1 for place in left if text[place] == draft[-1]]
     return (draft, longest) if longest else NOTHING
 
 
@@ -53,11 +57,11 @@ def index_of(*parts: list[int]) -> SuffixIndex:
 texts = st.lists(st.lists(st.integers(0, 3), max_size=20), min_size=1, max_size=6)
 
 
-@pytest.mark.parametrize("max_tail", [8, 20, 64])
+@pytest.mark.parametrize("block", [8, 20, 64])
 def test_however_a_text_grows_the_longest_match_is_what_a_scan_finds(
-    max_tail: int, monkeypatch: pytest.MonkeyPatch
+    block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matches, "MAX_TAIL", max_tail)
+    monkeypatch.setattr(matches, "BLOCK", block)
     monkeypatch.setattr(matches, "MAX_PLACES", 1000)
     monkeypatch.setattr(matches, "FIRST_CAPACITY", 8)
 
@@ -74,7 +78,7 @@ def test_however_a_text_grows_the_longest_match_is_what_a_scan_finds(
 
 
 def test_only_the_latest_places_of_a_common_token_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matches, "MAX_TAIL", 8)
+    monkeypatch.setattr(matches, "BLOCK", 8)
     monkeypatch.setattr(matches, "MAX_PLACES", 3)
     text = [9, 1, 5, *[1, 2] * 8, 7, 1]
     assert found(index_of(text), text) == ([2, 1], 1)
@@ -203,3 +207,35 @@ def test_sequences_take_their_text_along_and_leave_it_when_they_end() -> None:
     assert propose(drafter, [5, 6, 5], slot=0) == [6, 5]
     drafter.reset()
     assert propose(drafter, [3, 4], slot=2) == []
+
+
+def test_how_a_text_grew_makes_no_difference() -> None:
+    """A private row's draft must follow from its text."""
+    rng = np.random.default_rng(5)
+    text = [*rng.integers(0, 3, 150), *[1, 2] * 60]
+    whole = index_of(text)
+    for _ in range(5):
+        cuts = np.sort(rng.integers(0, len(text), 12))
+        parts = index_of(*[part.tolist() for part in np.split(np.array(text), cuts)])
+        for ending in ([0], [1, 2], [2, 2, 1], text):
+            assert found(parts, ending) == found(whole, ending)
+
+
+@pytest.mark.parametrize("salt", range(6))
+def test_whatever_the_corpus_holds_a_loose_request_has_its_own_text_and_an_exact_one_plain_decodings(salt: int) -> None:
+    logits = spread_logits(salt, 3)
+    target = most_probable(logits)
+    prompt = np.random.default_rng(salt).integers(2, 5, 20).tolist()
+
+    def served(policy: AcceptancePolicy, others: tuple[int, ...] = (), **settings: Any) -> list[int]:
+        stack = make_stack(target, make_drafter(500), logits=logits, num_slots=4, num_draft_tokens=6, **settings)
+        stack.run(*[make_request(prompt[:length], request_id=str(length), max_tokens=30) for length in others])
+        request = make_request(prompt, policy=policy, ignore_eos=True, max_tokens=16)
+        stack.run(request)
+        return request.output_token_ids
+
+    loose = TypicalPolicy(use_full_entropy=True, threshold=0.02)
+    alone = served(loose)
+    for others, lengths in (((20, 11), [6]), ((20, 19, 7), [2, 0]), ((), [1])):
+        assert served(loose, others, draft_lengths=lengths) == alone
+        assert served(EXACT, others, draft_lengths=lengths) == greedy(target, prompt, 16)
