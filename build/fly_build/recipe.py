@@ -35,12 +35,7 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
                     f"{role}_revision {overrides[f'{role}_revision']!r}: no {role} checkpoint: give --{role}"
                 )
             content[role]["revision"] = overrides[f"{role}_revision"]
-    asked = {name: overrides.get(name) for name in SELF_DRAFT_FIELDS if overrides.get(name) is not None}
-    if overrides.get("self_draft") or asked:
-        given = content.get("self_draft")
-        if given is None and not overrides.get("self_draft"):
-            raise ConfigError(f"{next(iter(asked))}: belongs to a self-draft: add --self-draft")
-        content["self_draft"] = (given if isinstance(given, dict) else {}) | asked
+    _override_self_draft(content, overrides)
     content |= {
         k: v
         for k, v in overrides.items()
@@ -73,6 +68,22 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
             f"max_draft_len {recipe.max_draft_len}: raise --max-draft-len"
         )
     return recipe
+
+
+def _override_self_draft(content: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """`self_draft` is a flag, or the settings that the recipe's has; the other flags are fields of them."""
+    asked, fields = (
+        overrides.get("self_draft"),
+        {k: v for k in SELF_DRAFT_FIELDS if (v := overrides.get(k)) is not None},
+    )
+    if isinstance(asked, Mapping):
+        content["self_draft"] = dict(asked)
+    elif asked:
+        content["self_draft"] = content.get("self_draft") or {}
+    if fields and not isinstance(content.get("self_draft"), dict):
+        raise ConfigError(f"{next(iter(fields))}: belongs to a self-draft: add --self-draft")
+    if fields:
+        content["self_draft"] |= fields
 
 
 def _check_backend(recipe: Recipe) -> None:
