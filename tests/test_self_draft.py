@@ -59,7 +59,7 @@ def test_a_directory_without_a_self_draft_says_so(target_only_engine: Path, self
     with pytest.raises(ConfigError, match=r"'self' needs a self-draft .* method='ngram' or rebuild with --self-draft"):
         LLM(target_only_engine, speculative_config={"method": "self"})
     with pytest.raises(
-        ConfigError, match=r"'multi_level' needs a draft model .* method='self' or rebuild with --draft"
+        ConfigError, match=r"'multi_level' needs a draft model .* method='self' or rebuild"
     ):
         LLM(self_engine, speculative_config={"method": "multi_level"})
     with (

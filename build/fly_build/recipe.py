@@ -72,10 +72,8 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
 
 def _override_self_draft(content: dict[str, Any], overrides: Mapping[str, Any]) -> None:
     """`self_draft` is a flag, or the settings that the recipe's has; the other flags are fields of them."""
-    asked, fields = (
-        overrides.get("self_draft"),
-        {k: v for k in SELF_DRAFT_FIELDS if (v := overrides.get(k)) is not None},
-    )
+    asked = overrides.get("self_draft")
+    fields = {name: overrides[name] for name in SELF_DRAFT_FIELDS if overrides.get(name) is not None}
     if isinstance(asked, Mapping):
         content["self_draft"] = dict(asked)
     elif asked:
