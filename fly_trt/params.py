@@ -78,6 +78,8 @@ class SpeculativeConfig(AcceptanceSettings):
         if self.acceptance is None:
             usual = DEFAULT_ACCEPTANCE if self.method is None else DRAFTERS[self.method].acceptance
             object.__setattr__(self, "acceptance", usual)
+        if self.draft_stop is None and self.method is not None:
+            object.__setattr__(self, "draft_stop", DRAFTERS[self.method].draft_stop)
         for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_num_tokens"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("prompt_lookup_max", self.prompt_lookup_max, self.prompt_lookup_min)

@@ -31,7 +31,7 @@ def answers(engine: Path, method: str | None, **settings: object) -> list[list[i
 def test_the_directory_drafts_for_itself_by_default_and_exactly(self_engine: Path) -> None:
     with LLM(self_engine) as llm:
         config = llm.speculative_config
-        assert (config.method, config.acceptance) == ("self", "exact")
+        assert (config.method, config.acceptance, config.draft_stop) == ("self", "exact", "confidence")
         lengths = [len(llm.tokenizer.encode(prompt).ids) for prompt in prompts()]
     least = [draft.min_tokens for draft in llm.manifest.self_drafts]
     assert least == [0, 100]
@@ -58,9 +58,7 @@ def test_engines_are_loaded_when_first_used(self_engine: Path) -> None:
 def test_a_directory_without_a_self_draft_says_so(target_only_engine: Path, self_engine: Path) -> None:
     with pytest.raises(ConfigError, match=r"'self' needs a self-draft .* method='ngram' or rebuild with --self-draft"):
         LLM(target_only_engine, speculative_config={"method": "self"})
-    with pytest.raises(
-        ConfigError, match=r"'multi_level' needs a draft model .* method='self' or rebuild"
-    ):
+    with pytest.raises(ConfigError, match=r"'multi_level' needs a draft model .* method='self' or rebuild"):
         LLM(self_engine, speculative_config={"method": "multi_level"})
     with (
         LoadedEngines(target_only_engine) as engines,

@@ -16,8 +16,8 @@ from fly_trt.drafting.base import (
 )
 from fly_trt.drafting.model import Lookup, ModelDrafter, draft_model, multi_level
 from fly_trt.drafting.ngram import NgramDrafter, ngram
-from fly_trt.drafting.stops import DRAFT_STOPS, NO_STOP, DraftStop
 from fly_trt.drafting.self_draft import self_draft
+from fly_trt.drafting.stops import DRAFT_STOPS, NO_STOP, DraftStop
 
 DRAFTERS: dict[str, DrafterKind] = {
     "multi_level": DrafterKind(multi_level, needs_draft_model=True, acceptance="fly", has_scores=True),
@@ -25,7 +25,16 @@ DRAFTERS: dict[str, DrafterKind] = {
     # Its drafts are copies rather than alternatives: a loosened one costs accuracy (181 instead of 240 right answers of
     # 240 on the demo pair).
     "ngram": DrafterKind(ngram, needs_draft_model=False, acceptance="exact"),
-    "self": DrafterKind(self_draft, needs_draft_model=False, acceptance="exact", needs_self_draft=True),
+    # What it does not share with the target is what was left out of it, so that its other tokens are mistakes rather
+    # than alternatives.
+    "self": DrafterKind(
+        self_draft,
+        needs_draft_model=False,
+        acceptance="exact",
+        has_scores=True,
+        needs_self_draft=True,
+        draft_stop="confidence",
+    ),
 }
 
 __all__ = [

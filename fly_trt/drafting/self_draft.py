@@ -8,10 +8,8 @@ again. It knows drafters and lengths; which parts of the target a draft has was 
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from fly_trt.drafting.base import DraftParts, DraftRow, DraftSettings, exchange
+from fly_trt.drafting.base import Draft, DraftParts, DraftRow, DraftSettings, exchange
 from fly_trt.drafting.model import Lookup, ModelDrafter
-from fly_trt.tokens import IntArray
-from fly_trt.verification import DraftSource
 
 
 class SelfDrafter:
@@ -19,7 +17,7 @@ class SelfDrafter:
     reaches when it is first seen. Sequences of one drafter are drafted for together."""
 
     is_free = False
-    source = DraftSource.MODEL
+    has_exact_copies = False
 
     def __init__(self, min_tokens: Sequence[int], drafters: Sequence[ModelDrafter]) -> None:
         self._min_tokens = min_tokens
@@ -37,8 +35,8 @@ class SelfDrafter:
         for drafter, indexes in self._by_drafter(rows):
             drafter.prepare([rows[index] for index in indexes])
 
-    def propose(self, rows: Sequence[DraftRow]) -> list[IntArray]:
-        drafts: dict[int, IntArray] = {}
+    def propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
+        drafts: dict[int, Draft] = {}
         for drafter, indexes in self._by_drafter(rows):
             drafts.update(zip(indexes, drafter.propose([rows[index] for index in indexes]), strict=True))
         return [drafts[index] for index in range(len(rows))]

@@ -38,7 +38,7 @@ def drafter(engines: tuple[TableEngine, TableEngine]) -> SelfDrafter:
 
 def propose(drafter: SelfDrafter, rows: dict[int, Sequence[int]], num_tokens: int = 4) -> list[list[int]]:
     drafts = drafter.propose([DraftRow(slot, np.array(tokens), num_tokens) for slot, tokens in rows.items()])
-    return [draft.tolist() for draft in drafts]
+    return [draft.tokens.tolist() for draft in drafts]
 
 
 def check(drafter: SelfDrafter, rows: dict[int, tuple[Sequence[int], NextToken]]) -> None:
