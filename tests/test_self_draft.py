@@ -21,10 +21,10 @@ def prompts() -> list[str]:
 
 
 def answers(engine: Path, method: str | None, **settings: object) -> list[list[int]]:
-    with LLM(engine, speculative_config={"method": method}, **settings) as llm:
+    """Rounds are as long as can be: what pays is a matter of clocks."""
+    with LLM(engine, speculative_config={"method": method, "adaptive_draft_length": False}, **settings) as llm:
         outputs = llm.generate(prompts(), PARAMS)
-        if method == "self":
-            assert sum(output.metrics.num_accepted_tokens for output in outputs if output.metrics) > 100
+    assert (sum(output.metrics.num_accepted_tokens for output in outputs) > 100) == (method is not None)
     return [output.outputs[0].token_ids for output in outputs]
 
 
