@@ -114,11 +114,11 @@ def fit_to_shared(config: ServiceConfig, engines: LoadedEngines) -> ServiceConfi
 
 
 def _check_speculative_limits(config: SpeculativeConfig, manifest: Manifest) -> None:
-    if config.method is not None and (missing := missing_draft(config.method, manifest)) is not None:
+    if config.method is not None and (missing := _missing_draft(config.method, manifest)) is not None:
         what, flag = missing
         raise ConfigError(
             f"method {config.method!r} needs a {what} and {manifest.name} was built without one: "
-            f"use method={usual_method(manifest)!r} or rebuild with {flag}"
+            f"use method={_usual_method(manifest)!r} or rebuild with {flag}"
         )
     if config.method is not None and config.num_speculative_tokens > manifest.limits.max_draft_len:
         raise ConfigError(
@@ -155,8 +155,8 @@ def resolve_speculative_config(manifest: Manifest, overrides: Mapping[str, Any])
         for name in PRESET_SETTINGS:  # in the unit of the other preset
             settings.pop(name, None)
     method = settings.get("method", SpeculativeConfig().method)
-    if method in DRAFTERS and missing_draft(method, manifest) is not None:
-        settings["method"] = usual_method(manifest)
+    if method in DRAFTERS and _missing_draft(method, manifest) is not None:
+        settings["method"] = _usual_method(manifest)
     if limit == 0:
         settings["method"] = None
     wanted = settings.get("num_speculative_tokens", SpeculativeConfig().num_speculative_tokens)
@@ -168,7 +168,7 @@ def resolve_speculative_config(manifest: Manifest, overrides: Mapping[str, Any])
     return config
 
 
-def missing_draft(method: str, manifest: Manifest) -> tuple[str, str] | None:
+def _missing_draft(method: str, manifest: Manifest) -> tuple[str, str] | None:
     """What the method needs and was not built, and fly-build's flag for it."""
     kind = DRAFTERS[method]
     if kind.needs_draft_model and manifest.draft is None:
@@ -178,7 +178,7 @@ def missing_draft(method: str, manifest: Manifest) -> tuple[str, str] | None:
     return None
 
 
-def usual_method(manifest: Manifest) -> str:
+def _usual_method(manifest: Manifest) -> str:
     """The way to draft that makes the most of what was built."""
-    possible = [name for name in DRAFTERS if missing_draft(name, manifest) is None]
+    possible = [name for name in DRAFTERS if _missing_draft(name, manifest) is None]
     return min(possible, key=lambda name: not (DRAFTERS[name].needs_draft_model or DRAFTERS[name].needs_self_draft))
