@@ -126,7 +126,7 @@ class _Chooser:
         self._decoder = decoder
         self._checkpoint = checkpoint
         self._limits = manifest.limits
-        self._stop_token_ids = manifest.head.stop_token_ids
+        self._stop_token_ids = torch.tensor(manifest.head.stop_token_ids, dtype=torch.int64)
         tokenizer = checkpoint.tokenizer
         self._begin: list[int] = tokenizer("")["input_ids"]
         self._stream = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
