@@ -171,7 +171,9 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         f"max_draft_len {limits.max_draft_len}, stop tokens {plan.head.stop_token_ids}"
     )
     if (settings := plan.recipe.self_draft) is not None:
-        contexts = ", ".join(map(str, sorted(set(settings.contexts))))
+        from fly_build.self_draft import contexts_of
+
+        contexts = ", ".join(map(str, contexts_of(settings, limits)))
         click.echo(
             f"self-draft at contexts of {contexts} tokens, calibrated on {settings.calibrate or 'the built-in text'}: "
             "blocks of the target, without weights of their own; KV cache at most the target's"

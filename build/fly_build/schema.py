@@ -30,12 +30,13 @@ class StepTimes(BaseModel):
 
 class SelfDraftSettings(BaseModel):
     """A draft made of the target's own layers. calibrate: a file of text, None for the built-in one; contexts: tokens,
-    one draft is chosen for each; step_times: None means measured on the machine that builds."""
+    one draft is chosen for each, None means 512 or half of max_seq_len; step_times: None means measured on the machine
+    that builds."""
 
     model_config = ConfigDict(extra="forbid")
 
     calibrate: str | None = None
-    contexts: list[Annotated[int, Field(gt=0)]] = Field(default=[512], min_length=1)
+    contexts: list[Annotated[int, Field(gt=0)]] | None = Field(default=None, min_length=1)
     step_times: StepTimes | None = None
 
 

@@ -32,6 +32,7 @@ from fly_build.schema import SelfDraftSettings
 from fly_trt.errors import ConfigError
 from fly_trt.manifest import Limits, Manifest, ModelEngine, SelfDraft, hash_file
 
+DEFAULT_CONTEXT = 512
 # Tokens that agreement is measured on: in 8 texts of 32 at a context of 512, in one of 128 at 4,096.
 MAX_TEXTS, MAX_READ_TOKENS = 8, 4096
 MAX_REFERENCE_TOKENS, MIN_TEXT_TOKENS, MAX_TEXT_TOKENS = 256, 32, 128
@@ -50,10 +51,15 @@ class Choice:
     prospect: Prospect
 
 
+def contexts_of(settings: SelfDraftSettings, limits: Limits) -> list[int]:
+    """Tokens at which a draft is chosen, in rising order."""
+    return sorted(set(settings.contexts or [min(DEFAULT_CONTEXT, limits.max_seq_len // 2)]))
+
+
 def check_self_draft(settings: SelfDraftSettings, checkpoint: Checkpoint, limits: Limits) -> None:
     """Raises ConfigError or CheckpointError for what could not be built. Reads no weights."""
     check_blocks(checkpoint)
-    if (longest := max(settings.contexts)) >= limits.max_seq_len:
+    if (longest := contexts_of(settings, limits)[-1]) >= limits.max_seq_len:
         raise ConfigError(
             f"contexts {longest}: sequences have {limits.max_seq_len} tokens at most: use a smaller context, or raise "
             "--max-seq-len"
@@ -98,7 +104,7 @@ def add_self_drafts(
     report: Report,
 ) -> Manifest:
     """The manifest with a self-draft for each context, whose engines are built beside the target's in `workspace`."""
-    contexts = sorted(set(settings.contexts))
+    contexts = contexts_of(settings, manifest.limits)
     report("self-draft: measure", 0.0)
     times = _step_times(settings, contexts, manifest, checkpoint, workspace)
     report("self-draft: measure", 1.0)

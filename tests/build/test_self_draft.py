@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fly_build.cli import main
+from fly_build.knapsack import BlockTimes, prospect
 from fly_build.pipeline import build, make_plan
 from fly_build.recipe import load_recipe
 from fly_build.self_draft import calibration_text
@@ -82,18 +83,18 @@ def test_drafts_of_equal_sets_are_one_engine(self_engine: Path) -> None:
     assert min(first.agreement, second.agreement) > 0.5
 
 
-def test_times_are_measured_where_none_are_given_and_the_choice_follows_them(target: Path, tmp_path: Path) -> None:
+def test_times_are_given_or_measured(target: Path, tmp_path: Path) -> None:
     manifest = build_with(target, tmp_path / "measured", self_draft={"contexts": [24]}, speculative={})
     assert manifest.self_drafts[0].tokens_per_step_time > 0
     assert manifest.speculative["draft_token_cost"] > 0
-    sets = []
-    for attention, mlp in ((1.0, 100.0), (100.0, 1.0)):
-        times = {"attention": attention, "mlp": mlp}
-        settings = {"contexts": [24], "step_times": times}
-        (draft,) = build_with(target, tmp_path / f"{mlp}", self_draft=settings).self_drafts
-        sets.append((len(draft.kept_attentions), len(draft.kept_mlps)))
-    assert sets[0][1] < 4, "dear MLPs are skipped"
-    assert sets[1][0] < 4, "dear attentions are skipped"
+    times = {"attention": 1.0, "attention_per_1000_tokens": 1000 / 24, "mlp": 8.0, "head": 3.0, "further_token": 0.02}
+    settings = {"contexts": [24], "step_times": times}
+    (draft,) = build_with(target, tmp_path / "given", self_draft=settings).self_drafts
+    attentions = [2 * layer for layer in range(4) if layer not in draft.kept_attentions]
+    mlps = [2 * layer + 1 for layer in range(4) if layer not in draft.kept_mlps]
+    expected = prospect(draft.agreement, attentions + mlps, 8, BlockTimes(2.0, 8.0, 3.0, 0.02))
+    assert draft.draft_length == expected.draft_length
+    assert draft.tokens_per_step_time == pytest.approx(expected.tokens_per_step_time, abs=1e-3)
 
 
 def test_a_manifest_from_before_there_were_self_drafts_is_read(target_only_engine: Path, tmp_path: Path) -> None:
@@ -145,10 +146,12 @@ def fly_build(*arguments: object) -> Result:
 
 
 def test_the_dry_run_says_what_would_be_made(target: Path) -> None:
-    flags = ("--target", target, "--self-draft", "--contexts", "200,100", "-o", "here")
-    result = fly_build(*flags, "--dry-run")
-    assert result.exit_code == 0, result.output
-    assert "self-draft at contexts of 100, 200 tokens, calibrated on the built-in text" in result.stdout
+    flags = ("--target", target, "--self-draft", "-o", "here", "--dry-run")
+    assert (
+        "self-draft at contexts of 100, 200 tokens, calibrated on the built-in text"
+        in fly_build(*flags, "--contexts", "200,100").stdout
+    )
+    assert "self-draft at contexts of 128 tokens" in fly_build(*flags).stdout, "half of what a sequence has"
 
 
 @pytest.mark.parametrize(
