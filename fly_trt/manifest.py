@@ -120,6 +120,22 @@ class ModelEngine(_Record):
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * width
 
 
+class SelfDraft(_Record):
+    """A draft made of some of the target's own blocks, with weights in the target's file, for sequences that begin with
+    `min_tokens` tokens or more. kept_attentions, kept_mlps: the layers of the target whose blocks it has. agreement:
+    how often its next token was the target's, on calibration text. draft_length, tokens_per_step_time: what was
+    expected of it at best, draft tokens a round and tokens in the time of one target step of one token.
+    """
+
+    min_tokens: int = Field(ge=0)
+    kept_attentions: list[int]
+    kept_mlps: list[int]
+    agreement: float
+    draft_length: int = Field(gt=0)
+    tokens_per_step_time: float
+    engine: ModelEngine
+
+
 class File(_Record):
     size: int
     sha256: str
@@ -127,7 +143,8 @@ class File(_Record):
 
 class Manifest(_Record):
     """`fly.json`. `backend` is the name of what runs the engines, known or not to who reads it; `speculative` holds the
-    recipe's defaults for SpeculativeConfig; `files` are all that engines are loaded from."""
+    recipe's defaults for SpeculativeConfig; `self_drafts` are in the order of their min_tokens, which begin at 0;
+    `files` are all that engines are loaded from."""
 
     schema_version: int
     backend: str
@@ -139,11 +156,12 @@ class Manifest(_Record):
     speculative: dict[str, Any]
     target: ModelEngine
     draft: ModelEngine | None
+    self_drafts: list[SelfDraft] = []
     files: dict[FileName, File]
 
     @model_validator(mode="after")
     def _lists_what_it_loads(self) -> Self:
-        for engine in filter(None, (self.target, self.draft)):
+        for engine in filter(None, (self.target, self.draft, *(draft.engine for draft in self.self_drafts))):
             plugins = engine.tensorrt.plugin_library if engine.tensorrt else None
             for name in filter(None, (engine.model, plugins)):
                 if name not in self.files:

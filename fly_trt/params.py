@@ -44,8 +44,8 @@ class SpeculativeConfig(AcceptanceSettings):
     """How draft tokens are made, and by default accepted: the fields of AcceptanceParams are the requests' defaults.
 
     method: with a draft model "multi_level" (itself accelerated by n-gram lookup), "draft_model" or "hybrid" (copies
-    where there is a match); without one "ngram", "alignment" or "suffix"; None for plain decoding.
-    num_speculative_tokens: draft tokens per round; a request may ask for fewer.
+    where there is a match); without one "ngram", "alignment" or "suffix", or "self" (a draft made of the target when it
+    was built); None for plain decoding. num_speculative_tokens: draft tokens per round; a request may ask for fewer.
     prompt_lookup_max and _min: longest and shortest n-gram to match; prompt_lookup_num_tokens: tokens that a match
     proposes to the draft model under "multi_level" (under "ngram" it proposes up to num_speculative_tokens).
     suffix_corpus_tokens: how many tokens of earlier outputs "suffix" keeps to copy from, for all requests of an engine,
@@ -60,10 +60,12 @@ class SpeculativeConfig(AcceptanceSettings):
     adaptive_acceptance: with "fly" and a draft model, a request opens FLy's windows where its own windows pay, and is
     decoded exactly for a while where they do not; False is the published rule, which always opens them.
     draft_stop: the rule that ends a draft model's draft early, "adasd", "confidence", "adaedl", or "none", with its
-    draft_stop_threshold: see drafting.stops. It comes on top of adaptive_draft_length.
+    draft_stop_threshold: see drafting.stops. It comes on top of adaptive_draft_length; None means "confidence" for
+    "self", and "none" otherwise.
     draft_token_cost, verification_token_cost: what windows are decided by, a draft token and each further token of a
     target step, in target steps of one token; None means as measured when the engine was built.
-    acceptance None: "fly" with a draft model; "exact" for n-gram drafts, of which a loosened one costs accuracy.
+    acceptance None: "fly" with a draft model; "exact" for n-gram drafts, of which a loosened one costs accuracy, and
+    for drafts made of the target.
     """
 
     method: str | None = "multi_level"
@@ -91,6 +93,8 @@ class SpeculativeConfig(AcceptanceSettings):
         if self.acceptance is None:
             usual = DEFAULT_ACCEPTANCE if self.method is None else DRAFTERS[self.method].acceptance
             object.__setattr__(self, "acceptance", usual)
+        if self.draft_stop is None and self.method is not None:
+            object.__setattr__(self, "draft_stop", DRAFTERS[self.method].draft_stop)
         for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_num_tokens", "hybrid_min_match"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("prompt_lookup_max", self.prompt_lookup_max, self.prompt_lookup_min)

@@ -119,3 +119,11 @@ def weak_engine(build_once: BuildOnce) -> Path:
 def target_only_engine(build_once: BuildOnce) -> Path:
     """The demo target without a draft, in int8."""
     return build_once("target", lambda path: _build(path, quantization="int8"))
+
+
+@pytest.fixture(scope="session")
+def self_engine(build_once: BuildOnce) -> Path:
+    """The demo target in float32 with drafts made of itself, one of them for sequences that begin with 100 tokens."""
+    times = {"attention": 1.0, "attention_per_1000_tokens": 20.0, "mlp": 1.5, "head": 1.0, "further_token": 0.01}
+    settings = {"contexts": [64, 100], "step_times": times}
+    return build_once("self", lambda path: _build(path, self_draft=settings))

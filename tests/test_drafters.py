@@ -26,7 +26,7 @@ def plain(demo_engine: Path) -> list[list[int]]:
         return texts(llm, PROMPTS, SamplingParams(max_tokens=MAX_TOKENS))
 
 
-@pytest.fixture(scope="module", params=[*DRAFTERS])
+@pytest.fixture(scope="module", params=[name for name, kind in DRAFTERS.items() if not kind.needs_self_draft])
 def method(request: pytest.FixtureRequest) -> str:
     return request.param
 

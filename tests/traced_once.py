@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import onnx_ir as ir
@@ -27,15 +27,17 @@ def export_once(
     *,
     dtype: torch.dtype = torch.float32,
     attention: AttentionForm = "lengths",
+    skipped: Collection[int] = (),
 ) -> DecoderGraph:
     """What export_decoder returns, each time a graph of its own: finishing it changes it."""
     fields = checkpoint.config.to_dict()
     fields.pop("_name_or_path", None)  # where it was read from
-    key = json.dumps([fields, max_seq_len, str(dtype), attention], sort_keys=True, default=str)
+    key = json.dumps([fields, max_seq_len, str(dtype), attention, sorted(skipped)], sort_keys=True, default=str)
     path = Path(os.environ[FOLDER]) / f"{hashlib.sha256(key.encode()).hexdigest()}.onnx"
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
-            _save(export_decoder(checkpoint, max_seq_len, dtype=dtype, attention=attention), path)
+            decoder = export_decoder(checkpoint, max_seq_len, dtype=dtype, attention=attention, skipped=skipped)
+            _save(decoder, path)
     return _load(path)
 
 

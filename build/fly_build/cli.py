@@ -28,8 +28,16 @@ Examples:
   fly-build demo --quantization int8 -o engines/pair-int8
   fly-build demo --backend tensorrt --dtype float16 -o engines/demo-rtx
   fly-build --target ./checkpoint -o engines/single        # n-gram or plain decoding
+  fly-build --target ./checkpoint --self-draft --contexts 512,4096 -o engines/self
   fly-build demo --dry-run
 """
+
+
+def _numbers(context: click.Context, option: click.Parameter, value: str | None) -> list[int] | None:
+    try:
+        return None if value is None else [int(number) for number in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: expected numbers of tokens such as 512,4096") from None
 
 
 @command("fly-build", epilog=EXAMPLES, when_interrupted="interrupted, nothing was written")
@@ -38,6 +46,9 @@ Examples:
 @click.option("--target-revision", metavar="REV", help="Hub revision of the target.")
 @click.option("--draft", metavar="CKPT", help="Draft checkpoint. Without one: n-gram or plain decoding.")
 @click.option("--draft-revision", metavar="REV", help="Hub revision of the draft.")
+@click.option("--self-draft", is_flag=True, help="A draft of some of the target's own layers, with its weights.")
+@click.option("--calibrate", metavar="FILE", help="Of a self-draft: text, or JSON Lines of prompts. [built in]")
+@click.option("--contexts", metavar="N,N", callback=_numbers, help="Of a self-draft: tokens to choose one for. [512]")
 @click.option("--backend", type=click.Choice(tuple(BACKENDS)), help="[onnxruntime]")
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), help=f"Type of the weights. [{DEFAULT_DTYPES}]")
 @click.option("--quantization", type=click.Choice(get_args(Quantization)), help="Of the linear layers. [none]")
@@ -103,6 +114,12 @@ def _run(
         click.echo(manifest.model_dump_json(indent=2))
         return
     Console().print(_summary(manifest))
+    for draft in manifest.self_drafts:
+        click.echo(
+            f"self-draft from {draft.min_tokens} tokens: {len(draft.kept_attentions)} attentions and "
+            f"{len(draft.kept_mlps)} MLPs of {manifest.target.num_layers} layers, agrees in {draft.agreement:.1%} of "
+            f"tokens, expected {draft.tokens_per_step_time:.2f} of plain decoding's speed"
+        )
     click.echo(f"{plan.output} is ready after {time.perf_counter() - started:.1f} s")
 
 
@@ -153,6 +170,14 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         f"max_batch_size {limits.max_batch_size} (slots), max_seq_len {limits.max_seq_len}, "
         f"max_draft_len {limits.max_draft_len}, stop tokens {plan.head.stop_token_ids}"
     )
+    if (settings := plan.recipe.self_draft) is not None:
+        from fly_build.self_draft import contexts_of
+
+        contexts = ", ".join(map(str, contexts_of(settings, limits)))
+        click.echo(
+            f"self-draft at contexts of {contexts} tokens, calibrated on {settings.calibrate or 'the built-in text'}: "
+            "blocks of the target, without weights of their own; KV cache at most the target's"
+        )
 
 
 def _summary(manifest: Manifest) -> Table:

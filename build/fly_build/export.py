@@ -8,13 +8,14 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 import torch
 
+from fly_build.blocks import drop_silent, kept_attentions, num_blocks, silence
 from fly_build.checkpoint import LENGTH_DEPENDENT_ROPE, Checkpoint
 from fly_build.operators import OPSET_VERSION, AttentionForm, onnx_operators, trace_step
 from fly_trt.errors import CheckpointError
@@ -62,8 +63,11 @@ def export_decoder(
     *,
     dtype: torch.dtype = torch.float32,
     attention: AttentionForm = "lengths",
+    skipped: Collection[int] = (),
 ) -> DecoderGraph:
     """Traces the decoder. Inputs input_ids, write_indices, past_key.i, past_value.i; outputs logits and present_*.
+    Without the blocks `skipped` (blocks.py): i then counts the attentions that are left, and parameters that nothing
+    reads any more are among those that wait for values.
 
     `max_seq_len` decides whether a sliding window can ever be outgrown, `dtype` is that of arithmetic, parameters and
     cache (norms and softmax stay float32). Raises CheckpointError when torch cannot export the model.
@@ -73,10 +77,12 @@ def export_decoder(
             f"{checkpoint.name}: positions beyond {checkpoint.max_seq_len} are not supported, "
             f"asked for max_seq_len {max_seq_len}: use --max-seq-len {checkpoint.max_seq_len} or less"
         )
-    model = checkpoint.empty_model if dtype == torch.float32 else checkpoint.make_empty_model(dtype)
+    is_shared = dtype == torch.float32 and not skipped
+    model = checkpoint.empty_model if is_shared else checkpoint.make_empty_model(dtype)
+    silence(model, skipped)
     parameters = dict(model.state_dict(keep_vars=True).items())
     names = list(parameters)
-    num_layers = checkpoint.config.num_hidden_layers
+    num_layers = len(kept_attentions(num_blocks(checkpoint), skipped))
     cache_shape = (2, checkpoint.num_kv_heads, 64, checkpoint.head_dim)
     past = [torch.zeros(cache_shape, dtype=dtype) for _ in range(2 * num_layers)]
     batch, length, slot = (torch.export.Dim(name) for name in ("B", "T", "S"))
@@ -99,7 +105,9 @@ def export_decoder(
                 f"{checkpoint.name}: torch cannot export {checkpoint.architecture}: {reason}"
             ) from error
     assert program is not None
-    return _name_contract(program.model, names, num_layers)
+    decoder = _name_contract(program.model, names, num_layers)
+    drop_silent(decoder.model)
+    return decoder
 
 
 def _name_contract(model: ir.Model, names: list[str], num_layers: int) -> DecoderGraph:

@@ -13,7 +13,7 @@ import numpy as np
 
 from fly_trt.engines import Engine, load_engine
 from fly_trt.engines.base import Step
-from fly_trt.manifest import Manifest
+from fly_trt.manifest import Manifest, ModelEngine
 
 CACHED_TOKENS = 200
 VERIFIED_TOKENS = 16
@@ -26,36 +26,68 @@ GPU_VERIFICATION_TOKEN_COST = 0.01
 def estimate_costs(manifest: Manifest) -> tuple[float, float]:
     """draft_token_cost and verification_token_cost from the sizes of the weights, for engines of a GPU, which the
     machine that builds them may not have."""
-    assert manifest.draft is not None
-    ratio = manifest.draft.source.num_parameters / manifest.target.source.num_parameters
+    ratio = _draft(manifest).source.num_parameters / manifest.target.source.num_parameters
     return ratio, GPU_VERIFICATION_TOKEN_COST
 
 
 def measure_costs(manifest: Manifest, directory: Path) -> tuple[float, float]:
     """draft_token_cost and verification_token_cost from the fastest of each kind of step, since other work on the
     machine only adds to them."""
-    assert manifest.draft is not None
-    engines = [load_engine(directory, manifest, model, num_slots=1) for model in (manifest.target, manifest.draft)]
+    models = (manifest.target, _draft(manifest))
+    engines = [load_engine(directory, manifest, model, num_slots=1) for model in models]
     try:
         cached = min(CACHED_TOKENS, manifest.limits.max_seq_len - VERIFIED_TOKENS)
         verified = min(VERIFIED_TOKENS, manifest.limits.max_num_tokens)
         target, draft = engines
-        kinds = [(target, 1, 1), (target, verified, 1), (draft, 1, DRAFT_TOKENS)]
-        steps = [_prepared(engine, num_tokens, cached) for engine, num_tokens, _ in kinds]
-        fastest = [math.inf] * len(kinds)
-        began, num_rounds = time.perf_counter(), 0
-        while num_rounds < MIN_ROUNDS or (num_rounds < MAX_ROUNDS and time.perf_counter() - began < SECONDS):
-            num_rounds += 1
-            for kind, ((engine, _, count), step) in enumerate(zip(kinds, steps, strict=True)):
-                started = time.perf_counter()
-                for _ in range(count):
-                    engine.run(step)
-                fastest[kind] = min(fastest[kind], (time.perf_counter() - started) / count)
-        single, several, drafted = fastest
-        return drafted / single, max(0.0, several / single - 1) / max(1, verified - 1)
+        single, several, drafted = _fastest(
+            [
+                (target, _prepared(target, 1, cached), 1),
+                (target, _prepared(target, verified, cached), 1),
+                (draft, _prepared(draft, 1, cached), DRAFT_TOKENS),
+            ]
+        )
+        return drafted / single, _further_token(single, several, verified)
     finally:
         for engine in engines:
             engine.close()
+
+
+def measure_target_steps(manifest: Manifest, directory: Path, contexts: list[int]) -> tuple[list[float], float]:
+    """Seconds of a target step of one token behind so many cached tokens, for contexts in rising order, since a step's
+    cost follows the longest sequence so far; and what each further token of a step adds at the first of them, in steps
+    of one token."""
+    target = load_engine(directory, manifest, manifest.target, num_slots=1)
+    try:
+        verified = min(VERIFIED_TOKENS, manifest.limits.max_num_tokens)
+        cached = [min(context, manifest.limits.max_seq_len - verified) for context in contexts]
+        first, several = _fastest([(target, _prepared(target, count, cached[0]), 1) for count in (1, verified)])
+        others = [_fastest([(target, _prepared(target, 1, count), 1)])[0] for count in cached[1:]]
+        return [first, *others], _further_token(first, several, verified)
+    finally:
+        target.close()
+
+
+def _draft(manifest: Manifest) -> ModelEngine:
+    """The draft model, or the self-draft that most sequences begin with."""
+    return manifest.draft or manifest.self_drafts[0].engine
+
+
+def _fastest(kinds: list[tuple[Engine, Step, int]]) -> list[float]:
+    """Seconds of each kind of step, which runs so many times in a row."""
+    fastest = [math.inf] * len(kinds)
+    began, num_rounds = time.perf_counter(), 0
+    while num_rounds < MIN_ROUNDS or (num_rounds < MAX_ROUNDS and time.perf_counter() - began < SECONDS):
+        num_rounds += 1
+        for kind, (engine, step, count) in enumerate(kinds):
+            started = time.perf_counter()
+            for _ in range(count):
+                engine.run(step)
+            fastest[kind] = min(fastest[kind], (time.perf_counter() - started) / count)
+    return fastest
+
+
+def _further_token(single: float, several: float, num_tokens: int) -> float:
+    return max(0.0, several / single - 1) / max(1, num_tokens - 1)
 
 
 def _prepared(engine: Engine, num_tokens: int, cached: int) -> Step:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+import torch
 
 from fly_build.checkpoint import Checkpoint
 from fly_build.export import DecoderGraph, export_decoder
@@ -25,17 +26,23 @@ ALIGNMENT = 64
 BITS_PER_WEIGHT = {"int8": 8.0, "int4": 5.0}
 BITS_PER_PROJECTION_WEIGHT = {"int8": 8.0, "int4": 9.0}
 
+Tensors = dict[str, torch.Tensor]
+"""The parameters of a checkpoint, by name."""
+
 Report = Callable[[str, float], None]
 """Is told the name of a step and which fraction of it is done."""
 
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """One engine to build: `folder` is its place in the engine directory."""
+    """One engine to build: `folder` is its place in the engine directory; a draft made of the target leaves out the
+    blocks `skipped` (blocks.py) and lies beside it, under `name`."""
 
     folder: str
     checkpoint: Checkpoint
     engine: ModelEngine
+    skipped: tuple[int, ...] = ()
+    name: str = ""
 
     def weight_bytes(self) -> int:
         """Size of the stored weights; embeddings, norms and mixtures' experts stay unquantised."""
@@ -69,7 +76,7 @@ class ModelBuild:
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[Callable[[float], None]]:
         """Reports the begin and the end of a step, and in between what the function is told, as a fraction."""
-        name = f"{self.model.folder}: {name}"
+        name = f"{self.model.name or self.model.folder}: {name}"
         self.report(name, 0.0)
         yield lambda fraction: self.report(name, fraction)
         self.report(name, 1.0)
@@ -77,7 +84,8 @@ class ModelBuild:
     def export(self, compute_dtype: Dtype, attention: AttentionForm) -> DecoderGraph:
         """The decoder without a head. Raises CheckpointError when it cannot be traced."""
         dtype, _ = DTYPES[compute_dtype]
-        return export_decoder(self.model.checkpoint, self.limits.max_seq_len, dtype=dtype, attention=attention)
+        model, longest = self.model, self.limits.max_seq_len
+        return export_decoder(model.checkpoint, longest, dtype=dtype, attention=attention, skipped=model.skipped)
 
     def append_head(self, decoder: DecoderGraph, form: HeadForm) -> None:
         append_head(decoder.model, self.head.entropy_top_k, self.head.stop_token_ids, form=form)
@@ -88,14 +96,7 @@ class ModelBuild:
         with self.step("load weights"):
             tensors = checkpoint.load_weights()
             check_values(checkpoint.name, tensors, DTYPES[engine.dtype][0])
-        writer = WeightWriter(
-            graph=decoder.model.graph,
-            tensors=tensors,
-            dtype=engine.dtype,
-            quantization=engine.quantization,
-            compute_dtype=compute_dtype,
-        )
-        writer.attach(decoder.parameters)
+        self._attach(decoder, tensors, compute_dtype)
         with self.step("write weights") as advance:
             ir.save(
                 decoder.model,
@@ -107,5 +108,37 @@ class ModelBuild:
                 callback=lambda _, progress: advance((progress.index + 1) / progress.total),
                 max_workers=1,
             )
+        return self._with_parameters(tensors)
+
+    def save_sharing(self, decoder: DecoderGraph, tensors: Tensors, compute_dtype: Dtype, owner: Path) -> ModelEngine:
+        """Writes the graph with the weights of the graph `owner` beside it, which has all of them, as external data."""
+        used = {name: tensors[name] for name, value in decoder.parameters.items() if value.uses()}
+        self._attach(decoder, tensors, compute_dtype)
+        stored = ir.load(owner).graph.initializers
+        for name, value in decoder.model.graph.initializers.items():
+            weight = stored[name].const_value if name in stored else None
+            if isinstance(weight, ir.ExternalTensor):
+                assert value.const_value is not None
+                assert (weight.dtype, weight.shape) == (value.const_value.dtype, value.const_value.shape), name
+                value.const_value = weight
+            else:
+                assert value.const_value is not None
+                assert value.const_value.nbytes <= INLINE_BYTES, f"{name} is not among the weights of {owner.name}"
+        ir.save(decoder.model, self.path)
+        return self._with_parameters(used)
+
+    def _attach(self, decoder: DecoderGraph, tensors: Tensors, compute_dtype: Dtype) -> None:
+        engine = self.model.engine
+        writer = WeightWriter(
+            graph=decoder.model.graph,
+            tensors=tensors,
+            dtype=engine.dtype,
+            quantization=engine.quantization,
+            compute_dtype=compute_dtype,
+        )
+        writer.attach(decoder.parameters)
+
+    def _with_parameters(self, tensors: Tensors) -> ModelEngine:
+        engine = self.model.engine
         source = engine.source.model_copy(update={"num_parameters": count_parameters(tensors)})
         return engine.model_copy(update={"source": source})

@@ -104,7 +104,7 @@ def _attention(
         assert attention_mask is not None
         query = (query.float() * scale).to(query.dtype)  # TensorRT would scale the whole key cache in every step
         if softcap:
-            output = _written_out_attention(query, key, value, attention_mask, float(softcap))
+            output = written_out_attention(query, key, value, attention_mask, float(softcap))
         else:
             output = _attention_operator(query, key, value, attention_mask, None, {"scale": 1.0})
     return output.transpose(1, 2).contiguous(), None
@@ -128,16 +128,18 @@ def _attention_operator(
     )
 
 
-def _written_out_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, softcap: float
+def written_out_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, softcap: float | None
 ) -> torch.Tensor:
-    """Attention with a soft cap of standard operators; the softmax in float32. Query heads that share a key-value head
-    get a dimension of their own, so that keys and values are broadcast, not repeated."""
+    """Attention of a scaled query, with a soft cap or without, of standard operators; the softmax in float32. Query
+    heads that share a key-value head get a dimension of their own, so that keys and values are broadcast, not repeated.
+    """
     batch, num_heads, length, head_dim = query.shape
     num_kv_heads = key.shape[1]
     grouped = query.reshape(batch, num_kv_heads, num_heads // num_kv_heads, length, head_dim)
     scores = torch.matmul(grouped, key[:, :, None].transpose(-1, -2)).float()
-    scores = softcap * torch.tanh(scores / softcap)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = torch.where(mask[:, :, None], scores, torch.finfo(torch.float32).min)
     weights = torch.softmax(scores, dim=-1).to(value.dtype)
     return torch.matmul(weights, value[:, :, None]).reshape(batch, num_heads, length, head_dim)

@@ -1,4 +1,4 @@
-"""The build: plan -> models -> tokenizer -> manifest -> costs.
+"""The build: plan -> models -> tokenizer -> manifest -> self-drafts -> costs.
 
 It knows checkpoints, tokenizers and the engine directory, which comes to be in a temporary folder that is renamed into
 place last. How a model becomes files is its backend's to know.
@@ -13,6 +13,7 @@ from fly_build.backends import BACKENDS, Backend
 from fly_build.checkpoint import Checkpoint, check_same_tokenizer, open_checkpoint, stop_token_ids
 from fly_build.model_build import ModelBuild, ModelPlan, Report
 from fly_build.schema import Recipe
+from fly_build.self_draft import add_self_drafts, check_self_draft
 from fly_build.tokenizer import save_tokenizer, warn_of_tokens_without_embedding
 from fly_trt.errors import ConfigError
 from fly_trt.files import new_directory
@@ -70,6 +71,8 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
         raise ConfigError(
             f"max_seq_len {limits.max_seq_len}: the checkpoints support {longest}: use --max-seq-len {longest}"
         )
+    if recipe.self_draft is not None:
+        check_self_draft(recipe.self_draft, target, limits)
     smallest = min(checkpoint.config.vocab_size for checkpoint in checkpoints.values())
     if recipe.entropy_top_k > smallest:
         raise ConfigError(f"entropy_top_k {recipe.entropy_top_k}: the vocabulary has {smallest} tokens: use 3")
@@ -136,6 +139,8 @@ def _finish(plan: Plan, engines: dict[str, ModelEngine], workspace: Path, report
         files=hash_directory(workspace),
     )
     report("tokenizer and manifest", 1.0)
+    if (settings := plan.recipe.self_draft) is not None:
+        manifest = add_self_drafts(manifest, settings, target, plan.backend, workspace, report)
     manifest = add_costs(manifest, workspace, report)
     write_manifest(manifest, workspace)
     return manifest
@@ -145,7 +150,8 @@ def add_costs(manifest: Manifest, directory: Path, report: Report) -> Manifest:
     """The manifest with draft_token_cost and verification_token_cost among its speculative defaults, where they are not
     given."""
     given = {name: manifest.speculative[name] for name in COSTS if manifest.speculative.get(name) is not None}
-    if manifest.draft is None or len(given) == len(COSTS):
+    has_draft = manifest.draft is not None or manifest.self_drafts
+    if not has_draft or len(given) == len(COSTS):
         return manifest
     report("measure", 0.0)
     costs = BACKENDS[manifest.backend].step_costs(manifest, directory)

@@ -16,6 +16,7 @@ from fly_trt.errors import ConfigError
 from fly_trt.params import SpeculativeConfig
 from fly_trt.verification import HeadInfo
 
+SELF_DRAFT_FIELDS = ("calibrate", "contexts")
 RECIPES = Path(__file__).resolve().parents[2] / "engines" / "recipes"
 
 
@@ -34,10 +35,11 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
                     f"{role}_revision {overrides[f'{role}_revision']!r}: no {role} checkpoint: give --{role}"
                 )
             content[role]["revision"] = overrides[f"{role}_revision"]
+    _override_self_draft(content, overrides)
     content |= {
         k: v
         for k, v in overrides.items()
-        if v is not None and k in Recipe.model_fields and k not in ("target", "draft")
+        if v is not None and k in Recipe.model_fields and k not in ("target", "draft", "self_draft")
     }
     if "target" not in content:
         raise ConfigError("no target checkpoint: give --target CHECKPOINT or a recipe file")
@@ -50,6 +52,8 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
     if recipe.backend not in BACKENDS:
         known = " or ".join(map(repr, BACKENDS))
         raise ConfigError(f"{path or 'flags'}: backend: Input should be {known}, got {recipe.backend!r}")
+    if recipe.self_draft is not None and recipe.draft is not None:
+        raise ConfigError("self_draft: the target drafts for itself where there is no draft: leave out one of the two")
     speculative = SpeculativeConfig.from_dict(recipe.speculative)
     speculative.policy(HeadInfo(vocab_size=2, entropy_top_k=recipe.entropy_top_k, has_top_tokens=True))
     _check_backend(recipe)
@@ -66,8 +70,28 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
+def _override_self_draft(content: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """`self_draft` is a flag, or the settings that the recipe's has; the other flags are fields of them."""
+    asked = overrides.get("self_draft")
+    fields = {name: overrides[name] for name in SELF_DRAFT_FIELDS if overrides.get(name) is not None}
+    if isinstance(asked, Mapping):
+        content["self_draft"] = dict(asked)
+    elif asked:
+        content["self_draft"] = content.get("self_draft") or {}
+    if fields and not isinstance(content.get("self_draft"), dict):
+        raise ConfigError(f"{next(iter(fields))}: belongs to a self-draft: add --self-draft")
+    if fields:
+        content["self_draft"] |= fields
+
+
 def _check_backend(recipe: Recipe) -> None:
     BACKENDS[recipe.backend].check(recipe)
+    if recipe.self_draft is not None and not BACKENDS[recipe.backend].shares_weights:
+        able = " or ".join(name for name, backend in BACKENDS.items() if backend.shares_weights)
+        raise ConfigError(
+            f"self_draft: engines of backend {recipe.backend} hold their own weights, so that the target's would be "
+            f"there twice: use --backend {able}, or --draft"
+        )
     for name, backend in BACKENDS.items():
         for field in backend.own_fields:
             if name != recipe.backend and getattr(recipe, field) is not None:
@@ -91,10 +115,13 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _resolve_local(content: dict[str, Any], folder: Path) -> None:
-    """A checkpoint that starts with a dot is relative to the recipe file."""
+    """A checkpoint or a file that starts with a dot is relative to the recipe file."""
     for role in ("target", "draft"):
         source = content.get(role)
         if isinstance(source, str):
             source = content[role] = {"checkpoint": source}
         if isinstance(source, dict) and str(source.get("checkpoint", "")).startswith("."):
             source["checkpoint"] = str((folder / source["checkpoint"]).resolve())
+    settings = content.get("self_draft")
+    if isinstance(settings, dict) and str(settings.get("calibrate", "")).startswith("."):
+        settings["calibrate"] = str((folder / settings["calibrate"]).resolve())

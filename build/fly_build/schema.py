@@ -1,6 +1,6 @@
 """What a recipe says: its fields, their types and defaults. Whether they go together is recipe.py's to check."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,9 +14,36 @@ class ModelSource(BaseModel):
     revision: str | None = None
 
 
+class StepTimes(BaseModel):
+    """What the parts of a target step of one token take, in any one unit: one attention (and what each 1,000 tokens in
+    the cache add), one MLP, the vocabulary projection with what else every step has; and what each further token of a
+    step adds, in steps of one token."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    attention: float = Field(gt=0)
+    attention_per_1000_tokens: float = Field(default=0.0, ge=0)
+    mlp: float = Field(gt=0)
+    head: float = Field(default=0.0, ge=0)
+    further_token: float = Field(default=0.0, ge=0)
+
+
+class SelfDraftSettings(BaseModel):
+    """A draft made of the target's own layers. calibrate: a file of text, None for the built-in one; contexts: tokens,
+    one draft is chosen for each, None means 512 or half of max_seq_len; step_times: None means measured on the machine
+    that builds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    calibrate: str | None = None
+    contexts: list[Annotated[int, Field(gt=0)]] | None = Field(default=None, min_length=1)
+    step_times: StepTimes | None = None
+
+
 class Recipe(BaseModel):
     """One engine directory. `backend` is a name of fly_build.backends.BACKENDS; `max_seq_len` None means what both
-    checkpoints support, at most 8192 tokens; `dtype` None means the backend's default.
+    checkpoints support, at most 8192 tokens; `dtype` None means the backend's default; `self_draft` is instead of
+    `draft`.
 
     Of TensorRT alone: which of its two libraries (None: the first that is installed), the plugin library whose kernels
     the head shall use (None: the graph's own functions), and where kernel timings are kept between builds.
@@ -27,6 +54,7 @@ class Recipe(BaseModel):
     name: str = ""
     target: ModelSource
     draft: ModelSource | None = None
+    self_draft: SelfDraftSettings | None = None
     backend: str = "onnxruntime"
     dtype: Dtype | None = None
     quantization: Quantization = "none"

@@ -20,6 +20,7 @@ from fly_trt.drafting.base import (
 from fly_trt.drafting.hybrid import HybridDrafter, hybrid
 from fly_trt.drafting.model import Lookup, ModelDrafter, draft_model, multi_level
 from fly_trt.drafting.ngram import NgramDrafter, ngram
+from fly_trt.drafting.self_draft import self_draft
 from fly_trt.drafting.stops import DRAFT_STOPS, NO_STOP, DraftStop
 from fly_trt.drafting.suffix import SuffixDrafter, suffix
 
@@ -32,6 +33,16 @@ DRAFTERS: dict[str, DrafterKind] = {
     "alignment": DrafterKind(alignment, needs_draft_model=False, acceptance="exact"),
     "suffix": DrafterKind(suffix, needs_draft_model=False, acceptance="exact"),
     "hybrid": DrafterKind(hybrid, needs_draft_model=True, acceptance="fly", has_scores=True),
+    # What it does not share with the target is what was left out of it, so that its other tokens are mistakes rather
+    # than alternatives.
+    "self": DrafterKind(
+        self_draft,
+        needs_draft_model=False,
+        acceptance="exact",
+        has_scores=True,
+        needs_self_draft=True,
+        draft_stop="confidence",
+    ),
 }
 
 __all__ = [

@@ -192,11 +192,13 @@ class DraftSettings(Protocol):
 class DraftParts:
     """What a drafter can be made of. load_draft_model: the engine of the draft model, loaded at the first call; raises
     EngineError where none was built. target_vocab_size: rows of the target's embedding table. reuse_cache: a sequence
-    may start from what a slot's cache still holds of its prefix."""
+    may start from what a slot's cache still holds of its prefix. load_self_drafts: the same for drafts made of the
+    target, each with the length of sequence from which on it is used; the first one's is 0."""
 
     load_draft_model: Callable[[], Engine]
     target_vocab_size: int
     reuse_cache: bool
+    load_self_drafts: Callable[[], Sequence[tuple[int, Engine]]] = tuple
 
 
 MakeDrafter = Callable[[DraftSettings, DraftParts], Drafter]
@@ -204,13 +206,16 @@ MakeDrafter = Callable[[DraftSettings, DraftParts], Drafter]
 
 @dataclass(frozen=True, slots=True)
 class DrafterKind:
-    """A line of the table of drafters. acceptance: which policy its drafts get where nobody says. has_scores: a model
-    chooses its drafts, or some of them, so that they may be ended by what it says of them."""
+    """A line of the table of drafters. needs_draft_model, needs_self_draft: engines that must have been built.
+    acceptance: which policy its drafts get where nobody says. has_scores: a model chooses its drafts, or some of them,
+    so that they may be ended by what it says of them; draft_stop: by which rule where nobody says."""
 
     make: MakeDrafter
     needs_draft_model: bool
     acceptance: str
     has_scores: bool = False
+    needs_self_draft: bool = False
+    draft_stop: str | None = None
 
 
 def common_prefix(held: IntArray, tokens: IntArray, known: int = 0) -> int:

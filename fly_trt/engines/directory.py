@@ -1,4 +1,4 @@
-"""An engine directory in memory: manifest, tokenizer, and the engines of target and draft, each loaded when first used.
+"""An engine directory in memory: manifest, tokenizer, and engines of target and drafts, each loaded when first used.
 
 A service loads its own, or is given a `LoadedEngines` that others have too: a pair that fills a GPU is then there once,
 whatever the number of ways in which it is served. This module knows files and slots; it knows nothing of requests.
@@ -20,10 +20,10 @@ from fly_trt.engines import Engine, find_backend, load_engine
 from fly_trt.engines.fork import HomeProcess, let_children_exit
 from fly_trt.engines.turn import Turn
 from fly_trt.errors import ConfigError, EngineError
-from fly_trt.manifest import Manifest, read_manifest
+from fly_trt.manifest import Manifest, ModelEngine, read_manifest
 from fly_trt.text.tokenizer import load_tokenizer
 
-Role = Literal["target", "draft"]
+Role = Literal["target", "draft", "self_draft"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,8 +61,8 @@ class LoadedEngines:
     Shutting one down leaves the engines to the others; `close` releases them, after the last one was shut down.
 
     The settings are those of EngineSettings; whoever shares the engines may use fewer than max_batch_size slots.
-    `load_seconds` has the time that each engine took. Raises EngineError for a directory that cannot be used, and
-    ConfigError for a setting that cannot be.
+    `load_seconds` has the time that each engine took, the self-drafts together. Raises EngineError for a directory that
+    cannot be used, and ConfigError for a setting that cannot be.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class LoadedEngines:
         self.turn = Turn()
         self._home = HomeProcess("engines")
         self._settings: dict[str, Any] = {"num_threads": wanted.num_threads, "device_id": wanted.device_id}
-        self._engines: dict[Role, Engine] = {}
+        self._engines: dict[str, Engine] = {}  # by model file
         # Also when the interpreter ends without a close(), and then after the threads that use them.
         self._finalizer = weakref.finalize(self, _close_all, self._engines, self._home)
 
@@ -104,6 +104,14 @@ class LoadedEngines:
     def draft(self) -> Engine:
         """Raises EngineError for a directory without a draft."""
         return self._engine("draft")
+
+    @property
+    def self_drafts(self) -> list[tuple[int, Engine]]:
+        """Drafts made of the target, each with the tokens from which on it is used, in that order; several may be one
+        engine. Raises EngineError for a directory without any."""
+        if not (drafts := self.manifest.self_drafts):
+            raise EngineError(f"{self.directory}: built without a self-draft: rebuild with --self-draft")
+        return [(draft.min_tokens, self._load("self_draft", draft.engine)) for draft in drafts]
 
     def close(self) -> None:
         """Releases the engines. Safe to call twice, and in a forked process, which has none."""
@@ -121,23 +129,26 @@ class LoadedEngines:
     ) -> None:
         self.close()
 
-    def _engine(self, role: Role) -> Engine:
+    def _engine(self, role: Literal["target", "draft"]) -> Engine:
+        model = getattr(self.manifest, role)
+        if model is None:
+            raise EngineError(f"{self.directory}: built without a {role}: rebuild with --{role}")
+        return self._load(role, model)
+
+    def _load(self, role: Role, model: ModelEngine) -> Engine:
         self._home.check()
         if not self._finalizer.alive:
             raise ConfigError(f"{self.directory}: these engines were closed: load them again")
-        if role not in self._engines:
-            model = getattr(self.manifest, role)
-            if model is None:
-                raise EngineError(f"{self.directory}: built without a {role}: rebuild with --{role}")
+        if model.model not in self._engines:
             let_children_exit()
             started = time.perf_counter()
-            self._engines[role] = load_engine(
+            self._engines[model.model] = load_engine(
                 self.directory, self.manifest, model, num_slots=self.max_batch_size, **self._settings
             )
-            self.load_seconds[role] = time.perf_counter() - started
-        return self._engines[role]
+            self.load_seconds[role] = self.load_seconds.get(role, 0.0) + time.perf_counter() - started
+        return self._engines[model.model]
 
 
-def _close_all(engines: dict[Role, Engine], home: HomeProcess) -> None:
+def _close_all(engines: dict[str, Engine], home: HomeProcess) -> None:
     while engines and home.is_here:
         engines.popitem()[1].close()

@@ -114,10 +114,11 @@ def fit_to_shared(config: ServiceConfig, engines: LoadedEngines) -> ServiceConfi
 
 
 def _check_speculative_limits(config: SpeculativeConfig, manifest: Manifest) -> None:
-    if _needs_draft_model(config.method) and manifest.draft is None:
+    if config.method is not None and (missing := _missing_draft(config.method, manifest)) is not None:
+        what, flag = missing
         raise ConfigError(
-            f"method {config.method!r} needs a draft model and {manifest.name} was built without one: "
-            "use method='ngram' or rebuild with --draft"
+            f"method {config.method!r} needs a {what} and {manifest.name} was built without one: "
+            f"use method={_usual_method(manifest)!r} or rebuild with {flag}"
         )
     if config.method is not None and config.num_speculative_tokens > manifest.limits.max_draft_len:
         raise ConfigError(
@@ -146,15 +147,16 @@ def step_costs(manifest: Manifest, config: SpeculativeConfig) -> StepCosts | Non
 
 
 def resolve_speculative_config(manifest: Manifest, overrides: Mapping[str, Any]) -> SpeculativeConfig:
-    """The engine's defaults with `overrides` on top. Without a draft model the default is n-gram lookup, and the
-    default number of draft tokens is at most the engine's max_draft_len."""
+    """The engine's defaults with `overrides` on top. Without a draft model the default is a self-draft, without
+    one of these n-gram lookup, and the default number of draft tokens is at most the engine's max_draft_len."""
     limit = manifest.limits.max_draft_len
     settings = dict(manifest.speculative)
     if overrides.get("preset") not in (None, settings.get("preset", DEFAULT_PRESET)):
         for name in PRESET_SETTINGS:  # in the unit of the other preset
             settings.pop(name, None)
-    if manifest.draft is None and _needs_draft_model(settings.get("method", SpeculativeConfig().method)):
-        settings["method"] = next(name for name, kind in DRAFTERS.items() if not kind.needs_draft_model)
+    method = settings.get("method", SpeculativeConfig().method)
+    if method in DRAFTERS and _missing_draft(method, manifest) is not None:
+        settings["method"] = _usual_method(manifest)
     if limit == 0:
         settings["method"] = None
     wanted = settings.get("num_speculative_tokens", SpeculativeConfig().num_speculative_tokens)
@@ -166,5 +168,17 @@ def resolve_speculative_config(manifest: Manifest, overrides: Mapping[str, Any])
     return config
 
 
-def _needs_draft_model(method: Any) -> bool:
-    return method in tuple(DRAFTERS) and DRAFTERS[method].needs_draft_model
+def _missing_draft(method: str, manifest: Manifest) -> tuple[str, str] | None:
+    """What the method needs and was not built, and fly-build's flag for it."""
+    kind = DRAFTERS[method]
+    if kind.needs_draft_model and manifest.draft is None:
+        return "draft model", "--draft"
+    if kind.needs_self_draft and not manifest.self_drafts:
+        return "self-draft", "--self-draft"
+    return None
+
+
+def _usual_method(manifest: Manifest) -> str:
+    """The way to draft that makes the most of what was built."""
+    possible = [name for name in DRAFTERS if _missing_draft(name, manifest) is None]
+    return min(possible, key=lambda name: not (DRAFTERS[name].needs_draft_model or DRAFTERS[name].needs_self_draft))

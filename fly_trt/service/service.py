@@ -104,7 +104,9 @@ class Service:
             if own is not None:
                 raise ConfigError("drafter: has no effect with method None, which makes no drafts: leave out one")
             return None
-        parts = DraftParts(lambda: engines.draft, self.manifest.target.vocab_size, reuse_cache)
+        parts = DraftParts(
+            lambda: engines.draft, self.manifest.target.vocab_size, reuse_cache, lambda: engines.self_drafts
+        )
         make = DRAFTERS[config.method].make if own is None else own
         return make(config, parts) if callable(make) else make
 

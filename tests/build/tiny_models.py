@@ -128,7 +128,7 @@ class TinyPair:
 class Runner:
     """A graph with its cache; each step copies the cache, which costs nothing at this size."""
 
-    def __init__(self, path: Path, checkpoint: Checkpoint, batch_size: int = 2) -> None:
+    def __init__(self, path: Path, checkpoint: Checkpoint, batch_size: int = 2, num_layers: int | None = None) -> None:
         options = session_options()
         options.log_severity_level = SILENT_BELOW_ERROR  # TensorScatter warns about the copies
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -136,7 +136,7 @@ class Runner:
         noise = np.random.default_rng(1)
         self.cache = {
             f"past_{kind}.{layer}": 9 * noise.standard_normal(shape, np.float32)
-            for layer in range(checkpoint.config.num_hidden_layers)
+            for layer in range(num_layers or checkpoint.config.num_hidden_layers)
             for kind in ("key", "value")
         }
 

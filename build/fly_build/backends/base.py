@@ -14,7 +14,7 @@ from fly_build.schema import Recipe
 from fly_trt.manifest import Dtype, Limits, Manifest, ModelEngine
 
 if TYPE_CHECKING:
-    from fly_build.model_build import ModelBuild
+    from fly_build.model_build import ModelBuild, Tensors
 
 LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -23,12 +23,14 @@ class Backend(ABC):
     """One build for one backend.
 
     default_dtype: of the stored weights, where a recipe has none. own_fields: fields of the recipe that mean nothing to
-    any other backend. model_file: the file that the runtime loads, in the folder of its model.
+    any other backend. model_file: the file that the runtime loads, in the folder of its model. shares_weights: several
+    models can read one weight file.
     """
 
     default_dtype: ClassVar[Dtype]
     own_fields: ClassVar[tuple[str, ...]] = ()
     model_file: ClassVar[str]
+    shares_weights: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -55,6 +57,11 @@ class Backend(ABC):
     @abstractmethod
     def build_model(self, build: "ModelBuild") -> ModelEngine:
         """Writes one model into its folder, which exists, and returns its record in the manifest."""
+
+    def build_sharing(self, build: "ModelBuild", target: ModelEngine, tensors: "Tensors") -> ModelEngine:
+        """Writes a model of some of the target's blocks, whose weights, `tensors`, are those in the target's file. For
+        backends that can (`shares_weights`)."""
+        raise NotImplementedError(type(self).__name__)
 
     def library_versions(self) -> dict[str, str]:
         """Of what the engines are made with, by distribution name."""

@@ -10,12 +10,14 @@ from fly_build.schema import Recipe
 from fly_trt.manifest import Dtype, Manifest, ModelEngine
 
 if TYPE_CHECKING:
-    from fly_build.model_build import ModelBuild
+    from fly_build.export import DecoderGraph
+    from fly_build.model_build import ModelBuild, Tensors
 
 
 class OnnxRuntimeBackend(Backend):
     default_dtype = "float32"
     model_file = "model.onnx"
+    shares_weights = True
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
@@ -26,6 +28,12 @@ class OnnxRuntimeBackend(Backend):
         return "float32"
 
     def build_model(self, build: "ModelBuild") -> ModelEngine:
+        return build.save_graph(self._graph(build), "float32", build.path)
+
+    def build_sharing(self, build: "ModelBuild", target: ModelEngine, tensors: "Tensors") -> ModelEngine:
+        return build.save_sharing(self._graph(build), tensors, "float32", build.workspace / target.model)
+
+    def _graph(self, build: "ModelBuild") -> "DecoderGraph":
         from fly_build.attention import make_shape_invariant
 
         checkpoint = build.model.checkpoint
@@ -33,7 +41,7 @@ class OnnxRuntimeBackend(Backend):
             decoder = build.export("float32", attention="lengths")
             make_shape_invariant(decoder.model, checkpoint.config.num_attention_heads, checkpoint.num_kv_heads)
             build.append_head(decoder, form="lazy_functions")
-        return build.save_graph(decoder, "float32", build.path)
+        return decoder
 
     @staticmethod
     def step_costs(manifest: Manifest, directory: Path) -> tuple[float, float]:
