@@ -136,6 +136,18 @@ class SelfDraft(_Record):
     engine: ModelEngine
 
 
+class Chain(_Record):
+    """What was expected of the inner draft's guesses when the engine was built: how often a token of the draft is the
+    target's, and one of the inner draft the draft's; how many tokens it guesses at a time; and tokens in the time of
+    one target step of one token, with its guesses and without."""
+
+    draft_acceptance: float
+    inner_draft_acceptance: float
+    num_tokens: int = Field(gt=0)
+    tokens_per_step_time: float
+    tokens_per_step_time_without: float
+
+
 class File(_Record):
     size: int
     sha256: str
@@ -144,7 +156,7 @@ class File(_Record):
 class Manifest(_Record):
     """`fly.json`. `backend` is the name of what runs the engines, known or not to who reads it; `speculative` holds the
     recipe's defaults for SpeculativeConfig; `self_drafts` are in the order of their min_tokens, which begin at 0;
-    `files` are all that engines are loaded from."""
+    `inner_draft` guesses for the draft, as `chain` says; `files` are all that engines are loaded from."""
 
     schema_version: int
     backend: str
@@ -157,11 +169,14 @@ class Manifest(_Record):
     target: ModelEngine
     draft: ModelEngine | None
     self_drafts: list[SelfDraft] = []
+    inner_draft: ModelEngine | None = None
+    chain: Chain | None = None
     files: dict[FileName, File]
 
     @model_validator(mode="after")
     def _lists_what_it_loads(self) -> Self:
-        for engine in filter(None, (self.target, self.draft, *(draft.engine for draft in self.self_drafts))):
+        drafts = (self.draft, self.inner_draft, *(draft.engine for draft in self.self_drafts))
+        for engine in filter(None, (self.target, *drafts)):
             plugins = engine.tensorrt.plugin_library if engine.tensorrt else None
             for name in filter(None, (engine.model, plugins)):
                 if name not in self.files:

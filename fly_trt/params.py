@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from fly_trt.acceptance import DEFAULT_ACCEPTANCE, AcceptanceParams, AcceptanceSettings
 from fly_trt.checks import check_at_least, check_choice, check_flag, is_number, is_whole
-from fly_trt.drafting import ALIGNMENT_MODES, DRAFT_STOPS, DRAFTERS, NO_STOP, DraftStop
+from fly_trt.drafting import ALIGNMENT_MODES, DRAFT_STOPS, DRAFTERS, INNER_ACCEPTANCE, NO_STOP, DraftStop
 from fly_trt.errors import ConfigError, RequestError
 from fly_trt.settings import Setting, check_settings, setting, settings_of
 from fly_trt.text.surrogates import check_text
@@ -43,9 +43,10 @@ def _draft_stop_threshold() -> Any:
 class SpeculativeConfig(AcceptanceSettings):
     """How draft tokens are made, and by default accepted: the fields of AcceptanceParams are the requests' defaults.
 
-    method: with a draft model "multi_level" (itself accelerated by n-gram lookup), "draft_model" or "hybrid" (copies
-    where there is a match); without one "ngram", "alignment" or "suffix", or "self" (a draft made of the target when it
-    was built); None for plain decoding. num_speculative_tokens: draft tokens per round; a request may ask for fewer.
+    method: with a draft model "multi_level" (itself accelerated by n-gram lookup), "draft_model", "hybrid" (copies
+    where there is a match) or "chain" (a smaller draft model guesses for it); without one "ngram", "alignment" or
+    "suffix", or "self" (a draft made of the target when it was built); None for plain decoding.
+    num_speculative_tokens: draft tokens per round; a request may ask for fewer.
     prompt_lookup_max and _min: longest and shortest n-gram to match; prompt_lookup_num_tokens: tokens that a match
     proposes to the draft model under "multi_level" (under "ngram" it proposes up to num_speculative_tokens).
     suffix_corpus_tokens: how many tokens of earlier outputs "suffix" keeps to copy from, for all requests of an engine,
@@ -55,6 +56,9 @@ class SpeculativeConfig(AcceptanceSettings):
     alignment_mode: what "alignment" does where its copy of the prompt is not what the target would have said there:
     "cut" ends the draft, "argmax" takes the target's token, "prompt" nothing (as "ngram"). alignment_margin: by how
     many nats the target's choice must be the more probable one.
+    inner_num_tokens, inner_acceptance: of "chain", how many tokens the inner draft model guesses at a time and by which
+    rule the draft model takes them, "exact" or "fly" (the reference preset). That changes drafts, and never what is
+    emitted with acceptance "exact"; under a loose one, where tokens depend on the draft, the inner rule is exact.
     adaptive_draft_length: draft as many tokens as pay, by each request's recent acceptance and the measured cost of
     a step at the current load; num_speculative_tokens is then the most. The tokens are the same either way.
     adaptive_acceptance: with "fly" and a draft model, a request opens FLy's windows where its own windows pay, and is
@@ -78,6 +82,8 @@ class SpeculativeConfig(AcceptanceSettings):
     hybrid_min_match: int = 3
     alignment_mode: str = "cut"
     alignment_margin: float = 4.0
+    inner_num_tokens: int = 4
+    inner_acceptance: str = "exact"
     adaptive_draft_length: bool = True
     draft_stop: str | None = _draft_stop()
     draft_stop_threshold: float | None = _draft_stop_threshold()
@@ -95,7 +101,13 @@ class SpeculativeConfig(AcceptanceSettings):
             object.__setattr__(self, "acceptance", usual)
         if self.draft_stop is None and self.method is not None:
             object.__setattr__(self, "draft_stop", DRAFTERS[self.method].draft_stop)
-        for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_num_tokens", "hybrid_min_match"):
+        for name in (
+            "num_speculative_tokens",
+            "prompt_lookup_min",
+            "prompt_lookup_num_tokens",
+            "hybrid_min_match",
+            "inner_num_tokens",
+        ):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("prompt_lookup_max", self.prompt_lookup_max, self.prompt_lookup_min)
         check_at_least("suffix_corpus_tokens", self.suffix_corpus_tokens, 0)
@@ -104,6 +116,7 @@ class SpeculativeConfig(AcceptanceSettings):
             raise ConfigError(f"alignment_margin {self.alignment_margin!r}: expected a number >= 0, in nats")
         if not (is_number(self.suffix_max_spec_factor) and 0 < self.suffix_max_spec_factor < math.inf):
             raise ConfigError(f"suffix_max_spec_factor {self.suffix_max_spec_factor!r}: expected a number above 0")
+        check_choice("inner_acceptance", self.inner_acceptance, INNER_ACCEPTANCE)
         self.make_draft_stop(self.draft_stop, self.draft_stop_threshold)
         for name in ("adaptive_draft_length", "adaptive_acceptance"):
             check_flag(name, getattr(self, name))

@@ -214,7 +214,7 @@ def _load(load: Load) -> dict[str, Any]:
 
 def _engine(engines: LoadedEngines) -> dict[str, Any]:
     manifest = engines.manifest
-    models = {"target": manifest.target, "draft": manifest.draft}
+    models = {"target": manifest.target, "draft": manifest.draft, "inner_draft": manifest.inner_draft}
     return {
         "directory": str(engines.directory),
         "name": manifest.name,

@@ -98,7 +98,8 @@ def run_roofline(
             "measured, leave --roofline out"
         )
     with engines:
-        roles: list[Role] = ["target"] if engines.manifest.draft is None else ["target", "draft"]
+        known: tuple[Role, ...] = ("target", "draft", "inner_draft")
+        roles = [role for role in known if getattr(engines.manifest, role) is not None]
         progress("loading engines", 0, rounds)
         steps = [step for role in roles for step in _steps(role, engines)]
         limits = _Limits(onnx)

@@ -18,7 +18,8 @@ from fly_trt.drafting.base import (
     ReadsPrompts,
 )
 from fly_trt.drafting.hybrid import HybridDrafter, hybrid
-from fly_trt.drafting.model import Lookup, ModelDrafter, draft_model, multi_level
+from fly_trt.drafting.levels import INNER_ACCEPTANCE, Guesser, Level, Lookup
+from fly_trt.drafting.model import ModelDrafter, chain, draft_model, multi_level
 from fly_trt.drafting.ngram import NgramDrafter, ngram
 from fly_trt.drafting.self_draft import self_draft
 from fly_trt.drafting.stops import DRAFT_STOPS, NO_STOP, DraftStop
@@ -43,12 +44,14 @@ DRAFTERS: dict[str, DrafterKind] = {
         needs_self_draft=True,
         draft_stop="confidence",
     ),
+    "chain": DrafterKind(chain, needs_draft_model=True, acceptance="fly", has_scores=True, needs_inner_draft=True),
 }
 
 __all__ = [
     "ALIGNMENT_MODES",
     "DRAFTERS",
     "DRAFT_STOPS",
+    "INNER_ACCEPTANCE",
     "NO_STOP",
     "AlignmentDrafter",
     "Draft",
@@ -59,7 +62,9 @@ __all__ = [
     "Drafter",
     "DrafterKind",
     "FreeDrafter",
+    "Guesser",
     "HybridDrafter",
+    "Level",
     "Lookup",
     "MakeDrafter",
     "ModelDrafter",

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from fly_trt.drafting.stops import DraftStop
 from fly_trt.engines.base import Engine
+from fly_trt.errors import EngineError
 from fly_trt.tokens import FloatArray, IntArray
 from fly_trt.verification import NO_DRAFT_SCORES, DraftScores, DraftSource
 
@@ -186,6 +187,14 @@ class DraftSettings(Protocol):
     def alignment_mode(self) -> str: ...
     @property
     def alignment_margin(self) -> float: ...
+    @property
+    def inner_num_tokens(self) -> int: ...
+    @property
+    def inner_acceptance(self) -> str: ...
+
+
+def _not_built() -> Engine:
+    raise EngineError("no inner draft model was built: rebuild with --inner-draft")
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,12 +202,14 @@ class DraftParts:
     """What a drafter can be made of. load_draft_model: the engine of the draft model, loaded at the first call; raises
     EngineError where none was built. target_vocab_size: rows of the target's embedding table. reuse_cache: a sequence
     may start from what a slot's cache still holds of its prefix. load_self_drafts: the same for drafts made of the
-    target, each with the length of sequence from which on it is used; the first one's is 0."""
+    target, each with the length of sequence from which on it is used; the first one's is 0. load_inner_draft_model: the
+    same for the smaller one that guesses for the draft model."""
 
     load_draft_model: Callable[[], Engine]
     target_vocab_size: int
     reuse_cache: bool
     load_self_drafts: Callable[[], Sequence[tuple[int, Engine]]] = tuple
+    load_inner_draft_model: Callable[[], Engine] = _not_built
 
 
 MakeDrafter = Callable[[DraftSettings, DraftParts], Drafter]
@@ -206,15 +217,16 @@ MakeDrafter = Callable[[DraftSettings, DraftParts], Drafter]
 
 @dataclass(frozen=True, slots=True)
 class DrafterKind:
-    """A line of the table of drafters. needs_draft_model, needs_self_draft: engines that must have been built.
-    acceptance: which policy its drafts get where nobody says. has_scores: a model chooses its drafts, or some of them,
-    so that they may be ended by what it says of them; draft_stop: by which rule where nobody says."""
+    """A line of the table of drafters. needs_draft_model, needs_self_draft, needs_inner_draft: engines that must have
+    been built. acceptance: which policy its drafts get where nobody says. has_scores: a model chooses its drafts, or
+    some of them, so that they may be ended by what it says of them; draft_stop: by which rule where nobody says."""
 
     make: MakeDrafter
     needs_draft_model: bool
     acceptance: str
     has_scores: bool = False
     needs_self_draft: bool = False
+    needs_inner_draft: bool = False
     draft_stop: str | None = None
 
 

@@ -1,8 +1,9 @@
-"""Drafting with a model, alone or with n-gram lookup in front of it (multi-level), for all slots at once.
+"""Drafting with a model, alone or with a level below that guesses for it, for all slots at once.
 
-Multi-level: an n-gram match proposes a few tokens, the draft model verifies them by exact match in one step and adds
-one of its own, until there are enough. The text is the draft model's greedy text either way; only the number of its
-steps differs. Source: arXiv 2511.22972, section 3.4.
+The level below, n-gram lookup (multi-level, arXiv 2511.22972, section 3.4) or another draft model (a chain, after arXiv
+2510.19705), proposes a few tokens; the draft model verifies them in one step and adds one of its own, until there are
+enough. By exact match the text is the draft model's greedy text whatever guesses, and only the number of its steps
+differs.
 """
 
 import sys
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fly_trt.drafting.base import Draft, DraftParts, DraftRow, DraftSettings, common_prefix, exchange
-from fly_trt.drafting.ngram import NgramIndex
+from fly_trt.drafting.levels import INNER_ACCEPTANCE, Level, Lookup
 from fly_trt.drafting.stops import DraftStop
 from fly_trt.engines.base import Engine, Step
 from fly_trt.tokens import NO_TOKENS, IntArray, TokenSequence
@@ -23,6 +24,8 @@ from fly_trt.verification import (
     AcceptancePolicy,
     DraftScores,
     DraftSource,
+    Evidence,
+    Positions,
 )
 
 # A row with more context than this gets a step of its own: in a common one every other row would be padded to it.
@@ -35,24 +38,15 @@ NEVER = sys.maxsize
 IDLE_CONTEXT: IntArray = np.zeros(1, np.int64)
 
 
-@dataclass(frozen=True, slots=True)
-class Lookup:
-    """N-gram lookup in front of the draft model: match lengths, and tokens proposed per match."""
-
-    max_n: int
-    min_n: int
-    num_tokens: int
-
-
 @dataclass(slots=True)
 class _Slot:
     """`held` is committed tokens and the drafts after them, of which the engine's cache has the first `num_cached`;
     the first `num_committed` were committed when last seen; `wanted` is how long `held` shall become. Reading its first
     `lost_at` tokens came to something that is not a number, so that nothing follows them; one that `may_guess` no more
     had a guess that did. `stop` says where the draft ends, and has said it where it `has_stopped`. Where the row
-    `wants_scores`, `scores` has what the model said of the tokens of `held` from `first_scored` on."""
+    `wants_scores`, `scores` has what the model said of the tokens of `held` from `first_scored` on. The draft of a row
+    that `is_private` is the model's own text; another's may have tokens that it only let pass, as it `has_loosened`."""
 
-    index: NgramIndex | None
     held: TokenSequence = field(default_factory=lambda: TokenSequence([]))
     num_cached: int = 0
     num_committed: int = 0
@@ -64,6 +58,8 @@ class _Slot:
     wants_scores: bool = False
     scores: DraftScores = NO_DRAFT_SCORES
     first_scored: int = 0
+    is_private: bool = False
+    has_loosened: bool = False
 
     @property
     def is_lost(self) -> bool:
@@ -85,29 +81,31 @@ class _Slot:
 class ModelDrafter:
     """Greedy drafts of a draft model for a target of `target_vocab_size` tokens; tables may be padded differently.
 
-    reuse_cache: a sequence starts from what the slot's cache still holds of its prefix.
+    level: what guesses for the model, if anything does. reuse_cache: a sequence starts from what the slot's cache still
+    holds of its prefix. It can be the level below another draft model, which is then its target.
     """
 
     is_free = False
     has_exact_copies = False
 
     def __init__(
-        self, engine: Engine, target_vocab_size: int, lookup: Lookup | None = None, *, reuse_cache: bool = True
+        self, engine: Engine, target_vocab_size: int, level: Level | Lookup | None = None, *, reuse_cache: bool = True
     ) -> None:
         self._engine = engine
-        self._lookup = lookup
+        self._level = level.level() if isinstance(level, Lookup) else level
         self._reuse_cache = reuse_cache
         self._target_vocab_size = target_vocab_size
         self._vocab_size = engine.info.vocab_size
         self._top_k = engine.info.entropy_top_k if engine.info.has_top_tokens else 0
         self._has_all_tokens = self._vocab_size >= target_vocab_size
-        longest_guess = min(lookup.num_tokens, engine.info.max_draft_len) if lookup else 0
+        longest_guess = min(self._level.num_tokens, engine.info.max_draft_len) if self._level is not None else 0
         self._max_context = engine.info.max_num_tokens - longest_guess
         self._slots: dict[int, _Slot] = {}
 
     @property
     def num_preparations(self) -> int:
-        return self._engine.num_preparations
+        below = self._level.guesser.num_preparations if self._level is not None else 0
+        return self._engine.num_preparations + below
 
     def num_unread(self, slot: int, length: int) -> int:
         state = self._slots.get(slot)
@@ -119,9 +117,9 @@ class ModelDrafter:
         for row in rows:
             state = self._slots.get(row.slot)
             if state is None:
-                state = self._slots[row.slot] = self._new_slot()
-            state.stop, state.wants_scores = row.stop, row.wants_scores
-            self._follow(state, row.tokens)
+                state = self._slots[row.slot] = _Slot()
+            state.stop, state.wants_scores, state.is_private = row.stop, row.wants_scores, row.is_private
+            self._follow(row.slot, state, row.tokens)
             state.wanted = len(row.tokens) + row.num_tokens
             if state.is_pending:
                 self._prefill(row.slot, state)
@@ -134,29 +132,44 @@ class ModelDrafter:
         return [self._drafted(row) for row in rows]
 
     def release(self, slot: int) -> None:
+        if self._level is not None:
+            self._level.guesser.release(slot)
         if not self._reuse_cache:
             self._slots.pop(slot, None)
         elif (state := self._slots.get(slot)) is not None:
             state.num_committed = 0
 
+    def rewind(self, slot: int, num_tokens: int) -> None:
+        """Of the sequence in the slot nothing but the first `num_tokens` tokens is known to be left."""
+        if (state := self._slots.get(slot)) is not None:
+            state.num_committed = min(state.num_committed, num_tokens)
+
     def swap(self, first: int, second: int) -> None:
+        if self._level is not None:
+            self._level.guesser.swap(first, second)
         num_cached = [self._slots[slot].num_cached if slot in self._slots else 0 for slot in (first, second)]
         self._engine.swap_slots(first, second, max(num_cached))
         exchange(self._slots, first, second)
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
+        if self._level is not None:
+            self._level.guesser.copy(source, target, num_tokens)
         if (original := self._slots.get(source)) is None:
             return
-        state = self._slots[target] = self._new_slot()
+        state = self._slots[target] = _Slot()
         state.held.append(original.held.tokens[:num_tokens])
         state.num_cached = min(num_tokens, original.num_cached)
         state.lost_at = original.lost_at if original.lost_at <= num_tokens else NEVER
         self._engine.copy_slot(source, target, state.num_cached)
 
     def reset(self) -> None:
+        if self._level is not None:
+            self._level.guesser.reset()
         self._slots.clear()
 
     def trim(self, num_tokens: int) -> None:
+        if self._level is not None:
+            self._level.guesser.trim(num_tokens)
         held = self._engine.trim(num_tokens)
         for state in self._slots.values():
             state.num_cached = min(state.num_cached, held)
@@ -173,22 +186,21 @@ class ModelDrafter:
             scores = DraftScores._make(array[first : first + len(tokens)] for array in state.scores)
         return Draft.of(tokens, DraftSource.MODEL, scores, is_whole=False)
 
-    def _new_slot(self) -> _Slot:
-        return _Slot(NgramIndex(self._lookup.max_n, self._lookup.min_n) if self._lookup is not None else None)
-
-    def _follow(self, state: _Slot, tokens: IntArray) -> None:
+    def _follow(self, slot: int, state: _Slot, tokens: IntArray) -> None:
         """Drops the drafts that the target did not take and adds what it committed instead. What a former sequence
         left behind is kept as cache only: its tokens are no drafts."""
         is_new = state.num_committed == 0
         kept = common_prefix(state.held.tokens, tokens, state.num_committed)
-        if is_new or kept < len(tokens):
+        # How much was let pass depended on whom the step was shared with, which a private draft must not.
+        starts_anew = state.is_private and state.has_loosened
+        if is_new or kept < len(tokens) or starts_anew:
             state.held.truncate(kept)
             state.lost_at = state.lost_at if state.lost_at <= kept else NEVER
             state.held.append(tokens[kept:])
             state.num_cached = min(state.num_cached, kept)
-            if state.index is not None:
-                state.index.sync(state.held.tokens, min(kept, len(state.index)))
-            state.has_stopped = False
+            if self._level is not None:
+                self._level.guesser.rewind(slot, kept)
+            state.has_stopped = state.has_loosened = False
             state.first_scored = len(tokens)
             state.scores = DraftScores.none(0, self._top_k) if state.is_scored else NO_DRAFT_SCORES
         state.num_committed = len(tokens)
@@ -205,22 +217,14 @@ class ModelDrafter:
     def _extend(self, slots: list[int]) -> None:
         """One step of the draft model: each slot gets at least one token more, at most what it still wants; but none
         where what it read came to something that is not a number."""
-        longest_guess = MAX_GUESSED_POSITIONS // (max(slots) - min(slots) + 1) - 1
-        guesses = [self._guess(self._slots[slot], longest_guess) for slot in slots]
+        guesses = self._guess(slots)
         contexts = [self._slots[slot].context for slot in slots]
-        for slot, guess, (accepted, next_token, scores) in zip(
-            slots, guesses, self._run(slots, contexts, guesses), strict=True
-        ):
+        for slot, (new, scores) in zip(slots, self._run(slots, contexts, guesses), strict=True):
             state = self._slots[slot]
-            if next_token < 0:
-                continue
-            new = [*guess[:accepted].tolist(), next_token]
             if scores is not None:
                 new = new[: self._take_scores(state, scores)]
             state.held.append(new)
             state.num_cached = min(state.num_cached, len(state.held))
-            if state.index is not None:
-                state.index.extend(new)
 
     def _take_scores(self, state: _Slot, scores: DraftScores) -> int:
         """Takes what the model said of the next tokens, and returns how many of them are part of the draft."""
@@ -233,21 +237,29 @@ class ModelDrafter:
         state.scores = state.scores.followed_by(scores.first(num_kept))
         return num_kept
 
-    def _guess(self, state: _Slot, longest: int) -> IntArray:
-        if state.index is None or self._lookup is None or not state.may_guess:
-            return NO_TOKENS
-        num_tokens = min(self._lookup.num_tokens, state.wanted - len(state.held) - 1, longest)
-        if num_tokens <= 0:
-            return NO_TOKENS
-        guess = state.index.propose(num_tokens)
-        return guess if self._has_all_tokens else _before(guess, self._vocab_size)
+    def _guess(self, slots: list[int]) -> list[IntArray]:
+        """What the level below expects each slot's next tokens to be."""
+        guesses = [NO_TOKENS] * len(slots)
+        if self._level is None:
+            return guesses
+        longest = min(self._level.num_tokens, MAX_GUESSED_POSITIONS // (max(slots) - min(slots) + 1) - 1)
+        asked: dict[int, DraftRow] = {}
+        for at, slot in enumerate(slots):
+            state = self._slots[slot]
+            num_tokens = min(longest, state.wanted - len(state.held) - 1)
+            if num_tokens > 0 and state.may_guess:
+                asked[at] = DraftRow(slot, state.held.tokens, num_tokens, is_private=state.is_private)
+        if asked:
+            for at, draft in zip(asked, self._level.guesser.propose(list(asked.values())), strict=True):
+                guesses[at] = draft.tokens if self._has_all_tokens else _before(draft.tokens, self._vocab_size)
+        return guesses
 
     def _run(
         self, slots: list[int], contexts: list[IntArray], guesses: list[IntArray]
-    ) -> list[tuple[int, int, DraftScores | None]]:
+    ) -> list[tuple[list[int], DraftScores | None]]:
         """Steps the slots from the first to the last of `slots`; those between them that are not asked for write where
-        nothing is held. Returns accepted tokens, next token and, where they are wanted, the scores of these tokens; or
-        the next token -1 where it is not a number."""
+        nothing is held. Returns the guesses that stand with the token after them and, where they are wanted, the scores
+        of these tokens; or no tokens where something is not a number."""
         first, last = min(slots), max(slots)
         num_tokens = max(len(context) + len(guess) for context, guess in zip(contexts, guesses, strict=True))
         with_top = self._top_k > 0 and any(self._slots[slot].wants_scores for slot in slots)
@@ -258,9 +270,9 @@ class ModelDrafter:
         for slot, context, guess in zip(slots, contexts, guesses, strict=True):
             if not self._has_all_tokens:
                 context = np.minimum(context, self._vocab_size - 1)
-            step.set_row(slot - first, self._slots[slot].num_cached, context, guess, self._policy(slot))
+            step.set_row(slot - first, self._slots[slot].num_cached, context, guess, self._head_policy(slot))
         self._engine.run(step)
-        results: list[tuple[int, int, DraftScores | None]] = []
+        results: list[tuple[list[int], DraftScores | None]] = []
         for slot, context, guess in zip(slots, contexts, guesses, strict=True):
             state = self._slots[slot]
             if np.isnan(step.entropy_topk[slot - first, : len(context) + len(guess)]).any():
@@ -268,39 +280,72 @@ class ModelDrafter:
                 if not len(guess):
                     state.lost_at = state.num_cached + len(context)
                 state.may_guess = False
-                results.append((0, -1, None))
+                results.append(([], None))
                 continue
-            accepted = int(step.num_accepted[slot - first])
-            state.num_cached += len(context) + accepted
-            at = slice(len(context) - 1, len(context) + accepted)
-            scores = self._scores(step, slot - first, at) if state.is_scored else None
-            results.append((accepted, int(step.next_token[slot - first]), scores))
+            new = self._decide(step, slot, len(context) - 1, guess)
+            state.num_cached += len(context) + len(new) - 1
+            scores = self._scores(step, slot - first, len(context) - 1, new) if state.is_scored else None
+            results.append((new, scores))
         return results
 
-    def _policy(self, slot: int) -> AcceptancePolicy:
+    def _head_policy(self, slot: int) -> AcceptancePolicy:
         stop = self._slots[slot].stop
         return EXACT_WITH_ENTROPY if stop is not None and stop.needs_entropy else EXACT
 
-    def _scores(self, step: Step, row: int, at: slice) -> DraftScores:
-        """Of the tokens that the model chose at these positions; its buffers are used again."""
-        num_tokens = at.stop - at.start
-        scores = DraftScores.none(num_tokens, self._top_k)
+    def _decide(self, step: Step, slot: int, start: int, guess: IntArray) -> list[int]:
+        """The guesses that stand and the token after them; the model speaks of them from position `start` on. A loose
+        level is decided here, so that the head's entropies are those that the draft's stop asks for."""
+        row, state = slot - step.first_slot, self._slots[slot]
+        if self._level is None or state.is_private or not len(guess) or not self._level.policy.is_loose:
+            return [*guess[: int(step.num_accepted[row])].tolist(), int(step.next_token[row])]
+        at = slice(start, start + len(guess) + 1)
+        said = Positions(
+            step.argmax[row, at],
+            step.entropy[row, at],
+            step.entropy_topk[row, at],
+            step.argmax_logprob[row, at],
+            step.token_logprob[row, at],
+        )
+        evidence = Evidence(len(guess), has_ended=True, draft=guess, target=said)
+        verdict = self._level.policy.verdict(evidence, self._engine.info.stop_token_ids)
+        assert verdict.next_token is not None, "the whole guess was verified"
+        state.has_loosened |= evidence.num_loosened(verdict.num_accepted) > 0
+        return [*guess[: verdict.num_accepted].tolist(), verdict.next_token]
+
+    def _scores(self, step: Step, row: int, start: int, new: list[int]) -> DraftScores:
+        """Of the tokens that were drafted from position `start` on; its buffers are used again."""
+        at = slice(start, start + len(new))
+        scores = DraftScores.none(len(new), self._top_k)
         scores.entropy[:] = step.entropy[row, at]
-        scores.logprob[:] = step.argmax_logprob[row, at]
+        scores.logprob[:] = np.where(
+            step.argmax[row, at] == new, step.argmax_logprob[row, at], step.token_logprob[row, at]
+        )
         if step.top_ids is not None and step.top_logprobs is not None:
             scores.top_ids[:] = step.top_ids[row, at]
             scores.top_logprobs[:] = step.top_logprobs[row, at]
         return scores
 
 
-def draft_model(settings: DraftSettings, parts: DraftParts, lookup: Lookup | None = None) -> ModelDrafter:
-    engine = parts.load_draft_model()
-    return ModelDrafter(engine, parts.target_vocab_size, lookup, reuse_cache=parts.reuse_cache)
+def draft_model(settings: DraftSettings, parts: DraftParts) -> ModelDrafter:
+    return ModelDrafter(parts.load_draft_model(), parts.target_vocab_size, reuse_cache=parts.reuse_cache)
 
 
 def multi_level(settings: DraftSettings, parts: DraftParts) -> ModelDrafter:
-    lookup = Lookup(settings.prompt_lookup_max, settings.prompt_lookup_min, settings.prompt_lookup_num_tokens)
-    return draft_model(settings, parts, lookup)
+    engine = parts.load_draft_model()
+    return ModelDrafter(engine, parts.target_vocab_size, _lookup(settings), reuse_cache=parts.reuse_cache)
+
+
+def chain(settings: DraftSettings, parts: DraftParts) -> ModelDrafter:
+    """The inner draft model, with lookup in front of it, guesses for the draft model."""
+    engine = parts.load_draft_model()
+    vocab_size, reuse_cache = engine.info.vocab_size, parts.reuse_cache
+    inner = ModelDrafter(parts.load_inner_draft_model(), vocab_size, _lookup(settings), reuse_cache=reuse_cache)
+    level = Level(inner, settings.inner_num_tokens, INNER_ACCEPTANCE[settings.inner_acceptance])
+    return ModelDrafter(engine, parts.target_vocab_size, level, reuse_cache=reuse_cache)
+
+
+def _lookup(settings: DraftSettings) -> Lookup:
+    return Lookup(settings.prompt_lookup_max, settings.prompt_lookup_min, settings.prompt_lookup_num_tokens)
 
 
 def _before(tokens: IntArray, vocab_size: int) -> IntArray:

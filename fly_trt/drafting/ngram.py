@@ -93,6 +93,11 @@ class NgramDrafter(FreeDrafter):
     def release(self, slot: int) -> None:
         self._indexes.pop(slot, None)
 
+    def rewind(self, slot: int, num_tokens: int) -> None:
+        """Of the sequence in the slot nothing but the first `num_tokens` tokens is known to be left."""
+        if (index := self._indexes.get(slot)) is not None:
+            index.truncate(num_tokens)
+
     def swap(self, first: int, second: int) -> None:
         exchange(self._indexes, first, second)
 

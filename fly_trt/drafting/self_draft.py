@@ -9,7 +9,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from fly_trt.drafting.base import Draft, DraftParts, DraftRow, DraftSettings, exchange
-from fly_trt.drafting.model import Lookup, ModelDrafter
+from fly_trt.drafting.levels import Lookup
+from fly_trt.drafting.model import ModelDrafter
 
 
 class SelfDrafter:

@@ -23,7 +23,7 @@ from fly_trt.errors import ConfigError, EngineError
 from fly_trt.manifest import Manifest, ModelEngine, read_manifest
 from fly_trt.text.tokenizer import load_tokenizer
 
-Role = Literal["target", "draft", "self_draft"]
+Role = Literal["target", "draft", "self_draft", "inner_draft"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +113,11 @@ class LoadedEngines:
             raise EngineError(f"{self.directory}: built without a self-draft: rebuild with --self-draft")
         return [(draft.min_tokens, self._load("self_draft", draft.engine)) for draft in drafts]
 
+    @property
+    def inner_draft(self) -> Engine:
+        """Raises EngineError for a directory without an inner draft."""
+        return self._engine("inner_draft")
+
     def close(self) -> None:
         """Releases the engines. Safe to call twice, and in a forked process, which has none."""
         self._finalizer()
@@ -129,10 +134,10 @@ class LoadedEngines:
     ) -> None:
         self.close()
 
-    def _engine(self, role: Literal["target", "draft"]) -> Engine:
+    def _engine(self, role: Literal["target", "draft", "inner_draft"]) -> Engine:
         model = getattr(self.manifest, role)
         if model is None:
-            raise EngineError(f"{self.directory}: built without a {role}: rebuild with --{role}")
+            raise EngineError(f"{self.directory}: built without a {role}: rebuild with --{role.replace('_', '-')}")
         return self._load(role, model)
 
     def _load(self, role: Role, model: ModelEngine) -> Engine:

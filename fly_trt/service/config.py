@@ -175,6 +175,8 @@ def _missing_draft(method: str, manifest: Manifest) -> tuple[str, str] | None:
         return "draft model", "--draft"
     if kind.needs_self_draft and not manifest.self_drafts:
         return "self-draft", "--self-draft"
+    if kind.needs_inner_draft and manifest.inner_draft is None:
+        return "second, inner draft model", "--inner-draft"
     return None
 
 

@@ -105,7 +105,11 @@ class Service:
                 raise ConfigError("drafter: has no effect with method None, which makes no drafts: leave out one")
             return None
         parts = DraftParts(
-            lambda: engines.draft, self.manifest.target.vocab_size, reuse_cache, lambda: engines.self_drafts
+            load_draft_model=lambda: engines.draft,
+            target_vocab_size=self.manifest.target.vocab_size,
+            reuse_cache=reuse_cache,
+            load_self_drafts=lambda: engines.self_drafts,
+            load_inner_draft_model=lambda: engines.inner_draft,
         )
         make = DRAFTERS[config.method].make if own is None else own
         return make(config, parts) if callable(make) else make

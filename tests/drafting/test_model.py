@@ -9,10 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples import examples
-from fly_trt.drafting import DraftRow, Lookup, ModelDrafter
-from table_engine import VOCAB_SIZE, NextToken, TableEngine, greedy, hashed
+from fly_trt.drafting import DraftRow, Level, Lookup, ModelDrafter
+from loop_stack import CheckedModelDrafter
+from table_engine import VOCAB_SIZE, NextToken, TableEngine, greedy, hashed, sometimes_differs
 
 LOOKUPS = [None, Lookup(max_n=4, min_n=1, num_tokens=6), Lookup(max_n=2, min_n=2, num_tokens=3)]
+
+
+def inner_model(language: NextToken, lookup: Lookup | None, num_tokens: int, **settings: Any) -> Level:
+    """A smaller draft model that is wrong at one prefix in five guesses for the one that speaks the language. What it
+    guesses is checked to be its own greedy text, which the text of the other does not show."""
+    smaller = sometimes_differs(language, salt=1)
+    engine = TableEngine(smaller, trim_block=settings.pop("trim_block", None))
+    return Level(CheckedModelDrafter(smaller, engine, VOCAB_SIZE, lookup, **settings), num_tokens)
 
 
 def make_drafter(
@@ -57,10 +66,16 @@ NUM_SLOTS = 4
 class Sequences:
     """What a loop does with the slots of a drafter, and what the drafts must be: the draft model's greedy text."""
 
-    def __init__(self, lookup: Lookup | None, salt: int, *, reuse_cache: bool, trim_block: int | None) -> None:
+    def __init__(
+        self, lookup: Lookup | None, inner: int, salt: int, *, reuse_cache: bool, trim_block: int | None
+    ) -> None:
+        """inner: tokens that a smaller draft model guesses at a time; without one the lookup guesses."""
         self.language = hashed(8, salt, order=30)
         self.engine = TableEngine(self.language, max_batch_size=NUM_SLOTS, trim_block=trim_block)
-        self.drafter = ModelDrafter(self.engine, VOCAB_SIZE, lookup, reuse_cache=reuse_cache)
+        level: Level | Lookup | None = lookup
+        if inner:
+            level = inner_model(self.language, lookup, inner, reuse_cache=reuse_cache, trim_block=trim_block)
+        self.drafter = ModelDrafter(self.engine, VOCAB_SIZE, level, reuse_cache=reuse_cache)
         self.tokens: dict[int, list[int]] = {}
 
     def start(self, slot: int, tokens: list[int]) -> None:
@@ -120,6 +135,7 @@ actions = st.one_of(
 @examples(100)
 @given(
     lookup=st.sampled_from(LOOKUPS),
+    inner=st.sampled_from([0, 0, 2, 5, 15]),
     salt=st.integers(0, 5),
     reuse_cache=st.booleans(),
     trim_block=st.sampled_from([None, 1, 8]),
@@ -127,9 +143,9 @@ actions = st.one_of(
     todo=st.lists(actions, max_size=14),
 )
 def test_whatever_happens_to_the_slots_each_row_gets_the_drafts_greedy_text(
-    lookup: Lookup | None, salt: int, reuse_cache: bool, trim_block: int | None, first: list, todo: list
+    lookup: Lookup | None, inner: int, salt: int, reuse_cache: bool, trim_block: int | None, first: list, todo: list
 ) -> None:
-    sequences = Sequences(lookup, salt, reuse_cache=reuse_cache, trim_block=trim_block)
+    sequences = Sequences(lookup, inner, salt, reuse_cache=reuse_cache, trim_block=trim_block)
     for slot, tokens in enumerate(first):
         sequences.start(slot, tokens)
     for name, *arguments in todo:
@@ -301,7 +317,7 @@ def test_a_target_token_that_the_draft_does_not_know_is_no_error() -> None:
 
 
 def test_a_looked_up_token_that_the_draft_does_not_know_is_not_proposed_to_it() -> None:
-    drafter = ModelDrafter(TableEngine(hashed(10, 0), vocab_size=10), target_vocab_size=20, lookup=LOOKUPS[1])
+    drafter = ModelDrafter(TableEngine(hashed(10, 0), vocab_size=10), 20, LOOKUPS[1])
     assert len(propose(drafter, [5, 15, 3, 5], 6)) == 6
 
 
