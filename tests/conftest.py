@@ -116,6 +116,14 @@ def weak_engine(build_once: BuildOnce) -> Path:
 
 
 @pytest.fixture(scope="session")
+def chain_engine(build_once: BuildOnce) -> Path:
+    """The demo pair with the weak draft before the draft, in float32."""
+    models = {"draft": str(PAIR / "draft"), "inner_draft": str(PAIR / "draft_weak")}
+    rates = {"draft_acceptance": 0.9, "inner_draft_acceptance": 0.7}
+    return build_once("chain", lambda path: _build(path, **models, chain=rates))
+
+
+@pytest.fixture(scope="session")
 def target_only_engine(build_once: BuildOnce) -> Path:
     """The demo target without a draft, in int8."""
     return build_once("target", lambda path: _build(path, quantization="int8"))

@@ -17,7 +17,7 @@ from fly_build.backends import BACKENDS
 from fly_trt.cli import options
 from fly_trt.cli.command import command
 from fly_trt.errors import FlyError
-from fly_trt.manifest import Dtype, Manifest, Quantization, TensorRTLibrary
+from fly_trt.manifest import Dtype, Manifest, ModelEngine, Quantization, TensorRTLibrary
 
 DEFAULT_DTYPES = ", ".join(f"{name}: {backend.default_dtype}" for name, backend in BACKENDS.items())
 EXAMPLES = """
@@ -28,6 +28,7 @@ Examples:
   fly-build demo --quantization int8 -o engines/pair-int8
   fly-build demo --backend tensorrt --dtype float16 -o engines/demo-rtx
   fly-build --target ./checkpoint -o engines/single        # n-gram or plain decoding
+  fly-build --target org/target --draft org/draft --inner-draft org/small -o engines/chain
   fly-build --target ./checkpoint --self-draft --contexts 512,4096 -o engines/self
   fly-build demo --dry-run
 """
@@ -46,8 +47,12 @@ def _numbers(context: click.Context, option: click.Parameter, value: str | None)
 @click.option("--target-revision", metavar="REV", help="Hub revision of the target.")
 @click.option("--draft", metavar="CKPT", help="Draft checkpoint. Without one: n-gram or plain decoding.")
 @click.option("--draft-revision", metavar="REV", help="Hub revision of the draft.")
+@click.option("--inner-draft", metavar="CKPT", help="A smaller draft, which guesses for the draft.")
+@click.option("--inner-draft-revision", metavar="REV", help="Hub revision of the inner draft.")
 @click.option("--self-draft", is_flag=True, help="A draft of some of the target's own layers, with its weights.")
-@click.option("--calibrate", metavar="FILE", help="Of a self-draft: text, or JSON Lines of prompts. [built in]")
+@click.option(
+    "--calibrate", metavar="FILE", help="Of a self-draft or a chain: text, or JSON Lines of prompts. [built in]"
+)
 @click.option("--contexts", metavar="N,N", callback=_numbers, help="Of a self-draft: tokens to choose one for. [512]")
 @click.option("--backend", type=click.Choice(tuple(BACKENDS)), help="[onnxruntime]")
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), help=f"Type of the weights. [{DEFAULT_DTYPES}]")
@@ -120,6 +125,13 @@ def _run(
             f"{len(draft.kept_mlps)} MLPs of {manifest.target.num_layers} layers, agrees in {draft.agreement:.1%} of "
             f"tokens, expected {draft.tokens_per_step_time:.2f} of plain decoding's speed"
         )
+    if (chain := manifest.chain) is not None:
+        click.echo(
+            f"inner draft: the draft agrees with the target in {chain.draft_acceptance:.1%} of tokens, the inner draft "
+            f"with the draft in {chain.inner_draft_acceptance:.1%}; expected {chain.tokens_per_step_time:.2f} of plain "
+            f"decoding's speed with {chain.num_tokens} tokens a guess, and {chain.tokens_per_step_time_without:.2f} "
+            f"without: method {manifest.speculative['method']}"
+        )
     click.echo(f"{plan.output} is ready after {time.perf_counter() - started:.1f} s")
 
 
@@ -184,7 +196,7 @@ def _summary(manifest: Manifest) -> Table:
     table = Table(title=f"{manifest.name} ({manifest.backend})")
     for column in ("", "architecture", "parameters", "dtype", "quantization", "on disk"):
         table.add_column(column, justify="right" if column in ("parameters", "on disk") else "left")
-    for role, engine in (("target", manifest.target), ("draft", manifest.draft)):
+    for role, engine in _models(manifest):
         if engine is not None:
             size = sum(file.size for name, file in manifest.files.items() if name.startswith(f"{role}/"))
             source = engine.source
@@ -197,6 +209,10 @@ def _summary(manifest: Manifest) -> Table:
                 _bytes(size),
             )
     return table
+
+
+def _models(manifest: Manifest) -> list[tuple[str, ModelEngine | None]]:
+    return [("target", manifest.target), ("draft", manifest.draft), ("inner_draft", manifest.inner_draft)]
 
 
 def _count(number: int) -> str:

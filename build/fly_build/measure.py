@@ -7,10 +7,12 @@ fly.json. Which of the two ways is the right one for an engine is its backend's 
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from fly_build.latency import StepTime
 from fly_trt.engines import Engine, load_engine
 from fly_trt.engines.base import Step
 from fly_trt.manifest import Manifest, ModelEngine
@@ -65,6 +67,29 @@ def measure_target_steps(manifest: Manifest, directory: Path, contexts: list[int
         return [first, *others], _further_token(first, several, verified)
     finally:
         target.close()
+
+
+def step_times(engines: Sequence[Engine], manifest: Manifest) -> list[StepTime]:
+    """Of each engine, in seconds; the last one is the target."""
+    cached = min(CACHED_TOKENS, manifest.limits.max_seq_len - VERIFIED_TOKENS)
+    verified = min(VERIFIED_TOKENS, manifest.limits.max_num_tokens)
+    counts = [DRAFT_TOKENS] * (len(engines) - 1) + [1]
+    kinds = [
+        (engine, _prepared(engine, num_tokens, cached), count if num_tokens == 1 else 1)
+        for engine, count in zip(engines, counts, strict=True)
+        for num_tokens in (1, verified)
+    ]
+    times = _fastest(kinds)
+    return [
+        StepTime(single, single * _further_token(single, several, verified))
+        for single, several in zip(times[::2], times[1::2], strict=True)
+    ]
+
+
+def estimated_step_times(models: Sequence[ModelEngine]) -> list[StepTime]:
+    """The same from the sizes of the weights, in parameters that are read: for engines of a GPU."""
+    sizes = [model.source.num_parameters for model in models]
+    return [StepTime(size, size * GPU_VERIFICATION_TOKEN_COST) for size in sizes]
 
 
 def _draft(manifest: Manifest) -> ModelEngine:

@@ -1,4 +1,4 @@
-"""The build: plan -> models -> tokenizer -> manifest -> self-drafts -> costs.
+"""The build: plan -> models -> tokenizer -> manifest -> self-drafts -> costs -> chain.
 
 It knows checkpoints, tokenizers and the engine directory, which comes to be in a temporary folder that is renamed into
 place last. How a model becomes files is its backend's to know.
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import fly_trt
 from fly_build.backends import BACKENDS, Backend
+from fly_build.calibration import calibration_prompts
+from fly_build.chain import add_chain
 from fly_build.checkpoint import Checkpoint, check_same_tokenizer, open_checkpoint, stop_token_ids
 from fly_build.model_build import ModelBuild, ModelPlan, Report
 from fly_build.schema import Recipe
@@ -60,6 +62,10 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
     if recipe.draft is not None:
         checkpoints["draft"] = open_checkpoint(recipe.draft.checkpoint, recipe.draft.revision)
         check_same_tokenizer(target, checkpoints["draft"])
+    if recipe.inner_draft is not None:
+        checkpoints["inner_draft"] = open_checkpoint(recipe.inner_draft.checkpoint, recipe.inner_draft.revision)
+        check_same_tokenizer(target, checkpoints["inner_draft"])
+        calibration_prompts(recipe.chain.calibrate)
     longest = min(checkpoint.max_seq_len for checkpoint in checkpoints.values())
     limits = Limits(
         max_batch_size=recipe.max_batch_size,
@@ -136,12 +142,15 @@ def _finish(plan: Plan, engines: dict[str, ModelEngine], workspace: Path, report
         speculative=plan.recipe.speculative,
         target=engines["target"],
         draft=engines.get("draft"),
+        inner_draft=engines.get("inner_draft"),
         files=hash_directory(workspace),
     )
     report("tokenizer and manifest", 1.0)
     if (settings := plan.recipe.self_draft) is not None:
         manifest = add_self_drafts(manifest, settings, target, plan.backend, workspace, report)
     manifest = add_costs(manifest, workspace, report)
+    if manifest.inner_draft is not None:
+        manifest = add_chain(manifest, plan.recipe.chain, plan.backend, workspace, report)
     write_manifest(manifest, workspace)
     return manifest
 

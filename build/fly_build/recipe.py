@@ -16,6 +16,7 @@ from fly_trt.errors import ConfigError
 from fly_trt.params import SpeculativeConfig
 from fly_trt.verification import HeadInfo
 
+ROLES = ("target", "draft", "inner_draft")
 SELF_DRAFT_FIELDS = ("calibrate", "contexts")
 RECIPES = Path(__file__).resolve().parents[2] / "engines" / "recipes"
 
@@ -26,20 +27,20 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
     Raises ConfigError with the field that is wrong.
     """
     content: dict[str, Any] = _read(path) if path else {}
-    for role in ("target", "draft"):
+    for role in ROLES:
         if overrides.get(role) is not None:
             content[role] = {"checkpoint": overrides[role], "revision": overrides.get(f"{role}_revision")}
         elif overrides.get(f"{role}_revision") is not None:
             if not isinstance(content.get(role), dict):
                 raise ConfigError(
-                    f"{role}_revision {overrides[f'{role}_revision']!r}: no {role} checkpoint: give --{role}"
+                    f"{role}_revision {overrides[f'{role}_revision']!r}: no {role} checkpoint: give --{_flag(role)}"
                 )
             content[role]["revision"] = overrides[f"{role}_revision"]
     _override_self_draft(content, overrides)
     content |= {
         k: v
         for k, v in overrides.items()
-        if v is not None and k in Recipe.model_fields and k not in ("target", "draft", "self_draft")
+        if v is not None and k in Recipe.model_fields and k not in (*ROLES, "self_draft")
     }
     if "target" not in content:
         raise ConfigError("no target checkpoint: give --target CHECKPOINT or a recipe file")
@@ -54,6 +55,8 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
         raise ConfigError(f"{path or 'flags'}: backend: Input should be {known}, got {recipe.backend!r}")
     if recipe.self_draft is not None and recipe.draft is not None:
         raise ConfigError("self_draft: the target drafts for itself where there is no draft: leave out one of the two")
+    if recipe.inner_draft is not None and recipe.draft is None:
+        raise ConfigError("inner_draft: guesses for a draft model, and there is none: add --draft")
     speculative = SpeculativeConfig.from_dict(recipe.speculative)
     speculative.policy(HeadInfo(vocab_size=2, entropy_top_k=recipe.entropy_top_k, has_top_tokens=True))
     _check_backend(recipe)
@@ -71,13 +74,16 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
 
 
 def _override_self_draft(content: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-    """`self_draft` is a flag, or the settings that the recipe's has; the other flags are fields of them."""
+    """`self_draft` is a flag, or the settings that the recipe's has; the other flags are fields of them. `calibrate` is
+    one of `chain` where there is an inner draft."""
     asked = overrides.get("self_draft")
     fields = {name: overrides[name] for name in SELF_DRAFT_FIELDS if overrides.get(name) is not None}
     if isinstance(asked, Mapping):
         content["self_draft"] = dict(asked)
     elif asked:
         content["self_draft"] = content.get("self_draft") or {}
+    if "calibrate" in fields and content.get("inner_draft") is not None:
+        content["chain"] = (content.get("chain") or {}) | {"calibrate": fields.pop("calibrate")}
     if fields and not isinstance(content.get("self_draft"), dict):
         raise ConfigError(f"{next(iter(fields))}: belongs to a self-draft: add --self-draft")
     if fields:
@@ -116,12 +122,17 @@ def _read(path: str) -> dict[str, Any]:
 
 def _resolve_local(content: dict[str, Any], folder: Path) -> None:
     """A checkpoint or a file that starts with a dot is relative to the recipe file."""
-    for role in ("target", "draft"):
+    for role in ROLES:
         source = content.get(role)
         if isinstance(source, str):
             source = content[role] = {"checkpoint": source}
         if isinstance(source, dict) and str(source.get("checkpoint", "")).startswith("."):
             source["checkpoint"] = str((folder / source["checkpoint"]).resolve())
-    settings = content.get("self_draft")
-    if isinstance(settings, dict) and str(settings.get("calibrate", "")).startswith("."):
-        settings["calibrate"] = str((folder / settings["calibrate"]).resolve())
+    for name in ("self_draft", "chain"):
+        settings = content.get(name)
+        if isinstance(settings, dict) and str(settings.get("calibrate", "")).startswith("."):
+            settings["calibrate"] = str((folder / settings["calibrate"]).resolve())
+
+
+def _flag(role: str) -> str:
+    return role.replace("_", "-")

@@ -40,10 +40,22 @@ class SelfDraftSettings(BaseModel):
     step_times: StepTimes | None = None
 
 
+class ChainSettings(BaseModel):
+    """What says whether the inner draft shall guess for the draft, and how many tokens at a time: how often a token of
+    the draft is the target's, and one of the inner draft the draft's. None means measured, where the engines run on the
+    machine that builds, on what the target writes after the prompts of `calibrate`, or the built-in ones."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    draft_acceptance: float | None = Field(default=None, ge=0, le=1)
+    inner_draft_acceptance: float | None = Field(default=None, ge=0, le=1)
+    calibrate: str | None = None
+
+
 class Recipe(BaseModel):
     """One engine directory. `backend` is a name of fly_build.backends.BACKENDS; `max_seq_len` None means what both
     checkpoints support, at most 8192 tokens; `dtype` None means the backend's default; `self_draft` is instead of
-    `draft`.
+    `draft`; `inner_draft` guesses for `draft`, and `chain` says when.
 
     Of TensorRT alone: which of its two libraries (None: the first that is installed), the plugin library whose kernels
     the head shall use (None: the graph's own functions), and where kernel timings are kept between builds.
@@ -54,6 +66,8 @@ class Recipe(BaseModel):
     name: str = ""
     target: ModelSource
     draft: ModelSource | None = None
+    inner_draft: ModelSource | None = None
+    chain: ChainSettings = ChainSettings()
     self_draft: SelfDraftSettings | None = None
     backend: str = "onnxruntime"
     dtype: Dtype | None = None

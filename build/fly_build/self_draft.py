@@ -4,19 +4,17 @@ It brings together texts, the times of a step, the knapsack and the backend that
 target's. Source: KnapSpec (arXiv 2602.20217), at build time: no set changes while a request runs.
 """
 
-import json
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fly_build import knapsack
 from fly_build.backends import Backend
 from fly_build.blocks import BlockDecoder, check_blocks, kept_attentions, num_blocks
+from fly_build.calibration import calibration_text
 from fly_build.checkpoint import Checkpoint
 from fly_build.knapsack import BlockTimes, Prospect
 from fly_build.measure import measure_target_steps
@@ -67,32 +65,6 @@ def check_self_draft(settings: SelfDraftSettings, checkpoint: Checkpoint, limits
     if limits.max_draft_len == 0:
         raise ConfigError("max_draft_len 0: a self-draft drafts one token at least: raise --max-draft-len")
     calibration_text(settings.calibrate)
-
-
-def calibration_text(path: str | None) -> str:
-    """The built-in text, or that of a file: the prompts of JSON Lines as fly-bench has them, else the text as it is."""
-    if path is None:
-        return (resources.files("fly_build") / "calibration.txt").read_text(encoding="utf-8")
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise ConfigError(f"calibrate {path}: {reason}: give a text, or prompts as JSON Lines (*.jsonl)") from None
-    if path.endswith(".jsonl"):
-        text = "\n\n".join(_prompt(path, line) for line in text.split("\n") if line.strip())
-    if not text.strip():
-        raise ConfigError(f"calibrate {path}: no text: give some hundred words at least")
-    return text
-
-
-def _prompt(path: str, line: str) -> str:
-    try:
-        prompt: Any = json.loads(line)["prompt"]
-    except (ValueError, TypeError, KeyError):
-        prompt = None
-    if not isinstance(prompt, str):
-        raise ConfigError(f'calibrate {path}: {line[:60]!r}: expected an object such as {{"prompt": "Tell me"}}')
-    return prompt
 
 
 def add_self_drafts(

@@ -24,13 +24,14 @@ class Backend(ABC):
 
     default_dtype: of the stored weights, where a recipe has none. own_fields: fields of the recipe that mean nothing to
     any other backend. model_file: the file that the runtime loads, in the folder of its model. shares_weights: several
-    models can read one weight file.
+    models can read one weight file. runs_where_built: the machine that builds can run what it builds.
     """
 
     default_dtype: ClassVar[Dtype]
     own_fields: ClassVar[tuple[str, ...]] = ()
     model_file: ClassVar[str]
     shares_weights: ClassVar[bool] = False
+    runs_where_built: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

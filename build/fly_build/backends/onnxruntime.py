@@ -18,6 +18,7 @@ class OnnxRuntimeBackend(Backend):
     default_dtype = "float32"
     model_file = "model.onnx"
     shares_weights = True
+    runs_where_built = True
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
