@@ -83,6 +83,23 @@ def test_a_weak_draft_costs_little_accuracy_in_this_sample(
     assert share_right(fly, records) >= 0.95
 
 
+def test_flys_ablations_accept_more_than_it_and_keep_less(
+    weak_engine: Path, answers: Answers, records: list[dict[str, Any]]
+) -> None:
+    """On this pair the gate is what keeps answers right; on the paper's it is the window."""
+    published = FIXED | {"adaptive_acceptance": False}
+    outputs = {
+        "exact": answers(weak_engine, acceptance="exact", **published),
+        "fly": answers(weak_engine, acceptance="fly", **published),
+        "no window": answers(weak_engine, acceptance="fly", fly_window_size=0, **published),
+        "no gate": answers(weak_engine, acceptance="fly", fly_entropy_threshold=0, **published),
+    }
+    right = {name: share_right(given, records) for name, given in outputs.items()}
+    assert right["no gate"] < right["no window"] <= right["fly"] <= right["exact"] == 1
+    steps = {name: sum(output.metrics.num_spec_steps for output in given) for name, given in outputs.items()}
+    assert max(steps["no gate"], steps["no window"]) < steps["fly"] < steps["exact"]
+
+
 def test_int8_keeps_99_percent_of_the_accuracy_and_exact_speculation_is_lossless(
     target_only_engine: Path, answers: Answers, records: list[dict[str, Any]]
 ) -> None:

@@ -26,7 +26,11 @@ def plain(demo_engine: Path) -> list[list[int]]:
         return texts(llm, PROMPTS, SamplingParams(max_tokens=MAX_TOKENS))
 
 
-@pytest.fixture(scope="module", params=[name for name, kind in DRAFTERS.items() if not kind.needs_self_draft])
+@pytest.fixture(
+    scope="module",
+    # Those that need other engines have tests of this of their own: test_self_draft.py, test_chain.py.
+    params=[name for name, kind in DRAFTERS.items() if not (kind.needs_self_draft or kind.needs_inner_draft)],
+)
 def method(request: pytest.FixtureRequest) -> str:
     return request.param
 
