@@ -45,14 +45,18 @@ class AcceptanceSettings:
     margin_threshold: float | None = setting(float, "margin: nats between the two most probable. [0.5]", metavar="X")
     typical_threshold: float | None = setting(float, "typical: epsilon, a probability. [0.09]", metavar="X", most=1)
     typical_alpha: float | None = setting(float, "typical: alpha of alpha exp(-H). [0.3]", metavar="X", most=1)
-    conditional_alpha: float | None = setting(float, "conditional: alpha of beta - alpha H. [0.1]", metavar="X")
+    conditional_alpha: float | None = setting(
+        float, "conditional: alpha of beta - alpha H. [0.1]", metavar="X", most=100
+    )
     conditional_beta: float | None = setting(float, "conditional: beta. [0.4]", metavar="X", most=1)
     conditional_floor: float | None = setting(float, "conditional: least probability. [0.01]", metavar="X", most=1)
     conditional_apply_to: str | None = setting(str, "conditional: to copied drafts or all. [ngram]", choices=APPLY_TO)
     adaptive_max_distance: float | None = setting(
         float, "adaptive: Jensen-Shannon distance, at most. [0.5]", metavar="X", most=1
     )
-    cactus_delta: float | None = setting(float, "cactus: KL divergence of a token, in nats. [0.75]", metavar="X")
+    cactus_delta: float | None = setting(
+        float, "cactus: KL divergence of a token, in nats. [0.75]", metavar="X", most=100
+    )
     exact_first: int | None = setting(int, "Exact for the first N output tokens. [0]", metavar="N")
     exact_token_ids: Sequence[int] | None = setting(
         int, "Tokens that are never loosened. [none]", metavar="IDS", is_list=True

@@ -17,7 +17,7 @@ from fly_trt.drafting import ALIGNMENT_MODES, DRAFT_STOPS, DRAFTERS, INNER_ACCEP
 from fly_trt.errors import ConfigError, RequestError
 from fly_trt.settings import Setting, check_settings, setting, settings_of
 from fly_trt.text.surrogates import check_text
-from fly_trt.verification import DEFAULT_PRESET, PRESETS, AcceptancePolicy
+from fly_trt.verification import DEFAULT_PRESET, PRESETS, AcceptancePolicy, DraftSource
 
 DEFAULT_MAX_TOKENS = 256
 MAX_LOGIT_BIAS = 100
@@ -125,6 +125,20 @@ class SpeculativeConfig(AcceptanceSettings):
             if cost is not None and not (is_number(cost) and 0 <= cost < math.inf):
                 raise ConfigError(f"{name} {cost!r}: expected a number >= 0, in target steps of one token, or None")
 
+    def check_policy(self, policy: AcceptancePolicy) -> None:
+        """Raises ConfigError where a loose policy could loosen none of the drafts that `method` makes."""
+        if self.method is None or not policy.is_loose:
+            return
+        sources = DRAFTERS[self.method].sources
+        if sources and policy.loosens.isdisjoint(sources):
+            kinds, fix = "a draft model's", "method hybrid or draft_model"
+            if DraftSource.LOOKUP in policy.loosens:
+                kinds, fix = "copied", "method alignment, ngram or hybrid, or conditional_apply_to='all'"
+            raise ConfigError(
+                f"acceptance {policy.name!r}: loosens {kinds} draft tokens, and method {self.method!r} makes none of "
+                f"them: use {fix}"
+            )
+
     def make_draft_stop(self, asked: str | None = None, threshold: float | None = None) -> DraftStop | None:
         """The rule of a sequence, which may ask for another one or for another threshold. Raises ConfigError for what
         would have no effect."""
@@ -143,6 +157,8 @@ class SpeculativeConfig(AcceptanceSettings):
                 f"draft_stop {name!r}: has no effect with method {self.method!r}, whose drafts no model chooses: leave "
                 f"it out, or serve with method {able}"
             )
+        if given is not None and rule.most is not None and given > rule.most:
+            raise ConfigError(f"draft_stop_threshold {given!r}: of {name} expected at most {rule.most:g}")
         return rule(given)
 
     @classmethod

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from eval_prompts import load_eval_prompts
-from fly_trt import LLM, AcceptanceParams, ConfigError, RequestOutput, SamplingParams
+from fly_trt import LLM, AcceptanceParams, ConfigError, RequestOutput, SamplingParams, SpeculativeConfig
 from fly_trt.benchmark.modes import choose_modes
 from fly_trt.drafting import DRAFTERS, Draft, DrafterKind, DraftRow
 from fly_trt.manifest import read_manifest
@@ -217,6 +218,29 @@ def test_an_object_of_the_users_own_stands_for_a_name(demo_engine: Path) -> None
         demo_engine, drafter=period, speculative_config={"acceptance": "exact"}
     ) as llm:  # a function that makes it
         assert _tokens(llm.generate(PROMPTS, SamplingParams(max_tokens=60))) == _tokens(plain)
+
+
+class Overheard(PeriodDrafter):
+    """One that can be called, as a network can, and hears what is emitted."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.heard: list[list[int]] = []
+
+    def __call__(self) -> None:
+        raise AssertionError("it is a drafter")
+
+    def read_output(self, slot: int, tokens: npt.NDArray[np.int64]) -> None:
+        self.heard.append(tokens.tolist())
+
+
+def test_a_drafter_hears_what_was_emitted_and_nothing_else(target_only_engine: Path) -> None:
+    """Not the rest of a round in which a request ended; and where no draft model was built it needs none."""
+    drafter = Overheard()
+    method = SpeculativeConfig(method="draft_model", acceptance="exact")
+    with LLM(target_only_engine, drafter=drafter, speculative_config=method) as llm:
+        outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=23))
+    assert sorted(drafter.heard) == sorted(_tokens(outputs))
 
 
 def test_a_drafter_where_none_is_used_is_refused(demo_engine: Path) -> None:

@@ -75,6 +75,27 @@ def test_another_preset_drops_the_engines_threshold_which_is_in_another_unit(llm
     assert resolve_speculative_config(manifest, {"preset": "vllm"}).fly_entropy_threshold is None
 
 
+def test_the_engines_draft_stop_is_for_methods_that_it_can_end(llm: LLM) -> None:
+    stops = {"draft_stop": "confidence", "draft_stop_threshold": 0.9}
+    manifest = llm.manifest.model_copy(update={"speculative": stops})
+    for method in ("multi_level", "hybrid"):
+        config = resolve_speculative_config(manifest, {"method": method})
+        assert (config.draft_stop, config.draft_stop_threshold) == ("confidence", 0.9)
+    for method in (None, "ngram", "suffix"):
+        assert resolve_speculative_config(manifest, {"method": method}).draft_stop is None
+    other = resolve_speculative_config(manifest, {"draft_stop": "adasd"})
+    assert (other.draft_stop, other.draft_stop_threshold) == ("adasd", None)
+    with pytest.raises(ConfigError, match="draft_stop 'adasd': has no effect with method 'ngram'"):
+        resolve_speculative_config(manifest, {"method": "ngram", "draft_stop": "adasd"})
+
+
+def test_tokens_to_be_exact_are_refused_where_they_are_none(llm: LLM, demo_engine: Path) -> None:
+    with pytest.raises(RequestError, match="exact_token_ids: 896 is not a token id, expected 0 to 895"):
+        llm.generate(PROMPTS[0], SamplingParams(acceptance=AcceptanceParams(exact_token_ids=[896])))
+    with pytest.raises(ConfigError, match="exact_token_ids: -5 is not a token id, expected 0 to 895"):
+        LLM(demo_engine, speculative_config={"exact_token_ids": [-5]})
+
+
 def test_a_stop_token_outside_the_vocabulary_is_refused(llm: LLM) -> None:
     with pytest.raises(RequestError, match="stop_token_ids: 896 is not a token id, expected 0 to 895"):
         llm.generate(PROMPTS[0], SamplingParams(stop_token_ids=[896]))

@@ -249,3 +249,43 @@ def test_half_a_surrogate_pair_is_no_text(name: str, value: object) -> None:
         f"{name}: '\\udcff' at character 1 is half of a surrogate pair and no text: decode its source as UTF-8, or "
         "leave it out"
     )
+
+
+def test_a_rule_that_could_loosen_nothing_of_what_is_drafted_is_refused() -> None:
+    head = HeadInfo(100, 3, has_top_tokens=True)
+    for method, acceptance, fix in (
+        ("multi_level", {"acceptance": "conditional"}, "or conditional_apply_to='all'"),
+        ("ngram", {"acceptance": "adaptive"}, "use method hybrid or draft_model"),
+    ):
+        config = SpeculativeConfig(method=method, **acceptance)
+        with pytest.raises(ConfigError, match=fix):
+            config.check_policy(config.policy(head))
+    for method, acceptance in (
+        ("multi_level", {"acceptance": "conditional", "conditional_apply_to": "all"}),
+        ("hybrid", {"acceptance": "conditional"}),
+        ("hybrid", {"acceptance": "adaptive"}),
+        ("alignment", {"acceptance": "conditional"}),
+        ("ngram", {"acceptance": "exact"}),
+    ):
+        config = SpeculativeConfig(method=method, **acceptance)
+        config.check_policy(config.policy(head))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"draft_stop": "confidence", "draft_stop_threshold": 1.5}, "1.5: of confidence expected at most 1"),
+        ({"draft_stop": "adaedl", "draft_stop_threshold": 2}, "2: of adaedl expected at most 1"),
+        ({"draft_stop_threshold": 0.5}, "has no effect without draft_stop: add one of adasd, confidence, adaedl"),
+        ({"draft_stop": "adasd", "method": "ngram"}, "has no effect with method 'ngram'"),
+        ({"draft_stop": "adasd", "method": None}, "has no effect with method None"),
+        ({"cactus_delta": math.inf}, "cactus_delta inf: expected a number >= 0 and <= 100"),
+        ({"exact_token_ids": [1.5]}, "expected a list of whole numbers"),
+        ({"exact_within": "code"}, "expected a list of non-empty strings"),
+        ({"exact_within": ["xml"]}, "expected code, json, digits, before:TAG or after:TAG"),
+    ],
+)
+def test_stops_and_guards_that_make_no_sense_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        SpeculativeConfig(**settings)
+    assert message in str(raised.value)

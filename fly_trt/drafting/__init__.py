@@ -30,10 +30,10 @@ DRAFTERS: dict[str, DrafterKind] = {
     "draft_model": DrafterKind(draft_model, needs_draft_model=True, acceptance="fly", has_scores=True),
     # The next three draft copies rather than alternatives: a loosened one costs accuracy (181 instead of 240 right
     # answers of 240 on the demo pair).
-    "ngram": DrafterKind(ngram, needs_draft_model=False, acceptance="exact"),
-    "alignment": DrafterKind(alignment, needs_draft_model=False, acceptance="exact"),
-    "suffix": DrafterKind(suffix, needs_draft_model=False, acceptance="exact"),
-    "hybrid": DrafterKind(hybrid, needs_draft_model=True, acceptance="fly", has_scores=True),
+    "ngram": DrafterKind(ngram, needs_draft_model=False, acceptance="exact", has_copies=True),
+    "alignment": DrafterKind(alignment, needs_draft_model=False, acceptance="exact", has_copies=True),
+    "suffix": DrafterKind(suffix, needs_draft_model=False, acceptance="exact", has_copies=True),
+    "hybrid": DrafterKind(hybrid, needs_draft_model=True, acceptance="fly", has_scores=True, has_copies=True),
     # What it does not share with the target is what was left out of it, so that its other tokens are mistakes rather
     # than alternatives.
     "self": DrafterKind(

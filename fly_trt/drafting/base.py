@@ -56,6 +56,7 @@ class Draft(NamedTuple):
         return cls(tokens, np.full(len(tokens), source, np.uint8), scores, is_whole)
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Proposes draft tokens for the sequences in the slots. It finds out by itself which of its earlier proposals
     became part of a sequence, so nothing has to be reported back."""
@@ -219,7 +220,8 @@ MakeDrafter = Callable[[DraftSettings, DraftParts], Drafter]
 class DrafterKind:
     """A line of the table of drafters. needs_draft_model, needs_self_draft, needs_inner_draft: engines that must have
     been built. acceptance: which policy its drafts get where nobody says. has_scores: a model chooses its drafts, or
-    some of them, so that they may be ended by what it says of them; draft_stop: by which rule where nobody says."""
+    some of them, so that they may be ended by what it says of them; draft_stop: by which rule where nobody says.
+    has_copies: some of them are copied from the sequence's own text."""
 
     make: MakeDrafter
     needs_draft_model: bool
@@ -228,6 +230,13 @@ class DrafterKind:
     needs_self_draft: bool = False
     needs_inner_draft: bool = False
     draft_stop: str | None = None
+    has_copies: bool = False
+
+    @property
+    def sources(self) -> frozenset[DraftSource]:
+        """Where its draft tokens come from that a rule may loosen."""
+        model = (DraftSource.MODEL,) if self.has_scores else ()
+        return frozenset((*model, DraftSource.LOOKUP) if self.has_copies else model)
 
 
 def common_prefix(held: IntArray, tokens: IntArray, known: int = 0) -> int:

@@ -289,8 +289,9 @@ class ModelDrafter:
         return results
 
     def _head_policy(self, slot: int) -> AcceptancePolicy:
-        stop = self._slots[slot].stop
-        return EXACT_WITH_ENTROPY if stop is not None and stop.needs_entropy else EXACT
+        state = self._slots[slot]
+        reads_entropy = state.wants_scores or (state.stop is not None and state.stop.needs_entropy)
+        return EXACT_WITH_ENTROPY if reads_entropy else EXACT
 
     def _decide(self, step: Step, slot: int, start: int, guess: IntArray) -> list[int]:
         """The guesses that stand and the token after them; the model speaks of them from position `start` on. A loose
@@ -338,7 +339,8 @@ def multi_level(settings: DraftSettings, parts: DraftParts) -> ModelDrafter:
 def chain(settings: DraftSettings, parts: DraftParts) -> ModelDrafter:
     """The inner draft model, with lookup in front of it, guesses for the draft model."""
     engine = parts.load_draft_model()
-    vocab_size, reuse_cache = engine.info.vocab_size, parts.reuse_cache
+    # It reads what the target committed and what the draft model added.
+    vocab_size, reuse_cache = max(engine.info.vocab_size, parts.target_vocab_size), parts.reuse_cache
     inner = ModelDrafter(parts.load_inner_draft_model(), vocab_size, _lookup(settings), reuse_cache=reuse_cache)
     level = Level(inner, settings.inner_num_tokens, INNER_ACCEPTANCE[settings.inner_acceptance])
     return ModelDrafter(engine, parts.target_vocab_size, level, reuse_cache=reuse_cache)

@@ -75,7 +75,7 @@ class SelfDrafter:
         """Each drafter that has rows, with their indexes. Settles which one a new sequence has."""
         indexes: dict[int, list[int]] = {}
         for index, row in enumerate(rows):
-            drafter = self._chosen[row.slot] = self._drafter(row.slot, len(row.tokens))
+            drafter = self._chosen[row.slot] = self._drafter(row.slot, row.num_prompt or len(row.tokens))
             indexes.setdefault(self._drafters.index(drafter), []).append(index)
         return [(self._drafters[which], indexes[which]) for which in sorted(indexes)]
 

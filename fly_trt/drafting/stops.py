@@ -14,10 +14,11 @@ from typing import ClassVar
 
 
 class DraftStop(ABC):
-    """The rule of one sequence. threshold: None is the rule's own. needs_entropy: it reads the entropy, which otherwise
-    may be NaN."""
+    """The rule of one sequence. threshold: None is the rule's own; at most `most`. needs_entropy: it reads the entropy,
+    which otherwise may be NaN."""
 
     name: ClassVar[str]
+    most: ClassVar[float | None] = None
     needs_entropy: ClassVar[bool] = True
 
     def __init__(self, threshold: float | None = None) -> None:
@@ -63,6 +64,7 @@ class ConfidenceStop(DraftStop):
     """
 
     name = "confidence"
+    most = 1.0
     needs_entropy = False
 
     def __init__(self, threshold: float | None = None) -> None:
@@ -82,6 +84,7 @@ class AdaEDLStop(DraftStop):
     """
 
     name = "adaedl"
+    most = 1.0
     GAMMA = 0.5
 
     def __init__(self, threshold: float | None = None) -> None:

@@ -244,6 +244,6 @@ class LoadEngine(Protocol):
     def __call__(
         self, directory: Path, manifest: Manifest, model: ModelEngine, info: EngineInfo, settings: LoadSettings
     ) -> Engine:
-        """Loads `model`, one of the two of `manifest`, from `directory`. Raises EngineError for what cannot be loaded
+        """Loads `model`, one of those of `manifest`, from `directory`. Raises EngineError for what cannot be loaded
         here and ConfigError for a setting that cannot be met or would have no effect."""
         ...

@@ -40,7 +40,7 @@ class Sampler:
             logits = self.processor.process(padded, output, np.concatenate([undecided, draft]))[ahead:]
         logits, is_dead = _before_dead_end(logits)
         if is_dead and len(undecided):
-            return _unsaid(np.array([NO_CHOICE]))
+            return self._unsaid(np.array([NO_CHOICE]))
         params = self.params
         if params.temperature < sampling.MIN_TEMPERATURE:
             probabilities = sampling.distribution(logits) if self.policy.is_loose else None
@@ -53,18 +53,26 @@ class Sampler:
         said = self._positions(choices, logits, probabilities, draft)
         return said._replace(uniforms=self.uniforms.others().at(*at)) if self.policy.needs_uniforms else said
 
+    def _unsaid(self, choices: IntArray) -> Positions:
+        """Choices alone: the rest is not a number, or no token."""
+        said, num = Positions(choices, *np.full((4, len(choices)), np.nan, np.float32)), len(choices)
+        if self.policy.needs_top:
+            shape = num, self.entropy_top_k
+            said = said._replace(top_ids=np.full(shape, NO_CHOICE), top_logprobs=np.full(shape, np.nan, np.float32))
+        return said._replace(uniforms=np.full(num, np.nan)) if self.policy.needs_uniforms else said
+
     def _positions(
         self, choices: IntArray, scores: FloatArray, probabilities: FloatArray | None, draft: IntArray
     ) -> Positions:
         """Entropies of -inf, and so below whatever threshold, where the draft token is one that must not come: a bad
         word."""
-        said = _unsaid(choices)
+        said = self._unsaid(choices)
         if probabilities is None or not self.policy.is_loose:
             return said
         entropy, entropy_topk = sampling.gate_entropy(probabilities, self.entropy_top_k)
         num_drafts = min(len(draft), len(scores))
         at = np.arange(num_drafts), draft[:num_drafts]
-        is_banned = scores[at] == -np.inf
+        is_banned = probabilities[at] == 0  # masked, or left out by truncation
         for gates in (entropy, entropy_topk):
             gates[:num_drafts][is_banned] = -np.inf
         said = said._replace(entropy=entropy, entropy_topk=entropy_topk)
@@ -76,11 +84,6 @@ class Sampler:
                 said.argmax_logprob[:] = np.log(probabilities.max(axis=1))
                 said.draft_logprob[:num_drafts] = np.log(probabilities[at])
         return said
-
-
-def _unsaid(choices: IntArray) -> Positions:
-    """Choices alone: the rest is not a number."""
-    return Positions(choices, *np.full((4, len(choices)), np.nan, np.float32))
 
 
 def _before_dead_end(scores: FloatArray) -> tuple[FloatArray, bool]:

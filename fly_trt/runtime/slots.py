@@ -7,6 +7,8 @@ copy. This module knows tokens and slots; moving the caches is left to the engin
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from fly_trt.drafting import Drafter
 from fly_trt.drafting.base import ReadsOutputs, ReadsPrompts, common_prefix
 from fly_trt.engines.base import Engine
@@ -93,7 +95,7 @@ class SlotTable:
         slot.freed_at = self._num_freed
         slot.request = None
         if isinstance(self._drafter, ReadsOutputs):
-            self._drafter.read_output(index, request.output_tokens)
+            self._drafter.read_output(index, np.array(request.output_token_ids, np.int64))
         if self._drafter is not None:
             self._drafter.release(index)
 

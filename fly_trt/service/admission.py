@@ -19,7 +19,7 @@ from fly_trt.runtime.sampler import Sampler, draw_seed
 from fly_trt.service.config import Sizes, head_info
 from fly_trt.text.chat import ChatMessage
 from fly_trt.text.prompts import Prompt, PromptReader, TokensPrompt
-from fly_trt.text.tokenizer import Detokenizer
+from fly_trt.text.tokenizer import Detokenizer, piece_reader
 from fly_trt.tokens import TokenSequence
 from fly_trt.verification import AcceptancePolicy, Guards, make_guards
 from fly_trt.verification.sampling import LogitsProcessor, UniformStream
@@ -28,11 +28,19 @@ from fly_trt.verification.sampling import LogitsProcessor, UniformStream
 class Admission:
     """Checks requests for the engines of one directory and makes them. Any thread may use it."""
 
-    def __init__(self, engines: LoadedEngines, speculative_config: SpeculativeConfig, sizes: Sizes) -> None:
+    def __init__(
+        self,
+        engines: LoadedEngines,
+        speculative_config: SpeculativeConfig,
+        sizes: Sizes,
+        *,
+        has_own_drafter: bool = False,
+    ) -> None:
         self._info = engines.target.info
         self._head = head_info(engines.manifest)
         self._max_draft_len = engines.manifest.limits.max_draft_len
         self._speculative_config = speculative_config
+        self._has_own_drafter = has_own_drafter
         self._sizes = sizes
         self._tokenizer = engines.tokenizer
         self._prompts = PromptReader(
@@ -42,6 +50,7 @@ class Admission:
             max_seq_len=sizes.max_seq_len,
         )
         self._request_ids = itertools.count()
+        self._piece = piece_reader(engines.tokenizer)
 
     def new_request_id(self) -> str:
         return str(next(self._request_ids))
@@ -103,6 +112,8 @@ class Admission:
     ) -> Request:
         acceptance = params.acceptance_params.over(self._speculative_config)
         policy = acceptance.policy(self._head).for_request()
+        if not self._has_own_drafter:
+            self._speculative_config.check_policy(policy)
         own_stops = frozenset(params.stop_token_ids or ())
         self._check_token_ids("stop_token_ids", own_stops)
         self._check_token_ids("logit_bias", params.logit_bias or ())
@@ -135,10 +146,6 @@ class Admission:
         settings = acceptance.guard_settings()
         self._check_token_ids("exact_token_ids", settings.exact_token_ids)
         return make_guards(settings, self._piece)
-
-    def _piece(self, token: int) -> str:
-        """The text of one token."""
-        return self._tokenizer.decode([token], skip_special_tokens=False)
 
     def _make_sampler(
         self,

@@ -75,9 +75,12 @@ class Sizes:
     max_queue_size: int
 
 
-def resolve_sizes(config: ServiceConfig, speculative_config: SpeculativeConfig, manifest: Manifest) -> Sizes:
-    """The engine's limits where nothing was asked for. Raises ConfigError for more than was built."""
-    _check_speculative_limits(speculative_config, manifest)
+def resolve_sizes(
+    config: ServiceConfig, speculative_config: SpeculativeConfig, manifest: Manifest, *, has_own_drafter: bool = False
+) -> Sizes:
+    """The engine's limits where nothing was asked for. has_own_drafter: in place of the one that the method names.
+    Raises ConfigError for more than was built."""
+    _check_speculative_limits(speculative_config, manifest, has_own_drafter=has_own_drafter)
     limits = manifest.limits
     sizes = {}
     for name in ("max_batch_size", "max_seq_len", "max_num_tokens"):
@@ -113,8 +116,9 @@ def fit_to_shared(config: ServiceConfig, engines: LoadedEngines) -> ServiceConfi
     return dataclasses.replace(config, max_batch_size=config.max_batch_size or engines.max_batch_size)
 
 
-def _check_speculative_limits(config: SpeculativeConfig, manifest: Manifest) -> None:
-    if config.method is not None and (missing := _missing_draft(config.method, manifest)) is not None:
+def _check_speculative_limits(config: SpeculativeConfig, manifest: Manifest, *, has_own_drafter: bool) -> None:
+    method = None if has_own_drafter else config.method
+    if method is not None and (missing := _missing_draft(method, manifest)) is not None:
         what, flag = missing
         raise ConfigError(
             f"method {config.method!r} needs a {what} and {manifest.name} was built without one: "
@@ -125,7 +129,12 @@ def _check_speculative_limits(config: SpeculativeConfig, manifest: Manifest) -> 
             f"num_speculative_tokens {config.num_speculative_tokens}: built for max_draft_len "
             f"{manifest.limits.max_draft_len}: rebuild with --max-draft-len {config.num_speculative_tokens}"
         )
-    config.policy(head_info(manifest))
+    policy = config.policy(head_info(manifest))
+    if not has_own_drafter:
+        config.check_policy(policy)
+    size = manifest.target.vocab_size
+    if unknown := [token for token in config.exact_token_ids or () if not 0 <= token < size]:
+        raise ConfigError(f"exact_token_ids: {unknown[0]} is not a token id, expected 0 to {size - 1}")
 
 
 def head_info(manifest: Manifest) -> HeadInfo:
@@ -159,6 +168,11 @@ def resolve_speculative_config(manifest: Manifest, overrides: Mapping[str, Any])
         settings["method"] = _usual_method(manifest)
     if limit == 0:
         settings["method"] = None
+    method = overrides.get("method", settings.get("method", method))
+    has_scores = method in tuple(DRAFTERS) and DRAFTERS[method].has_scores
+    if not has_scores or overrides.get("draft_stop") is not None:  # of another rule, or of a draft model
+        for name in ("draft_stop", "draft_stop_threshold"):
+            settings.pop(name, None)
     wanted = settings.get("num_speculative_tokens", SpeculativeConfig().num_speculative_tokens)
     settings["num_speculative_tokens"] = max(1, min(wanted, limit))
     config = SpeculativeConfig.from_dict(settings | dict(overrides))

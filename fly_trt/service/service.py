@@ -48,10 +48,11 @@ class Service:
         if not isinstance(speculative_config, SpeculativeConfig):
             speculative_config = resolve_speculative_config(self.manifest, speculative_config or {})
         self.speculative_config: SpeculativeConfig = speculative_config
-        self.sizes = resolve_sizes(config, speculative_config, self.manifest)
+        has_own_drafter = drafter is not None
+        self.sizes = resolve_sizes(config, speculative_config, self.manifest, has_own_drafter=has_own_drafter)
         self.tokenizer = engines.tokenizer
         self.metrics = Metrics()
-        self._admission = Admission(engines, speculative_config, self.sizes)
+        self._admission = Admission(engines, speculative_config, self.sizes, has_own_drafter=has_own_drafter)
         drafter = self._make_drafter(engines, drafter, config.enable_prefix_caching)
         loop_config = LoopConfig(
             num_slots=self.sizes.max_batch_size,
@@ -112,7 +113,7 @@ class Service:
             load_inner_draft_model=lambda: engines.inner_draft,
         )
         make = DRAFTERS[config.method].make if own is None else own
-        return make(config, parts) if callable(make) else make
+        return make if isinstance(make, Drafter) else make(config, parts)
 
 
 def _leave_to_the_others() -> None:

@@ -7,6 +7,7 @@ stop strings it finds the first one even when it spans tokens or ends inside one
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 from weakref import WeakKeyDictionary
@@ -63,6 +64,18 @@ class _TokenKinds:
         if tokenizer not in cls._known:
             cls._known[tokenizer] = cls(tokenizer)
         return cls._known[tokenizer]
+
+
+def piece_reader(tokenizer: Tokenizer) -> Callable[[int], str]:
+    """From a token id to its text within a text. A decoder may take away the space that a text begins with, so that a
+    token is decoded behind another one. Of a token that is a part of a character it is the replacement character."""
+    before: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
+    num_before = len(tokenizer.decode(before, skip_special_tokens=False))
+
+    def piece(token: int) -> str:
+        return tokenizer.decode([*before, token], skip_special_tokens=False)[num_before:]
+
+    return piece
 
 
 class Detokenizer:

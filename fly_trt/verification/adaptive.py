@@ -72,6 +72,10 @@ class AdaptivePolicy(AcceptancePolicy):
         return replace(self, learnt=_Learnt())
 
     @property
+    def loosens(self) -> frozenset[DraftSource]:
+        return frozenset((DraftSource.MODEL,))
+
+    @property
     def threshold(self) -> float:
         """The distance below which a mismatch stands; 0 while nothing was learnt."""
         agreed, differed = self.learnt.agreed, self.learnt.differed
@@ -97,7 +101,8 @@ def _distances(evidence: Evidence, count: int) -> Masses:
     """float64 [count]: `named_distance` at the first positions; NaN where no draft model chose the token."""
     said, scores = evidence.target, evidence.scores
     result = np.full(count, np.nan)
-    for j in np.flatnonzero(evidence.sources[:count] == DraftSource.MODEL):
+    scored = min(count, len(scores.top_ids) if scores.top_ids.shape[1] else 0)  # not of a drafter that gives none
+    for j in np.flatnonzero(evidence.sources[:scored] == DraftSource.MODEL):
         result[j] = named_distance(said.top_ids[j], said.top_logprobs[j], scores.top_ids[j], scores.top_logprobs[j])
     return result
 

@@ -44,6 +44,11 @@ class ConditionalPolicy(AcceptancePolicy):
         given = {name: settings[f"conditional_{name}"] for name in ("alpha", "beta", "floor", "apply_to")}
         return cls(use_full_entropy=True, **{name: value for name, value in given.items() if value is not None})
 
+    @property
+    def loosens(self) -> frozenset[DraftSource]:
+        copies = (DraftSource.LOOKUP,)
+        return frozenset(copies if self.apply_to == "ngram" else (*copies, DraftSource.MODEL))
+
     def verdict(self, evidence: Evidence, stop_token_ids: frozenset[int]) -> Verdict:
         known, said = evidence.num_known, evidence.target
         wanted = np.float32(self.beta) - np.float32(self.alpha) * said.entropy[:known]

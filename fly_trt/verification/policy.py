@@ -200,6 +200,11 @@ class AcceptancePolicy(ABC):
         return self
 
     @property
+    def loosens(self) -> frozenset[DraftSource]:
+        """The sources of which a draft token may be loosened."""
+        return frozenset((DraftSource.MODEL, DraftSource.LOOKUP))
+
+    @property
     def is_loose(self) -> bool:
         """Whether any draft token may stand that differs from the target's choice."""
         return True

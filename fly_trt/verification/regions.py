@@ -3,7 +3,7 @@
 A region reads the output's text piece by piece, one piece a token, and says whether the next piece lies in it. Markers
 may be spread over pieces. It knows text alone.
 
-    code            between a line's ``` and the next ```
+    code            between ``` and the next ```, wherever they are
     json            from a { to the } that closes it, braces in strings aside
     digits          pieces that have a digit
     before:TAG      up to the first TAG: before:</think> is what a reasoning model thinks

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples import examples
-from fly_trt.drafting import INNER_ACCEPTANCE, Draft, DraftRow, Level, Lookup, ModelDrafter
+from fly_trt.drafting import INNER_ACCEPTANCE, Draft, DraftParts, DraftRow, Level, Lookup, ModelDrafter
+from fly_trt.drafting.model import chain
 from fly_trt.drafting.stops import AdaSDStop, ConfidenceStop
+from fly_trt.params import SpeculativeConfig
 from fly_trt.verification import FlyPolicy
 from loop_stack import PROMPT, CheckedModelDrafter, make_request, make_stack
 from table_engine import (
@@ -264,3 +266,13 @@ def test_an_exact_target_emits_plain_decodings_tokens_whatever_guesses(
     make_stack(language, chain.drafter, num_slots=num_slots).run(*requests)
     for prompt, request in zip(prompts, requests, strict=True):
         assert request.output_token_ids == greedy(language, prompt, 30)
+
+
+def test_a_token_that_no_draft_model_knows_is_read_as_another_one() -> None:
+    """A target whose table is padded further: its ids come with prompts."""
+    small, middle = (TableEngine(hashed(12, 1), max_num_tokens=64, vocab_size=12) for _ in range(2))
+    engines = {"draft": middle, "inner": small}
+    parts = DraftParts(lambda: engines["draft"], 24, reuse_cache=True, load_inner_draft_model=lambda: engines["inner"])
+    drafter = chain(SpeculativeConfig(method="chain"), parts)
+    (draft,) = drafter.propose([DraftRow(0, np.array([3, 4, 23, 5]), 4)])
+    assert draft.tokens.tolist() == greedy(hashed(12, 1), [3, 4, 11, 5], 4)

@@ -105,3 +105,9 @@ def test_it_forgets_with_its_engines(drafter: SelfDrafter, engines: tuple[TableE
     drafter.trim(8)
     assert [engine.trims for engine in engines] == [[8], [8]]
     check(drafter, {0: (SHORT, LANGUAGES[0]), 1: (LONG, LANGUAGES[1])})
+
+
+def test_the_prompt_chooses_however_late_the_first_draft_is_asked_for(drafter: SelfDrafter) -> None:
+    """A loose request may pause before it drafts, for as long as the load says."""
+    row = DraftRow(0, np.array(LONG), 4, num_prompt=len(SHORT))
+    assert drafter.propose([row])[0].tokens.tolist() == greedy(LANGUAGES[0], LONG, 4)

@@ -211,3 +211,15 @@ def test_a_draft_token_that_leaves_no_token_after_it_does_no_harm() -> None:
     stack = make_stack(language, ModelDrafter(TableEngine(lambda tokens: 20), VOCAB_SIZE))
     request = served(stack, bad_word_ids=bad_words, max_tokens=12)
     assert request.output_token_ids == greedy(language, request.prompt_token_ids, 12)
+
+
+def test_a_token_that_truncation_left_out_is_not_loosened() -> None:
+    """Whatever the gate says of the distribution that is left."""
+    logits = spread_logits(3)
+    sampler = make_request(policy=PRESETS["reference"], temperature=1.0, top_k=2).sampler
+    assert sampler is not None
+    row = logits((3, 4))
+    least = int(row.argmin())
+    said = sampler.choose(np.stack([row, row]), np.array([], np.int64), np.array([], np.int64), np.array([least]))
+    assert said.entropy_topk[0] == said.entropy[0] == -np.inf
+    assert np.isfinite(said.entropy_topk[1])

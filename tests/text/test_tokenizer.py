@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from examples import examples
 from fly_trt.errors import EngineError
-from fly_trt.text.tokenizer import Detokenizer, load_tokenizer
+from fly_trt.text.tokenizer import Detokenizer, load_tokenizer, piece_reader
 
 
 def bytes_to_unicode() -> dict[int, str]:
@@ -339,3 +339,14 @@ def test_a_broken_tokenizer_is_named(tmp_path) -> None:
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{")
     with pytest.raises(EngineError, match=r"tokenizer\.json: not a readable tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_piece_keeps_the_space_that_it_begins_with() -> None:
+    """Also where a decoder takes it away at the start of a text."""
+    words = ["▁w0", "▁a", "▁Final", "▁answer", ":", "ing"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="▁w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    assert tokenizer.decode([3]) == "answer"
+    piece = piece_reader(tokenizer)
+    assert [piece(token) for token in (2, 3, 4, 5)] == [" Final", " answer", ":", "ing"]

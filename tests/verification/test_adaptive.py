@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import policy_oracles as oracles
-from fly_trt.verification import DraftScores, DraftSource, Evidence, Positions
+from fly_trt.verification import AdaptivePolicy, DraftScores, DraftSource, Evidence, Positions
 from random_rounds import VOCAB_SIZE, assert_follows, decide, log_softmax, make, random_rounds, stands, top_of
 
 NUM_CASES = 10_000
@@ -202,3 +202,13 @@ def test_a_token_without_draft_scores_is_never_loosened() -> None:
     for source in (DraftSource.LOOKUP, DraftSource.CORPUS):
         copied = replace(near, sources=np.array([source], np.uint8), scores=unscored)
         assert decide(policy, copied).num_accepted == 0
+
+
+def test_tokens_of_a_drafter_that_scores_none_are_not_loosened() -> None:
+    policy = AdaptivePolicy().for_request()
+    said = Positions(np.array([1, 2, 3]), *np.zeros((4, 3), np.float32), np.ones((3, 3), np.int64), np.zeros((3, 3)))
+    for scores in (DraftScores.none(0), DraftScores.none(2)):
+        evidence = Evidence(2, draft=np.array([1, 5]), sources=np.zeros(2, np.uint8), scores=scores, target=said)
+        assert policy.verdict(evidence, frozenset()).num_accepted == 1
+        policy.observe(evidence, 1)
+    assert policy.threshold == 0
