@@ -16,7 +16,7 @@ from fly_trt.runtime.rounds import Round
 from fly_trt.runtime.sampler import Sampler
 from fly_trt.text.tokenizer import Detokenizer
 from fly_trt.tokens import FloatArray, IntArray, TokenSequence
-from fly_trt.verification import AcceptancePolicy, Guards, Positions
+from fly_trt.verification import AcceptancePolicy, Guards, Limits, Positions
 
 
 class RequestState(Enum):
@@ -33,7 +33,8 @@ class Request:
     """`sequence` is prompt and output; the target's cache holds `num_cached` tokens of it and of the draft after it.
     `end_token_ids` end the sequence; `stop_token_ids` are those of them that only this request has. `sampler` None
     means that the engine's argmax decides. `loosening` None means that every round has the request's `policy`.
-    `guards`: where a loose policy is exact all the same. `draft_stop`: where drafts of its rounds end early. `index`
+    `guards`: where a loose policy is exact all the same; `limits`: these and what no request may loosen, from its first
+    round on. `draft_stop`: where drafts of its rounds end early. `index`
     numbers the sequences of one prompt."""
 
     request_id: str
@@ -56,6 +57,7 @@ class Request:
     round: Round | None = None
     acceptance_rate: AcceptanceRate | None = None
     loosening: Loosening | None = None
+    limits: Limits | None = None
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)

@@ -13,7 +13,7 @@ from fly_trt.runtime.loosening import Loosening, StepCosts
 from fly_trt.runtime.request import Request
 from fly_trt.runtime.rounds import Round
 from fly_trt.tokens import IntArray
-from fly_trt.verification import EXACT, AcceptancePolicy, DraftSource, Evidence, Limits
+from fly_trt.verification import EXACT, DraftSource, Evidence, Limits
 
 MAX_USUAL_CONTEXT = 2  # committed tokens that a round starts with, but for the first after a prompt
 
@@ -82,7 +82,9 @@ class Speculation:
                 num_draft, policy = min(num_draft, limit, pause - 1), EXACT
             else:
                 num_draft, policy, is_observed = limit, policy if request.loosening.is_open else EXACT, True
-        request.round = Round(length, Evidence(num_draft), policy, self._limits(request, policy), is_observed)
+        if request.limits is None:
+            request.limits = self._limits(request)
+        request.round = Round(length, Evidence(num_draft), policy, request.limits, is_observed)
         if request.guards is not None:
             request.guards.start_round(request.output_token_ids)
 
@@ -147,8 +149,9 @@ class Speculation:
         if request.loosening is not None and round_.is_observed and not request.is_finished:
             request.loosening.observe(round_.window_counts(), len(request.sequence))
 
-    def _limits(self, request: Request, policy: AcceptancePolicy) -> Limits:
-        exact_copies = self.drafter is not None and self.drafter.has_exact_copies and not policy.loosens_copies
+    def _limits(self, request: Request) -> Limits:
+        has_exact_copies = self.drafter is not None and self.drafter.has_exact_copies
+        exact_copies = has_exact_copies and not request.policy.loosens_copies
         return Limits(request.end_token_ids | self._stop_token_ids, request.guards, exact_copies)
 
     def _limit(self, request: Request) -> int:
