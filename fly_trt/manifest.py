@@ -17,7 +17,8 @@ MANIFEST_NAME = "fly.json"
 HASH_BLOCK_BYTES = 1 << 22
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-Quantization = Literal["none", "int8", "int4"]
+Quantization = Literal["none", "int8", "int4", "fp8"]
+Device = Literal["cpu", "cuda"]
 TensorRTLibrary = Literal["tensorrt", "tensorrt_rtx"]
 
 
@@ -102,9 +103,14 @@ class TensorRTPlan(_Record):
 
 
 class ModelEngine(_Record):
-    """One decoder graph. `dtype` is the type of the stored weights, `kv_cache_dtype` that of the cache tensors."""
+    """One decoder graph. `dtype` is the type of the stored weights, `kv_cache_dtype` that of the cache tensors.
+
+    A model that is sharded over several GPUs (tensor parallelism) has a file a rank: `model` is rank 0's, and
+    `other_ranks` has those of ranks 1 and up. `num_kv_heads` is the whole model's.
+    """
 
     model: FileName
+    other_ranks: list[FileName] = []
     source: Source
     vocab_size: int = Field(gt=0)
     num_layers: int = Field(gt=0)
@@ -115,9 +121,20 @@ class ModelEngine(_Record):
     kv_cache_dtype: Dtype
     tensorrt: TensorRTPlan | None = None
 
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Ranks, a GPU each."""
+        return 1 + len(self.other_ranks)
+
+    @property
+    def rank_kv_heads(self) -> int:
+        """KV heads in the cache of one rank; where there are fewer than ranks, several ranks have the same one."""
+        return max(1, self.num_kv_heads // self.tensor_parallel_size)
+
     def kv_bytes_per_token(self) -> int:
+        """Of the cache of one rank."""
         width = 4 if self.kv_cache_dtype == "float32" else 2
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * width
+        return 2 * self.num_layers * self.rank_kv_heads * self.head_dim * width
 
 
 class SelfDraft(_Record):
@@ -154,12 +171,14 @@ class File(_Record):
 
 
 class Manifest(_Record):
-    """`fly.json`. `backend` is the name of what runs the engines, known or not to who reads it; `speculative` holds the
-    recipe's defaults for SpeculativeConfig; `self_drafts` are in the order of their min_tokens, which begin at 0;
-    `inner_draft` guesses for the draft, as `chain` says; `files` are all that engines are loaded from."""
+    """`fly.json`. `backend` is the name of what runs the engines, known or not to who reads it, and `device` what they
+    run on (None in directories of older versions, whose backend says it); `speculative` holds the recipe's defaults for
+    SpeculativeConfig; `self_drafts` are in the order of their min_tokens, which begin at 0; `inner_draft` guesses for
+    the draft, as `chain` says; `files` are all that engines are loaded from."""
 
     schema_version: int
     backend: str
+    device: Device | None = None
     name: str
     fly_trt_version: str
     library_versions: dict[str, str]
@@ -178,7 +197,7 @@ class Manifest(_Record):
         drafts = (self.draft, self.inner_draft, *(draft.engine for draft in self.self_drafts))
         for engine in filter(None, (self.target, *drafts)):
             plugins = engine.tensorrt.plugin_library if engine.tensorrt else None
-            for name in filter(None, (engine.model, plugins)):
+            for name in filter(None, (engine.model, *engine.other_ranks, plugins)):
                 if name not in self.files:
                     raise ValueError(f"{name!r} is not among the files that it lists")
         return self

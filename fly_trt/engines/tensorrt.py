@@ -113,7 +113,7 @@ class TensorRTEngine:
         self._scratch = cuda.DeviceBuffer(int(self._engine.device_memory_size_v2))
         item_bytes = ITEM_BYTES[model.kv_cache_dtype]
         self._token_bytes = model.head_dim * item_bytes
-        self._slot_bytes = model.num_kv_heads * self._plan.cache_tokens * self._token_bytes
+        self._slot_bytes = model.rank_kv_heads * self._plan.cache_tokens * self._token_bytes
         self._caches = [cuda.DeviceBuffer(num_slots * self._slot_bytes) for _ in range(2 * model.num_layers)]
         for cache in self._caches:
             self._stream.clear(cache.address, cache.num_bytes)  # a masked key counts nothing only while it is a number
@@ -180,7 +180,7 @@ class TensorRTEngine:
         cuda.use_device(self._device)
         pitch, skipped = self._plan.cache_tokens * self._token_bytes, start * self._token_bytes
         for cache in self._caches:
-            for head in range(self._model.num_kv_heads):
+            for head in range(self._model.rank_kv_heads):
                 self._stream.clear(self._slot(cache, slot) + head * pitch + skipped, pitch - skipped)
 
     def trim(self, num_tokens: int) -> int:
@@ -290,7 +290,7 @@ class TensorRTEngine:
             for name, offset in block.offsets.items():
                 self._require(context.set_tensor_address(name, block.device.address + offset), name)
         self._require(context.set_tensor_address("logits", self._logits.address), "logits")
-        cache_shape = (batch_size, model.num_kv_heads, self._plan.cache_tokens, model.head_dim)
+        cache_shape = (batch_size, model.rank_kv_heads, self._plan.cache_tokens, model.head_dim)
         for index, cache in enumerate(self._caches):
             name = f"{('key', 'value')[index % 2]}.{index // 2}"
             address = self._slot(cache, first_slot)
@@ -356,7 +356,7 @@ class TensorRTEngine:
         if num_tokens:
             pitch = self._plan.cache_tokens * self._token_bytes
             num_bytes = num_tokens * self._token_bytes
-            self._stream.copy_rows((target, pitch), (source, pitch), num_bytes, self._model.num_kv_heads)
+            self._stream.copy_rows((target, pitch), (source, pitch), num_bytes, self._model.rank_kv_heads)
 
 
 def _widen(raw: cuda.Bytes, dtype: Dtype, target: npt.NDArray[np.float32]) -> None:

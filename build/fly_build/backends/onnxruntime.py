@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from fly_build.backends.base import Backend
 from fly_build.measure import measure_costs
 from fly_build.schema import Recipe
+from fly_trt.errors import ConfigError
 from fly_trt.manifest import Dtype, Manifest, ModelEngine
 
 if TYPE_CHECKING:
@@ -22,7 +23,10 @@ class OnnxRuntimeBackend(Backend):
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
-        """It builds whatever a recipe can say."""
+        if recipe.quantization == "fp8":
+            raise ConfigError(
+                "quantization 'fp8': no CPU computes with it: use --quantization int8, or --backend tensorrt"
+            )
 
     @property
     def kv_cache_dtype(self) -> Dtype:
