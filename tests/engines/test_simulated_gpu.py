@@ -2,7 +2,6 @@
 is there to notice it notices.
 """
 
-import ast
 import inspect
 import re
 from typing import Any
@@ -11,6 +10,8 @@ import pytest
 
 import simulated_tensorrt
 from simulated_cuda import SimulatedCuda
+from tensorrt_calls import ONLY_RTX, signatures
+from tensorrt_modules import MODULES, describe
 
 FUNCTIONS = [
     name for name, value in vars(SimulatedCuda).items() if name.startswith("cuda") and inspect.isfunction(value)
@@ -61,38 +62,43 @@ def test_constants_have_cuda_pythons_values(name: str) -> None:
         assert getattr(getattr(runtime, name), member.name).value == member.value
 
 
+@pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("name", CLASSES)
-def test_classes_have_only_what_tensorrt_has(name: str) -> None:
-    trt = pytest.importorskip("tensorrt_rtx")
-    simulated, real = getattr(simulated_tensorrt, name), getattr(trt, name)
+def test_classes_have_only_what_tensorrt_has(name: str, module: str) -> None:
+    """The simulation serves for both libraries, so that what only TensorRT-RTX has is in it too."""
+    classes = describe(module)["classes"]
+    simulated = getattr(simulated_tensorrt, name)
     names = [name for name in vars(simulated) if not name.startswith("_")]
     assert names
     for attribute in names:
-        assert hasattr(real, attribute)
+        if module == "tensorrt" and {name, f"{name}.{attribute}"} & ONLY_RTX:
+            continue
+        assert attribute in classes[name]
         if inspect.isfunction(getattr(simulated, attribute)):
-            documented = numbers_of_parameters(getattr(real, attribute).__doc__, attribute)
+            documented = [len(of.args) for of in signatures(classes[name][attribute]["doc"], attribute)]
             assert len(inspect.signature(getattr(simulated, attribute)).parameters) in documented
 
 
-def numbers_of_parameters(documentation: str, name: str) -> list[int]:
-    """Of every overload that pybind11 wrote down."""
-    signatures = re.findall(rf"^(?:\d+\. )?({name}\(self.*)$", documentation, re.MULTILINE)
-    plain = [re.sub("<[^>]*>", "None", signature).replace("::", ".") for signature in signatures]
-    code = [f"def {signature}: ..." for signature in plain]
-    return [len(ast.parse(text).body[0].args.args) for text in code]
-
-
+@pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_strategies_have_tensorrts_names(name: str) -> None:
-    trt = pytest.importorskip("tensorrt_rtx")
-    assert list(getattr(trt, name).__members__) == [member.name for member in getattr(simulated_tensorrt, name)]
+def test_strategies_have_tensorrts_numbers(name: str, module: str) -> None:
+    if module == "tensorrt" and name in ONLY_RTX:
+        pytest.skip("only TensorRT-RTX has them")
+    real = describe(module)["classes"][name]
+    numbers = {member: found["number"] for member, found in real.items() if found["number"] is not None}
+    assert numbers == {member.name: member.value for member in getattr(simulated_tensorrt, name)}
 
 
-def test_severities_and_the_registry_are_tensorrts() -> None:
-    trt = pytest.importorskip("tensorrt_rtx")
+@pytest.mark.parametrize("module", MODULES)
+def test_severities_and_the_registry_are_tensorrts(module: str) -> None:
+    described = describe(module)
     for severity in simulated_tensorrt.ILogger.Severity:
-        assert int(getattr(trt.ILogger, severity.name)) == severity
-    assert isinstance(trt.get_plugin_registry(), trt.IPluginRegistry)
+        assert described["classes"]["ILogger.Severity"][severity.name]["number"] == severity
+        assert severity.name in described["classes"]["ILogger"]
+    assert {"get_plugin_registry"} <= described["others"].keys()
+    if module == "tensorrt_rtx":
+        trt = pytest.importorskip(module)
+        assert isinstance(trt.get_plugin_registry(), trt.IPluginRegistry)
 
 
 def test_copies_wait_for_a_synchronisation(cuda: SimulatedCuda) -> None:
