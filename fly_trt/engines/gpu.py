@@ -76,7 +76,8 @@ class DeviceTensor:
 class GpuEngine(ABC):
     """One decoder with its slots on a GPU (base.Engine), but for what computes.
 
-    A subclass's constructor calls this one, which chooses the device, and then `_allocate`. `device_id` is the GPU,
+    A subclass's constructor calls this one, which chooses the device, loads what computes, and calls `_allocate`, after
+    which work waits on the stream. `device_id` is the GPU,
     None the current one of the thread that loads; it is left as the current one of every thread that uses the engine.
     Raises EngineError when memory does not suffice, and ConfigError for a device that does not exist.
     """
@@ -90,6 +91,7 @@ class GpuEngine(ABC):
         self._max_row_tokens = max_row_tokens
         self._cache_tokens = cache_tokens
         self._device = cuda.choose_device(device_id)
+        self._stream = cuda.Stream()
 
     @abstractmethod
     def _compute(self, first_slot: int, batch_size: int, num_tokens: int) -> StepBlocks:
@@ -104,10 +106,9 @@ class GpuEngine(ABC):
         """Keeps what the next process can use; nothing by default. Called before the end, when all work is done."""
 
     def _allocate(self, num_slots: int) -> None:
-        """The stream, and all memory whose size does not depend on the steps."""
+        """All memory whose size does not depend on the steps."""
         model, info = self._model, self.info
         item_bytes = ITEM_BYTES[model.kv_cache_dtype]
-        self._stream = cuda.Stream()
         self._token_bytes = model.head_dim * item_bytes
         self._slot_bytes = model.rank_kv_heads * self._cache_tokens * self._token_bytes
         self._caches = [cuda.DeviceBuffer(num_slots * self._slot_bytes) for _ in range(2 * model.num_layers)]

@@ -9,7 +9,7 @@
 #include <string.h>
 
 enum { SUCCESS = 0, OUT_OF_MEMORY = 2, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901 };
-enum { HOST_TO_DEVICE = 1, DEVICE_TO_HOST = 2, DEFAULT_KIND = 4 };
+enum { HOST_TO_DEVICE = 1, DEVICE_TO_HOST = 2, DEVICE_TO_DEVICE = 3 };
 
 typedef struct {
   unsigned x, y, z;
@@ -30,8 +30,8 @@ typedef struct {
 } Properties;
 
 /* Read and set by tests. */
-long emulated_launches, emulated_captured_launches, emulated_graph_launches, emulated_captures, emulated_faults;
-long emulated_device_copies, emulated_host_copies;
+long emulated_launches, emulated_captured_launches, emulated_captures, emulated_graphs, emulated_graph_launches;
+long emulated_host_copies, emulated_largest_device_copy, emulated_faults;
 char emulated_last_fault[256];
 
 static void *capturing; /* the stream, if any */
@@ -119,7 +119,7 @@ int cudaFreeHost(void *address) { return release(address); }
 static int copy(void *to, const void *from, size_t size, int kind) {
   if (capturing && (kind == HOST_TO_DEVICE || kind == DEVICE_TO_HOST)) return refuse("a copy from or to the host");
   if (kind == HOST_TO_DEVICE || kind == DEVICE_TO_HOST) emulated_host_copies++;
-  else emulated_device_copies++;
+  else if (kind == DEVICE_TO_DEVICE && (long)size > emulated_largest_device_copy) emulated_largest_device_copy = size;
   memmove(to, from, size);
   return SUCCESS;
 }
@@ -133,7 +133,6 @@ int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *str
 int cudaMemcpy2DAsync(char *to, size_t to_pitch, const char *from, size_t from_pitch, size_t width, size_t height,
                       int kind, void *stream) {
   for (size_t row = 0; row < height; row++) memmove(to + row * to_pitch, from + row * from_pitch, width);
-  emulated_device_copies++;
   return SUCCESS;
 }
 int cudaMemset(void *address, int value, size_t size) {
@@ -170,8 +169,9 @@ int cudaStreamEndCapture(void *stream, void **graph) {
   return SUCCESS;
 }
 int cudaGraphInstantiate(void **executable, void *graph, unsigned long long flags) {
-  return *executable = &handle, SUCCESS;
+  return emulated_graphs++, *executable = &handle, SUCCESS;
 }
+int cudaGraphExecDestroy(void *executable) { return emulated_graphs--, SUCCESS; }
 int cudaGraphLaunch(void *executable, void *stream) { return emulated_graph_launches++, SUCCESS; }
 
 static int launch(void *stream) {
