@@ -13,19 +13,20 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fly_build.backends import BACKENDS
+from fly_build.backends import BACKENDS, backend_names
 from fly_trt.cli import options
 from fly_trt.cli.command import command
 from fly_trt.errors import FlyError
-from fly_trt.manifest import Dtype, Manifest, ModelEngine, Quantization, TensorRTLibrary
+from fly_trt.manifest import Device, Dtype, Manifest, ModelEngine, Quantization, TensorRTLibrary
 
-DEFAULT_DTYPES = ", ".join(f"{name}: {backend.default_dtype}" for name, backend in BACKENDS.items())
+DEFAULT_DTYPES = ", ".join(f"{name} on {device}: {b.default_dtype}" for (name, device), b in BACKENDS.items())
 EXAMPLES = """
 \b
 Examples:
   fly-build --target org/target --draft org/draft -o engines/pair
   fly-build llama-3.1-70b --dtype bfloat16 -o engines/llama-70b
   fly-build demo --quantization int8 -o engines/pair-int8
+  fly-build demo --device cuda --quantization int4 -o engines/demo-cuda
   fly-build demo --backend tensorrt --dtype float16 -o engines/demo-rtx
   fly-build --target ./checkpoint -o engines/single        # n-gram or plain decoding
   fly-build --target org/target --draft org/draft --inner-draft org/small -o engines/chain
@@ -54,7 +55,8 @@ def _numbers(context: click.Context, option: click.Parameter, value: str | None)
     "--calibrate", metavar="FILE", help="Of a self-draft or a chain: text, or JSON Lines of prompts. [built in]"
 )
 @click.option("--contexts", metavar="N,N", callback=_numbers, help="Of a self-draft: tokens to choose one for. [512]")
-@click.option("--backend", type=click.Choice(tuple(BACKENDS)), help="[onnxruntime]")
+@click.option("--backend", type=click.Choice(backend_names()), help="[onnxruntime]")
+@click.option("--device", type=click.Choice(get_args(Device)), help="What the engines run on. [cpu; cuda for tensorrt]")
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), help=f"Type of the weights. [{DEFAULT_DTYPES}]")
 @click.option("--quantization", type=click.Choice(get_args(Quantization)), help="Of the linear layers. [none]")
 @options.max_batch_size("8")
@@ -178,9 +180,10 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         )
     Console().print(table)
     click.echo(
-        f"backend {plan.recipe.backend}, {plan.backend.dtype}, quantization {plan.recipe.quantization}, "
-        f"max_batch_size {limits.max_batch_size} (slots), max_seq_len {limits.max_seq_len}, "
-        f"max_draft_len {limits.max_draft_len}, stop tokens {plan.head.stop_token_ids}"
+        f"backend {plan.recipe.backend} on {plan.recipe.device}, {plan.backend.dtype}, "
+        f"quantization {plan.recipe.quantization}, max_batch_size {limits.max_batch_size} (slots), "
+        f"max_seq_len {limits.max_seq_len}, max_draft_len {limits.max_draft_len}, "
+        f"stop tokens {plan.head.stop_token_ids}"
     )
     if (settings := plan.recipe.self_draft) is not None:
         from fly_build.self_draft import contexts_of
@@ -193,7 +196,7 @@ def _print_plan(plan: Any, as_json: bool) -> None:
 
 
 def _summary(manifest: Manifest) -> Table:
-    table = Table(title=f"{manifest.name} ({manifest.backend})")
+    table = Table(title=f"{manifest.name} ({manifest.backend} on {manifest.device})")
     for column in ("", "architecture", "parameters", "dtype", "quantization", "on disk"):
         table.add_column(column, justify="right" if column in ("parameters", "on disk") else "left")
     for role, engine in _models(manifest):

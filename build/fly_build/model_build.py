@@ -16,15 +16,17 @@ from fly_build.checkpoint import Checkpoint
 from fly_build.export import DecoderGraph, export_decoder
 from fly_build.head import HeadForm, append_head
 from fly_build.operators import AttentionForm
+from fly_build.quantization import BLOCK_SIZE
 from fly_build.tensors import check_values, count_parameters
 from fly_build.weights import DTYPES, WeightWriter
-from fly_trt.manifest import Dtype, Head, Limits, ModelEngine
+from fly_trt.manifest import Device, Dtype, Head, Limits, ModelEngine
 
 INLINE_BYTES = 1024
 ALIGNMENT = 64
 # A block of 32 weights has a float32 scale, so one bit more per weight; int4 keeps the vocabulary projection in 8 bits.
 BITS_PER_WEIGHT = {"int8": 8.0, "int4": 5.0}
 BITS_PER_PROJECTION_WEIGHT = {"int8": 8.0, "int4": 9.0}
+BLOCK_BITS = {"int8": 8, "int4": 4}
 
 Tensors = dict[str, torch.Tensor]
 """The parameters of a checkpoint, by name."""
@@ -36,13 +38,14 @@ Report = Callable[[str, float], None]
 @dataclass(frozen=True)
 class ModelPlan:
     """One engine to build: `folder` is its place in the engine directory; a draft made of the target leaves out the
-    blocks `skipped` (blocks.py) and lies beside it, under `name`."""
+    blocks `skipped` (blocks.py) and lies beside it, under `name`. It runs on `device`."""
 
     folder: str
     checkpoint: Checkpoint
     engine: ModelEngine
     skipped: tuple[int, ...] = ()
     name: str = ""
+    device: Device = "cpu"
 
     def weight_bytes(self) -> int:
         """Size of the stored weights; embeddings, norms and mixtures' experts stay unquantised."""
@@ -54,8 +57,13 @@ class ModelPlan:
         projection = embedding
         others = engine.source.num_parameters - embedding - (0 if config.tie_word_embeddings else projection)
         experts = self.checkpoint.num_expert_parameters
-        bits = (embedding + experts) * plain_bits + (others - experts) * BITS_PER_WEIGHT[engine.quantization]
-        return int(bits + projection * BITS_PER_PROJECTION_WEIGHT[engine.quantization]) // 8
+        per_weight = BITS_PER_WEIGHT[engine.quantization]
+        per_projection_weight = BITS_PER_PROJECTION_WEIGHT[engine.quantization]
+        if self.device == "cuda":  # all in blocks, with scales as wide as an unquantised weight
+            per_weight = BLOCK_BITS[engine.quantization] + plain_bits / BLOCK_SIZE
+            per_projection_weight = BLOCK_BITS["int8"] + plain_bits / BLOCK_SIZE
+        bits = (embedding + experts) * plain_bits + (others - experts) * per_weight
+        return int(bits + projection * per_projection_weight) // 8
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,7 @@ class ModelBuild:
             dtype=engine.dtype,
             quantization=engine.quantization,
             compute_dtype=compute_dtype,
+            device=self.model.device,
         )
         writer.attach(decoder.parameters)
 

@@ -52,7 +52,8 @@ class Plan:
 
 def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
     """Reads configurations and tokenizers, refuses what cannot work, and touches no weight and no file."""
-    backend = BACKENDS[recipe.backend](recipe)
+    assert recipe.device is not None
+    backend = BACKENDS[recipe.backend, recipe.device](recipe)
     if output.exists() and not overwrite:
         raise ConfigError(f"{output}: already exists: choose another -o or pass --overwrite")
     if output.exists() and not (output / MANIFEST_NAME).is_file():
@@ -85,7 +86,7 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
     warn_of_tokens_without_embedding(target.name, target.tokenizer, target.config.vocab_size)
     head = Head(entropy_top_k=recipe.entropy_top_k, stop_token_ids=stop_token_ids(target), top_tokens=True)
     models = [
-        ModelPlan(folder, checkpoint, _engine(folder, checkpoint, backend))
+        ModelPlan(folder, checkpoint, _engine(folder, checkpoint, backend), device=recipe.device)
         for folder, checkpoint in checkpoints.items()
     ]
     return Plan(recipe, output, limits, head, models, backend)
@@ -134,6 +135,7 @@ def _finish(plan: Plan, engines: dict[str, ModelEngine], workspace: Path, report
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         backend=plan.recipe.backend,
+        device=plan.recipe.device,
         name=plan.recipe.name or plan.output.name,
         fly_trt_version=fly_trt.__version__,
         library_versions=plan.backend.library_versions(),
@@ -163,7 +165,8 @@ def add_costs(manifest: Manifest, directory: Path, report: Report) -> Manifest:
     if not has_draft or len(given) == len(COSTS):
         return manifest
     report("measure", 0.0)
-    costs = BACKENDS[manifest.backend].step_costs(manifest, directory)
+    assert manifest.device is not None
+    costs = BACKENDS[manifest.backend, manifest.device].step_costs(manifest, directory)
     report("measure", 1.0)
     rounded = {name: float(f"{cost:.2g}") for name, cost in zip(COSTS, costs, strict=True)}
     return manifest.model_copy(update={"speculative": manifest.speculative | rounded | given})

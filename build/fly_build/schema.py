@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fly_trt.manifest import Dtype, Quantization, TensorRTLibrary
+from fly_trt.manifest import Device, Dtype, Quantization, TensorRTLibrary
 
 
 class ModelSource(BaseModel):
@@ -53,7 +53,8 @@ class ChainSettings(BaseModel):
 
 
 class Recipe(BaseModel):
-    """One engine directory. `backend` is a name of fly_build.backends.BACKENDS; `max_seq_len` None means what both
+    """One engine directory. `backend` is a name of fly_build.backends.BACKENDS, and `device` one that it has, None the
+    usual one; `max_seq_len` None means what both
     checkpoints support, at most 8192 tokens; `dtype` None means the backend's default; `self_draft` is instead of
     `draft`; `inner_draft` guesses for `draft`, and `chain` says when.
 
@@ -70,6 +71,7 @@ class Recipe(BaseModel):
     chain: ChainSettings = ChainSettings()
     self_draft: SelfDraftSettings | None = None
     backend: str = "onnxruntime"
+    device: Device | None = None
     dtype: Dtype | None = None
     quantization: Quantization = "none"
     tensorrt_library: TensorRTLibrary | None = None

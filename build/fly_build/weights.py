@@ -1,4 +1,4 @@
-"""Gives the traced graph its weights: as they are, in half precision, or quantised for ONNX Runtime's CPU kernels.
+"""Gives the traced graph its weights: as they are, in half precision, or quantised for ONNX Runtime's kernels.
 
 Every initializer is lazy: it is computed from the checkpoint's tensor when the file is written and dropped right
 after, so the peak is the checkpoint plus the tensors in flight.
@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 
 from fly_build import quantization as q
-from fly_trt.manifest import Dtype, Quantization
+from fly_trt.manifest import Device, Dtype, Quantization
 
 DTYPES: dict[Dtype, tuple[torch.dtype, ir.DataType]] = {
     "float32": (torch.float32, ir.DataType.FLOAT),
@@ -40,7 +40,8 @@ class WeightWriter:
     """Turns the parameters of one traced graph into initializers, in place.
 
     `dtype` is how unquantised weights are stored, `compute_dtype` what the graph was traced in: float32 for ONNX
-    Runtime, whose CPU provider has no bfloat16 arithmetic and emulates float16. `output_name` is the parameter of the
+    Runtime's CPU provider, which has no bfloat16 arithmetic and emulates float16. On the `device` cuda int8 is made of
+    blocks of 8 bits, since its provider multiplies no other int8 weights. `output_name` is the parameter of the
     vocabulary projection, which 4-bit models keep in 8 bits. Parameters whose tensors share their memory are stored
     once.
     """
@@ -51,6 +52,7 @@ class WeightWriter:
     quantization: Quantization
     output_name: str = "lm_head.weight"
     compute_dtype: Dtype = "float32"
+    device: Device = "cpu"
     _zero_points: dict[tuple[Any, ...], ir.Value] = field(default_factory=dict)
     _constants: dict[str, ir.Value] = field(default_factory=dict)
 
@@ -61,13 +63,14 @@ class WeightWriter:
     def attach(self, parameters: dict[str, ir.Value]) -> None:
         parameters = self._share_tied(parameters)
         linears = [linear for name, value in parameters.items() for linear in _linears(name, value)]
-        if self.quantization == "int8":
+        if self.quantization == "int8" and self.device == "cpu":
             for group in self._by_input(linears):
                 self._replace_by_int8(group)
             linears = []
         for linear in linears:
-            if self.quantization == "int4":
-                self._replace_by_nbits(linear, bits=8 if linear.name == self.output_name else 4)
+            if self.quantization != "none":
+                is_wide = self.quantization == "int8" or linear.name == self.output_name
+                self._replace_by_nbits(linear, bits=8 if is_wide else 4)
             elif len(parameters[linear.name].uses()) == 1:
                 self._store_transposed(linear)
         for name, value in parameters.items():
@@ -176,21 +179,18 @@ class WeightWriter:
         return self._zero_points[rows]
 
     def _replace_by_nbits(self, linear: _Linear, bits: int) -> None:
-        """MatMul -> com.microsoft MatMulNBits: weights in blocks of rows with a scale each, float32 activations."""
+        """MatMul -> com.microsoft MatMulNBits: blocks of rows with a scale each, in the activations' type."""
         name = linear.name
         columns, rows = self.tensors[name].shape
         blocks = -(-rows // q.BLOCK_SIZE)
-        quantized = _Once(lambda: q.quantize_blocks(self._as_float32(name), bits))
+        scale_dtype = self._computed.numpy()
+        quantized = _Once(lambda: q.quantize_blocks(self._as_float32(name), bits, scale_dtype))
         packed_shape = (columns, blocks, q.BLOCK_SIZE * bits // 8)
         weight = self._initializer(f"{name}.int{bits}", ir.DataType.UINT8, packed_shape, lambda: quantized()[0])
-        scale = self._initializer(f"{name}.scale", ir.DataType.FLOAT, (columns, blocks), lambda: quantized()[1])
-        attributes = {
-            "K": rows,
-            "N": columns,
-            "bits": bits,
-            "block_size": q.BLOCK_SIZE,
-            "accuracy_level": q.INT8_ACCUMULATION,
-        }
+        scale = self._initializer(f"{name}.scale", self._computed, (columns, blocks), lambda: quantized()[1])
+        attributes = {"K": rows, "N": columns, "bits": bits, "block_size": q.BLOCK_SIZE}
+        if self.device == "cpu":
+            attributes["accuracy_level"] = q.INT8_ACCUMULATION
         node = ir.node("MatMulNBits", [linear.matmul.inputs[0], weight, scale], attributes, domain=CONTRIB_DOMAIN)
         self.graph.insert_before(linear.matmul, node)
         self._replace(linear, node.outputs[0])
