@@ -73,6 +73,8 @@ def _numbers(context: click.Context, option: click.Parameter, value: str | None)
 )
 @options.output("Engine directory. [engines/NAME]")
 @options.overwrite("an engine directory that exists")
+@click.option("--tp-size", type=int, metavar="N", help="Of tensorrt: GPUs that the target is spread over. [1]")
+@click.option("--draft-tp-size", type=int, metavar="N", help="GPUs of the draft: 1, or all of the target's. [1]")
 @options.dry_run("Print the plan with sizes and build nothing.")
 @options.as_json("Print the manifest (or plan) as JSON on stdout.")
 def main(recipe: str | None, output: Path | None, overwrite: bool, dry_run: bool, as_json: bool, **flags: Any) -> None:
@@ -100,7 +102,9 @@ def _run(
 
     console = Console(stderr=True)
     with console.status("Reading configurations") if console.is_terminal else contextlib.nullcontext():
-        plan = pipeline.make_plan(recipe, output or Path("engines") / name, overwrite=overwrite or dry_run)
+        plan = pipeline.make_plan(
+            recipe, output or Path("engines") / name, overwrite=overwrite or dry_run, to_build=not dry_run
+        )
     if dry_run:
         _print_plan(plan, as_json)
         return
