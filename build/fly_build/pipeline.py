@@ -13,6 +13,7 @@ from fly_build.backends import BACKENDS, Backend
 from fly_build.calibration import calibration_prompts
 from fly_build.chain import add_chain
 from fly_build.checkpoint import Checkpoint, check_same_tokenizer, open_checkpoint, stop_token_ids
+from fly_build.gpu_memory import GpuPlan
 from fly_build.model_build import ModelBuild, ModelPlan, Report
 from fly_build.schema import Recipe
 from fly_build.self_draft import add_self_drafts, check_self_draft
@@ -44,6 +45,11 @@ class Plan:
     head: Head
     models: list[ModelPlan]
     backend: Backend
+
+    @property
+    def gpus(self) -> list[GpuPlan]:
+        """What the models take of each GPU's memory; nothing where the backend does not know."""
+        return self.backend.plan_gpus(self.models, self.limits)
 
     @property
     def cache_tokens(self) -> int:

@@ -11,8 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from fly_build.backends import BACKENDS
-from fly_build.schema import Recipe
-from fly_build.sharding import TP_SIZES
+from fly_build.schema import TP_SIZES, Recipe
 from fly_trt.errors import ConfigError
 from fly_trt.params import SpeculativeConfig
 from fly_trt.verification import HeadInfo

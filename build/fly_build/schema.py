@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fly_trt.manifest import Dtype, Quantization, TensorRTLibrary
 
+TP_SIZES = 2, 4, 8
+
 
 class ModelSource(BaseModel):
     model_config = ConfigDict(extra="forbid")

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from fly_build.schema import TP_SIZES
 from fly_trt.errors import CheckpointError
 
-TP_SIZES = (2, 4, 8)
 RANK_PARAMETER = "rank"  # beside a weight that is cut by vocabulary: 1 at the rank's own number, 0 at the others'
 
 # What lies along the dimension that is cut, one behind another: query heads, key-value heads, or what is simply even.

@@ -14,7 +14,8 @@ from fly_build.schema import Recipe
 from fly_trt.manifest import Dtype, Limits, Manifest, ModelEngine
 
 if TYPE_CHECKING:
-    from fly_build.model_build import ModelBuild, Tensors
+    from fly_build.gpu_memory import GpuPlan
+    from fly_build.model_build import ModelBuild, ModelPlan, Tensors
 
 LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -67,6 +68,10 @@ class Backend(ABC):
     def cache_tokens(self, limits: Limits) -> int:
         """Tokens of cache that a slot takes at most."""
         return limits.max_seq_len
+
+    def plan_gpus(self, models: "list[ModelPlan]", limits: Limits) -> "list[GpuPlan]":
+        """What the models take of each GPU's memory, for backends that know."""
+        return []
 
     @abstractmethod
     def build_model(self, build: "ModelBuild") -> ModelEngine:

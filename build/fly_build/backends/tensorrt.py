@@ -22,7 +22,8 @@ from fly_trt.errors import ConfigError, EngineError
 from fly_trt.manifest import Dtype, LayerSummary, Limits, Manifest, ModelEngine
 
 if TYPE_CHECKING:
-    from fly_build.model_build import ModelBuild
+    from fly_build.gpu_memory import GpuPlan
+    from fly_build.model_build import ModelBuild, ModelPlan
 
 GRAPH_FILE = "model.onnx"
 LEAST_FOR_COLLECTIVES: dict[str, tuple[int, ...]] = {"tensorrt": (11, 3), "tensorrt_rtx": (1, 7, 1)}
@@ -58,6 +59,11 @@ class TensorRTBackend(Backend):
 
     def cache_tokens(self, limits: Limits) -> int:
         return Sizes.of(limits).cache_tokens
+
+    def plan_gpus(self, models: "list[ModelPlan]", limits: Limits) -> "list[GpuPlan]":
+        from fly_build.gpu_memory import plan_gpus
+
+        return plan_gpus(models, limits, with_plugins=self.recipe.plugin_library is not None)
 
     def build_model(self, build: "ModelBuild") -> ModelEngine:
         from fly_build.tensorrt_graph import attention_names, fix_cache_length
