@@ -1,6 +1,7 @@
 """`fly-build`: parses flags, shows progress, prints the summary; recipe.py and pipeline.py do the rest."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import time
@@ -75,6 +76,8 @@ def _numbers(context: click.Context, option: click.Parameter, value: str | None)
 )
 @options.output("Engine directory. [engines/NAME]")
 @options.overwrite("an engine directory that exists")
+@click.option("--tp-size", type=int, metavar="N", help="Of tensorrt: GPUs that the target is spread over. [1]")
+@click.option("--draft-tp-size", type=int, metavar="N", help="GPUs of the draft: 1, or all of the target's. [1]")
 @options.dry_run("Print the plan with sizes and build nothing.")
 @options.as_json("Print the manifest (or plan) as JSON on stdout.")
 def main(recipe: str | None, output: Path | None, overwrite: bool, dry_run: bool, as_json: bool, **flags: Any) -> None:
@@ -102,7 +105,9 @@ def _run(
 
     console = Console(stderr=True)
     with console.status("Reading configurations") if console.is_terminal else contextlib.nullcontext():
-        plan = pipeline.make_plan(recipe, output or Path("engines") / name, overwrite=overwrite or dry_run)
+        plan = pipeline.make_plan(
+            recipe, output or Path("engines") / name, overwrite=overwrite or dry_run, to_build=not dry_run
+        )
     if dry_run:
         _print_plan(plan, as_json)
         return
@@ -161,10 +166,14 @@ def _print_plan(plan: Any, as_json: bool) -> None:
             }
             for model in plan.models
         ]
-        click.echo(json.dumps({"output": str(plan.output), **plan.limits.model_dump(), "models": models}, indent=2))
+        gpus = [{**dataclasses.asdict(gpu.memory), **gpu.summary()} for gpu in plan.gpus]
+        record = {"output": str(plan.output), **plan.limits.model_dump(), "models": models, "gpus": gpus}
+        click.echo(json.dumps(record, indent=2))
         return
     limits = plan.limits
-    table = Table(title=f"{plan.output}: plan (nothing is built)")
+    is_sharded = any(model.sharding is not None for model in plan.models)
+    each = ", weights and KV of each GPU" if is_sharded else ""
+    table = Table(title=f"{plan.output}: plan (nothing is built){each}")
     for column in ("", "checkpoint", "params", "weights", "KV/token", "KV/slot", "KV total"):
         table.add_column(column, justify="left" if column in ("", "checkpoint") else "right")
     for model in plan.models:
@@ -179,6 +188,8 @@ def _print_plan(plan: Any, as_json: bool) -> None:
             _bytes(per_token * plan.cache_tokens * limits.max_batch_size),
         )
     Console().print(table)
+    if plan.gpus:
+        _print_gpus(plan)
     click.echo(
         f"backend {plan.recipe.backend} on {plan.recipe.device}, {plan.backend.dtype}, "
         f"quantization {plan.recipe.quantization}, max_batch_size {limits.max_batch_size} (slots), "
@@ -193,6 +204,18 @@ def _print_plan(plan: Any, as_json: bool) -> None:
             f"self-draft at contexts of {contexts} tokens, calibrated on {settings.calibrate or 'the built-in text'}: "
             "blocks of the target, without weights of their own; KV cache at most the target's"
         )
+
+
+def _print_gpus(plan: Any) -> None:
+    table = Table(title="memory of each GPU, of an 80 GB card")
+    for column in ("GPU", "weights", "KV", "logits", "scratch, about", "all", "fits", "slots at most"):
+        table.add_column(column, justify="right")
+    for gpu in plan.gpus:
+        memory = gpu.memory
+        parts = (memory.weights, memory.cache, memory.logits, memory.scratch, memory.total)
+        sizes = (f"{size / 1e9:.2f} GB" for size in parts)
+        table.add_row(str(memory.rank), *sizes, "yes" if memory.fits else "no", str(gpu.most_slots))
+    Console().print(table)
 
 
 def _summary(manifest: Manifest) -> Table:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from fly_build.backends import BACKENDS, backend_names, devices_of
-from fly_build.schema import Recipe
+from fly_build.schema import TP_SIZES, Recipe
 from fly_trt.errors import ConfigError
 from fly_trt.manifest import Device
 from fly_trt.params import SpeculativeConfig
@@ -59,6 +59,7 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
     speculative = SpeculativeConfig.from_dict(recipe.speculative)
     speculative.policy(HeadInfo(vocab_size=2, entropy_top_k=recipe.entropy_top_k, has_top_tokens=True))
     _check_backend(recipe)
+    _check_ranks(recipe)
     if recipe.max_num_tokens <= recipe.max_draft_len:
         raise ConfigError(
             f"max_num_tokens {recipe.max_num_tokens}: a step holds max_draft_len ({recipe.max_draft_len}) draft tokens "
@@ -117,6 +118,25 @@ def _check_backend(recipe: Recipe) -> None:
         for field in backend.own_fields:
             if name != recipe.backend and getattr(recipe, field) is not None:
                 raise ConfigError(f"{field}: belongs to backend {name}, got backend {recipe.backend!r}: leave it out")
+
+
+def _check_ranks(recipe: Recipe) -> None:
+    if recipe.tp_size not in (1, *TP_SIZES):
+        sizes = ", ".join(map(str, TP_SIZES))
+        raise ConfigError(f"tp_size {recipe.tp_size}: expected 1, or {sizes} GPUs of one machine")
+    if recipe.tp_size > 1 and not BACKENDS[recipe.backend].spans_gpus:
+        able = " or ".join(name for name, backend in BACKENDS.items() if backend.spans_gpus)
+        raise ConfigError(
+            f"tp_size {recipe.tp_size}: an engine of backend {recipe.backend} runs on one device: use --backend {able} "
+            "or leave --tp-size out"
+        )
+    if recipe.draft_tp_size not in (1, recipe.tp_size):
+        raise ConfigError(
+            f"draft_tp_size {recipe.draft_tp_size}: the draft runs on the first of the target's {recipe.tp_size} GPUs "
+            f"or on all of them: expected {' or '.join(str(size) for size in sorted({1, recipe.tp_size}))}"
+        )
+    if recipe.draft_tp_size > 1 and recipe.draft is None:
+        raise ConfigError(f"draft_tp_size {recipe.draft_tp_size}: there is no draft: add --draft, or leave it out")
 
 
 def _read(path: str) -> dict[str, Any]:

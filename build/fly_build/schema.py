@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fly_trt.manifest import Device, Dtype, Quantization, TensorRTLibrary
 
+TP_SIZES = 2, 4, 8
+
 
 class ModelSource(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -59,7 +61,9 @@ class Recipe(BaseModel):
     `draft`; `inner_draft` guesses for `draft`, and `chain` says when.
 
     Of TensorRT alone: which of its two libraries (None: the first that is installed), the plugin library whose kernels
-    the head shall use (None: the graph's own functions), and where kernel timings are kept between builds.
+    the head shall use (None: the graph's own functions), where kernel timings are kept between builds, and over how
+    many GPUs of one machine the target is spread, and the draft: that one runs on all of them, or on the first, as an
+    inner draft does.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -77,6 +81,8 @@ class Recipe(BaseModel):
     tensorrt_library: TensorRTLibrary | None = None
     plugin_library: str | None = None
     timing_cache: str | None = None
+    tp_size: int = 1
+    draft_tp_size: int = 1
     max_batch_size: int = Field(default=8, gt=0)
     max_seq_len: int | None = Field(default=None, gt=0)
     max_draft_len: int = Field(default=32, ge=0)

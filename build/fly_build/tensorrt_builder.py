@@ -145,6 +145,7 @@ class EngineBuilder:
             decomposed_attention=num_layers - native_attention,
             kv_cache_update=types.count("KV_CACHE_UPDATE"),
             plugin=types.count("PLUGIN_V3"),
+            collective=types.count("DIST_COLLECTIVE"),
         )
 
     def _read_timing_cache(self, config: Any) -> Any:
