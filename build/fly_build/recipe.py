@@ -124,8 +124,9 @@ def _check_ranks(recipe: Recipe) -> None:
     if recipe.tp_size not in (1, *TP_SIZES):
         sizes = ", ".join(map(str, TP_SIZES))
         raise ConfigError(f"tp_size {recipe.tp_size}: expected 1, or {sizes} GPUs of one machine")
-    if recipe.tp_size > 1 and not BACKENDS[recipe.backend].spans_gpus:
-        able = " or ".join(name for name, backend in BACKENDS.items() if backend.spans_gpus)
+    assert recipe.device is not None
+    if recipe.tp_size > 1 and not BACKENDS[recipe.backend, recipe.device].spans_gpus:
+        able = " or ".join(name for (name, _), backend in BACKENDS.items() if backend.spans_gpus)
         raise ConfigError(
             f"tp_size {recipe.tp_size}: an engine of backend {recipe.backend} runs on one device: use --backend {able} "
             "or leave --tp-size out"
