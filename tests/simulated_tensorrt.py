@@ -240,7 +240,8 @@ class IExecutionContext:
         def run() -> None:
             if is_captured and (context() is None or context()._version != version):
                 raise Failure(Error.cudaErrorLaunchFailure, "the context changed after its graph was captured")
-            _execute(engine, arguments, scratch)
+            cuda.view(*scratch).fill(UNWRITTEN)
+            execute(cuda, engine._session, arguments)
 
         cuda.enqueue(stream_handle, Work(run, scratch[0]))
 
@@ -288,28 +289,30 @@ class IExecutionContext:
         return arguments
 
 
-def _execute(engine: ICudaEngine, arguments: dict[str, tuple[int, tuple[int, ...]]], scratch: tuple[int, int]) -> None:
-    engine._cuda.view(*scratch).fill(UNWRITTEN)
-    binding = engine._session.io_binding()
+def execute(cuda: SimulatedCuda, session: ort.InferenceSession, arguments: dict[str, tuple[int, Any]]) -> None:
+    """Computes on the CPU what a GPU would, in place: the tensors by name, each with its address and shape."""
+    inputs = {value.name: value.type for value in session.get_inputs()}
+    types = inputs | {value.name: value.type for value in session.get_outputs()}
+    binding = session.io_binding()
     arrays = {}
     for name, (address, shape) in arguments.items():
-        dtype = np.dtype(DTYPES[engine._tensors[name].type])
-        arrays[name] = engine._cuda.view(address, int(np.prod(shape)) * dtype.itemsize).view(dtype).reshape(shape)
+        dtype = np.dtype(DTYPES[types[name]])
+        arrays[name] = cuda.view(address, int(np.prod(shape)) * dtype.itemsize).view(dtype).reshape(shape)
     if (arrays["write_indices"] + arrays["input_ids"].shape[1] > arrays["past_key.0"].shape[2]).any():
         raise Failure(Error.cudaErrorIllegalAddress, f"written at {arrays['write_indices']}, behind the cache's end")
     if not np.isin(arrays["input_ids"], range(arrays["logits"].shape[2])).all():
         raise Failure(Error.cudaErrorLaunchFailure, "a token that is not in the vocabulary")
     for name, array in arrays.items():
-        if engine._tensors[name].type == "tensor(bfloat16)":
+        if types[name] == "tensor(bfloat16)":
             value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
         else:
             value = ort.OrtValue.ortvalue_from_numpy(array)
-        if name in engine._inputs:
+        if name in inputs:
             binding.bind_ortvalue_input(name, value)
         else:
             binding.bind_ortvalue_output(name, value)
     try:
-        engine._session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding)
     except Exception as error:  # ONNX Runtime raises a class of its own for each status code
         raise Failure(Error.cudaErrorLaunchFailure, " ".join(str(error).split())) from None
 

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from simulated_onnxruntime import SimulatedOnnxRuntime
+from simulated_onnxruntime import install as install_onnxruntime
 
 import simulated_engine as simulation
 from fly_trt.engines import Engine
@@ -14,6 +16,12 @@ from simulated_tensorrt import install
 @pytest.fixture(scope="session")
 def simulated_engine(build_once: Callable[..., Path]) -> Path:
     return build_once("simulated", simulation.build)
+
+
+@pytest.fixture(scope="session")
+def cuda_engine(build_once: Callable[..., Path]) -> Path:
+    """For ONNX Runtime's CUDA provider."""
+    return build_once("cuda", simulation.build_for_onnxruntime)
 
 
 @pytest.fixture
@@ -29,6 +37,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch, kernels: Path) -> Iterator[SimulatedCud
     cuda = install(monkeypatch)
     yield cuda
     assert cuda.faults == []
+
+
+@pytest.fixture
+def library(gpu: SimulatedCuda, monkeypatch: pytest.MonkeyPatch) -> SimulatedOnnxRuntime:
+    """onnxruntime-gpu on that GPU."""
+    return install_onnxruntime(monkeypatch, gpu)
 
 
 @pytest.fixture
