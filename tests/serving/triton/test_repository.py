@@ -45,7 +45,7 @@ def engine(demo_engine: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def gpu_engine(demo_engine: Path, tmp_path: Path) -> Path:
-    return make_engine(demo_engine, tmp_path / "engines" / "gpu", backend="tensorrt", name="gpu")
+    return make_engine(demo_engine, tmp_path / "engines" / "gpu", backend="tensorrt", device="cuda", name="gpu")
 
 
 @pytest.fixture
