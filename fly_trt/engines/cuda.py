@@ -44,7 +44,9 @@ def _check(result: tuple[Any, ...], device: int | None = None) -> Any:
 def _num_devices() -> int:
     error, count = _runtime().cudaGetDeviceCount()
     if error.value or not count:
-        raise EngineError(f"no CUDA device ({error.name}): run on a machine with one, or build for the CPU: --device cpu")
+        raise EngineError(
+            f"no CUDA device ({error.name}): run on a machine with one, or build for the CPU: --device cpu"
+        )
     return int(count)
 
 
