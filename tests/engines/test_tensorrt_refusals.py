@@ -29,6 +29,7 @@ def test_full_tensorrt_runs_a_plan_for_this_gpu(
     monkeypatch: pytest.MonkeyPatch, simulated_engine: Path, tmp_path: Path
 ) -> None:
     gpu = install(monkeypatch, "tensorrt")
+    gpu.compute_capability = (9, 0)
     onnx_model, _, profiles = deserialise((simulated_engine / "draft/model.plan").read_bytes())
     (tmp_path / "full.plan").write_bytes(serialise(onnx_model, "tensorrt", profiles))
     full = {"library": "tensorrt", "model": "full.plan"}
