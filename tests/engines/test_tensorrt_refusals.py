@@ -72,7 +72,7 @@ def change(**attributes: Any) -> Callable[[SimulatedCuda, pytest.MonkeyPatch], N
             change(compute_capability=(9, 0)),
             {},
             r"draft/model\.plan: built with TensorRT-RTX, which is for RTX GPUs, and this one has compute capability "
-            r"9\.0: rebuild on this machine with fly-build --tensorrt-library tensorrt \(pip install 'fly-trt\[tensorrt\]",
+            r"9\.0: rebuild on this machine with fly-build --tensorrt-library tensorrt \(pip install 'fly-trt",
         ),
         (remove("tensorrt_rtx"), {}, r"tensorrt_rtx: not installed: pip install 'fly-trt\[tensorrt-rtx\]'"),
         (change(), {"library": "tensorrt"}, r"tensorrt: not installed: pip install 'fly-trt\[tensorrt\]'"),
