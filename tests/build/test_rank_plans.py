@@ -7,16 +7,22 @@ import re
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 import transformers
+from merged_ranks import rank_graph
 from safetensors.torch import load_file, save_file
 
 from fly_build.backends.tensorrt import _check_collectives
+from fly_build.checkpoint import open_checkpoint
 from fly_build.pipeline import Plan, build, make_plan
 from fly_build.recipe import load_recipe
-from fly_trt.engines.tensorrt_library import Library
+from fly_build.sharding import shard
+from fly_build.tensorrt_builder import EngineBuilder, Sizes
+from fly_build.tensorrt_graph import fix_cache_length
+from fly_trt.engines.tensorrt_library import Library, import_library
 from fly_trt.errors import CheckpointError, ConfigError
-from fly_trt.manifest import TensorRTLibrary, read_manifest
+from fly_trt.manifest import Limits, TensorRTLibrary, read_manifest
 from tiny_models import SHAPE, add_demo_tokenizer, save_tiny
 
 pytest.importorskip("tensorrt_rtx")
@@ -83,6 +89,23 @@ def test_each_rank_has_a_plan_with_native_attention_and_its_collectives(
     ]
     first, *others = (tmp_path / "engine" / file for file in files)
     assert not any(filecmp.cmp(first, other, shallow=False) for other in others)
+
+
+def test_tensorrt_reads_every_collective_as_one_of_all_ranks(tmp_path: Path) -> None:
+    folder = _checkpoint("llama", tmp_path / "checkpoint")
+    checkpoint = open_checkpoint(str(folder))
+    graph = rank_graph(checkpoint, shard("here", checkpoint.config, checkpoint.head_dim, 4), 1)
+    limits = Limits(max_batch_size=4, max_seq_len=64, max_draft_len=8, max_num_tokens=64)
+    fix_cache_length(graph, Sizes.of(limits).cache_tokens)
+    ir.save(graph, tmp_path / "rank.onnx")
+    library = import_library("tensorrt_rtx")
+    _, network = EngineBuilder(library, Sizes.of(limits), "float32", None, None)._parse(tmp_path / "rank.onnx")
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    collectives = [layer for layer in layers if layer.type == library.trt.LayerType.DIST_COLLECTIVE]
+    assert len(collectives) == NUM_COLLECTIVES["llama"]
+    for layer in collectives:
+        assert layer.num_ranks == 4
+        assert tuple(layer.get_output(0).shape) == tuple(layer.get_input(0).shape)
 
 
 def test_the_draft_runs_on_the_first_gpu_or_is_spread_too(tmp_path: Path) -> None:
