@@ -94,10 +94,11 @@ class ModelBuild:
         return self.workspace / self.model.engine.model
 
     @contextlib.contextmanager
-    def step(self, name: str, rank: int = 0) -> Iterator[Callable[[float], None]]:
-        """Reports the begin and the end of a step, and in between what the function is told, as a fraction."""
+    def step(self, name: str, rank: int | None = None) -> Iterator[Callable[[float], None]]:
+        """Reports the begin and the end of a step, and in between what the function is told, as a fraction. `rank` is
+        that of a step which each rank of a sharded model has."""
         num_ranks = self.model.engine.tensor_parallel_size
-        of_ranks = f" rank {rank} of {num_ranks}" if num_ranks > 1 else ""
+        of_ranks = f" rank {rank} of {num_ranks}" if num_ranks > 1 and rank is not None else ""
         name = f"{self.model.name or self.model.folder}{of_ranks}: {name}"
         self.report(name, 0.0)
         yield lambda fraction: self.report(name, fraction)

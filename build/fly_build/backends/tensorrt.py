@@ -140,11 +140,13 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _warn_of_hopper(library: Library) -> None:
     """Where the machine that builds has a GPU, it is likely the one that the engine is meant for."""
+    if library.name != "tensorrt_rtx":
+        return
     try:
         found = compute_capability()
     except EngineError:
         return
-    if library.name == "tensorrt_rtx" and not runs_rtx(found):
+    if not runs_rtx(found):
         logger.warning(
             "this machine's GPU (compute capability %s) cannot run what TensorRT-RTX builds, which is for RTX cards: "
             "pip install 'fly-trt[tensorrt]' and use --tensorrt-library tensorrt",
