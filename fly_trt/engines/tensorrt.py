@@ -27,6 +27,7 @@ from fly_trt.engines import cuda
 from fly_trt.engines.base import EngineInfo, LoadSettings, LogitsBuffer, Step, StepCache, StepShape
 from fly_trt.engines.blocks import ALIGNMENT, INPUTS, PER_ROW, Block, StepBlocks, round_up, shape_of, tensors_of
 from fly_trt.engines.kernel_cache import KernelCache
+from fly_trt.engines.nccl import Communicator
 from fly_trt.engines.tensorrt_library import cache_folder, check_compatibility, import_library
 from fly_trt.errors import EngineError
 from fly_trt.manifest import Dtype, Manifest, ModelEngine
@@ -48,13 +49,14 @@ def load(
 ) -> "TensorRTEngine":
     """The engine of one model of a directory (base.LoadEngine). It has no CPU threads to size."""
     plugins = model.tensorrt.plugin_library if model.tensorrt else None
+    name = (model.model, *model.other_ranks)[settings.rank]
     return TensorRTEngine(
-        directory / model.model,
+        directory / name,
         model,
         info,
         num_slots=settings.num_slots,
         plugin_library=directory / plugins if plugins else None,
-        kernel_cache=cache_folder() / f"{manifest.files[model.model].sha256[:16]}.kernels",
+        kernel_cache=cache_folder() / f"{manifest.files[name].sha256[:16]}.kernels",
         device_id=settings.device_id,
     )
 
@@ -127,6 +129,15 @@ class TensorRTEngine:
         self._prefill_context: Any = None
         self._prefill_lengths: set[int] = set()
         self._steps = StepCache(info, num_slots, MAX_STEPS)
+        self._communicator: Communicator | None = None
+
+    def use_device(self) -> None:
+        """Makes the engine's GPU the calling thread's current one."""
+        cuda.use_device(self._device)
+
+    def join(self, communicator: Communicator) -> None:
+        """What this rank sums with the others through, from the first step on; it must outlive the engine."""
+        self._communicator = communicator
 
     def step(
         self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False, with_top: bool = False
@@ -149,13 +160,14 @@ class TensorRTEngine:
                 f"{last} tokens cached and a step of {padded}: a slot has room for {self._plan.cache_tokens}: rebuild "
                 "the engine with fly-build"
             )
-        bound = self._bind(step.first_slot, batch_size, padded)
-        if bound.graph is not None:
-            bound.graph.launch()
-        else:
-            self._enqueue(bound)
-            if bound.is_capturable:
-                self._capture(bound)
+        with self._communicator.in_use() if self._communicator else contextlib.nullcontext():
+            bound = self._bind(step.first_slot, batch_size, padded)
+            if bound.graph is not None:
+                bound.graph.launch()
+            else:
+                self._enqueue(bound)
+                if bound.is_capturable:
+                    self._capture(bound)
         if step.top_ids is not None and bound.blocks.top is not None:
             self._read(bound.blocks.top)
         if logits is None:
@@ -277,6 +289,8 @@ class TensorRTEngine:
         context = self._engine.create_execution_context(self._context_settings)
         if context is None:
             raise EngineError(f"{self._library.name}: no execution context: {self._library.take_errors()}")
+        if self._communicator is not None:  # waits for the other ranks, which make the same contexts
+            self._require(context.set_communicator(self._communicator.capsule), "communicator")
         context.set_device_memory(self._scratch.address, self._scratch.num_bytes)
         if not context.set_optimization_profile_async(profile, self._stream.handle):
             raise EngineError(f"{self._library.name}: profile {profile}: {self._library.take_errors()}")

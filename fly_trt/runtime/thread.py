@@ -3,7 +3,8 @@
 Commands are taken between steps, so an abort takes effect within one step. A request whose queue_timeout is over is
 ended when a step that began later did not admit it, or while others have the engines. A step that raises ends the
 requests that were in it, each with an error, and then one token is run: engines that fail at that too cannot run any
-more. This ends the thread, as everything else does that is no failure of a step, and every caller is told.
+more. This ends the thread, as does an engine that says that it is dead and everything else that is no failure of a
+step, and every caller is told.
 """
 
 import logging
@@ -41,9 +42,17 @@ class EngineThread:
     until those that run then have ended. Without the turn it takes aborts and runs no engine.
     """
 
-    def __init__(self, executor: Executor, close: Callable[[], None], turn: Turn | None = None) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        close: Callable[[], None],
+        turn: Turn | None = None,
+        find_failure: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """find_failure: why the engines cannot run any more, as far as that is known without running them."""
         self._executor = executor
         self._close = close
+        self._find_failure = find_failure
         self._turn = turn or Turn()
         self._home = HomeProcess("LLM")
         # Guards the requests' books and the queue. No engine runs under it: event loops take it.
@@ -123,8 +132,8 @@ class EngineThread:
     def check_running(self) -> None:
         """Raises EngineDeadError after a failure, ConfigError after shutdown and in a forked process."""
         self._home.check()
-        if self._failure is not None:
-            raise _dead(self._failure)
+        if (reason := self._failure or self._find_failure()) is not None:
+            raise _dead(reason)
         if self._is_stopping:
             raise ConfigError("this LLM was shut down: make a new one")
 
@@ -143,6 +152,9 @@ class EngineThread:
                 self._wake.clear()
             for group in list(self._groups.values()):
                 self._end(group)
+        except EngineDeadError as error:  # whoever found it has said it
+            logger.debug("the engine thread stopped: %s", error)
+            self._fail(error)
         except BaseException as error:  # also what is meant to end a thread or the process: callers wait
             logger.exception("the engine thread stopped")
             self._fail(error)
@@ -165,6 +177,8 @@ class EngineThread:
     def _step(self) -> None:
         try:
             changed = self._executor.step()
+        except EngineDeadError:
+            raise
         except Exception as error:
             logger.exception("a step failed, and its requests end with an error")
             self._deliver(self._executor.fail_running(one_line(error)))
