@@ -1,6 +1,7 @@
 """A simulated node: this process has its GPUs, and so have the processes of the ranks that it starts."""
 
 import atexit
+import contextlib
 import json
 import os
 import shutil
@@ -35,8 +36,21 @@ def faults_of_ranks(folder: Path) -> list[str]:
     return [path.read_text() for path in folder.glob("*.faults")]
 
 
-def install_in_rank() -> None:
-    """For the process of a rank, when it starts."""
+def rank_processes(parent: int | None = None) -> list[int]:
+    """Those that process `parent`, or this one, has started, zombies included, whoever their parent is now."""
+    started_by, found = str(parent or os.getpid()).encode(), []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            is_child = path.joinpath("stat").read_text().rpartition(")")[2].split()[1] == started_by.decode()
+            arguments = path.joinpath("cmdline").read_bytes().split(b"\0")
+            is_rank = b"fly_trt.engines.rank_process" in arguments and arguments[-2] == started_by
+            if is_rank or (is_child and arguments == [b""]):
+                found.append(int(path.name))
+    return found
+
+
+def install_in_process() -> None:
+    """For a process that a test starts, from its beginning to its end."""
     cuda = install(pytest.MonkeyPatch())
     cuda.num_devices = NUM_DEVICES
     if broken := os.environ.get(BROKEN):

@@ -242,7 +242,7 @@ class RankGroup:
                 self._changed.notify_all()
         if message is None and not (self._is_failing or self._is_ending):
             self.fail()
-            logger.error("%s", self._failure)
+            logger.info("%s", self._failure)  # who uses the engines says it
         return message is not None
 
     def _cause(self) -> str:

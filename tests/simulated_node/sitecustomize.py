@@ -1,10 +1,7 @@
-"""Python runs this when it starts, where a test has put the folder on PYTHONPATH: a rank's process then has the
-simulated GPUs. Other processes are left as they are.
+"""Python runs this when it starts, where a test has put the folder on PYTHONPATH: the process then has the simulated
+GPUs, as the processes of ranks need them.
 """
 
-import sys
+import simulated_ranks
 
-if "fly_trt.engines.rank_process" in sys.orig_argv:
-    import simulated_ranks
-
-    simulated_ranks.install_in_rank()
+simulated_ranks.install_in_process()
