@@ -64,9 +64,16 @@ class Communicator:
                 raise EngineError("NCCL: the communicator was aborted: load the engine again")
             yield
 
+    def abort_within(self, seconds: float) -> None:
+        """`abort` in a thread of its own, which is left behind after `seconds`."""
+        thread = threading.Thread(target=self.abort, name="fly-trt abort", daemon=True)
+        with contextlib.suppress(RuntimeError):  # no thread starts any more when the interpreter ends
+            thread.start()
+            thread.join(seconds)
+
     def abort(self) -> None:
         """Ends what is being summed and frees the communicator. Safe to call twice, from any thread. It may take until
-        the CUDA graphs that sum through it are gone."""
+        the CUDA graphs that sum through it are gone, and nobody says how long on a GPU that failed."""
         # A rank that waits for another one inside the block never leaves it by itself: then it is aborted all the same.
         has_lock = self._lock.acquire(timeout=LAUNCH_SECONDS)
         try:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from fly_trt.engines.nccl import Communicator
-from fly_trt.engines.rank_messages import Channel, Message, Op
+from fly_trt.engines.rank_messages import NOT_TAKEN, Channel, Message, Op
 from fly_trt.errors import EngineDeadError, EngineError, one_line
 
 logger = logging.getLogger(__name__)
@@ -176,8 +176,8 @@ class RankGroup:
             self._is_failing = True
             self._changed.notify_all()
             communicators = list(self._communicators)
-        for communicator in communicators:  # each may take until the graphs are gone that the engine's thread still has
-            threading.Thread(target=communicator.abort, name="fly-trt abort", daemon=True).start()
+        for communicator in communicators:
+            communicator.abort_within(0)  # not awaited: the engine's thread may still have graphs that sum through it
         line = line or f"{self._cause()}: {ENDED}"
         with self._changed:
             self._failure = line
@@ -211,7 +211,9 @@ class RankGroup:
         raise EngineDeadError(self._failure or f"a rank is gone: {ENDED}")
 
     def _run(self, is_started: threading.Event) -> None:
-        """Starts the processes here, since the kernel ends them with the thread that started them."""
+        """Starts the processes here, since the kernel ends them with the thread that started them. They begin with this
+        thread's signal mask, so that Ctrl-C does not end one before it can say that it takes none."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, NOT_TAKEN)
         try:
             for rank, device in enumerate(self.devices[1:], 1):
                 self.others.append(_start_process(rank, device))

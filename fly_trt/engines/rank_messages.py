@@ -5,6 +5,7 @@ and nothing of processes.
 """
 
 import enum
+import signal
 import socket
 import struct
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from fly_trt.engines.base import Step
 from fly_trt.engines.blocks import INPUTS
 
+NOT_TAKEN = (signal.SIGINT, signal.SIGTERM)  # signals that a terminal or a service manager sends to all processes
 HEADER = struct.Struct("<BBxxxxxxqqqQ")
 JOIN_ALL = 1 << 20  # bytes below which header and payload are joined to one packet
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from fly_trt.engines import load_engine
 from fly_trt.engines.nccl import Communicator, load
-from fly_trt.engines.rank_messages import Channel, Message, Op, unpack_inputs
+from fly_trt.engines.rank_messages import NOT_TAKEN, Channel, Message, Op, unpack_inputs
 from fly_trt.errors import FlyError, one_line
 from fly_trt.manifest import Manifest, ModelEngine
 
@@ -97,8 +97,9 @@ class Follower:
 
 def main(arguments: list[str]) -> None:
     """arguments: the number of the socket's descriptor, and rank 0's process."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in NOT_TAKEN:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, NOT_TAKEN)
     _end_with(int(arguments[1]))
     logging.getLogger("fly_trt").setLevel(logging.ERROR)  # rank 0 says the same
     connection = socket.socket(fileno=int(arguments[0]))

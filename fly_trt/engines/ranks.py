@@ -10,7 +10,6 @@ and runs no engine library.
 
 import contextlib
 import json
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -143,9 +142,7 @@ class RankedEngine:
         with contextlib.suppress(EngineDeadError):
             self._group.tell(self._others, Op.CLOSE, self._number)
         self._engine.close()
-        abort = threading.Thread(target=self._communicator.abort, name="fly-trt abort", daemon=True)
-        abort.start()  # nobody says how long it takes on a GPU that failed
-        abort.join(END_SECONDS)
+        self._communicator.abort_within(END_SECONDS)
 
     def compare(self, path: Path, plan: TensorRTPlan) -> None:
         """Runs one row on all ranks. All of them have its logits, and they agree only where the sums were made, since

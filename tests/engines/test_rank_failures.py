@@ -151,15 +151,15 @@ def test_a_start_that_is_refused_leaves_no_process(node: SimulatedCuda, draft_al
     assert rank_processes() == []
 
 
+def program(engine_dir: Path, *arguments: str) -> contextlib.AbstractContextManager["subprocess.Popen[str]"]:
+    return started([sys.executable, str(PROGRAM), str(engine_dir), *arguments])
+
+
 @contextlib.contextmanager
-def program(engine_dir: Path, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
-    """The program in a process group of its own, once it serves."""
+def started(command: list[str]) -> Iterator["subprocess.Popen[str]"]:
+    """A process group of its own, of which nothing is left afterwards."""
     process = subprocess.Popen(
-        [sys.executable, str(PROGRAM), str(engine_dir), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
         yield process
@@ -180,6 +180,19 @@ def test_the_other_ranks_end_with_the_first_one(number: signal.Signals, node: Si
         wait_until(lambda: not rank_processes(process.pid), "a process is left")
 
 
+def test_the_other_ranks_end_with_the_first_one_whenever_it_is_killed(
+    node: SimulatedCuda, two_ranks: Path, is_long: bool
+) -> None:
+    rng = random.Random(17)
+    for _ in range(20 if is_long else 2):
+        with program(two_ranks) as process:
+            wait_until(lambda pid=process.pid: rank_processes(pid), "no process was started")
+            time.sleep(rng.uniform(0, 3))
+            process.kill()
+            process.wait(SECONDS)
+            wait_until(lambda pid=process.pid: not rank_processes(pid), "a process is left")
+
+
 def test_a_process_that_was_forked_from_the_first_one_keeps_no_rank_alive(node: SimulatedCuda, two_ranks: Path) -> None:
     with program(two_ranks, "fork") as process:
         assert process.stdout is not None
@@ -191,33 +204,39 @@ def test_a_process_that_was_forked_from_the_first_one_keeps_no_rank_alive(node: 
         os.kill(int(forked), 0)  # it lives
 
 
+@contextlib.contextmanager
+def generate(engine_dir: Path) -> Iterator["subprocess.Popen[str]"]:
+    """fly-generate with a long answer, in a process group of its own."""
+    flags = ["--max-tokens", "290", "--ignore-eos"]
+    with started([sys.executable, "-m", "fly_trt.cli.generate", str(engine_dir), PROMPT, *flags]) as process:
+        yield process
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("moment", ["answering", "loading"])
 def test_the_command_line_ends_as_it_does_with_one_gpu(
-    number: signal.Signals, node: SimulatedCuda, two_ranks: Path
+    number: signal.Signals, moment: str, node: SimulatedCuda, two_ranks: Path
 ) -> None:
-    command = [sys.executable, "-m", "fly_trt.cli.generate", str(two_ranks), PROMPT, "--max-tokens", "290"]
-    process = subprocess.Popen(
-        [*command, "--ignore-eos"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    process.stdout.read(1)
-    os.killpg(process.pid, number)
-    _, errors = process.communicate(timeout=SECONDS)
-    assert process.returncode != 0
-    assert len(errors.strip().splitlines()) == 1, errors
-    wait_until(lambda: not rank_processes(process.pid), "a process is left")
+    """All its processes get the signal, and one line is said."""
+    with generate(two_ranks) as process:
+        assert process.stdout is not None
+        if moment == "answering":
+            process.stdout.read(1)
+        else:
+            wait_until(lambda: rank_processes(process.pid), "no process was started")
+        os.killpg(process.pid, number)
+        _, errors = process.communicate(timeout=SECONDS)
+        assert process.returncode != 0
+        said = "terminated" if number is signal.SIGTERM else "interrupted"
+        assert errors.strip() == f"fly-generate: {said}"
+        wait_until(lambda: not rank_processes(process.pid), "a process is left")
 
 
 def test_the_command_line_says_in_one_line_that_a_rank_was_killed(node: SimulatedCuda, two_ranks: Path) -> None:
-    command = [sys.executable, "-m", "fly_trt.cli.generate", str(two_ranks), PROMPT, "--max-tokens", "290"]
-    process = subprocess.Popen([*command, "--ignore-eos"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    process.stdout.read(1)
-    os.kill(rank_processes(process.pid)[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=SECONDS)
-    assert process.returncode != 0
-    assert re.fullmatch(rf"\n?.*{KILLED}.*\n", errors), errors
+    with generate(two_ranks) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        os.kill(rank_processes(process.pid)[0], signal.SIGKILL)
+        _, errors = process.communicate(timeout=SECONDS)
+        assert process.returncode != 0
+        assert re.fullmatch(rf"fly-generate: {STOPPED}", errors.strip()), errors
