@@ -57,6 +57,8 @@ def install_in_process() -> None:
         _break(cuda, **json.loads(broken))
 
     def tell() -> None:
+        if len(cuda.used_devices) > 1:
+            cuda.faults.append(f"contexts on devices {sorted(cuda.used_devices)}, a process has one GPU")
         if cuda.faults:
             Path(os.environ[FOLDER], f"{os.getpid()}.faults").write_text("\n".join(cuda.faults))
 
