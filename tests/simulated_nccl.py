@@ -52,8 +52,8 @@ def get_version() -> types.SimpleNamespace:
 
 
 class Communicator:
-    """The file holds, for each rank, how many sums it has written, how many it has read, the bytes of the one it is at
-    and its device, and behind that what it adds."""
+    """The file holds, for each rank, how many sums it has written, how many it has read, the bytes of the one it is at,
+    its device and whether the sum is in a graph, and behind that what it adds."""
 
     def __init__(self, ptr: int | None = None) -> None:
         self._ptr = ptr or 0
@@ -68,7 +68,8 @@ class Communicator:
             file.truncate(MAX_RANKS * (64 + SLOT_BYTES))
             mapped = mmap.mmap(file.fileno(), 0)
         numbers = np.frombuffer(mapped, np.int64, MAX_RANKS * 8).reshape(MAX_RANKS, 8)[:nranks]
-        made._written, made._read, made._sizes, made._devices = (numbers[:, index] for index in range(4))
+        columns = (numbers[:, index] for index in range(5))
+        made._written, made._read, made._sizes, made._devices, made._captured = columns
         made._slots = np.frombuffer(mapped, np.uint8, offset=64 * MAX_RANKS).reshape(MAX_RANKS, SLOT_BYTES)
         made._devices[rank] = 1 + sys.modules["cuda.bindings"].runtime.thread.device
         deadline = time.monotonic() + JOIN_SECONDS
@@ -90,19 +91,21 @@ class Communicator:
         communicators.pop(self._ptr, None)
         self._ptr = 0
 
-    def sum_up(self, array: np.ndarray) -> bool:
+    def sum_up(self, array: np.ndarray, *, is_captured: bool = False) -> bool:
         """In place, in the order of ranks. False where it was aborted; an AssertionError where the ranks do not do the
-        same."""
+        same, or some of them in a graph and others not."""
         self._count += 1
         content = array.reshape(-1).view(np.uint8)
         if not self._wait(lambda: (self._read >= self._count - 1).all()):
             return False
         self._slots[self._rank, : content.size] = content
         self._sizes[self._rank] = content.size
+        self._captured[self._rank] = is_captured
         self._written[self._rank] = self._count
         if not self._wait(lambda: (self._written >= self._count).all()):
             return False
         assert (self._sizes == content.size).all(), f"ranks sum {self._sizes.tolist()} bytes"
+        assert (self._captured == is_captured).all(), "some ranks sum in a graph and others do not"
         parts = self._slots[: self._nranks, : content.size].copy().view(array.dtype)
         self._read[self._rank] = self._count
         if os.environ.get(SUMS) != "none":

@@ -18,7 +18,9 @@ from simulated_nccl import FOLDER
 from simulated_tensorrt import deserialise, install, serialise
 
 NUM_DEVICES = 8
-BROKEN = "FLY_TRT_SIMULATED_BROKEN"  # {"device": ..., "call": ..., "after": ...}: what fails on one device
+BROKEN = (
+    "FLY_TRT_SIMULATED_BROKEN"  # {"device": ..., "call": ..., "after": ..., "error": ...}: what fails on one device
+)
 
 
 def install_node(patch: pytest.MonkeyPatch, folder: Path, library: str = "tensorrt_rtx") -> SimulatedCuda:
@@ -65,13 +67,13 @@ def install_in_process() -> None:
     atexit.register(tell)
 
 
-def _break(cuda: SimulatedCuda, device: int, call: str, after: int) -> None:
+def _break(cuda: SimulatedCuda, device: int, call: str, after: int, error: str = "cudaErrorIllegalAddress") -> None:
     """The call fails on that device once it was made so many times."""
 
     class Refused(dict):
         def get(self, name: str, default: object = None) -> object:
             is_due = name == call and cuda.thread.device == device and cuda.calls[call] > after
-            return Error.cudaErrorIllegalAddress if is_due else default
+            return Error[error] if is_due else default
 
     cuda.refused = Refused()
 

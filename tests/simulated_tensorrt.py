@@ -242,7 +242,7 @@ class IExecutionContext:
         def run() -> None:
             if is_captured and (context() is None or context()._version != version):
                 raise Failure(Error.cudaErrorLaunchFailure, "the context changed after its graph was captured")
-            _execute(engine, arguments, scratch, communicator)
+            _execute(engine, arguments, scratch, communicator, is_captured)
 
         cuda.enqueue(stream_handle, Work(run, scratch[0]))
 
@@ -297,6 +297,7 @@ def _execute(
     arguments: dict[str, tuple[int, tuple[int, ...]]],
     scratch: tuple[int, int],
     communicator: simulated_nccl.Communicator | None,
+    is_captured: bool,
 ) -> None:
     engine._cuda.view(*scratch).fill(UNWRITTEN)
     arrays = {}
@@ -317,7 +318,7 @@ def _execute(
     def sum_up(array: np.ndarray, num_ranks: int) -> None:
         assert communicator is not None
         assert communicator._nranks == num_ranks, f"{communicator._nranks} ranks sum what {num_ranks} have"
-        communicator.sum_up(array)
+        communicator.sum_up(array, is_captured=is_captured)
 
     try:
         engine._graph.run(values, sum_up)

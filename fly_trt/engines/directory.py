@@ -7,7 +7,7 @@ whatever the number of ways in which it is served. This module knows files and s
 import os
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -137,10 +137,10 @@ class LoadedEngines:
         """Raises EngineError for a directory without an inner draft."""
         return self._engine("inner_draft")
 
-    @property
-    def failure(self) -> str | None:
-        """Why engines of several ranks cannot run any more, in one line; None while they can."""
-        return self._ranks.failure
+    def when_failed(self, tell: Callable[[str], None]) -> None:
+        """Has the bound method `tell` told why engines of several ranks cannot run any more, in one line, once that is
+        so and by any thread."""
+        self._ranks.when_failed(tell)
 
     def close(self) -> None:
         """Releases the engines. Safe to call twice, and in a forked process, which has none."""

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -62,8 +63,8 @@ class Other:
 class RankGroup:
     """Ranks 1 and up, on `devices[1:]`; rank 0 is this process, on `devices[0]`.
 
-    Its methods are for the thread that uses the engines, `failure` for any. Once a rank failed they raise
-    EngineDeadError, always with the same line.
+    Its methods are for the thread that uses the engines. Once a rank failed they raise EngineDeadError, always with the
+    same line.
     """
 
     def __init__(self, devices: Sequence[int]) -> None:
@@ -72,16 +73,22 @@ class RankGroup:
         self._communicators: list[Communicator] = []
         self._changed = threading.Condition()  # notified after each change of what follows and of what is answered
         self._failure: str | None = None
+        self._listeners: list[weakref.WeakMethod[Callable[[str], None]]] = []
         self._is_failing = False
         self._is_ending = False
         self._telling = threading.Lock()
         self._watch: threading.Thread | None = None
         self._start_error: OSError | None = None
 
-    @property
-    def failure(self) -> str | None:
-        """Why the ranks cannot run any more; None while they can."""
-        return self._failure
+    def when_failed(self, tell: Callable[[str], None]) -> None:
+        """Has the bound method `tell` told why the ranks cannot run any more, once that is so, by whoever finds out: a
+        thread that waits for its GPU cannot."""
+        with self._changed:
+            self._listeners = [listener for listener in self._listeners if listener() is not None]
+            self._listeners.append(weakref.WeakMethod(tell))
+            line = self._failure
+        if line is not None:
+            tell(line)
 
     def start(self) -> None:
         """Starts the processes, if they were not started before; they need not have begun to run. Raises EngineError
@@ -181,8 +188,12 @@ class RankGroup:
         line = line or f"{self._cause()}: {ENDED}"
         with self._changed:
             self._failure = line
+            listeners = list(self._listeners)
             self._changed.notify_all()
         self._kill()
+        for listener in listeners:
+            if (tell := listener()) is not None:
+                tell(line)
 
     def end(self) -> None:
         """Ends the processes: in order, then by force. Safe to call twice, waits no longer than three times

@@ -23,7 +23,8 @@ JOIN_ALL = 1 << 20  # bytes below which header and payload are joined to one pac
 
 class Op(enum.IntEnum):
     """Rank 0 says LOAD to END, of one engine but for END; the numbers are those of the Engine's method. The others
-    answer LOAD, JOIN and END with DONE, TEST with LOGITS, and what went wrong with FAILED, the last that they say."""
+    answer LOAD, JOIN and END with DONE, TEST with LOGITS, and what went wrong with FAILED, the last that they say. In
+    the middle of a step each may say COULD, whether it could do something, and is told COULD, whether all could."""
 
     LOAD = 1
     JOIN = 2
@@ -38,6 +39,7 @@ class Op(enum.IntEnum):
     DONE = 11
     LOGITS = 12
     FAILED = 13
+    COULD = 14
 
 
 class Message(NamedTuple):

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+from collections import deque
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -32,8 +33,10 @@ FAILED = 1
 class Follower:
     """The engines of one rank, by the number that rank 0 gave them."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, messages: "SimpleQueue[Message]") -> None:
         self._channel = channel
+        self._messages = messages
+        self._put_off: deque[Message] = deque()
         self._engines: dict[int, Any] = {}
         self._communicators: dict[int, Communicator] = {}
         self._rank = 0
@@ -49,11 +52,11 @@ class Follower:
             Op.CLOSE: self._close,
         }
 
-    def follow(self, message: Message) -> None:
-        """Raises whatever goes wrong, after which nobody knows where this rank stands."""
-        self._do[message.op](message)
-
-    def end(self) -> None:
+    def follow(self) -> None:
+        """Until rank 0 says that it is over. Raises whatever goes wrong, after which nobody knows where this rank
+        stands."""
+        while (message := self._put_off.popleft() if self._put_off else self._messages.get()).op is not Op.END:
+            self._do[message.op](message)
         for engine in list(self._engines):
             self._close(Message(Op.CLOSE, engine, (0, 0, 0), b""))
         self._channel.send(Op.DONE)
@@ -75,8 +78,15 @@ class Follower:
     def _join(self, message: Message) -> None:
         communicator = Communicator(message.numbers[0], self._rank, message.payload)
         self._communicators[message.engine] = communicator
-        self._engines[message.engine].join(communicator)
+        self._engines[message.engine].join(communicator, self._agree)
         self._channel.send(Op.DONE, message.engine)
+
+    def _agree(self, could: bool) -> bool:
+        """What rank 0 does in another thread, such as to load an engine, waits until it has answered."""
+        self._channel.send(Op.COULD, numbers=[could])
+        while (message := self._messages.get()).op is not Op.COULD:
+            self._put_off.append(message)
+        return bool(message.numbers[0])
 
     def _test(self, message: Message) -> None:
         step = self._engines[message.engine].step(*message.numbers, with_logits=True)
@@ -107,11 +117,8 @@ def main(arguments: list[str]) -> None:
     channel = Channel(connection)
     messages: SimpleQueue[Message] = SimpleQueue()
     threading.Thread(target=_listen, args=(channel, messages), name="fly-trt rank 0", daemon=True).start()
-    follower = Follower(channel)
     try:
-        while (message := messages.get()).op is not Op.END:
-            follower.follow(message)
-        follower.end()
+        Follower(channel, messages).follow()
     except BaseException as error:
         text = one_line(error) if isinstance(error, FlyError) else f"{type(error).__name__}: {one_line(error)}"
         with contextlib.suppress(OSError):

@@ -39,10 +39,9 @@ class Ranks:
         self._group = RankGroup(devices)
         self._num_engines = 0
 
-    @property
-    def failure(self) -> str | None:
-        """Why the ranks cannot run any more, in one line; None while they can. Any thread may ask."""
-        return self._group.failure
+    def when_failed(self, tell: Callable[[str], None]) -> None:
+        """Has the bound method `tell` told why the ranks cannot run any more, in one line, once that is so."""
+        self._group.when_failed(tell)
 
     def load(self, directory: Path, manifest: Manifest, model: ModelEngine, *, num_slots: int) -> "RankedEngine":
         """Loads `model` on as many ranks as it has, and compares what they say of one row. Raises EngineError, and
@@ -86,9 +85,15 @@ class Ranks:
         self._group.tell(others, Op.JOIN, number, [num_ranks], shared_id)
         communicator = self._group.wait_for(join)
         self._group.add(communicator)
-        engine.join(communicator)
+        engine.join(communicator, lambda could: self._agree(others, could))
         self._group.hear(others, Op.DONE)
         return communicator
+
+    def _agree(self, others: Sequence[Other], could: bool) -> bool:
+        answers = self._group.hear(others, Op.COULD)
+        could_all = could and all(answer.numbers[0] for answer in answers)
+        self._group.tell(others, Op.COULD, 0, [could_all])
+        return could_all
 
 
 class RankedEngine:

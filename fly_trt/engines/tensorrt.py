@@ -16,6 +16,7 @@ next step overwrites it, and no output that is read depends on it.
 import contextlib
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,14 +131,16 @@ class TensorRTEngine:
         self._prefill_lengths: set[int] = set()
         self._steps = StepCache(info, num_slots, MAX_STEPS)
         self._communicator: Communicator | None = None
+        self._agree: Callable[[bool], bool] = lambda is_captured: is_captured
 
     def use_device(self) -> None:
         """Makes the engine's GPU the calling thread's current one."""
         cuda.use_device(self._device)
 
-    def join(self, communicator: Communicator) -> None:
-        """What this rank sums with the others through, from the first step on; it must outlive the engine."""
-        self._communicator = communicator
+    def join(self, communicator: Communicator, agree: Callable[[bool], bool]) -> None:
+        """What this rank sums with the others through, from the first step on; it must outlive the engine. `agree` says
+        of something that this rank could do, or could not, whether all ranks could."""
+        self._communicator, self._agree = communicator, agree
 
     def step(
         self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False, with_top: bool = False
@@ -326,15 +329,20 @@ class TensorRTEngine:
         self._stream.copy(block.host.address, block.device.address, block.num_bytes)
 
     def _capture(self, bound: _Bound) -> None:
-        """The first run made the engine ready for this shape; what it did is recorded for the next ones."""
+        """The first run made the engine ready for this shape; what it did is recorded for the next ones. NCCL wants its
+        sums to be in the graphs of all ranks or of none."""
         self.num_preparations += 1
+        reason, graph = "another rank could not record it", None
         try:
-            bound.graph = self._stream.capture(lambda: self._enqueue(bound))
+            graph = self._stream.capture(lambda: self._enqueue(bound))
         except EngineError as error:
-            bound.is_capturable = False
-            logger.warning(
-                "steps of %s run without a CUDA graph: %s", bound.blocks.inputs.arrays["input_ids"].shape, error
-            )
+            reason = str(error)
+        if self._agree(graph is not None):
+            bound.graph = graph
+            return
+        bound.is_capturable = False
+        shape = bound.blocks.inputs.arrays["input_ids"].shape
+        logger.warning("steps of %s run without a CUDA graph: %s", shape, reason)
 
     def _run_rows(self, step: Step) -> None:
         """One row at a time, for steps with long rows."""

@@ -32,6 +32,7 @@ from fly_trt.runtime.request import Request
 logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 60.0
+STUCK_SECONDS = 5.0
 ROOM_POLL_SECONDS = 0.02
 
 
@@ -42,17 +43,9 @@ class EngineThread:
     until those that run then have ended. Without the turn it takes aborts and runs no engine.
     """
 
-    def __init__(
-        self,
-        executor: Executor,
-        close: Callable[[], None],
-        turn: Turn | None = None,
-        find_failure: Callable[[], str | None] = lambda: None,
-    ) -> None:
-        """find_failure: why the engines cannot run any more, as far as that is known without running them."""
+    def __init__(self, executor: Executor, close: Callable[[], None], turn: Turn | None = None) -> None:
         self._executor = executor
         self._close = close
-        self._find_failure = find_failure
         self._turn = turn or Turn()
         self._home = HomeProcess("LLM")
         # Guards the requests' books and the queue. No engine runs under it: event loops take it.
@@ -63,6 +56,7 @@ class EngineThread:
         self._aborts: deque[RequestGroup] = deque()
         self._is_stopping = False
         self._failure: str | None = None
+        self._has_told = threading.Event()  # set when nobody waits for anything any more
         self._wake = threading.Event()  # set after each change that the thread has to see
         self._thread = threading.Thread(target=self._run, name="fly-trt engine", daemon=True)
         self._thread.start()
@@ -129,17 +123,29 @@ class EngineThread:
                 "ends: end the process if it does not"
             )
 
+    def fail(self, reason: str) -> None:
+        """The engines cannot run any more: the thread ends, and every caller is told, also where the step that it is in
+        does not come back. Any thread may say so."""
+        self._failure = self._failure or reason
+        self._wake.set()
+        if self._thread is threading.current_thread():
+            return  # it is told by the engines themselves
+        if not self._has_told.wait(STUCK_SECONDS):
+            self._fail(EngineDeadError(reason))
+
     def check_running(self) -> None:
         """Raises EngineDeadError after a failure, ConfigError after shutdown and in a forked process."""
         self._home.check()
-        if (reason := self._failure or self._find_failure()) is not None:
-            raise _dead(reason)
+        if self._failure is not None:
+            raise _dead(self._failure)
         if self._is_stopping:
             raise ConfigError("this LLM was shut down: make a new one")
 
     def _run(self) -> None:
         try:
             while not self._is_stopping:
+                if self._failure is not None:
+                    raise EngineDeadError(self._failure)
                 self._end_aborted()
                 if not self._executor.has_work:
                     self._turn.leave(self._wake)
@@ -159,13 +165,14 @@ class EngineThread:
             logger.exception("the engine thread stopped")
             self._fail(error)
         finally:
+            self._has_told.set()
             self._turn.leave(self._wake)
             self._close()
 
     def _serve(self) -> None:
         """Runs steps until nothing is left to do. While others want the turn, what waits is not admitted."""
         self._executor.is_admitting = True
-        while self._executor.has_work and not self._is_stopping:
+        while self._executor.has_work and not self._is_stopping and self._failure is None:
             began = time.monotonic()
             self._step()
             self._end_aborted()

@@ -83,7 +83,8 @@ class Service:
         if drafter is not None and speculative_config.adaptive_draft_length:
             with engines.turn.held():
                 loop.warm_up()
-        self._thread = EngineThread(loop, release, engines.turn, lambda: engines.failure)
+        self._thread = EngineThread(loop, release, engines.turn)
+        engines.when_failed(self._thread.fail)
         # Also when the interpreter ends without a shutdown(): the thread must not run into a library's teardown.
         self._finalizer = weakref.finalize(self, self._thread.shutdown)
 

@@ -16,10 +16,10 @@ import simulated_engine as simulation
 from fly_trt import LLM, ConfigError, EngineError, LoadedEngines, SamplingParams, SpeculativeConfig
 from fly_trt.engines import Engine
 from fly_trt.manifest import read_manifest
-from simulated_cuda import SimulatedCuda
+from simulated_cuda import Error, SimulatedCuda
 from simulated_engine import TOKENS
 from simulated_nccl import SUMS
-from simulated_ranks import rank_processes
+from simulated_ranks import BROKEN, rank_processes
 
 GOLDEN = Path(__file__).parents[1] / "assets" / "golden" / "public.jsonl"
 SIZES: dict[str, Any] = {"max_batch_size": 4, "max_seq_len": 300}
@@ -131,6 +131,28 @@ def test_engines_outlive_the_thread_that_loaded_them(node: SimulatedCuda, two_ra
     loading.join()
     with made[0] as llm:
         assert len(llm.generate("Spell", SamplingParams(max_tokens=8))[0].outputs[0].token_ids) > 0
+
+
+@pytest.mark.parametrize("device", [0, 1])
+def test_a_step_that_one_rank_cannot_record_runs_without_a_graph_on_all(
+    device: int,
+    node: SimulatedCuda,
+    two_ranks: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The simulation finds fault with sums that only some ranks have in a graph."""
+    if device == 0:
+        node.refused["cudaGraphInstantiate"] = Error.cudaErrorMemoryAllocation
+    broken = {"device": 1, "call": "cudaGraphInstantiate", "after": 0, "error": "cudaErrorMemoryAllocation"}
+    monkeypatch.setenv(BROKEN, json.dumps(broken) if device == 1 else "")
+    (row,) = golden("exact", 60)[:1]
+    with LLM(two_ranks, speculative_config={"method": None}, **SIZES) as llm:
+        output = llm.generate({"prompt_token_ids": row["prompt_token_ids"]}, SamplingParams(max_tokens=20))[0]
+    assert output.outputs[0].token_ids == row["token_ids"][:20]
+    assert not node.calls["cudaGraphLaunch"]
+    reason = "CUDA: cudaErrorMemoryAllocation" if device == 0 else "another rank could not record it"
+    assert f"run without a CUDA graph: {reason}" in caplog.text
 
 
 def test_a_library_that_does_not_sum_is_found_out(

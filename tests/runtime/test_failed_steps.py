@@ -240,12 +240,27 @@ def test_an_engine_that_says_that_it_is_dead_is_not_tried_again(caplog: pytest.L
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_engines_that_failed_while_nothing_was_served_are_found_out_before_a_request_is_taken() -> None:
-    engine, failures = SteppedEngine(), list[str]()
-    thread = EngineThread(make_loop(engine), engine.close, find_failure=lambda: failures[0] if failures else None)
+def test_engines_that_fail_while_nothing_is_served_end_the_thread() -> None:
+    engine = SteppedEngine()
+    thread = EngineThread(make_loop(engine), engine.close)
     thread.check_running()
-    failures.append("rank 1 was killed")
+    thread.fail("rank 1 was killed")
     for refused in (thread.check_running, lambda: thread.submit([make_group([3, 4, 5], Inbox())])):
         with pytest.raises(EngineDeadError, match=r"^the engine stopped after an error \(rank 1 was killed\): make a "):
             refused()
     assert is_over(thread, engine)
+
+
+def test_callers_are_told_although_the_step_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fly_trt.runtime.thread.STUCK_SECONDS", 0.1)
+    engine = SteppedEngine(num_slots=1, is_free=False)
+    thread = EngineThread(make_loop(engine), engine.close)
+    inboxes = [Inbox() for _ in range(3)]
+    thread.submit([make_group([3, 4, 5], inbox, str(number)) for number, inbox in enumerate(inboxes)])
+    assert engine.arrived.acquire(timeout=SECONDS)
+    thread.fail("rank 1 was killed")
+    for inbox in inboxes:
+        assert str(inbox.error()) == "the engine stopped after an error (rank 1 was killed): make a new one"
+    engine.failure = EngineDeadError("rank 1 was killed")
+    assert is_over(thread, engine)
+    assert all(inbox.is_empty() for inbox in inboxes)
