@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+import simulated_nccl
 from fly_trt import LLM, EngineDeadError, EngineError, SamplingParams
 from fly_trt.engines import rank_group
 from simulated_cuda import Error, SimulatedCuda
@@ -101,6 +102,29 @@ def test_a_rank_that_dies_while_nothing_is_served_is_noticed(node: SimulatedCuda
             with pytest.raises(EngineDeadError) as caught:
                 check()
             assert re.fullmatch(STOPPED, str(caught.value))
+
+
+def test_callers_are_told_although_the_sum_is_not_let_go(
+    node: SimulatedCuda, two_ranks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's abort is known to hang at times."""
+    is_let_go, abort = threading.Event(), simulated_nccl.Communicator.abort
+
+    def hang(communicator: simulated_nccl.Communicator) -> None:
+        is_let_go.wait(SECONDS)
+        abort(communicator)
+
+    monkeypatch.setattr(simulated_nccl.Communicator, "abort", hang)
+    monkeypatch.setattr("fly_trt.runtime.thread.STUCK_SECONDS", 0.5)
+    with LLM(two_ranks, **SIZES) as llm:
+        kill = threading.Timer(0.5, os.kill, (rank_processes()[0], signal.SIGKILL))
+        kill.start()
+        with pytest.raises(EngineDeadError) as caught:
+            serve_on(llm)
+        assert re.fullmatch(STOPPED, str(caught.value))
+        assert rank_processes() == []
+        is_let_go.set()
+    node.faults.clear()
 
 
 @pytest.mark.parametrize(("call", "after"), [("cudaGraphLaunch", 3), ("cudaStreamSynchronize", 40), ("cudaMalloc", 4)])
