@@ -75,13 +75,15 @@ class Source(_Record):
 
 class LayerSummary(_Record):
     """Layers of a TensorRT network before the builder fuses them. Attention is native where a dedicated kernel computes
-    it, decomposed where the builder or the graph writes it out as matrix products and a softmax."""
+    it, decomposed where the builder or the graph writes it out as matrix products and a softmax. A collective is what
+    all ranks of a sharded model do together in a step."""
 
     total: int
     native_attention: int
     decomposed_attention: int
     kv_cache_update: int
     plugin: int
+    collective: int = 0
 
 
 class TensorRTPlan(_Record):

@@ -4,7 +4,7 @@ ONNX Runtime has no DistCollective, so that a graph is cut behind each of them. 
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,16 +32,15 @@ class Segment:
 class SegmentedPlan:
     """`inputs` and `outputs` are those of the whole graph, by name, as ONNX Runtime describes them."""
 
-    def __init__(self, onnx_model: bytes) -> None:
-        model = onnx.load_model_from_string(onnx_model)
-        self.segments = list(_segments(model))
-        found = {value.name: value for segment in self.segments for value in segment.session.get_inputs()}
-        self.inputs = {value.name: found[value.name] for value in model.graph.input}
-        found = {value.name: value for segment in self.segments for value in segment.session.get_outputs()}
-        self.outputs = {value.name: found[value.name] for value in model.graph.output}
+    def __init__(self, segments: list[Segment], inputs: Iterable[str], outputs: Iterable[str]) -> None:
+        self.segments = segments
+        found = {value.name: value for segment in segments for value in segment.session.get_inputs()}
+        self.inputs = {name: found[name] for name in inputs}
+        found = {value.name: value for segment in segments for value in segment.session.get_outputs()}
+        self.outputs = {name: found[name] for name in outputs}
         self.num_ranks = max([1, *(ranks for segment in self.segments for *_, ranks in segment.sums)])
 
-    def run(self, values: dict[str, ort.OrtValue], sum_up: Sum) -> None:
+    def run(self, values: dict[str, ort.OrtValue], sum_up: Sum | None) -> None:
         """values: of all inputs, and of all outputs the memory that they are written to."""
         values = dict(values)
         for segment in self.segments:
@@ -58,13 +57,22 @@ class SegmentedPlan:
             values |= dict(zip(names, binding.get_outputs(), strict=True))
             for name, result, ranks in segment.sums:
                 array = values[name].numpy().copy()
+                assert sum_up is not None
                 sum_up(array, ranks)
                 values[result] = ort.OrtValue.ortvalue_from_numpy(array)
 
 
 @functools.cache
 def segmented(onnx_model: bytes) -> SegmentedPlan:
-    return SegmentedPlan(onnx_model)
+    model = onnx.load_model_from_string(onnx_model)
+    names = ([value.name for value in values] for values in (model.graph.input, model.graph.output))
+    return SegmentedPlan(list(_segments(model)), *names)
+
+
+def whole(session: ort.InferenceSession) -> SegmentedPlan:
+    """A graph that is one piece."""
+    names = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
+    return SegmentedPlan([Segment(session, [])], *names)
 
 
 def _segments(model: onnx.ModelProto) -> Iterator[Segment]:

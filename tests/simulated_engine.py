@@ -1,5 +1,5 @@
 """The demo pair built for TensorRT as far as that goes without its builder, with plans that the simulated GPU runs, and
-what the tests of the TensorRT engine do with it. The demo draft stands for both models.
+for ONNX Runtime's CUDA provider; and what the tests of the engines of a GPU do with it.
 """
 
 from pathlib import Path
@@ -40,6 +40,18 @@ def build(output: Path) -> Path:
     return output
 
 
+def build_for_onnxruntime(output: Path, **flags: Any) -> Path:
+    """The demo pair for ONNX Runtime's CUDA provider, in float32 unless `flags` say otherwise."""
+    # The costs of the engines that it is compared with: what is accepted may depend on them.
+    costs = {"draft_token_cost": 0.12, "verification_token_cost": 0.06}
+    settings = {"device": "cuda", "dtype": "float32", "speculative": costs, **LIMITS, "max_batch_size": 8, **flags}
+    recipe = load_recipe(None, {"target": str(PAIR / "target"), "draft": str(PAIR / "draft"), **settings})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_build, "export_decoder", export_once)
+        pipeline.build(pipeline.make_plan(recipe, output), lambda *_: None)
+    return output
+
+
 def _compile(builder: EngineBuilder, onnx_path: Path, *_: Any) -> tuple[bytes, TensorRTPlan]:
     sizes = builder.sizes
     limits = [(least, most) for least, _, most in sizes.profiles()]
@@ -65,7 +77,7 @@ def load(
     head = manifest.head.model_copy(update={"top_tokens": top_tokens})
     model = manifest.draft
     of_plan = {name: changes.pop(name) for name in list(changes) if name in TensorRTPlan.model_fields}
-    plan = model.tensorrt.model_copy(update=of_plan)
+    plan = model.tensorrt and model.tensorrt.model_copy(update=of_plan)
     changed = model.model_copy(update={"tensorrt": plan, **changes})
     files = manifest.files | {changed.model: manifest.files[model.model]}
     return load_engine(

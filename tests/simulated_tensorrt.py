@@ -20,7 +20,7 @@ import onnxruntime as ort
 import pytest
 
 import simulated_nccl
-from plan_segments import SegmentedPlan, segmented
+from plan_segments import SegmentedPlan, Sum, segmented
 from simulated_cuda import ALIGNMENT, UNWRITTEN, Error, Failure, SimulatedCuda, Stream, Work
 
 BFLOAT16 = 16  # of onnx.TensorProto
@@ -239,10 +239,16 @@ class IExecutionContext:
         context, version = weakref.ref(self), self._version
         engine, scratch, communicator = self._engine, self._scratch, self._communicator
 
+        def sum_up(array: np.ndarray, num_ranks: int) -> None:
+            assert communicator is not None
+            assert communicator._nranks == num_ranks, f"{communicator._nranks} ranks sum what {num_ranks} have"
+            communicator.sum_up(array, is_captured=is_captured)
+
         def run() -> None:
             if is_captured and (context() is None or context()._version != version):
                 raise Failure(Error.cudaErrorLaunchFailure, "the context changed after its graph was captured")
-            _execute(engine, arguments, scratch, communicator, is_captured)
+            cuda.view(*scratch).fill(UNWRITTEN)
+            execute(cuda, engine._graph, arguments, sum_up)
 
         cuda.enqueue(stream_handle, Work(run, scratch[0]))
 
@@ -292,36 +298,27 @@ class IExecutionContext:
         return arguments
 
 
-def _execute(
-    engine: ICudaEngine,
-    arguments: dict[str, tuple[int, tuple[int, ...]]],
-    scratch: tuple[int, int],
-    communicator: simulated_nccl.Communicator | None,
-    is_captured: bool,
+def execute(
+    cuda: SimulatedCuda, graph: SegmentedPlan, arguments: dict[str, tuple[int, Any]], sum_up: Sum | None = None
 ) -> None:
-    engine._cuda.view(*scratch).fill(UNWRITTEN)
+    """Computes on the CPU what a GPU would, in place: the tensors by name, each with its address and shape."""
+    types = {name: value.type for name, value in (graph.inputs | graph.outputs).items()}
     arrays = {}
     for name, (address, shape) in arguments.items():
-        dtype = np.dtype(DTYPES[engine._tensors[name].type])
-        arrays[name] = engine._cuda.view(address, int(np.prod(shape)) * dtype.itemsize).view(dtype).reshape(shape)
+        dtype = np.dtype(DTYPES[types[name]])
+        arrays[name] = cuda.view(address, int(np.prod(shape)) * dtype.itemsize).view(dtype).reshape(shape)
     if (arrays["write_indices"] + arrays["input_ids"].shape[1] > arrays["past_key.0"].shape[2]).any():
         raise Failure(Error.cudaErrorIllegalAddress, f"written at {arrays['write_indices']}, behind the cache's end")
     if not np.isin(arrays["input_ids"], range(arrays["logits"].shape[2])).all():
         raise Failure(Error.cudaErrorLaunchFailure, "a token that is not in the vocabulary")
     values = {}
     for name, array in arrays.items():
-        if engine._tensors[name].type == "tensor(bfloat16)":
+        if types[name] == "tensor(bfloat16)":
             values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
         else:
             values[name] = ort.OrtValue.ortvalue_from_numpy(array)
-
-    def sum_up(array: np.ndarray, num_ranks: int) -> None:
-        assert communicator is not None
-        assert communicator._nranks == num_ranks, f"{communicator._nranks} ranks sum what {num_ranks} have"
-        communicator.sum_up(array, is_captured=is_captured)
-
     try:
-        engine._graph.run(values, sum_up)
+        graph.run(values, sum_up)
     except Exception as error:  # ONNX Runtime raises a class of its own for each status code
         raise Failure(Error.cudaErrorLaunchFailure, " ".join(str(error).split())) from None
 

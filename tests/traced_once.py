@@ -17,6 +17,7 @@ from filelock import FileLock
 from fly_build.checkpoint import Checkpoint
 from fly_build.export import DecoderGraph, export_decoder
 from fly_build.operators import AttentionForm
+from fly_build.sharding import Sharding
 
 FOLDER = "FLY_TRT_TEST_TRACES"  # the environment's variable: where the processes of a run share them
 
@@ -28,15 +29,20 @@ def export_once(
     dtype: torch.dtype = torch.float32,
     attention: AttentionForm = "lengths",
     skipped: Collection[int] = (),
+    sharding: Sharding | None = None,
 ) -> DecoderGraph:
     """What export_decoder returns, each time a graph of its own: finishing it changes it."""
     fields = checkpoint.config.to_dict()
     fields.pop("_name_or_path", None)  # where it was read from
-    key = json.dumps([fields, max_seq_len, str(dtype), attention, sorted(skipped)], sort_keys=True, default=str)
+    key = json.dumps(
+        [fields, max_seq_len, str(dtype), attention, sorted(skipped), str(sharding)], sort_keys=True, default=str
+    )
     path = Path(os.environ[FOLDER]) / f"{hashlib.sha256(key.encode()).hexdigest()}.onnx"
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
-            decoder = export_decoder(checkpoint, max_seq_len, dtype=dtype, attention=attention, skipped=skipped)
+            decoder = export_decoder(
+                checkpoint, max_seq_len, dtype=dtype, attention=attention, skipped=skipped, sharding=sharding
+            )
             _save(decoder, path)
     return _load(path)
 

@@ -7,6 +7,7 @@ is read. Local folders and hub ids are the same to transformers, and so they are
 import copy
 import json
 import logging
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers.utils.hub import cached_file
 
 from fly_build.fields import refused_fields, rope_parameters, warn_of_unread_fields
 from fly_build.operators import ATTENTION_NAME
-from fly_build.tensors import first_line, load_tensors
+from fly_build.tensors import OUTPUT_NAME, first_line, load_tensors
 from fly_build.tokenizer import load_tokenizer, splits_alike
 from fly_trt.errors import CheckpointError
 
@@ -95,6 +96,13 @@ class Checkpoint:
     def empty_model(self) -> Any:
         return self.make_empty_model(torch.float32)
 
+    @cached_property
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all parameters, by name, as if none were tied."""
+        with torch.device("meta"):  # the address space of a machine is smaller than some models
+            model = self.make_empty_model(torch.float32)
+        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
     def make_empty_model(self, dtype: torch.dtype) -> Any:
         """The model with its structure but no values: parameters are allocated and never touched, so they cost
         address space and no memory. Buffers such as rotary frequencies are real, and float32 in any dtype. No
@@ -118,13 +126,9 @@ class Checkpoint:
     @cached_property
     def num_parameters(self) -> int:
         """As the configuration ties them."""
-        tied = self.empty_model.get_output_embeddings().weight.numel() if self.config.tie_word_embeddings else 0
-        return sum(parameter.numel() for parameter in self.empty_model.parameters()) - tied
-
-    @property
-    def num_expert_parameters(self) -> int:
-        """Weights of mixtures of experts, which transformers stacks in three dimensions."""
-        return sum(parameter.numel() for parameter in self.empty_model.parameters() if parameter.ndim == 3)
+        shapes = self.parameter_shapes
+        tied = math.prod(shapes[OUTPUT_NAME]) if self.config.tie_word_embeddings else 0
+        return sum(math.prod(shape) for shape in shapes.values()) - tied
 
     def load_weights(self) -> dict[str, torch.Tensor]:
         """All parameters, see `tensors.load_tensors`."""
@@ -146,8 +150,9 @@ class Checkpoint:
         return config
 
 
-def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
-    """Reads the configuration and refuses, with the reason, what cannot be exported. Raises CheckpointError."""
+def open_checkpoint(name: str, revision: str | None = None, *, needs_weights: bool = True) -> Checkpoint:
+    """Reads the configuration and refuses, with the reason, what cannot be exported. Raises CheckpointError. Weights
+    are not read; `needs_weights`: that a folder has some is checked."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if (base := _adapted_model(str(folder), None)) is not None:
@@ -177,7 +182,7 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     if reason:
         raise CheckpointError(f"{name}: {reason}")
     warn_of_unread_fields(name, config)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+    if needs_weights and folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{name}: no *.safetensors file: save the checkpoint with safe_serialization=True")
     return Checkpoint(source, revision, config)
 

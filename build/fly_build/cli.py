@@ -1,6 +1,7 @@
 """`fly-build`: parses flags, shows progress, prints the summary; recipe.py and pipeline.py do the rest."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import time
@@ -13,19 +14,20 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fly_build.backends import BACKENDS
+from fly_build.backends import BACKENDS, backend_names
 from fly_trt.cli import options
 from fly_trt.cli.command import command
 from fly_trt.errors import FlyError
-from fly_trt.manifest import Dtype, Manifest, ModelEngine, Quantization, TensorRTLibrary
+from fly_trt.manifest import Device, Dtype, Manifest, ModelEngine, Quantization, TensorRTLibrary
 
-DEFAULT_DTYPES = ", ".join(f"{name}: {backend.default_dtype}" for name, backend in BACKENDS.items())
+DEFAULT_DTYPES = ", ".join(f"{name} on {device}: {b.default_dtype}" for (name, device), b in BACKENDS.items())
 EXAMPLES = """
 \b
 Examples:
   fly-build --target org/target --draft org/draft -o engines/pair
   fly-build llama-3.1-70b --dtype bfloat16 -o engines/llama-70b
   fly-build demo --quantization int8 -o engines/pair-int8
+  fly-build demo --device cuda --quantization int4 -o engines/demo-cuda
   fly-build demo --backend tensorrt --dtype float16 -o engines/demo-rtx
   fly-build --target ./checkpoint -o engines/single        # n-gram or plain decoding
   fly-build --target org/target --draft org/draft --inner-draft org/small -o engines/chain
@@ -54,7 +56,8 @@ def _numbers(context: click.Context, option: click.Parameter, value: str | None)
     "--calibrate", metavar="FILE", help="Of a self-draft or a chain: text, or JSON Lines of prompts. [built in]"
 )
 @click.option("--contexts", metavar="N,N", callback=_numbers, help="Of a self-draft: tokens to choose one for. [512]")
-@click.option("--backend", type=click.Choice(tuple(BACKENDS)), help="[onnxruntime]")
+@click.option("--backend", type=click.Choice(backend_names()), help="[onnxruntime]")
+@click.option("--device", type=click.Choice(get_args(Device)), help="What the engines run on. [cpu; cuda for tensorrt]")
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), help=f"Type of the weights. [{DEFAULT_DTYPES}]")
 @click.option("--quantization", type=click.Choice(get_args(Quantization)), help="Of the linear layers. [none]")
 @options.max_batch_size("8")
@@ -73,6 +76,8 @@ def _numbers(context: click.Context, option: click.Parameter, value: str | None)
 )
 @options.output("Engine directory. [engines/NAME]")
 @options.overwrite("an engine directory that exists")
+@click.option("--tp-size", type=int, metavar="N", help="Of tensorrt: GPUs that the target is spread over. [1]")
+@click.option("--draft-tp-size", type=int, metavar="N", help="GPUs of the draft: 1, or all of the target's. [1]")
 @options.dry_run("Print the plan with sizes and build nothing.")
 @options.as_json("Print the manifest (or plan) as JSON on stdout.")
 def main(recipe: str | None, output: Path | None, overwrite: bool, dry_run: bool, as_json: bool, **flags: Any) -> None:
@@ -100,7 +105,9 @@ def _run(
 
     console = Console(stderr=True)
     with console.status("Reading configurations") if console.is_terminal else contextlib.nullcontext():
-        plan = pipeline.make_plan(recipe, output or Path("engines") / name, overwrite=overwrite or dry_run)
+        plan = pipeline.make_plan(
+            recipe, output or Path("engines") / name, overwrite=overwrite or dry_run, to_build=not dry_run
+        )
     if dry_run:
         _print_plan(plan, as_json)
         return
@@ -159,10 +166,14 @@ def _print_plan(plan: Any, as_json: bool) -> None:
             }
             for model in plan.models
         ]
-        click.echo(json.dumps({"output": str(plan.output), **plan.limits.model_dump(), "models": models}, indent=2))
+        gpus = [{**dataclasses.asdict(gpu.memory), **gpu.summary()} for gpu in plan.gpus]
+        record = {"output": str(plan.output), **plan.limits.model_dump(), "models": models, "gpus": gpus}
+        click.echo(json.dumps(record, indent=2))
         return
     limits = plan.limits
-    table = Table(title=f"{plan.output}: plan (nothing is built)")
+    is_sharded = any(model.sharding is not None for model in plan.models)
+    each = ", weights and KV of each GPU" if is_sharded else ""
+    table = Table(title=f"{plan.output}: plan (nothing is built){each}")
     for column in ("", "checkpoint", "params", "weights", "KV/token", "KV/slot", "KV total"):
         table.add_column(column, justify="left" if column in ("", "checkpoint") else "right")
     for model in plan.models:
@@ -177,10 +188,13 @@ def _print_plan(plan: Any, as_json: bool) -> None:
             _bytes(per_token * plan.cache_tokens * limits.max_batch_size),
         )
     Console().print(table)
+    if plan.gpus:
+        _print_gpus(plan)
     click.echo(
-        f"backend {plan.recipe.backend}, {plan.backend.dtype}, quantization {plan.recipe.quantization}, "
-        f"max_batch_size {limits.max_batch_size} (slots), max_seq_len {limits.max_seq_len}, "
-        f"max_draft_len {limits.max_draft_len}, stop tokens {plan.head.stop_token_ids}"
+        f"backend {plan.recipe.backend} on {plan.recipe.device}, {plan.backend.dtype}, "
+        f"quantization {plan.recipe.quantization}, max_batch_size {limits.max_batch_size} (slots), "
+        f"max_seq_len {limits.max_seq_len}, max_draft_len {limits.max_draft_len}, "
+        f"stop tokens {plan.head.stop_token_ids}"
     )
     if (settings := plan.recipe.self_draft) is not None:
         from fly_build.self_draft import contexts_of
@@ -192,8 +206,20 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         )
 
 
+def _print_gpus(plan: Any) -> None:
+    table = Table(title="memory of each GPU, of an 80 GB card")
+    for column in ("GPU", "weights", "KV", "logits", "scratch, about", "all", "fits", "slots at most"):
+        table.add_column(column, justify="right")
+    for gpu in plan.gpus:
+        memory = gpu.memory
+        parts = (memory.weights, memory.cache, memory.logits, memory.scratch, memory.total)
+        sizes = (f"{size / 1e9:.2f} GB" for size in parts)
+        table.add_row(str(memory.rank), *sizes, "yes" if memory.fits else "no", str(gpu.most_slots))
+    Console().print(table)
+
+
 def _summary(manifest: Manifest) -> Table:
-    table = Table(title=f"{manifest.name} ({manifest.backend})")
+    table = Table(title=f"{manifest.name} ({manifest.backend} on {manifest.device})")
     for column in ("", "architecture", "parameters", "dtype", "quantization", "on disk"):
         table.add_column(column, justify="right" if column in ("parameters", "on disk") else "left")
     for role, engine in _models(manifest):

@@ -9,7 +9,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -17,7 +17,9 @@ import torch
 
 from fly_build.blocks import drop_silent, kept_attentions, num_blocks, silence
 from fly_build.checkpoint import LENGTH_DEPENDENT_ROPE, Checkpoint
+from fly_build.collectives import add_collectives
 from fly_build.operators import OPSET_VERSION, AttentionForm, onnx_operators, trace_step
+from fly_build.sharding import Sharding
 from fly_trt.errors import CheckpointError
 
 
@@ -64,10 +66,11 @@ def export_decoder(
     dtype: torch.dtype = torch.float32,
     attention: AttentionForm = "lengths",
     skipped: Collection[int] = (),
+    sharding: Sharding | None = None,
 ) -> DecoderGraph:
     """Traces the decoder. Inputs input_ids, write_indices, past_key.i, past_value.i; outputs logits and present_*.
     Without the blocks `skipped` (blocks.py): i then counts the attentions that are left, and parameters that nothing
-    reads any more are among those that wait for values.
+    reads any more are among those that wait for values. With `sharding` it is the decoder of one rank, whichever.
 
     `max_seq_len` decides whether a sliding window can ever be outgrown, `dtype` is that of arithmetic, parameters and
     cache (norms and softmax stay float32). Raises CheckpointError when torch cannot export the model.
@@ -77,9 +80,13 @@ def export_decoder(
             f"{checkpoint.name}: positions beyond {checkpoint.max_seq_len} are not supported, "
             f"asked for max_seq_len {max_seq_len}: use --max-seq-len {checkpoint.max_seq_len} or less"
         )
-    is_shared = dtype == torch.float32 and not skipped
+    if sharding is not None:
+        checkpoint = replace(checkpoint, config=sharding.rank_config(checkpoint.config))
+    is_shared = dtype == torch.float32 and not skipped and sharding is None
     model = checkpoint.empty_model if is_shared else checkpoint.make_empty_model(dtype)
     silence(model, skipped)
+    if sharding is not None:
+        add_collectives(model, sharding)
     parameters = dict(model.state_dict(keep_vars=True).items())
     names = list(parameters)
     num_layers = len(kept_attentions(num_blocks(checkpoint), skipped))

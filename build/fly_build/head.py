@@ -56,24 +56,28 @@ def EntropyGate(logits, next_tokens, top_k):
     most probable tokens, so it never loosens, and the runtime reports it.
     """
     last = op.Constant(value_ints=[-1])
+    first = op.Constant(value_int=0)
     scores = op.Cast(logits, to=1)
-    log_sum = op.ReduceLogSumExp(scores, last, keepdims=1)
-    log_probs = scores - log_sum
-    probs = op.Exp(log_probs)
-    impossible = op.Constant(value_float=0.0)
-    entropy = op.Neg(op.ReduceSum(op.Where(probs == impossible, impossible, probs * log_probs), last, keepdims=0))
+    # The log of the sum comes from the most probable token's share: ReduceLogSumExp needs cuDNN on ONNX Runtime's CUDA
+    # provider, and takes ten times as long as Softmax on its CPU provider.
+    probs = op.Softmax(scores, axis=-1)
     top_scores, top_tokens = op.TopK(scores, top_k, axis=-1, largest=1, sorted=1)
+    argmax = op.Gather(top_tokens, first, axis=-1)
+    best = op.Unsqueeze(argmax, last)
+    log_sum = op.GatherElements(scores, best, axis=-1) - op.Log(op.GatherElements(probs, best, axis=-1))
+    impossible = op.Constant(value_float=0.0)
+    terms = op.Where(probs == impossible, impossible, probs * (scores - log_sum))
+    entropy = op.Neg(op.ReduceSum(terms, last, keepdims=0))
     top_log_probs = top_scores - log_sum
     top_probs = op.Exp(top_log_probs)
     top_terms = op.Where(top_probs == impossible, impossible, top_probs * top_log_probs)
     entropy_topk = op.Neg(op.ReduceSum(top_terms, last, keepdims=0))
-    first = op.Constant(value_int=0)
-    argmax = op.Gather(top_tokens, first, axis=-1)
     argmax_logprob = op.Gather(top_log_probs, first, axis=-1)
-    token_logprob = op.Squeeze(op.GatherElements(log_probs, op.Unsqueeze(next_tokens, last), axis=-1), last)
+    token_score = op.GatherElements(scores, op.Unsqueeze(next_tokens, last), axis=-1)
+    token_logprob = op.Squeeze(token_score - log_sum, last)
     # Beside a logit of +inf every other has -inf, which would say that it is impossible.
-    best = op.Unsqueeze(argmax_logprob, last)
-    top_log_probs = op.Where(best < op.Constant(value_float=1.0), top_log_probs, best)
+    best_log_prob = op.Unsqueeze(argmax_logprob, last)
+    top_log_probs = op.Where(best_log_prob < op.Constant(value_float=1.0), top_log_probs, best_log_prob)
     return argmax, entropy, entropy_topk, argmax_logprob, token_logprob, top_tokens, top_log_probs
 
 
@@ -81,8 +85,7 @@ def EntropyGate(logits, next_tokens, top_k):
 def LazyEntropyGate(logits, next_tokens, top_k, use_full_entropy):
     """EntropyGate, but `entropy` is NaN in a step in which no row uses it; use_full_entropy bool [B].
 
-    Softmax and TopK are the only operators that read the vocabulary then, and the log of the sum comes from the most
-    probable token's share: ReduceLogSumExp takes ten times as long as Softmax on ONNX Runtime's CPU provider.
+    Softmax and TopK are the only operators that read the vocabulary then.
     """
     last = op.Constant(value_ints=[-1])
     first = op.Constant(value_int=0)
@@ -143,20 +146,23 @@ def LooseWindowAccept(
     uncertain = gate >= op.Unsqueeze(entropy_threshold, axis1)
     ahead = op.Unsqueeze(lookahead, axis1)
     num_mismatches = op.CumSum(op.Cast(mismatch, to=7), one)
-    last_ahead = op.Min(position + ahead, length - one)
+    # Not length - 1: where there is a GPU that is a number of the host, to be copied in every step.
+    last_position = op.Gather(position, op.Constant(value_int=-1), axis=1)
+    last_ahead = op.Min(position + ahead, last_position)
     agrees_ahead = op.Equal(op.GatherElements(num_mismatches, last_ahead, axis=1), num_mismatches)
     has_room = (position + op.Max(op.Unsqueeze(window, axis1), ahead)) < end
     last_axis = op.Constant(value_ints=[-1])
     tokens = op.Concat(op.Unsqueeze(next_tokens, last_axis), op.Unsqueeze(argmax, last_axis), axis=-1)
     is_stop = op.Equal(op.Unsqueeze(tokens, last_axis), stop_token_ids)
-    num_stops = op.ReduceSum(op.Cast(is_stop, to=7), op.Constant(value_ints=[2, 3]), keepdims=0)
-    may_loosen = op.And(uncertain, op.Equal(num_stops, zero))
+    # Counted in float32: ONNX Runtime adds integers on a GPU with cuDNN, which nothing else here needs.
+    num_stops = op.ReduceSum(op.Cast(is_stop, to=1), op.Constant(value_ints=[2, 3]), keepdims=0)
+    may_loosen = op.And(uncertain, num_stops < op.Constant(value_float=1.0))
     loosened = op.And(op.And(mismatch, may_loosen), op.And(agrees_ahead, has_room))
 
     rejected = op.And(mismatch, op.Not(loosened))
     num_rejected = op.CumSum(op.Cast(rejected, to=7), one)
     accepted = op.And(is_draft, op.Equal(num_rejected, zero))
-    num_accepted = op.ReduceSum(op.Cast(accepted, to=7), axis1, keepdims=0)
+    num_accepted = op.Cast(op.ReduceSum(op.Cast(accepted, to=1), axis1, keepdims=0), to=7)
     stop_position = begin + op.Unsqueeze(num_accepted, axis1)
     next_token = op.Squeeze(op.GatherElements(argmax, stop_position, axis=1), axis1)
     return num_accepted, next_token
@@ -193,11 +199,13 @@ def append_head(
     for offset, value in enumerate(head_inputs.values()):
         graph.inputs.insert(position + offset, value)
 
-    # The token that follows each position: the row shifted left, with a token that is never read at the end.
-    shift_from, shift_to = constant("fly.shift_from", [1]), constant("fly.shift_to", [2**62])
-    axis, pad = constant("fly.axis", [1]), constant("fly.pad", [0, 0, 0, 1])
-    shifted = ir.node("Slice", [input_ids, shift_from, shift_to, axis])
-    next_tokens = ir.node("Pad", [shifted.outputs[0], pad])
+    # The token that follows each position: the row rotated left, since what the last one has is never read. ONNX
+    # Runtime pads int64 on the CPU alone.
+    begin, second, end = constant("fly.begin", [0]), constant("fly.second", [1]), constant("fly.end", [2**62])
+    axis = constant("fly.axis", [1])
+    shifted = ir.node("Slice", [input_ids, second, end, axis])
+    first = ir.node("Slice", [input_ids, begin, second, axis])
+    next_tokens = ir.node("Concat", [shifted.outputs[0], first.outputs[0]], {"axis": 1})
     stop_tokens = constant("fly.stop_token_ids", stop_token_ids or [-1])
     gate_inputs = [logits, next_tokens.outputs[0]]
     if not use_plugins:
@@ -223,7 +231,7 @@ def append_head(
         domain=DOMAIN,
         num_outputs=len(ACCEPT_OUTPUTS),
     )
-    graph.extend([shifted, next_tokens, gate, *casts, accept])
+    graph.extend([shifted, first, next_tokens, gate, *casts, accept])
     outputs = ACCEPT_OUTPUTS | GATE_OUTPUTS
     for at, (value, name) in enumerate(zip([*accept.outputs, *gate.outputs], outputs, strict=True)):
         dtype, rank = outputs[name]

@@ -5,6 +5,7 @@ backend's to say.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,19 @@ from fly_build.checkpoint import Checkpoint
 from fly_build.export import DecoderGraph, export_decoder
 from fly_build.head import HeadForm, append_head
 from fly_build.operators import AttentionForm
-from fly_build.tensors import check_values, count_parameters
+from fly_build.quantization import BLOCK_SIZE
+from fly_build.sharding import Sharding
+from fly_build.tensors import INPUT_NAME, OUTPUT_NAME, check_values, count_parameters
 from fly_build.weights import DTYPES, WeightWriter
-from fly_trt.manifest import Dtype, Head, Limits, ModelEngine
+from fly_trt.manifest import Device, Dtype, Head, Limits, ModelEngine
 
 INLINE_BYTES = 1024
 ALIGNMENT = 64
-# A block of 32 weights has a float32 scale, so one bit more per weight; int4 keeps the vocabulary projection in 8 bits.
-BITS_PER_WEIGHT = {"int8": 8.0, "int4": 5.0}
+# A block of 32 weights has a float32 scale, so one bit more per weight; int4 keeps the vocabulary projection in 8 bits,
+# and fp8 in the dtype of the embeddings.
+BITS_PER_WEIGHT = {"int8": 8.0, "int4": 5.0, "fp8": 8.0}
 BITS_PER_PROJECTION_WEIGHT = {"int8": 8.0, "int4": 9.0}
+BLOCK_BITS = {"int8": 8, "int4": 4}
 
 Tensors = dict[str, torch.Tensor]
 """The parameters of a checkpoint, by name."""
@@ -36,26 +41,41 @@ Report = Callable[[str, float], None]
 @dataclass(frozen=True)
 class ModelPlan:
     """One engine to build: `folder` is its place in the engine directory; a draft made of the target leaves out the
-    blocks `skipped` (blocks.py) and lies beside it, under `name`."""
+    blocks `skipped` (blocks.py) and lies beside it, under `name`. It runs on `device`; `sharding` is how it is spread
+    over several ranks."""
 
     folder: str
     checkpoint: Checkpoint
     engine: ModelEngine
     skipped: tuple[int, ...] = ()
     name: str = ""
+    device: Device = "cpu"
+    sharding: Sharding | None = None
 
     def weight_bytes(self) -> int:
-        """Size of the stored weights; embeddings, norms and mixtures' experts stay unquantised."""
-        engine, config = self.engine, self.checkpoint.config
-        plain_bits = 32 if engine.dtype == "float32" else 16
-        if engine.quantization == "none":
-            return engine.source.num_parameters * plain_bits // 8
-        embedding = config.vocab_size * config.hidden_size
-        projection = embedding
-        others = engine.source.num_parameters - embedding - (0 if config.tie_word_embeddings else projection)
-        experts = self.checkpoint.num_expert_parameters
-        bits = (embedding + experts) * plain_bits + (others - experts) * BITS_PER_WEIGHT[engine.quantization]
-        return int(bits + projection * BITS_PER_PROJECTION_WEIGHT[engine.quantization]) // 8
+        """Size of the stored weights of one rank; embeddings, norms and mixtures' experts stay unquantised."""
+        is_shared = self.engine.quantization not in BITS_PER_PROJECTION_WEIGHT
+        bits = 0.0
+        for name, shape in self.checkpoint.parameter_shapes.items():
+            if name == OUTPUT_NAME and self.checkpoint.config.tie_word_embeddings and is_shared:
+                continue
+            own = shape if self.sharding is None else self.sharding.rank_shape(name, shape)
+            bits += math.prod(own) * self._bits_per_weight(name, shape)
+        return int(bits) // 8
+
+    @property
+    def _plain_bits(self) -> int:
+        return 32 if self.engine.dtype == "float32" else 16
+
+    def _bits_per_weight(self, name: str, shape: tuple[int, ...]) -> float:
+        quantization = self.engine.quantization
+        if quantization == "none" or name == INPUT_NAME or len(shape) != 2:
+            return self._plain_bits
+        if self.device == "cuda" and quantization in BLOCK_BITS:  # scales as wide as an unquantised weight
+            return BLOCK_BITS["int8" if name == OUTPUT_NAME else quantization] + self._plain_bits / BLOCK_SIZE
+        if name == OUTPUT_NAME:
+            return BITS_PER_PROJECTION_WEIGHT.get(quantization, self._plain_bits)
+        return BITS_PER_WEIGHT[quantization]
 
 
 @dataclass(frozen=True)
@@ -74,9 +94,11 @@ class ModelBuild:
         return self.workspace / self.model.engine.model
 
     @contextlib.contextmanager
-    def step(self, name: str) -> Iterator[Callable[[float], None]]:
+    def step(self, name: str, rank: int = 0) -> Iterator[Callable[[float], None]]:
         """Reports the begin and the end of a step, and in between what the function is told, as a fraction."""
-        name = f"{self.model.name or self.model.folder}: {name}"
+        num_ranks = self.model.engine.tensor_parallel_size
+        of_ranks = f" rank {rank} of {num_ranks}" if num_ranks > 1 else ""
+        name = f"{self.model.name or self.model.folder}{of_ranks}: {name}"
         self.report(name, 0.0)
         yield lambda fraction: self.report(name, fraction)
         self.report(name, 1.0)
@@ -85,30 +107,33 @@ class ModelBuild:
         """The decoder without a head. Raises CheckpointError when it cannot be traced."""
         dtype, _ = DTYPES[compute_dtype]
         model, longest = self.model, self.limits.max_seq_len
-        return export_decoder(model.checkpoint, longest, dtype=dtype, attention=attention, skipped=model.skipped)
+        return export_decoder(
+            model.checkpoint,
+            longest,
+            dtype=dtype,
+            attention=attention,
+            skipped=model.skipped,
+            sharding=model.sharding,
+        )
 
     def append_head(self, decoder: DecoderGraph, form: HeadForm) -> None:
         append_head(decoder.model, self.head.entropy_top_k, self.head.stop_token_ids, form=form)
 
     def save_graph(self, decoder: DecoderGraph, compute_dtype: Dtype, path: Path) -> ModelEngine:
         """Writes the graph with its weights as external data. Returns the engine with the parameters there were."""
-        checkpoint, engine = self.model.checkpoint, self.model.engine
+        graph = self.load_weights(decoder, compute_dtype)
+        graph.save(path)
+        return graph.engine
+
+    def load_weights(self, decoder: DecoderGraph, compute_dtype: Dtype) -> "LoadedGraph":
+        """Finds the weights; each is read when it is written."""
+        sharding = self.model.sharding
         with self.step("load weights"):
-            tensors = checkpoint.load_weights()
-            check_values(checkpoint.name, tensors, DTYPES[engine.dtype][0])
-        self._attach(decoder, tensors, compute_dtype)
-        with self.step("write weights") as advance:
-            ir.save(
-                decoder.model,
-                path,
-                external_data=f"{path.name}.data",
-                size_threshold_bytes=INLINE_BYTES,
-                alignment=ALIGNMENT,
-                align_threshold=0,
-                callback=lambda _, progress: advance((progress.index + 1) / progress.total),
-                max_workers=1,
-            )
-        return self._with_parameters(tensors)
+            tensors = self.model.checkpoint.load_weights()
+        graph = LoadedGraph(self, decoder, self._with_parameters(tensors))
+        vectors = {} if sharding is None else sharding.rank_vectors()
+        self._attach(decoder, tensors | vectors, compute_dtype, graph.prepare)
+        return graph
 
     def save_sharing(self, decoder: DecoderGraph, tensors: Tensors, compute_dtype: Dtype, owner: Path) -> ModelEngine:
         """Writes the graph with the weights of the graph `owner` beside it, which has all of them, as external data."""
@@ -127,7 +152,13 @@ class ModelBuild:
         ir.save(decoder.model, self.path)
         return self._with_parameters(used)
 
-    def _attach(self, decoder: DecoderGraph, tensors: Tensors, compute_dtype: Dtype) -> None:
+    def _attach(
+        self,
+        decoder: DecoderGraph,
+        tensors: Tensors,
+        compute_dtype: Dtype,
+        prepare: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
+    ) -> None:
         engine = self.model.engine
         writer = WeightWriter(
             graph=decoder.model.graph,
@@ -135,6 +166,8 @@ class ModelBuild:
             dtype=engine.dtype,
             quantization=engine.quantization,
             compute_dtype=compute_dtype,
+            device=self.model.device,
+            prepare=prepare,
         )
         writer.attach(decoder.parameters)
 
@@ -142,3 +175,36 @@ class ModelBuild:
         engine = self.model.engine
         source = engine.source.model_copy(update={"num_parameters": count_parameters(tensors)})
         return engine.model_copy(update={"source": source})
+
+
+@dataclass
+class LoadedGraph:
+    """A decoder graph that is written as it is, or once for each rank of a sharded model. All have the same graph; what
+    is written of a parameter is the part of the rank that is being saved. `engine` counts the parameters there were."""
+
+    build: ModelBuild
+    decoder: DecoderGraph
+    engine: ModelEngine
+    rank: int = 0
+
+    def save(self, path: Path, rank: int = 0) -> None:
+        """Writes the graph with its weights as external data, each of which is read, checked, written and dropped."""
+        self.rank = rank
+        with self.build.step("write weights", rank) as advance:
+            ir.save(
+                self.decoder.model,
+                path,
+                external_data=f"{path.name}.data",
+                size_threshold_bytes=INLINE_BYTES,
+                alignment=ALIGNMENT,
+                align_threshold=0,
+                callback=lambda _, progress: advance((progress.index + 1) / progress.total),
+                max_workers=1,
+            )
+
+    def prepare(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What the rank has of a parameter. Raises CheckpointError for values that it cannot be stored with."""
+        model = self.build.model
+        own = tensor if model.sharding is None else model.sharding.part(name, tensor, self.rank)
+        check_values(model.checkpoint.name, {name: own}, DTYPES[self.engine.dtype][0])
+        return own

@@ -42,7 +42,8 @@ class SlotCache(Cache):
         self.present: list[torch.Tensor] = list(past)
         self.write_indices = write_indices
         self.positions = write_indices[:, None] + torch.arange(num_tokens)[None]
-        self.kv_length = write_indices + num_tokens
+        # Not write_indices + num_tokens, which is a number of the host: a GPU would wait for its copy in every step.
+        self.kv_length = self.positions[:, -1] + 1
         self.layers: list[Any] = []
         self.layer_class_to_replicate = None
         self.offloading = False

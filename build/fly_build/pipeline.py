@@ -13,9 +13,11 @@ from fly_build.backends import BACKENDS, Backend
 from fly_build.calibration import calibration_prompts
 from fly_build.chain import add_chain
 from fly_build.checkpoint import Checkpoint, check_same_tokenizer, open_checkpoint, stop_token_ids
+from fly_build.gpu_memory import GpuPlan
 from fly_build.model_build import ModelBuild, ModelPlan, Report
 from fly_build.schema import Recipe
 from fly_build.self_draft import add_self_drafts, check_self_draft
+from fly_build.sharding import shard
 from fly_build.tokenizer import save_tokenizer, warn_of_tokens_without_embedding
 from fly_trt.errors import ConfigError
 from fly_trt.files import new_directory
@@ -45,26 +47,43 @@ class Plan:
     backend: Backend
 
     @property
+    def gpus(self) -> list[GpuPlan]:
+        """What the models take of each GPU's memory; nothing where the backend does not know."""
+        return self.backend.plan_gpus(self.models, self.limits)
+
+    @property
     def cache_tokens(self) -> int:
         """Tokens of cache that a slot takes at most."""
         return self.backend.cache_tokens(self.limits)
 
 
-def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
-    """Reads configurations and tokenizers, refuses what cannot work, and touches no weight and no file."""
-    backend = BACKENDS[recipe.backend](recipe)
+def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False, to_build: bool = True) -> Plan:
+    """Reads configurations and tokenizers, refuses what cannot work, and touches no weight and no file. A plan that is
+    not `to_build` needs neither the weights nor the library that compiles them."""
+    assert recipe.device is not None
+    backend = BACKENDS[recipe.backend, recipe.device](recipe)
+    if to_build:
+        backend.prepare()
     if output.exists() and not overwrite:
         raise ConfigError(f"{output}: already exists: choose another -o or pass --overwrite")
     if output.exists() and not (output / MANIFEST_NAME).is_file():
         raise ConfigError(f"{output}: not an engine directory, so --overwrite does not replace it: choose another -o")
-    target = open_checkpoint(recipe.target.checkpoint, recipe.target.revision)
-    checkpoints = {"target": target}
-    if recipe.draft is not None:
-        checkpoints["draft"] = open_checkpoint(recipe.draft.checkpoint, recipe.draft.revision)
-        check_same_tokenizer(target, checkpoints["draft"])
+    sources = {"target": recipe.target, "draft": recipe.draft, "inner_draft": recipe.inner_draft}
+    checkpoints = {
+        folder: open_checkpoint(source.checkpoint, source.revision, needs_weights=to_build)
+        for folder, source in sources.items()
+        if source is not None
+    }
+    ranks = {"target": recipe.tp_size, "draft": recipe.draft_tp_size}
+    shardings = {
+        folder: shard(checkpoint.name, checkpoint.config, checkpoint.head_dim, ranks[folder])
+        for folder, checkpoint in checkpoints.items()
+        if ranks.get(folder, 1) > 1
+    }
+    target, *others = checkpoints.values()
+    for other in others:
+        check_same_tokenizer(target, other)
     if recipe.inner_draft is not None:
-        checkpoints["inner_draft"] = open_checkpoint(recipe.inner_draft.checkpoint, recipe.inner_draft.revision)
-        check_same_tokenizer(target, checkpoints["inner_draft"])
         calibration_prompts(recipe.chain.calibrate)
     longest = min(checkpoint.max_seq_len for checkpoint in checkpoints.values())
     limits = Limits(
@@ -85,15 +104,23 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False) -> Plan:
     warn_of_tokens_without_embedding(target.name, target.tokenizer, target.config.vocab_size)
     head = Head(entropy_top_k=recipe.entropy_top_k, stop_token_ids=stop_token_ids(target), top_tokens=True)
     models = [
-        ModelPlan(folder, checkpoint, _engine(folder, checkpoint, backend))
+        ModelPlan(
+            folder,
+            checkpoint,
+            _engine(folder, checkpoint, backend, ranks.get(folder, 1)),
+            device=recipe.device,
+            sharding=shardings.get(folder),
+        )
         for folder, checkpoint in checkpoints.items()
     ]
     return Plan(recipe, output, limits, head, models, backend)
 
 
-def _engine(folder: str, checkpoint: Checkpoint, backend: Backend) -> ModelEngine:
+def _engine(folder: str, checkpoint: Checkpoint, backend: Backend, num_ranks: int) -> ModelEngine:
+    first, *others = backend.model_files(folder, num_ranks)
     return ModelEngine(
-        model=f"{folder}/{backend.model_file}",
+        model=first,
+        other_ranks=others,
         source=Source(
             checkpoint=checkpoint.name,
             revision=checkpoint.revision,
@@ -134,6 +161,7 @@ def _finish(plan: Plan, engines: dict[str, ModelEngine], workspace: Path, report
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         backend=plan.recipe.backend,
+        device=plan.recipe.device,
         name=plan.recipe.name or plan.output.name,
         fly_trt_version=fly_trt.__version__,
         library_versions=plan.backend.library_versions(),
@@ -163,7 +191,8 @@ def add_costs(manifest: Manifest, directory: Path, report: Report) -> Manifest:
     if not has_draft or len(given) == len(COSTS):
         return manifest
     report("measure", 0.0)
-    costs = BACKENDS[manifest.backend].step_costs(manifest, directory)
+    assert manifest.device is not None
+    costs = BACKENDS[manifest.backend, manifest.device].step_costs(manifest, directory)
     report("measure", 1.0)
     rounded = {name: float(f"{cost:.2g}") for name, cost in zip(COSTS, costs, strict=True)}
     return manifest.model_copy(update={"speculative": manifest.speculative | rounded | given})

@@ -1,4 +1,6 @@
-"""Weight quantisation for ONNX Runtime's CPU kernels, in NumPy: int8 per column, and blocks of 4 or 8 bits."""
+"""Weight quantisation for ONNX Runtime's kernels, in NumPy: int8 per column for the CPU, and blocks of 4 or 8 bits."""
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +26,9 @@ def quantize_int8(weight: FloatArray) -> tuple[npt.NDArray[np.int8], FloatArray]
     return np.ascontiguousarray(quantized.T), scales.astype(np.float32)
 
 
-def quantize_blocks(weight: FloatArray, bits: int) -> tuple[npt.NDArray[np.uint8], FloatArray]:
+def quantize_blocks(
+    weight: FloatArray, bits: int, scale_dtype: npt.DTypeLike = np.float32
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]:
     """weight [N, K] -> MatMulNBits' packed uint8 [N, blocks, BLOCK_SIZE * bits / 8] and scales [N, blocks].
 
     Symmetric around the operator's default zero point 2**(bits - 1); the value of largest magnitude of a block becomes
@@ -35,9 +39,9 @@ def quantize_blocks(weight: FloatArray, bits: int) -> tuple[npt.NDArray[np.uint8
     blocks = padded.reshape(columns, -1, BLOCK_SIZE)
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], axis=2)
     zero_point = 1 << (bits - 1)
-    scales = largest / -zero_point
-    steps = np.divide(blocks, scales, out=np.zeros_like(blocks), where=scales != 0)
+    scales = (largest / -zero_point).astype(scale_dtype)
+    steps = np.divide(blocks, scales.astype(np.float32), out=np.zeros_like(blocks), where=scales != 0)
     codes = np.clip(np.rint(steps) + zero_point, 0, 2 * zero_point - 1).astype(np.uint8)
     if bits == 4:
         codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return codes, scales[..., 0].astype(np.float32)
+    return codes, scales[..., 0]

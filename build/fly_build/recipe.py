@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from fly_build.backends import BACKENDS
-from fly_build.schema import Recipe
+from fly_build.backends import BACKENDS, backend_names, devices_of
+from fly_build.schema import TP_SIZES, Recipe
 from fly_trt.errors import ConfigError
+from fly_trt.manifest import Device
 from fly_trt.params import SpeculativeConfig
 from fly_trt.verification import HeadInfo
 
@@ -50,9 +51,7 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{path or 'flags'}: {field}: {first['msg']}, got {first['input']!r}") from None
-    if recipe.backend not in BACKENDS:
-        known = " or ".join(map(repr, BACKENDS))
-        raise ConfigError(f"{path or 'flags'}: backend: Input should be {known}, got {recipe.backend!r}")
+    recipe = recipe.model_copy(update={"device": _device(recipe, path or "flags")})
     if recipe.self_draft is not None and recipe.draft is not None:
         raise ConfigError("self_draft: the target drafts for itself where there is no draft: leave out one of the two")
     if recipe.inner_draft is not None and recipe.draft is None:
@@ -60,6 +59,7 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
     speculative = SpeculativeConfig.from_dict(recipe.speculative)
     speculative.policy(HeadInfo(vocab_size=2, entropy_top_k=recipe.entropy_top_k, has_top_tokens=True))
     _check_backend(recipe)
+    _check_ranks(recipe)
     if recipe.max_num_tokens <= recipe.max_draft_len:
         raise ConfigError(
             f"max_num_tokens {recipe.max_num_tokens}: a step holds max_draft_len ({recipe.max_draft_len}) draft tokens "
@@ -90,18 +90,54 @@ def _override_self_draft(content: dict[str, Any], overrides: Mapping[str, Any]) 
         content["self_draft"] |= fields
 
 
-def _check_backend(recipe: Recipe) -> None:
-    BACKENDS[recipe.backend].check(recipe)
-    if recipe.self_draft is not None and not BACKENDS[recipe.backend].shares_weights:
-        able = " or ".join(name for name, backend in BACKENDS.items() if backend.shares_weights)
+def _device(recipe: Recipe, where: str) -> Device:
+    """What the engines run on; the backend's usual one unless it is given."""
+    if recipe.backend not in backend_names():
+        known = " or ".join(map(repr, backend_names()))
+        raise ConfigError(f"{where}: backend: Input should be {known}, got {recipe.backend!r}")
+    devices = devices_of(recipe.backend)
+    if recipe.device is not None and recipe.device not in devices:
         raise ConfigError(
-            f"self_draft: engines of backend {recipe.backend} hold their own weights, so that the target's would be "
-            f"there twice: use --backend {able}, or --draft"
+            f"device {recipe.device!r}: engines of backend {recipe.backend} run on {' or '.join(devices)}: leave "
+            "--device out, or use --backend onnxruntime"
         )
-    for name, backend in BACKENDS.items():
+    return recipe.device or devices[0]
+
+
+def _check_backend(recipe: Recipe) -> None:
+    assert recipe.device is not None
+    chosen = BACKENDS[recipe.backend, recipe.device]
+    chosen.check(recipe)
+    if recipe.self_draft is not None and not chosen.shares_weights:
+        able = " or ".join(f"{name} --device {device}" for (name, device), b in BACKENDS.items() if b.shares_weights)
+        raise ConfigError(
+            f"self_draft: engines of backend {recipe.backend} on {recipe.device} hold their own weights, so that the "
+            f"target's would be there twice: use --backend {able}, or --draft"
+        )
+    for (name, _), backend in BACKENDS.items():
         for field in backend.own_fields:
             if name != recipe.backend and getattr(recipe, field) is not None:
                 raise ConfigError(f"{field}: belongs to backend {name}, got backend {recipe.backend!r}: leave it out")
+
+
+def _check_ranks(recipe: Recipe) -> None:
+    if recipe.tp_size not in (1, *TP_SIZES):
+        sizes = ", ".join(map(str, TP_SIZES))
+        raise ConfigError(f"tp_size {recipe.tp_size}: expected 1, or {sizes} GPUs of one machine")
+    assert recipe.device is not None
+    if recipe.tp_size > 1 and not BACKENDS[recipe.backend, recipe.device].spans_gpus:
+        able = " or ".join(name for (name, _), backend in BACKENDS.items() if backend.spans_gpus)
+        raise ConfigError(
+            f"tp_size {recipe.tp_size}: an engine of backend {recipe.backend} runs on one device: use --backend {able} "
+            "or leave --tp-size out"
+        )
+    if recipe.draft_tp_size not in (1, recipe.tp_size):
+        raise ConfigError(
+            f"draft_tp_size {recipe.draft_tp_size}: the draft runs on the first of the target's {recipe.tp_size} GPUs "
+            f"or on all of them: expected {' or '.join(str(size) for size in sorted({1, recipe.tp_size}))}"
+        )
+    if recipe.draft_tp_size > 1 and recipe.draft is None:
+        raise ConfigError(f"draft_tp_size {recipe.draft_tp_size}: there is no draft: add --draft, or leave it out")
 
 
 def _read(path: str) -> dict[str, Any]:

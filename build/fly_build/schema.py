@@ -4,7 +4,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fly_trt.manifest import Dtype, Quantization, TensorRTLibrary
+from fly_trt.manifest import Device, Dtype, Quantization, TensorRTLibrary
+
+TP_SIZES = 2, 4, 8
 
 
 class ModelSource(BaseModel):
@@ -53,12 +55,15 @@ class ChainSettings(BaseModel):
 
 
 class Recipe(BaseModel):
-    """One engine directory. `backend` is a name of fly_build.backends.BACKENDS; `max_seq_len` None means what both
+    """One engine directory. `backend` is a name of fly_build.backends.BACKENDS, and `device` one that it has, None the
+    usual one; `max_seq_len` None means what both
     checkpoints support, at most 8192 tokens; `dtype` None means the backend's default; `self_draft` is instead of
     `draft`; `inner_draft` guesses for `draft`, and `chain` says when.
 
     Of TensorRT alone: which of its two libraries (None: the first that is installed), the plugin library whose kernels
-    the head shall use (None: the graph's own functions), and where kernel timings are kept between builds.
+    the head shall use (None: the graph's own functions), where kernel timings are kept between builds, and over how
+    many GPUs of one machine the target is spread, and the draft: that one runs on all of them, or on the first, as an
+    inner draft does.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -70,11 +75,14 @@ class Recipe(BaseModel):
     chain: ChainSettings = ChainSettings()
     self_draft: SelfDraftSettings | None = None
     backend: str = "onnxruntime"
+    device: Device | None = None
     dtype: Dtype | None = None
     quantization: Quantization = "none"
     tensorrt_library: TensorRTLibrary | None = None
     plugin_library: str | None = None
     timing_cache: str | None = None
+    tp_size: int = 1
+    draft_tp_size: int = 1
     max_batch_size: int = Field(default=8, gt=0)
     max_seq_len: int | None = Field(default=None, gt=0)
     max_draft_len: int = Field(default=32, ge=0)

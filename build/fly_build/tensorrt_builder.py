@@ -11,16 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fly_trt.engines.gpu import StepSizes
 from fly_trt.engines.tensorrt_library import Library, cache_folder, keep
 from fly_trt.errors import EngineError
-from fly_trt.manifest import Dtype, LayerSummary, Limits, TensorRTPlan
+from fly_trt.manifest import Dtype, LayerSummary, TensorRTPlan
 
 logger = logging.getLogger(__name__)
 
-# Rows of a step that verifies have a few context tokens beside the drafts; longer ones run one at a time.
-MAX_CONTEXT_TOKENS = 8
-ROW_TOKENS_MULTIPLE = 8
-CACHE_TOKENS_MULTIPLE = 64
 MAX_PLUGIN_TOP_K = 8
 PLUGIN_LIBRARY = "libfly_plugins.so"
 
@@ -36,27 +33,8 @@ class AttentionNames:
     output: str
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(StepSizes):
     """What the engine's optimisation profiles allow, in rows and tokens."""
-
-    max_batch_size: int
-    max_row_tokens: int
-    max_num_tokens: int
-    cache_tokens: int
-
-    @classmethod
-    def of(cls, limits: Limits) -> "Sizes":
-        """A step may write as many tokens as it has, padding included, behind the last position of a sequence, and a
-        step of the draft behind the drafts that follow it."""
-        row = _round_up(limits.max_draft_len + MAX_CONTEXT_TOKENS, ROW_TOKENS_MULTIPLE)
-        longest = max(row, limits.max_num_tokens)
-        return cls(
-            max_batch_size=limits.max_batch_size,
-            max_row_tokens=row,
-            max_num_tokens=longest,
-            cache_tokens=_round_up(limits.max_seq_len + limits.max_draft_len + longest, CACHE_TOKENS_MULTIPLE),
-        )
 
     def profiles(self) -> Iterator[tuple[tuple[int, int], tuple[int, int], tuple[int, int]]]:
         """(B, T) at least, at best and at most: decode, verification, prefill. The runtime picks them by this order."""
@@ -167,6 +145,7 @@ class EngineBuilder:
             decomposed_attention=num_layers - native_attention,
             kv_cache_update=types.count("KV_CACHE_UPDATE"),
             plugin=types.count("PLUGIN_V3"),
+            collective=types.count("DIST_COLLECTIVE"),
         )
 
     def _read_timing_cache(self, config: Any) -> Any:
@@ -272,7 +251,3 @@ def _compute_capability() -> str:
     from fly_trt.engines import cuda
 
     return cuda.compute_capability()
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 # The float types of safetensors that weights are read in, by what they hold; float32 holds all of them.
 READABLE = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INPUT_NAME, OUTPUT_NAME = "model.embed_tokens.weight", "lm_head.weight"
 INDEX_NAME = "model.safetensors.index.json"
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 ROTARY_BUFFER = re.compile(r"(?:^|\.)rotary_emb\.")  # old checkpoints stored what is computed anyway
@@ -154,8 +155,8 @@ def _files(name: str, revision: str | None) -> list[str]:
 
 
 def _is_shared(tensors: dict[str, torch.Tensor]) -> bool:
-    output = tensors.get("lm_head.weight")
-    return output is None or output.data_ptr() == tensors["model.embed_tokens.weight"].data_ptr()
+    output = tensors.get(OUTPUT_NAME)
+    return output is None or output.data_ptr() == tensors[INPUT_NAME].data_ptr()
 
 
 def _why_not_loaded(name: str, revision: str | None, error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Gives the traced graph its weights: as they are, in half precision, or quantised for ONNX Runtime's CPU kernels.
+"""Gives the traced graph its weights: as they are, in half precision, or quantised for ONNX Runtime's kernels.
 
 Every initializer is lazy: it is computed from the checkpoint's tensor when the file is written and dropped right
 after, so the peak is the checkpoint plus the tensors in flight.
@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 
 from fly_build import quantization as q
-from fly_trt.manifest import Dtype, Quantization
+from fly_trt.manifest import Device, Dtype, Quantization
 
 DTYPES: dict[Dtype, tuple[torch.dtype, ir.DataType]] = {
     "float32": (torch.float32, ir.DataType.FLOAT),
@@ -40,9 +40,10 @@ class WeightWriter:
     """Turns the parameters of one traced graph into initializers, in place.
 
     `dtype` is how unquantised weights are stored, `compute_dtype` what the graph was traced in: float32 for ONNX
-    Runtime, whose CPU provider has no bfloat16 arithmetic and emulates float16. `output_name` is the parameter of the
+    Runtime's CPU provider, which has no bfloat16 arithmetic and emulates float16. On the `device` cuda int8 is made of
+    blocks of 8 bits, since its provider multiplies no other int8 weights. `output_name` is the parameter of the
     vocabulary projection, which 4-bit models keep in 8 bits. Parameters whose tensors share their memory are stored
-    once.
+    once. `prepare(name, tensor)` gives what is to be stored of a parameter, when it is stored.
     """
 
     graph: ir.Graph
@@ -51,6 +52,9 @@ class WeightWriter:
     quantization: Quantization
     output_name: str = "lm_head.weight"
     compute_dtype: Dtype = "float32"
+    device: Device = "cpu"
+    prepare: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor
+    _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _zero_points: dict[tuple[Any, ...], ir.Value] = field(default_factory=dict)
     _constants: dict[str, ir.Value] = field(default_factory=dict)
 
@@ -59,15 +63,17 @@ class WeightWriter:
         return DTYPES[self.compute_dtype][1]
 
     def attach(self, parameters: dict[str, ir.Value]) -> None:
+        self._shapes = {name: _static_shape(value) for name, value in parameters.items()}
         parameters = self._share_tied(parameters)
         linears = [linear for name, value in parameters.items() for linear in _linears(name, value)]
-        if self.quantization == "int8":
+        if self.quantization == "int8" and self.device == "cpu":
             for group in self._by_input(linears):
                 self._replace_by_int8(group)
             linears = []
         for linear in linears:
-            if self.quantization == "int4":
-                self._replace_by_nbits(linear, bits=8 if linear.name == self.output_name else 4)
+            if self.quantization != "none":
+                is_wide = self.quantization == "int8" or linear.name == self.output_name
+                self._replace_by_nbits(linear, bits=8 if is_wide else 4)
             elif len(parameters[linear.name].uses()) == 1:
                 self._store_transposed(linear)
         for name, value in parameters.items():
@@ -101,8 +107,7 @@ class WeightWriter:
         """The parameter as it is; where the graph computes in another dtype a Cast follows it, or follows the Gather
         that picks rows of it."""
         _, stored = DTYPES[self.dtype]
-        shape = tuple(self.tensors[name].shape)
-        initializer = self._initializer(name, stored, shape, lambda: self._as_stored(self.tensors[name]))
+        initializer = self._initializer(name, stored, self._shapes[name], lambda: self._as_stored(self._read(name)))
         for node, index in list(value.uses()):
             if stored == self._computed:
                 node.replace_input_with(index, initializer)
@@ -114,10 +119,9 @@ class WeightWriter:
 
     def _store_transposed(self, linear: _Linear) -> None:
         _, stored = DTYPES[self.dtype]
-        tensor = self.tensors[linear.name]
-        shape = (tensor.shape[1], tensor.shape[0])
         name = linear.name
-        initializer = self._initializer(name, stored, shape, lambda: self._as_stored(self.tensors[name].t()))
+        columns, rows = self._shapes[name]
+        initializer = self._initializer(name, stored, (rows, columns), lambda: self._as_stored(self._read(name).t()))
         value = initializer if stored == self._computed else self._cast_before(linear.matmul, initializer)
         linear.matmul.replace_input_with(1, value)
         self.graph.remove(linear.transpose, safe=True)
@@ -126,8 +130,8 @@ class WeightWriter:
         """MatMuls of one input -> one integer product on activations quantised per row (token), so that no row depends
         on another, and a Split. The product's kernel scales the columns; a row's scale is left to one Mul."""
         names = [linear.name for linear in linears]
-        rows = self.tensors[names[0]].shape[1]
-        columns = [self.tensors[name].shape[0] for name in names]
+        rows = self._shapes[names[0]][1]
+        columns = [self._shapes[name][0] for name in names]
         quantized = _Once(lambda: _side_by_side([q.quantize_int8(self._as_float32(name)) for name in names]))
         name = "+".join(names)
         weight = self._initializer(f"{name}.int8", ir.DataType.INT8, (rows, sum(columns)), lambda: quantized()[0])
@@ -176,21 +180,18 @@ class WeightWriter:
         return self._zero_points[rows]
 
     def _replace_by_nbits(self, linear: _Linear, bits: int) -> None:
-        """MatMul -> com.microsoft MatMulNBits: weights in blocks of rows with a scale each, float32 activations."""
+        """MatMul -> com.microsoft MatMulNBits: blocks of rows with a scale each, in the activations' type."""
         name = linear.name
-        columns, rows = self.tensors[name].shape
+        columns, rows = self._shapes[name]
         blocks = -(-rows // q.BLOCK_SIZE)
-        quantized = _Once(lambda: q.quantize_blocks(self._as_float32(name), bits))
+        scale_dtype = self._computed.numpy()
+        quantized = _Once(lambda: q.quantize_blocks(self._as_float32(name), bits, scale_dtype))
         packed_shape = (columns, blocks, q.BLOCK_SIZE * bits // 8)
         weight = self._initializer(f"{name}.int{bits}", ir.DataType.UINT8, packed_shape, lambda: quantized()[0])
-        scale = self._initializer(f"{name}.scale", ir.DataType.FLOAT, (columns, blocks), lambda: quantized()[1])
-        attributes = {
-            "K": rows,
-            "N": columns,
-            "bits": bits,
-            "block_size": q.BLOCK_SIZE,
-            "accuracy_level": q.INT8_ACCUMULATION,
-        }
+        scale = self._initializer(f"{name}.scale", self._computed, (columns, blocks), lambda: quantized()[1])
+        attributes = {"K": rows, "N": columns, "bits": bits, "block_size": q.BLOCK_SIZE}
+        if self.device == "cpu":
+            attributes["accuracy_level"] = q.INT8_ACCUMULATION
         node = ir.node("MatMulNBits", [linear.matmul.inputs[0], weight, scale], attributes, domain=CONTRIB_DOMAIN)
         self.graph.insert_before(linear.matmul, node)
         self._replace(linear, node.outputs[0])
@@ -224,7 +225,10 @@ class WeightWriter:
         return converted.numpy()
 
     def _as_float32(self, name: str) -> npt.NDArray[np.float32]:
-        return self.tensors[name].to(torch.float32).numpy()
+        return self._read(name).to(torch.float32).numpy()
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self.prepare(name, self.tensors[name])
 
     def _initializer(
         self, name: str, dtype: ir.DataType, shape: tuple[int, ...], compute: Callable[[], Array]
@@ -241,6 +245,11 @@ class WeightWriter:
                 name, ir.DataType.from_numpy(array.dtype), array.shape, lambda: array
             )
         return self._constants[name]
+
+
+def _static_shape(parameter: ir.Value) -> tuple[int, ...]:
+    assert parameter.shape is not None
+    return tuple(size for size in parameter.shape if isinstance(size, int))
 
 
 class _Once:

@@ -18,7 +18,7 @@ from fly_trt.benchmark.client import Load
 from fly_trt.benchmark.measure import Benchmark
 from fly_trt.benchmark.results import Row, Spread
 from fly_trt.benchmark.roofline import ModelCost, Roofline
-from fly_trt.engines import BACKENDS
+from fly_trt.engines import find_backend
 from fly_trt.engines.directory import LoadedEngines
 from fly_trt.manifest import Manifest, ModelEngine
 from fly_trt.params import SpeculativeConfig
@@ -45,7 +45,7 @@ def as_record(benchmark: Benchmark) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "engine": _engine(benchmark.engines),
-        "machine": _machine(benchmark.engines.manifest),
+        "machine": _machine(benchmark.engines),
         "versions": _versions(benchmark.engines.manifest),
         "settings": settings,
         "results": [{**dataclasses.asdict(row), "load": _load(row.load)} for row in benchmark.rows],
@@ -87,7 +87,7 @@ def roofline_record(roofline: Roofline) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "engine": _engine(roofline.engines),
-        "machine": _machine(manifest) | {"limits": dataclasses.asdict(roofline.machine)},
+        "machine": _machine(roofline.engines) | {"limits": dataclasses.asdict(roofline.machine)},
         "versions": _versions(manifest),
         "costs": {role: dataclasses.asdict(cost) for role, cost in roofline.costs.items()},
         "steps": [{**dataclasses.asdict(step), "limit_ms": step.limit_ms} for step in roofline.steps],
@@ -229,9 +229,9 @@ def _model(model: ModelEngine) -> dict[str, Any]:
     return {"dtype": model.dtype, "quantization": model.quantization, **model.source.model_dump()}
 
 
-def _machine(manifest: Manifest) -> dict[str, Any]:
+def _machine(engines: LoadedEngines) -> dict[str, Any]:
     gpu = num_threads = None
-    if BACKENDS[manifest.backend].is_gpu:
+    if find_backend(engines.directory, engines.manifest).is_gpu:
         from fly_trt.engines.cuda import device_name
 
         gpu = device_name()

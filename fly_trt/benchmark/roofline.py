@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fly_trt.benchmark.results import Spread
+from fly_trt.engines import find_backend
 from fly_trt.engines.base import Engine, Step
 from fly_trt.engines.directory import LoadedEngines, Role
 from fly_trt.errors import ConfigError
@@ -89,13 +90,13 @@ class Roofline:
 def run_roofline(
     engine_dir: Path, rounds: int, num_threads: int | None, progress: Callable[[str, int, int], None]
 ) -> Roofline:
-    """Raises ConfigError for an engine directory of another backend, and where the extra `bench` is not installed."""
+    """Raises ConfigError for engines of a GPU, and where the extra `bench` is not installed."""
     onnx = _import_onnx()
     engines = LoadedEngines(engine_dir, num_threads=num_threads)
-    if engines.manifest.backend != "onnxruntime":
+    if find_backend(engine_dir, engines.manifest).is_gpu:
         raise ConfigError(
-            f"roofline: {engines.manifest.name} was built for {engines.manifest.backend}: the limits of a GPU are not "
-            "measured, leave --roofline out"
+            f"roofline: {engines.manifest.name} was built for {engines.manifest.backend} on cuda: the limits of a GPU "
+            "are not measured, leave --roofline out"
         )
     with engines:
         known: tuple[Role, ...] = ("target", "draft", "inner_draft")

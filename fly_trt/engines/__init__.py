@@ -1,7 +1,7 @@
-"""Engines: one protocol, one module for each library that can run a built graph, and the table of those modules.
+"""Engines: one protocol, one module for each way in which a built graph can run, and the table of those modules.
 
-A new backend is a module with a `load` (base.LoadEngine) and a line in `BACKENDS`. Loading goes by the name that the
-manifest says the directory was built for; what serves requests does not know which library that is.
+A new backend is a module with a `load` (base.LoadEngine) and a line in `BACKENDS`. Loading goes by the names of backend
+and device that the manifest says the directory was built for; what serves requests does not know which library that is.
 """
 
 import importlib
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fly_trt.engines.base import Engine, EngineInfo, LoadEngine, LoadSettings, Step
 from fly_trt.errors import EngineError
-from fly_trt.manifest import Manifest, ModelEngine
+from fly_trt.manifest import Device, Manifest, ModelEngine
 
 __all__ = ["BACKENDS", "Engine", "EngineBackend", "EngineInfo", "Step", "find_backend", "load_engine"]
 
@@ -31,21 +31,27 @@ class EngineBackend:
         return loader
 
 
-BACKENDS: dict[str, EngineBackend] = {
-    "onnxruntime": EngineBackend("fly_trt.engines.onnxruntime", is_gpu=False),
-    "tensorrt": EngineBackend("fly_trt.engines.tensorrt", is_gpu=True),
+BACKENDS: dict[tuple[str, Device], EngineBackend] = {
+    ("onnxruntime", "cpu"): EngineBackend("fly_trt.engines.onnxruntime", is_gpu=False),
+    ("onnxruntime", "cuda"): EngineBackend("fly_trt.engines.onnxruntime_cuda", is_gpu=True),
+    ("tensorrt", "cuda"): EngineBackend("fly_trt.engines.tensorrt", is_gpu=True),
 }
 
 
 def find_backend(directory: Path, manifest: Manifest) -> EngineBackend:
-    """The backend that an engine directory was built for. Raises EngineError for one that is not in the table."""
-    backend = BACKENDS.get(manifest.backend)
-    if backend is None:
+    """The backend that an engine directory was built for; one that does not say its device (manifest.Manifest) was
+    built for the first that its backend has here. Raises EngineError for what is not in the table."""
+    found = {device: backend for (name, device), backend in BACKENDS.items() if name == manifest.backend}
+    if not found:
+        known = " and ".join(dict.fromkeys(name for name, _ in BACKENDS))
+        raise EngineError(f"{directory}: built for backend {manifest.backend!r}, this version runs {known}: rebuild it")
+    device = manifest.device or next(iter(found))
+    if device not in found:
         raise EngineError(
-            f"{directory}: built for backend {manifest.backend!r}, this version runs {' and '.join(BACKENDS)}: "
+            f"{directory}: built for {manifest.backend} on {device!r}, this version runs it on {' and '.join(found)}: "
             "rebuild it"
         )
-    return backend
+    return found[device]
 
 
 def load_engine(

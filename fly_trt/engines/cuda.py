@@ -1,4 +1,4 @@
-"""What the TensorRT engine needs of CUDA: device and pinned memory, one stream, copies, captured graphs.
+"""What the engines of a GPU need of CUDA: device and pinned memory, one stream, copies, captured graphs.
 
 A thin layer over cuda-python's runtime bindings: every call is checked and raises EngineError with CUDA's own name for
 the error. It knows nothing of engines. Memory, streams and work belong to the device that is current in the calling

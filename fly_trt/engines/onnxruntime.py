@@ -75,7 +75,7 @@ def load(
     if settings.device_id is not None:
         raise ConfigError(
             f"device_id {settings.device_id}: has no effect, {directory} was built for {manifest.backend}, which runs "
-            "on the CPU: leave it out, or rebuild with --backend tensorrt"
+            "on the CPU: leave it out, or rebuild with --device cuda"
         )
     return OnnxRuntimeEngine(
         directory / model.model, model, info, num_slots=settings.num_slots, num_threads=settings.num_threads

@@ -93,13 +93,19 @@ def import_library(name: TensorRTLibrary | None = None) -> Library:
 
 def check_compatibility(path: Path, plan: TensorRTPlan, library: Library, compute_capability: str) -> None:
     """Raises EngineError unless this library version and GPU can run the plan. A plan of full TensorRT belongs to one
-    kind of GPU, one of TensorRT-RTX to all from a certain compute capability on."""
+    kind of GPU, one of TensorRT-RTX to all RTX GPUs from a certain compute capability on."""
     if library.version != plan.version:
         raise EngineError(
             f"{path}: built with {plan.library} {plan.version}, found {library.version}: install {plan.library}=="
             f"{plan.version} or rebuild with fly-build"
         )
     is_portable = plan.library == "tensorrt_rtx"
+    if is_portable and not runs_rtx(compute_capability):
+        raise EngineError(
+            f"{path}: built with TensorRT-RTX, which is for RTX GPUs, and this one has compute capability "
+            f"{compute_capability}: rebuild on this machine with fly-build --tensorrt-library tensorrt (pip install "
+            "'fly-trt[tensorrt]')"
+        )
     fits = (
         _numbers(compute_capability) >= _numbers(plan.compute_capability)
         if is_portable
@@ -111,6 +117,13 @@ def check_compatibility(path: Path, plan: TensorRTPlan, library: Library, comput
             f"{path}: built for compute capability {wanted}, this GPU has {compute_capability}: rebuild with fly-build "
             "on this machine"
         )
+
+
+def runs_rtx(compute_capability: str) -> bool:
+    """Whether TensorRT-RTX has kernels for this GPU: its support matrix (1.0 to 1.5) leaves out those of data centres
+    from Hopper (9.0) on, up to the GPUs of RTX cards (12.0)."""
+    major, _ = _numbers(compute_capability)
+    return not 9 <= major < 12
 
 
 def check_ranks(path: Path, plan: TensorRTPlan | None) -> TensorRTPlan:

@@ -77,9 +77,10 @@ def test_engines_of_another_backend_and_flags_without_effect_are_refused(demo_en
     shutil.copytree(demo_engine, engine, copy_function=os.link)
     manifest = json.loads((engine / "fly.json").read_text())
     (engine / "fly.json").unlink()
-    (engine / "fly.json").write_text(json.dumps(manifest | {"backend": "tensorrt"}))
-    with pytest.raises(ConfigError, match="built for tensorrt: the limits of a GPU"):
-        run_roofline(engine, 1, None, lambda what, done, total: None)
+    for backend in ("tensorrt", "onnxruntime"):
+        (engine / "fly.json").write_text(json.dumps(manifest | {"backend": backend, "device": "cuda"}))
+        with pytest.raises(ConfigError, match=f"built for {backend} on cuda: the limits of a GPU"):
+            run_roofline(engine, 1, None, lambda what, done, total: None)
     for name, value in (("plot", "a.png"), ("modes", "fly"), ("num_prompts", "16"), ("preset", "paper")):
         result = CliRunner().invoke(main, [str(demo_engine), "--roofline", f"--{name.replace('_', '-')}", value])
         assert result.exit_code == 2

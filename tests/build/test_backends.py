@@ -24,7 +24,7 @@ WITHOUT_THE_EXTRA = f"import sys; sys.modules.update(dict.fromkeys({HEAVY})); fr
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> click.Command:
     """fly-build with one more line in the table. Its flags are made of the table when it is imported."""
-    monkeypatch.setitem(BACKENDS, "toy", ToyBackend)
+    monkeypatch.setitem(BACKENDS, ("toy", "cpu"), ToyBackend)
     monkeypatch.setattr(fly_build, "cli", fly_build.cli)  # the usual one comes back
     monkeypatch.delitem(sys.modules, "fly_build.cli")
     return importlib.import_module("fly_build.cli").main

@@ -37,7 +37,7 @@ def engine(tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    monkeypatch.setitem(BACKENDS, "toy", ToyBackend)
+    monkeypatch.setitem(BACKENDS, ("toy", "cpu"), ToyBackend)
     return {"backend": "toy"}
 
 

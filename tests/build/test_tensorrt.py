@@ -104,6 +104,7 @@ def test_engines_have_native_attention_and_cache_updates(name: str, dtype: Dtype
         "decomposed_attention": NUM_LAYERS - native,
         "kv_cache_update": 2 * NUM_LAYERS,
         "plugin": 0,
+        "collective": 0,
     }
     assert record.layers.total > 100
     assert (manifest.target.dtype, manifest.target.kv_cache_dtype) == (dtype, dtype)

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from simulated_onnxruntime import SimulatedOnnxRuntime
+from simulated_onnxruntime import install as install_onnxruntime
 
 import simulated_engine as simulation
 from fly_trt.engines import Engine
@@ -15,6 +17,12 @@ from simulated_tensorrt import install
 @pytest.fixture(scope="session")
 def simulated_engine(build_once: Callable[..., Path]) -> Path:
     return build_once("simulated", simulation.build)
+
+
+@pytest.fixture(scope="session")
+def cuda_engine(build_once: Callable[..., Path]) -> Path:
+    """For ONNX Runtime's CUDA provider."""
+    return build_once("cuda", simulation.build_for_onnxruntime)
 
 
 @pytest.fixture
@@ -60,6 +68,12 @@ def node(monkeypatch: pytest.MonkeyPatch, kernels: Path, tmp_path: Path) -> Iter
     yield cuda
     assert cuda.faults == []
     assert faults_of_ranks(folder) == []
+
+
+@pytest.fixture
+def library(gpu: SimulatedCuda, monkeypatch: pytest.MonkeyPatch) -> SimulatedOnnxRuntime:
+    """onnxruntime-gpu on that GPU."""
+    return install_onnxruntime(monkeypatch, gpu)
 
 
 @pytest.fixture

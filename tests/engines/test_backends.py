@@ -9,6 +9,7 @@ from fly_trt import LLM, EngineError, SamplingParams
 from fly_trt.engines import BACKENDS, EngineBackend, find_backend
 from fly_trt.manifest import (
     SCHEMA_VERSION,
+    Device,
     Head,
     Limits,
     Manifest,
@@ -71,7 +72,7 @@ def _model(role: str) -> ModelEngine:
 def test_a_module_and_a_line_in_the_table_are_a_backend(
     method: str | None, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(BACKENDS, "toy", EngineBackend("toy_engine", is_gpu=False))
+    monkeypatch.setitem(BACKENDS, ("toy", "cpu"), EngineBackend("toy_engine", is_gpu=False))
     with LLM(directory, speculative_config={"method": method}) as llm:
         (output,) = llm.generate(["Hello, world"], SamplingParams(temperature=0, max_tokens=NUM_TOKENS))
     next_token = table(SALTS["target"], VOCAB_SIZE)
@@ -87,7 +88,32 @@ def test_a_backend_that_is_not_in_the_table_is_refused_with_those_that_are(direc
 
 
 def test_what_is_said_of_a_backend_needs_none_of_its_code(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BACKENDS, "toy", EngineBackend("a_module_that_is_not_installed", is_gpu=True))
+    monkeypatch.setitem(BACKENDS, ("toy", "cpu"), EngineBackend("a_module_that_is_not_installed", is_gpu=True))
     assert find_backend(directory, read_manifest(directory)).is_gpu
-    assert not BACKENDS["onnxruntime"].is_gpu
-    assert BACKENDS["tensorrt"].is_gpu
+    assert not BACKENDS["onnxruntime", "cpu"].is_gpu
+    assert BACKENDS["onnxruntime", "cuda"].is_gpu
+    assert BACKENDS["tensorrt", "cuda"].is_gpu
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "module"),
+    [
+        ("onnxruntime", None, "onnxruntime"),
+        ("onnxruntime", "cpu", "onnxruntime"),
+        ("onnxruntime", "cuda", "onnxruntime_cuda"),
+        ("tensorrt", None, "tensorrt"),
+        ("tensorrt", "cuda", "tensorrt"),
+    ],
+)
+def test_an_engine_is_found_by_backend_and_device(
+    backend: str, device: Device | None, module: str, directory: Path
+) -> None:
+    """Directories of older versions name no device."""
+    manifest = read_manifest(directory).model_copy(update={"backend": backend, "device": device})
+    assert find_backend(directory, manifest).module == f"fly_trt.engines.{module}"
+
+
+def test_a_device_that_a_backend_does_not_have_is_refused(directory: Path) -> None:
+    manifest = read_manifest(directory).model_copy(update={"backend": "tensorrt", "device": "cpu"})
+    with pytest.raises(EngineError, match="built for tensorrt on 'cpu', this version runs it on cuda: rebuild it"):
+        find_backend(directory, manifest)

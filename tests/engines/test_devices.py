@@ -239,7 +239,7 @@ def test_a_device_for_an_onnxruntime_engine_is_refused(demo_engine: Path) -> Non
         LLM(demo_engine, device_id=0)
     assert str(raised.value) == (
         f"device_id 0: has no effect, {demo_engine} was built for onnxruntime, which runs on the CPU: leave it out, or "
-        "rebuild with --backend tensorrt"
+        "rebuild with --device cuda"
     )
     assert threading.active_count() <= threads
 

@@ -15,7 +15,7 @@ import pytest
 from fly_trt.engines import Engine
 from fly_trt.engines.base import TOP_OUTPUTS, Step
 from fly_trt.engines.blocks import OUTPUTS
-from fly_trt.engines.tensorrt import _widen
+from fly_trt.engines.gpu import widen
 from fly_trt.errors import EngineError
 from fly_trt.manifest import Dtype, read_manifest
 from fly_trt.verification import FlyPolicy
@@ -249,7 +249,7 @@ def test_raw_logits_of_every_type_become_float32(dtype: Dtype) -> None:
     stored = np.dtype(getattr(ml_dtypes, dtype) if dtype == "bfloat16" else dtype)
     values = np.array([[[0.0, -1.5, 3.25, 448.0], [-np.inf, np.nan, 2.0**-14, -448.0]]], stored)
     target = np.empty(values.shape, np.float32)
-    _widen(np.frombuffer(values.tobytes(), np.uint8), dtype, target)
+    widen(np.frombuffer(values.tobytes(), np.uint8), dtype, target)
     np.testing.assert_array_equal(target, values.astype(np.float32))
 
 

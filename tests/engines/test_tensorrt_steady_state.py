@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from fly_trt.engines import Engine
-from fly_trt.engines.tensorrt import MAX_BOUND_SHAPES, MAX_STEPS
+from fly_trt.engines.gpu import MAX_STEPS
+from fly_trt.engines.tensorrt import MAX_BOUND_SHAPES
 from simulated_cuda import Error, SimulatedCuda
 from simulated_engine import TOKENS, load, logits, run, same
 

@@ -14,7 +14,8 @@ from fly_build.schema import Recipe
 from fly_trt.manifest import Dtype, Limits, Manifest, ModelEngine
 
 if TYPE_CHECKING:
-    from fly_build.model_build import ModelBuild, Tensors
+    from fly_build.gpu_memory import GpuPlan
+    from fly_build.model_build import ModelBuild, ModelPlan, Tensors
 
 LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -24,7 +25,8 @@ class Backend(ABC):
 
     default_dtype: of the stored weights, where a recipe has none. own_fields: fields of the recipe that mean nothing to
     any other backend. model_file: the file that the runtime loads, in the folder of its model. shares_weights: several
-    models can read one weight file. runs_where_built: the machine that builds can run what it builds.
+    models can read one weight file. runs_where_built: the machine that builds can run what it builds. spans_gpus: a
+    model can be spread over several GPUs (ranks), with a file for each.
     """
 
     default_dtype: ClassVar[Dtype]
@@ -32,6 +34,7 @@ class Backend(ABC):
     model_file: ClassVar[str]
     shares_weights: ClassVar[bool] = False
     runs_where_built: ClassVar[bool] = False
+    spans_gpus: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -39,8 +42,19 @@ class Backend(ABC):
         """Raises ConfigError for what a recipe asks of this backend in vain. Loads no library."""
 
     def __init__(self, recipe: Recipe) -> None:
-        """Loads what compiles the engines. Raises ConfigError or EngineError for what would otherwise fail late."""
         self.recipe = recipe
+
+    def prepare(self) -> None:  # noqa: B027 - most have nothing to load
+        """Loads what compiles the engines; a plan needs none of it. Raises ConfigError or EngineError for what would
+        otherwise fail late."""
+
+    @classmethod
+    def model_files(cls, folder: str, num_ranks: int) -> list[str]:
+        """The file that each rank loads."""
+        if num_ranks == 1:
+            return [f"{folder}/{cls.model_file}"]
+        stem, dot, kind = cls.model_file.rpartition(".")
+        return [f"{folder}/{stem}.rank{rank}{dot}{kind}" for rank in range(num_ranks)]
 
     @property
     def dtype(self) -> Dtype:
@@ -54,6 +68,10 @@ class Backend(ABC):
     def cache_tokens(self, limits: Limits) -> int:
         """Tokens of cache that a slot takes at most."""
         return limits.max_seq_len
+
+    def plan_gpus(self, models: "list[ModelPlan]", limits: Limits) -> "list[GpuPlan]":
+        """What the models take of each GPU's memory, for backends that know."""
+        return []
 
     @abstractmethod
     def build_model(self, build: "ModelBuild") -> ModelEngine:

@@ -16,14 +16,17 @@ from fly_build.tensorrt_builder import (
     Sizes,
     default_timing_cache,
 )
-from fly_trt.engines.tensorrt_library import Library, import_library
-from fly_trt.errors import ConfigError
+from fly_trt.engines.cuda import compute_capability
+from fly_trt.engines.tensorrt_library import Library, import_library, runs_rtx
+from fly_trt.errors import ConfigError, EngineError
 from fly_trt.manifest import Dtype, LayerSummary, Limits, Manifest, ModelEngine
 
 if TYPE_CHECKING:
-    from fly_build.model_build import ModelBuild
+    from fly_build.gpu_memory import GpuPlan
+    from fly_build.model_build import ModelBuild, ModelPlan
 
 GRAPH_FILE = "model.onnx"
+LEAST_FOR_COLLECTIVES: dict[str, tuple[int, ...]] = {"tensorrt": (11, 3), "tensorrt_rtx": (1, 7, 1)}
 
 logger = logging.getLogger(__name__)
 
@@ -32,17 +35,23 @@ class TensorRTBackend(Backend):
     default_dtype = "bfloat16"
     own_fields = ("tensorrt_library", "plugin_library", "timing_cache")
     model_file = "model.plan"
+    spans_gpus = True
+    library: Library
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
-        if recipe.quantization != "none":
+        if recipe.quantization not in ("none", "fp8"):
             raise ConfigError(
                 f"quantization {recipe.quantization!r}: backend tensorrt has none yet: use --quantization none"
             )
 
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(recipe)
-        self.library = _library(recipe)
+    def prepare(self) -> None:
+        if self.recipe.quantization != "none":
+            raise ConfigError(f"quantization {self.recipe.quantization!r}: can be planned (--dry-run), not yet built")
+        self.library = _library(self.recipe)
+        if self.recipe.tp_size > 1:
+            _check_collectives(self.library)
+        _warn_of_hopper(self.library)
 
     @property
     def kv_cache_dtype(self) -> Dtype:
@@ -51,6 +60,11 @@ class TensorRTBackend(Backend):
     def cache_tokens(self, limits: Limits) -> int:
         return Sizes.of(limits).cache_tokens
 
+    def plan_gpus(self, models: "list[ModelPlan]", limits: Limits) -> "list[GpuPlan]":
+        from fly_build.gpu_memory import plan_gpus
+
+        return plan_gpus(models, limits, with_plugins=self.recipe.plugin_library is not None)
+
     def build_model(self, build: "ModelBuild") -> ModelEngine:
         from fly_build.tensorrt_graph import attention_names, fix_cache_length
 
@@ -58,12 +72,16 @@ class TensorRTBackend(Backend):
             decoder = build.export(self.dtype, attention="mask")
             build.append_head(decoder, form="functions" if self.recipe.plugin_library is None else "plugins")
             fix_cache_length(decoder.model, self.cache_tokens(build.limits))
-        onnx_path = build.path.with_name(GRAPH_FILE)
-        engine = build.save_graph(decoder, self.dtype, onnx_path)
+        graph = build.load_weights(decoder, self.dtype)
+        engine, names = graph.engine, attention_names(decoder.model)
         builder = self._builder(build)
-        with build.step("compile") as advance:
-            serialised, record = builder.build(onnx_path, attention_names(decoder.model), engine.num_layers, advance)
-            build.path.write_bytes(serialised)
+        onnx_path = build.path.with_name(GRAPH_FILE)
+        for rank, file in enumerate((engine.model, *engine.other_ranks)):
+            graph.save(onnx_path, rank)
+            with build.step("compile", rank) as advance:
+                serialised, record = builder.build(onnx_path, names, engine.num_layers, advance)
+                (build.workspace / file).write_bytes(serialised)
+                del serialised  # as large as the rank's weights
             for path in onnx_path.parent.glob(f"{GRAPH_FILE}*"):
                 path.unlink()
         _warn_of_decomposed_attention(build.model.folder, record.layers, engine.num_layers)
@@ -103,6 +121,35 @@ def _library(recipe: Recipe) -> Library:
             )
         library.load_plugins(Path(recipe.plugin_library))
     return library
+
+
+def _check_collectives(library: Library) -> None:
+    """Before, a sum behind which an attention follows could do nothing, without a word (pytorch/TensorRT #4381)."""
+    least = LEAST_FOR_COLLECTIVES[library.name]
+    if _numbers(library.version) < least:
+        wanted = ".".join(map(str, least))
+        raise ConfigError(
+            f"tp_size: {library.name} {library.version} may leave out sums over several GPUs without a word: install "
+            f"{library.name} {wanted} or newer"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())
+
+
+def _warn_of_hopper(library: Library) -> None:
+    """Where the machine that builds has a GPU, it is likely the one that the engine is meant for."""
+    try:
+        found = compute_capability()
+    except EngineError:
+        return
+    if library.name == "tensorrt_rtx" and not runs_rtx(found):
+        logger.warning(
+            "this machine's GPU (compute capability %s) cannot run what TensorRT-RTX builds, which is for RTX cards: "
+            "pip install 'fly-trt[tensorrt]' and use --tensorrt-library tensorrt",
+            found,
+        )
 
 
 def _warn_of_decomposed_attention(folder: str, layers: LayerSummary, num_layers: int) -> None:

@@ -152,7 +152,7 @@ def _check_gpus(gpus: Sequence[int], manifest: Manifest, is_gpu: bool) -> None:
     if gpus and not is_gpu:
         raise ConfigError(
             f"gpus {', '.join(map(str, gpus))}: {manifest.name} was built for {manifest.backend}, which runs on the "
-            "CPU: leave --gpus out, or rebuild with --backend tensorrt"
+            "CPU: leave --gpus out, or rebuild with --device cuda"
         )
     if any(gpu < 0 for gpu in gpus) or len(set(gpus)) != len(gpus):
         raise ConfigError(f"gpus {', '.join(map(str, gpus))}: expected different ids, 0 and up")
