@@ -13,8 +13,9 @@ import onnxruntime as ort
 import pytest
 
 from fly_trt.engines import onnxruntime_cuda
+from plan_segments import SILENT_BELOW_ERROR, whole
 from simulated_cuda import ALIGNMENT, Error, Failure, SimulatedCuda, Work
-from simulated_tensorrt import DTYPES, SILENT_BELOW_ERROR, execute
+from simulated_tensorrt import DTYPES, execute
 
 PROVIDER = "CUDAExecutionProvider"
 RUNS_BEFORE_A_GRAPH = 2
@@ -93,7 +94,7 @@ class InferenceSession:
                         raise Failure(Error.cudaErrorLaunchFailure, f"graph {graph_id} was captured with other tensors")
                     self.cuda.calls["graph launches of sessions"] += runs == 1
                 for _ in range(runs):
-                    self.cuda.enqueue(self.stream, Work(lambda: execute(self.cuda, self.real, tensors)))
+                    self.cuda.enqueue(self.stream, Work(lambda: execute(self.cuda, whole(self.real), tensors)))
         except Failure as failure:
             if failure.reason:
                 self.cuda.faults.append(failure.reason)

@@ -1,14 +1,14 @@
 """TensorRT's runtime without a GPU, as far as fly_trt calls it, on the memory and streams of simulated_cuda.py.
 
 A plan holds an ONNX graph in the form that fly_build makes for TensorRT; ONNX Runtime computes it in place, at the
-addresses that were bound. What TensorRT or the GPU would refuse, or get wrong without a word, ends up in the GPU's
-`faults`: a shape outside the profile, a tensor without an address, a cache that is not updated in place, scratch memory
-in use twice, a context that changed after its graph was captured, an engine that is used while another device than its
-own is current, or with that one's memory. Names are those of `tensorrt_rtx`.
+addresses that were bound, and simulated_nccl.py what ranks sum. What TensorRT or the GPU would refuse, or get wrong
+without a word, ends up in the GPU's `faults`: a shape outside the profile, a tensor without an address, a cache that is
+not updated in place, scratch memory in use twice, a context that changed after its graph was captured, an engine that
+is used while another device than its own is current, or with that one's memory. Names are those of `tensorrt_rtx`.
 """
 
+import ctypes
 import enum
-import functools
 import json
 import sys
 import types
@@ -19,10 +19,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from fly_trt.engines.onnxruntime import session_options
+import simulated_nccl
+from plan_segments import SegmentedPlan, Sum, segmented
 from simulated_cuda import ALIGNMENT, UNWRITTEN, Error, Failure, SimulatedCuda, Stream, Work
 
-SILENT_BELOW_ERROR = 3
 BFLOAT16 = 16  # of onnx.TensorProto
 SCRATCH_BYTES = 4096
 VERSION = "1.7.1.116"
@@ -108,13 +108,6 @@ def deserialise(plan: bytes) -> tuple[bytes, str, list[Any]]:
     return onnx_model, record["library"], record["profiles"]
 
 
-@functools.cache
-def _session(onnx_model: bytes) -> ort.InferenceSession:
-    options = session_options()
-    options.log_severity_level = SILENT_BELOW_ERROR
-    return ort.InferenceSession(onnx_model, options, providers=["CPUExecutionProvider"])
-
-
 class Runtime:
     def __init__(self, logger: ILogger) -> None:
         self._cuda, self._logger = sys.modules["cuda.bindings"].runtime, logger
@@ -122,7 +115,7 @@ class Runtime:
     def deserialize_cuda_engine(self, serialized_engine: Any) -> "ICudaEngine | None":
         try:
             onnx_model, library, profiles = deserialise(bytes(serialized_engine))
-            return ICudaEngine(self._cuda, self._logger, library, profiles, _session(onnx_model))
+            return ICudaEngine(self._cuda, self._logger, library, profiles, segmented(onnx_model))
         except Exception as error:  # ONNX Runtime raises a class of its own for each status code
             self._logger.log(ILogger.ERROR, f"IRuntime::deserializeCudaEngine: Error Code 1: Serialization\n({error})")
             return None
@@ -131,14 +124,12 @@ class Runtime:
 class ICudaEngine:
     device_memory_size_v2 = SCRATCH_BYTES
 
-    def __init__(
-        self, cuda: SimulatedCuda, logger: Any, library: str, profiles: Any, session: ort.InferenceSession
-    ) -> None:
+    def __init__(self, cuda: SimulatedCuda, logger: Any, library: str, profiles: Any, plan: SegmentedPlan) -> None:
         self._cuda, self._logger, self._library, self._profiles = cuda, logger, library, profiles
-        self._session = session
+        self._graph = plan
         self._device = cuda.thread.device
-        self._inputs = {value.name: value for value in session.get_inputs()}
-        self._tensors = self._inputs | {value.name: value for value in session.get_outputs()}
+        self._inputs = plan.inputs
+        self._tensors = plan.inputs | plan.outputs
 
     def create_runtime_config(self) -> IRuntimeConfig:
         return IRuntimeConfig()
@@ -178,8 +169,19 @@ class IExecutionContext:
         self._addresses: dict[str, int] = {}
         self._version = 0  # of all that a captured graph depends on
         self._executed_shapes: dict[str, tuple[int, ...]] = {}
+        self._communicator: simulated_nccl.Communicator | None = None
         self._refuse = engine._refuse
         engine._cuda.contexts.add(self)
+
+    def set_communicator(self, communicator: Any) -> bool:
+        """Waits for the other ranks, and says no where that was aborted."""
+        address = ctypes.pythonapi.PyCapsule_GetPointer
+        address.restype, address.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        self._communicator = simulated_nccl.communicators.get(address(communicator, None))
+        if self._communicator is None:
+            return self._refuse("not a communicator, or aborted before")
+        self._version += 1
+        return self._communicator.sum_up(np.zeros(0, np.float32)) or self._refuse("")
 
     def set_device_memory(self, memory: int, size: int) -> None:
         self._scratch = (memory, size)
@@ -235,13 +237,18 @@ class IExecutionContext:
         self._prepare_for(cuda.current_stream(stream_handle))
         is_captured = cuda.stream(stream_handle).captured is not None
         context, version = weakref.ref(self), self._version
-        engine, scratch = self._engine, self._scratch
+        engine, scratch, communicator = self._engine, self._scratch, self._communicator
+
+        def sum_up(array: np.ndarray, num_ranks: int) -> None:
+            assert communicator is not None
+            assert communicator._nranks == num_ranks, f"{communicator._nranks} ranks sum what {num_ranks} have"
+            communicator.sum_up(array, is_captured=is_captured)
 
         def run() -> None:
             if is_captured and (context() is None or context()._version != version):
                 raise Failure(Error.cudaErrorLaunchFailure, "the context changed after its graph was captured")
             cuda.view(*scratch).fill(UNWRITTEN)
-            execute(cuda, engine._session, arguments)
+            execute(cuda, engine._graph, arguments, sum_up)
 
         cuda.enqueue(stream_handle, Work(run, scratch[0]))
 
@@ -267,6 +274,8 @@ class IExecutionContext:
             raise Failure(illegal, f"no shape for {missing}")
         if missing := sorted(engine._tensors.keys() - self._addresses.keys()):
             raise Failure(illegal, f"no address for {missing}")
+        if engine._graph.num_ranks > 1 and self._communicator is None:
+            raise Failure(illegal, f"a plan of {engine._graph.num_ranks} ranks without a communicator")
         address, size = self._scratch
         memory = engine._cuda.find(address, size)
         if size < engine.device_memory_size_v2 or address % ALIGNMENT or memory.device != engine._device:
@@ -289,11 +298,11 @@ class IExecutionContext:
         return arguments
 
 
-def execute(cuda: SimulatedCuda, session: ort.InferenceSession, arguments: dict[str, tuple[int, Any]]) -> None:
+def execute(
+    cuda: SimulatedCuda, graph: SegmentedPlan, arguments: dict[str, tuple[int, Any]], sum_up: Sum | None = None
+) -> None:
     """Computes on the CPU what a GPU would, in place: the tensors by name, each with its address and shape."""
-    inputs = {value.name: value.type for value in session.get_inputs()}
-    types = inputs | {value.name: value.type for value in session.get_outputs()}
-    binding = session.io_binding()
+    types = {name: value.type for name, value in (graph.inputs | graph.outputs).items()}
     arrays = {}
     for name, (address, shape) in arguments.items():
         dtype = np.dtype(DTYPES[types[name]])
@@ -302,17 +311,14 @@ def execute(cuda: SimulatedCuda, session: ort.InferenceSession, arguments: dict[
         raise Failure(Error.cudaErrorIllegalAddress, f"written at {arrays['write_indices']}, behind the cache's end")
     if not np.isin(arrays["input_ids"], range(arrays["logits"].shape[2])).all():
         raise Failure(Error.cudaErrorLaunchFailure, "a token that is not in the vocabulary")
+    values = {}
     for name, array in arrays.items():
         if types[name] == "tensor(bfloat16)":
-            value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
+            values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
         else:
-            value = ort.OrtValue.ortvalue_from_numpy(array)
-        if name in inputs:
-            binding.bind_ortvalue_input(name, value)
-        else:
-            binding.bind_ortvalue_output(name, value)
+            values[name] = ort.OrtValue.ortvalue_from_numpy(array)
     try:
-        session.run_with_iobinding(binding)
+        graph.run(values, sum_up)
     except Exception as error:  # ONNX Runtime raises a class of its own for each status code
         raise Failure(Error.cudaErrorLaunchFailure, " ".join(str(error).split())) from None
 
@@ -337,4 +343,5 @@ def install(patch: pytest.MonkeyPatch, library: str = "tensorrt_rtx") -> Simulat
         ("cuda.bindings.runtime", cuda),
     ):
         patch.setitem(sys.modules, name, module)
+    simulated_nccl.install(patch)
     return cuda

@@ -37,8 +37,8 @@ class BenchmarkConfig:
     the length of random prompts; neither means the built-in prompts. num_prompts: taken from the front, and again from
     there where there are fewer. chat: put the prompts into the model's chat template. max_tokens, ignore_eos,
     temperature: as in SamplingParams. seed: of sampling, of random prompts and of arrivals. speculative: fields of
-    SpeculativeConfig, for the modes that they fit. num_threads: of the engines. perplexity: also find out how probable
-    the target finds the outputs.
+    SpeculativeConfig, for the modes that they fit. num_threads, devices: of the engines. perplexity: also find out how
+    probable the target finds the outputs.
     """
 
     modes: Sequence[str] = ()
@@ -54,6 +54,7 @@ class BenchmarkConfig:
     seed: int = 0
     speculative: Mapping[str, Any] = field(default_factory=dict)
     num_threads: int | None = None
+    devices: Sequence[int] | None = None
     perplexity: bool = True
 
     def __post_init__(self) -> None:
@@ -103,7 +104,8 @@ def run_benchmark(
     EngineError for a directory that cannot be used, and RequestError for a prompt that cannot be served.
     """
     _check_concurrency(config)
-    engines = LoadedEngines(engine_dir, max_batch_size=config.most_in_flight, num_threads=config.num_threads)
+    slots = config.most_in_flight
+    engines = LoadedEngines(engine_dir, max_batch_size=slots, num_threads=config.num_threads, devices=config.devices)
     limit = engines.manifest.limits.max_batch_size
     if engines.max_batch_size > limit:
         raise ConfigError(

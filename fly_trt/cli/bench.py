@@ -91,6 +91,7 @@ Perplexity (ppl) is the target's, of what a mode emitted; its ratio is to autore
 )
 @options.tuning_options
 @options.num_threads()
+@options.devices()
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw a .png or .svg (extra bench).")
 @options.output("Write the JSON to a file too.", metavar="FILE")
 @options.as_json("Print one JSON object instead of the table.")
@@ -148,6 +149,7 @@ def _measure_modes(engine_dir: Path, flags: dict[str, Any], report: Any) -> tupl
         seed=flags["seed"],
         speculative=options.speculative_overrides(flags),
         num_threads=flags["num_threads"],
+        devices=flags["devices"],
         **{name: flags[name] for name in CONFIG_FLAGS},
     )
     benchmark = run_benchmark(engine_dir, config, report)

@@ -47,6 +47,7 @@ Examples:
 @options.ignore_eos("Go on after the model's end-of-sequence token.")
 @options.speculative_options
 @options.num_threads()
+@options.devices()
 @click.option("--verify", "verify_hashes", is_flag=True, help="Check every engine file against its sha256 first.")
 @options.as_json("Print one JSON object instead of streaming.")
 def main(engine_dir: Path, prompt: str | None, prompt_file: Any, escape: bool, as_json: bool, **flags: Any) -> None:
@@ -84,6 +85,7 @@ def _run(engine_dir: Path, prompt: str, as_json: bool, flags: dict[str, Any]) ->
         speculative_config=options.speculative_overrides(flags),
         max_batch_size=1,
         num_threads=flags["num_threads"],
+        devices=flags["devices"],
         verify_hashes=flags["verify_hashes"],
     ) as llm:
         started = time.perf_counter()

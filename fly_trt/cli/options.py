@@ -38,6 +38,11 @@ def num_threads(help: str = "CPU threads. [all cores]") -> Option:
     return click.option("--num-threads", type=int, metavar="N", help=help)
 
 
+def devices() -> Option:
+    text = "CUDA devices, one for each rank of the engine. [the first ones]"
+    return click.option("--devices", type=ListOf(int), metavar="ID,ID", help=text)
+
+
 def max_batch_size(default: str) -> Option:
     return click.option("--max-batch-size", type=int, metavar="N", help=f"Requests in flight. [{default}]")
 

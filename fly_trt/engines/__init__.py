@@ -62,6 +62,7 @@ def load_engine(
     num_slots: int,
     num_threads: int | None = None,
     device_id: int | None = None,
+    rank: int = 0,
 ) -> Engine:
     """Loads the target or the draft of an engine directory with the library that it was built for.
 
@@ -81,5 +82,5 @@ def load_engine(
         stop_token_ids=frozenset(manifest.head.stop_token_ids),
         has_top_tokens=manifest.head.top_tokens,
     )
-    settings = LoadSettings(num_slots=num_slots, num_threads=num_threads, device_id=device_id)
+    settings = LoadSettings(num_slots=num_slots, num_threads=num_threads, device_id=device_id, rank=rank)
     return backend.load(directory, manifest, model, info, settings)

@@ -61,11 +61,12 @@ class EngineInfo:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadSettings:
     """How one engine is loaded: slots of its caches; CPU threads, None for all cores that the process may use; CUDA
-    device, None for the calling thread's current one."""
+    device, None for the calling thread's current one; which of its ranks, where it has several."""
 
     num_slots: int
     num_threads: int | None = None
     device_id: int | None = None
+    rank: int = 0
 
 
 @dataclass(slots=True)
@@ -197,9 +198,12 @@ class Engine(Protocol):
     """A target or a draft model. Not thread-safe: one loop owns it."""
 
     info: EngineInfo
-    num_preparations: int
-    """One-time work done so far: shapes bound, graphs captured, caches resized. The time of a step in which this rises
-    says nothing of the next ones."""
+
+    @property
+    def num_preparations(self) -> int:
+        """One-time work done so far: shapes bound, graphs captured, caches resized. The time of a step in which this
+        rises says nothing of the next ones."""
+        ...
 
     def step(
         self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False, with_top: bool = False

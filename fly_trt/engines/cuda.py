@@ -7,7 +7,7 @@ thread; `use_device` makes it so.
 
 import ctypes
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,13 +57,24 @@ def choose_device(device_id: int | None) -> int:
     """
     count = _num_devices()
     device = int(_check(_runtime().cudaGetDevice())) if device_id is None else device_id
+    _check_device(device, count, "a device_id")
+    use_device(device)
+    return device
+
+
+def check_devices(devices: Sequence[int]) -> None:
+    """Raises ConfigError for one that does not exist, and EngineError where there is none."""
+    count = _num_devices()
+    for device in devices:
+        _check_device(device, count, "devices")
+
+
+def _check_device(device: int, count: int, what: str) -> None:
     if not 0 <= device < count:
         known = "1 CUDA device (0)" if count == 1 else f"{count} CUDA devices (0 to {count - 1})"
         raise ConfigError(
-            f"device {device}: this machine has {known}: give a device_id that it has, or change CUDA_VISIBLE_DEVICES"
+            f"device {device}: this machine has {known}: give {what} that it has, or change CUDA_VISIBLE_DEVICES"
         )
-    use_device(device)
-    return device
 
 
 def use_device(device: int) -> None:

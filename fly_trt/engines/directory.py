@@ -7,6 +7,7 @@ whatever the number of ways in which it is served. This module knows files and s
 import os
 import time
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Any, Literal, Self
 
 from tokenizers import Tokenizer
 
-from fly_trt.checks import check_at_least, check_flag
+from fly_trt.checks import check_at_least, check_flag, is_whole
 from fly_trt.engines import Engine, find_backend, load_engine
 from fly_trt.engines.fork import HomeProcess, let_children_exit
+from fly_trt.engines.ranks import Ranks
 from fly_trt.engines.turn import Turn
 from fly_trt.errors import ConfigError, EngineError
 from fly_trt.manifest import Manifest, ModelEngine, read_manifest
@@ -34,19 +36,32 @@ class EngineSettings:
     engines of the process; None means all cores that it may use, within its container's quota. device_id: CUDA device,
     for engines of a GPU; None means the calling thread's current one, and the thread is left with theirs as its
     current one.
+    devices: in its place, a CUDA device for each rank of an engine that spans several; None means 0 and up.
     verify_hashes: check every file against the manifest's sha256 first.
     """
 
     max_batch_size: int | None = None
     num_threads: int | None = None
     device_id: int | None = None
+    devices: Sequence[int] | None = None
     verify_hashes: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("max_batch_size", 1), ("num_threads", 1), ("device_id", 0)):
             if (value := getattr(self, name)) is not None:
                 check_at_least(name, value, least)
+        if self.devices is not None:
+            self._check_devices(self.devices)
         check_flag("verify_hashes", self.verify_hashes)
+
+    def _check_devices(self, devices: Sequence[int]) -> None:
+        is_list = isinstance(devices, Sequence) and not isinstance(devices, (str, bytes))
+        if not is_list or not devices or not all(is_whole(device) and device >= 0 for device in devices):
+            raise ConfigError(f"devices {devices!r}: expected a list of CUDA devices, such as [0, 1]")
+        if len(set(devices)) < len(devices):
+            raise ConfigError(f"devices {list(devices)}: a device twice: each rank needs one of its own")
+        if self.device_id is not None:
+            raise ConfigError(f"device_id {self.device_id} and devices {list(devices)}: give one of them")
 
 
 class LoadedEngines:
@@ -73,12 +88,14 @@ class LoadedEngines:
         max_batch_size: int | None = None,
         num_threads: int | None = None,
         device_id: int | None = None,
+        devices: Sequence[int] | None = None,
         verify_hashes: bool = False,
     ) -> None:
         wanted = EngineSettings(
             max_batch_size=max_batch_size or None,
             num_threads=num_threads,
             device_id=device_id,
+            devices=devices,
             verify_hashes=verify_hashes,
         )
         self.directory = Path(engine_dir).expanduser()
@@ -88,10 +105,12 @@ class LoadedEngines:
         self.load_seconds: dict[Role, float] = {}
         self.turn = Turn()
         self._home = HomeProcess("engines")
-        self._settings: dict[str, Any] = {"num_threads": wanted.num_threads, "device_id": wanted.device_id}
+        places = choose_devices(self.manifest, wanted)
+        self._settings: dict[str, Any] = {"num_threads": wanted.num_threads, "device_id": places[0]}
+        self._ranks = Ranks([device for device in places if device is not None])
         self._engines: dict[str, Engine] = {}  # by model file
         # Also when the interpreter ends without a close(), and then after the threads that use them.
-        self._finalizer = weakref.finalize(self, _close_all, self._engines, self._home)
+        self._finalizer = weakref.finalize(self, _close_all, self._engines, self._ranks, self._home)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -118,6 +137,11 @@ class LoadedEngines:
     def inner_draft(self) -> Engine:
         """Raises EngineError for a directory without an inner draft."""
         return self._engine("inner_draft")
+
+    def when_failed(self, tell: Callable[[str], None]) -> None:
+        """Has the bound method `tell` told why engines of several ranks cannot run any more, in one line, once that is
+        so and by any thread."""
+        self._ranks.when_failed(tell)
 
     def close(self) -> None:
         """Releases the engines. Safe to call twice, and in a forked process, which has none."""
@@ -148,13 +172,39 @@ class LoadedEngines:
         if model.model not in self._engines:
             let_children_exit()
             started = time.perf_counter()
-            self._engines[model.model] = load_engine(
-                self.directory, self.manifest, model, num_slots=self.max_batch_size, **self._settings
-            )
+            parts = self.directory, self.manifest, model
+            if model.tensor_parallel_size > 1:
+                engine: Engine = self._ranks.load(*parts, num_slots=self.max_batch_size)
+            else:
+                engine = load_engine(*parts, num_slots=self.max_batch_size, **self._settings)
+            self._engines[model.model] = engine
             self.load_seconds[role] = self.load_seconds.get(role, 0.0) + time.perf_counter() - started
         return self._engines[model.model]
 
 
-def _close_all(engines: dict[str, Engine], home: HomeProcess) -> None:
+def num_ranks(manifest: Manifest) -> int:
+    """Of the engine of a directory that has most, which is how many GPUs it takes."""
+    drafts = (manifest.draft, manifest.inner_draft, *(draft.engine for draft in manifest.self_drafts))
+    return max(model.tensor_parallel_size for model in filter(None, (manifest.target, *drafts)))
+
+
+def choose_devices(manifest: Manifest, settings: EngineSettings) -> list[int | None]:
+    """A device for each rank; None is the calling thread's current one. Raises ConfigError where what was asked for is
+    not as many as there are ranks."""
+    count, devices = num_ranks(manifest), settings.devices
+    ranks = f"{manifest.name} was built for {count} ranks, a GPU each"
+    if devices is not None and len(devices) != count:
+        one = f"{manifest.name} was built for one GPU" if count == 1 else ranks
+        raise ConfigError(f"devices {list(devices)}: {one}: give {count} of them, or rebuild with --tp-size")
+    if devices is not None:
+        return list(devices)
+    if count > 1 and settings.device_id is not None:
+        raise ConfigError(f"device_id {settings.device_id}: {ranks}: give devices={list(range(count))} instead")
+    return [settings.device_id] if count == 1 else list(range(count))
+
+
+def _close_all(engines: dict[str, Engine], ranks: Ranks, home: HomeProcess) -> None:
     while engines and home.is_here:
         engines.popitem()[1].close()
+    if home.is_here:
+        ranks.end()

@@ -5,8 +5,10 @@ the engine. TensorRT, too, wants the engine's GPU to be the current one of the t
 makes contexts or runs them.
 """
 
+import contextlib
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from fly_trt.engines.base import EngineInfo, LoadSettings
 from fly_trt.engines.blocks import StepBlocks
 from fly_trt.engines.gpu import GpuEngine
 from fly_trt.engines.kernel_cache import KernelCache
+from fly_trt.engines.nccl import Communicator
 from fly_trt.engines.tensorrt_library import cache_folder, check_compatibility, import_library
 from fly_trt.errors import EngineError
 from fly_trt.manifest import Manifest, ModelEngine
@@ -33,13 +36,14 @@ def load(
 ) -> "TensorRTEngine":
     """The engine of one model of a directory (base.LoadEngine). It has no CPU threads to size."""
     plugins = model.tensorrt.plugin_library if model.tensorrt else None
+    name = (model.model, *model.other_ranks)[settings.rank]
     return TensorRTEngine(
-        directory / model.model,
+        directory / name,
         model,
         info,
         num_slots=settings.num_slots,
         plugin_library=directory / plugins if plugins else None,
-        kernel_cache=cache_folder() / f"{manifest.files[model.model].sha256[:16]}.kernels",
+        kernel_cache=cache_folder() / f"{manifest.files[name].sha256[:16]}.kernels",
         device_id=settings.device_id,
     )
 
@@ -95,16 +99,28 @@ class TensorRTEngine(GpuEngine):
         self._bound: OrderedDict[tuple[int, int, int], _Bound] = OrderedDict()
         self._prefill_context: Any = None
         self._prefill_lengths: set[int] = set()
+        self._communicator: Communicator | None = None
+        self._agree: Callable[[bool], bool] = lambda could: could
         self._allocate(num_slots)
 
+    def use_device(self) -> None:
+        """Makes the engine's GPU the calling thread's current one."""
+        cuda.use_device(self._device)
+
+    def join(self, communicator: Communicator, agree: Callable[[bool], bool]) -> None:
+        """What this rank sums with the others through, from the first step on; it must outlive the engine. `agree` says
+        of something that this rank could do, or could not, whether all ranks could."""
+        self._communicator, self._agree = communicator, agree
+
     def _compute(self, first_slot: int, batch_size: int, num_tokens: int) -> StepBlocks:
-        bound = self._bind(first_slot, batch_size, num_tokens)
-        if bound.graph is not None:
-            bound.graph.launch()
-        else:
-            self._enqueue(bound)
-            if bound.is_capturable:
-                self._capture(bound)
+        with self._communicator.in_use() if self._communicator else contextlib.nullcontext():
+            bound = self._bind(first_slot, batch_size, num_tokens)
+            if bound.graph is not None:
+                bound.graph.launch()
+            else:
+                self._enqueue(bound)
+                if bound.is_capturable:
+                    self._capture(bound)
         return bound.blocks
 
     def _save(self) -> None:
@@ -148,6 +164,8 @@ class TensorRTEngine(GpuEngine):
         context = self._engine.create_execution_context(self._context_settings)
         if context is None:
             raise EngineError(f"{self._library.name}: no execution context: {self._library.take_errors()}")
+        if self._communicator is not None:  # waits for the other ranks, which make the same contexts
+            self._require(context.set_communicator(self._communicator.capsule), "communicator")
         context.set_device_memory(self._scratch.address, self._scratch.num_bytes)
         if not context.set_optimization_profile_async(profile, self._stream.handle):
             raise EngineError(f"{self._library.name}: profile {profile}: {self._library.take_errors()}")
@@ -169,12 +187,17 @@ class TensorRTEngine(GpuEngine):
         self._read(bound.blocks.outputs)
 
     def _capture(self, bound: _Bound) -> None:
-        """The first run made the engine ready for this shape; what it did is recorded for the next ones."""
+        """The first run made the engine ready for this shape; what it did is recorded for the next ones. NCCL wants its
+        sums to be in the graphs of all ranks or of none."""
         self.num_preparations += 1
+        reason, graph = "another rank could not record it", None
         try:
-            bound.graph = self._stream.capture(lambda: self._enqueue(bound))
+            graph = self._stream.capture(lambda: self._enqueue(bound))
         except EngineError as error:
-            bound.is_capturable = False
-            logger.warning(
-                "steps of %s run without a CUDA graph: %s", bound.blocks.inputs.arrays["input_ids"].shape, error
-            )
+            reason = str(error)
+        if self._agree(graph is not None):
+            bound.graph = graph
+            return
+        bound.is_capturable = False
+        shape = bound.blocks.inputs.arrays["input_ids"].shape
+        logger.warning("steps of %s run without a CUDA graph: %s", shape, reason)

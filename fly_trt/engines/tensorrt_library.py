@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 # Both libraries look for a GPU at every turn and log this as an error where there is none.
 NO_DRIVER = "CUDA driver version is insufficient"
 PLUGIN, PLUGIN_VERSION, PLUGIN_NAMESPACE = "EntropyGate", "2", "fly"
+# From these on an attention behind a sum no longer makes the builder forget that there are other ranks
+# (pytorch/TensorRT #4381, #4388).
+LEAST_FOR_RANKS: dict[str, str] = {"tensorrt": "11.3", "tensorrt_rtx": "1.7.1"}
 EXTRAS: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 
 
@@ -121,6 +124,19 @@ def runs_rtx(compute_capability: str) -> bool:
     from Hopper (9.0) on, up to the GPUs of RTX cards (12.0)."""
     major, _ = _numbers(compute_capability)
     return not 9 <= major < 12
+
+
+def check_ranks(path: Path, plan: TensorRTPlan | None) -> TensorRTPlan:
+    """The plan. Raises EngineError unless its library is one whose engines may have several ranks."""
+    least = LEAST_FOR_RANKS.get(plan.library) if plan else None
+    if plan is None or least is None:
+        raise EngineError(f"{path}: only TensorRT's engines have several ranks: rebuild with --backend tensorrt")
+    if _numbers(plan.version) < _numbers(least):
+        raise EngineError(
+            f"{path}: built with {plan.library} {plan.version}, which may leave out the sums between ranks without a "
+            f"word: rebuild with {plan.library} {least} or later"
+        )
+    return plan
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -3,7 +3,8 @@
 Commands are taken between steps, so an abort takes effect within one step. A request whose queue_timeout is over is
 ended when a step that began later did not admit it, or while others have the engines. A step that raises ends the
 requests that were in it, each with an error, and then one token is run: engines that fail at that too cannot run any
-more. This ends the thread, as everything else does that is no failure of a step, and every caller is told.
+more. This ends the thread, as does an engine that says that it is dead and everything else that is no failure of a
+step, and every caller is told.
 """
 
 import logging
@@ -31,6 +32,7 @@ from fly_trt.runtime.request import Request
 logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 60.0
+STUCK_SECONDS = 5.0
 ROOM_POLL_SECONDS = 0.02
 
 
@@ -54,6 +56,7 @@ class EngineThread:
         self._aborts: deque[RequestGroup] = deque()
         self._is_stopping = False
         self._failure: str | None = None
+        self._has_told = threading.Event()  # set when nobody waits for anything any more
         self._wake = threading.Event()  # set after each change that the thread has to see
         self._thread = threading.Thread(target=self._run, name="fly-trt engine", daemon=True)
         self._thread.start()
@@ -120,6 +123,16 @@ class EngineThread:
                 "ends: end the process if it does not"
             )
 
+    def fail(self, reason: str) -> None:
+        """The engines cannot run any more: the thread ends, and every caller is told, also where the step that it is in
+        does not come back. Any thread may say so."""
+        self._failure = self._failure or reason
+        self._wake.set()
+        if self._thread is threading.current_thread():
+            return  # it is told by the engines themselves
+        if not self._has_told.wait(STUCK_SECONDS):
+            self._fail(EngineDeadError(reason))
+
     def check_running(self) -> None:
         """Raises EngineDeadError after a failure, ConfigError after shutdown and in a forked process."""
         self._home.check()
@@ -131,6 +144,8 @@ class EngineThread:
     def _run(self) -> None:
         try:
             while not self._is_stopping:
+                if self._failure is not None:
+                    raise EngineDeadError(self._failure)
                 self._end_aborted()
                 if not self._executor.has_work:
                     self._turn.leave(self._wake)
@@ -143,17 +158,21 @@ class EngineThread:
                 self._wake.clear()
             for group in list(self._groups.values()):
                 self._end(group)
+        except EngineDeadError as error:  # whoever found it has said it
+            logger.debug("the engine thread stopped: %s", error)
+            self._fail(error)
         except BaseException as error:  # also what is meant to end a thread or the process: callers wait
             logger.exception("the engine thread stopped")
             self._fail(error)
         finally:
+            self._has_told.set()
             self._turn.leave(self._wake)
             self._close()
 
     def _serve(self) -> None:
         """Runs steps until nothing is left to do. While others want the turn, what waits is not admitted."""
         self._executor.is_admitting = True
-        while self._executor.has_work and not self._is_stopping:
+        while self._executor.has_work and not self._is_stopping and self._failure is None:
             began = time.monotonic()
             self._step()
             self._end_aborted()
@@ -165,6 +184,8 @@ class EngineThread:
     def _step(self) -> None:
         try:
             changed = self._executor.step()
+        except EngineDeadError:
+            raise
         except Exception as error:
             logger.exception("a step failed, and its requests end with an error")
             self._deliver(self._executor.fail_running(one_line(error)))

@@ -6,7 +6,7 @@ no requests; an inbox is the way in.
 
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fly_trt.drafting import DRAFTERS, Drafter, DraftParts, MakeDrafter
@@ -44,6 +44,21 @@ class Service:
         else:
             engines = LoadedEngines(engine_dir, **config.engine_settings())
             release = engines.close
+        try:
+            self._make(engines, release, speculative_config, config, drafter)
+        except BaseException:
+            release()  # they may have processes
+            raise
+
+    def _make(
+        self,
+        engines: LoadedEngines,
+        release: Callable[[], None],
+        speculative_config: SpeculativeConfig | Mapping[str, Any] | None,
+        config: ServiceConfig,
+        drafter: Drafter | MakeDrafter | None,
+    ) -> None:
+        """`release` is the engine thread's to call from its start on."""
         self.manifest: Manifest = engines.manifest
         if not isinstance(speculative_config, SpeculativeConfig):
             speculative_config = resolve_speculative_config(self.manifest, speculative_config or {})
@@ -69,6 +84,7 @@ class Service:
             with engines.turn.held():
                 loop.warm_up()
         self._thread = EngineThread(loop, release, engines.turn)
+        engines.when_failed(self._thread.fail)
         # Also when the interpreter ends without a shutdown(): the thread must not run into a library's teardown.
         self._finalizer = weakref.finalize(self, self._thread.shutdown)
 

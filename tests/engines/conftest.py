@@ -10,6 +10,7 @@ from fly_trt.engines import Engine
 from simulated_cuda import SimulatedCuda
 from simulated_onnxruntime import SimulatedOnnxRuntime
 from simulated_onnxruntime import install as install_onnxruntime
+from simulated_ranks import faults_of_ranks, install_node, shard
 from simulated_tensorrt import install
 
 
@@ -37,6 +38,36 @@ def gpu(monkeypatch: pytest.MonkeyPatch, kernels: Path) -> Iterator[SimulatedCud
     cuda = install(monkeypatch)
     yield cuda
     assert cuda.faults == []
+
+
+@pytest.fixture(scope="session")
+def two_ranks(build_once: Callable[..., Path], simulated_engine: Path) -> Path:
+    """Target and draft over two ranks."""
+    return build_once("two_ranks", lambda path: shard(simulated_engine, path, target=2, draft=2))
+
+
+@pytest.fixture(scope="session")
+def four_ranks(build_once: Callable[..., Path], simulated_engine: Path) -> Path:
+    """The target over four ranks, which share KV heads, and the draft over two of them."""
+    return build_once("four_ranks", lambda path: shard(simulated_engine, path, target=4, draft=2))
+
+
+@pytest.fixture(scope="session")
+def draft_alone(build_once: Callable[..., Path], simulated_engine: Path) -> Path:
+    """The target over two ranks, and the draft on rank 0."""
+    return build_once("draft_alone", lambda path: shard(simulated_engine, path, target=2, draft=1))
+
+
+@pytest.fixture
+def node(monkeypatch: pytest.MonkeyPatch, kernels: Path, tmp_path: Path) -> Iterator[SimulatedCuda]:
+    """Eight GPUs, of which this process and those of the ranks that it starts have the same view. Nothing may go wrong
+    on one of them."""
+    folder = tmp_path / "node"
+    folder.mkdir()
+    cuda = install_node(monkeypatch, folder)
+    yield cuda
+    assert cuda.faults == []
+    assert faults_of_ranks(folder) == []
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Steps that raise: what was in them ends with an error, and everything else goes on as if nothing had happened."""
 
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -221,3 +222,45 @@ def test_caches_that_cannot_be_made_smaller_end_what_runs_and_nothing_else() -> 
     assert is_over(thread, engine)
     assert failing.is_empty()
     assert other.is_empty()
+
+
+def test_an_engine_that_says_that_it_is_dead_is_not_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    engine = SteppedEngine(num_slots=2)
+    thread = EngineThread(make_loop(engine), engine.close)
+    engine.failure = EngineDeadError("rank 1 was killed")
+    inboxes = [Inbox() for _ in range(3)]
+    thread.submit([make_group([3, 4, 5], inbox, str(number)) for number, inbox in enumerate(inboxes)])
+    for inbox in inboxes:
+        error = inbox.error()
+        assert isinstance(error, EngineDeadError)
+        assert str(error) == "the engine stopped after an error (rank 1 was killed): make a new one"
+    assert is_over(thread, engine)
+    assert engine.arrived.acquire(blocking=False)
+    assert not engine.arrived.acquire(blocking=False)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_engines_that_fail_while_nothing_is_served_end_the_thread() -> None:
+    engine = SteppedEngine()
+    thread = EngineThread(make_loop(engine), engine.close)
+    thread.check_running()
+    thread.fail("rank 1 was killed")
+    for refused in (thread.check_running, lambda: thread.submit([make_group([3, 4, 5], Inbox())])):
+        with pytest.raises(EngineDeadError, match=r"^the engine stopped after an error \(rank 1 was killed\): make a "):
+            refused()
+    assert is_over(thread, engine)
+
+
+def test_callers_are_told_although_the_step_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fly_trt.runtime.thread.STUCK_SECONDS", 0.1)
+    engine = SteppedEngine(num_slots=1, is_free=False)
+    thread = EngineThread(make_loop(engine), engine.close)
+    inboxes = [Inbox() for _ in range(3)]
+    thread.submit([make_group([3, 4, 5], inbox, str(number)) for number, inbox in enumerate(inboxes)])
+    assert engine.arrived.acquire(timeout=SECONDS)
+    thread.fail("rank 1 was killed")
+    for inbox in inboxes:
+        assert str(inbox.error()) == "the engine stopped after an error (rank 1 was killed): make a new one"
+    engine.failure = EngineDeadError("rank 1 was killed")
+    assert is_over(thread, engine)
+    assert all(inbox.is_empty() for inbox in inboxes)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fly_trt.engines.cores import available_cores
+from fly_trt.engines.directory import num_ranks
 from fly_trt.errors import ConfigError
 from fly_trt.manifest import read_manifest
 from fly_trt.params import SpeculativeConfig
@@ -20,7 +21,7 @@ from fly_trt.service.config import DEFAULT_MAX_QUEUE_SIZE, ServiceConfig, resolv
 ENGINE_DIR = "engine_dir"
 EXCLUDE_INPUT = "exclude_input_in_output"
 SPECULATIVE = tuple(field.name for field in dataclasses.fields(SpeculativeConfig))
-# max_queue_size is the queue policy's; Triton says which device an instance has.
+# max_queue_size is the queue policy's; Triton says which device an instance has that has one.
 SERVICE = tuple(
     field.name for field in dataclasses.fields(ServiceConfig) if field.name not in ("max_queue_size", "device_id")
 )
@@ -54,11 +55,19 @@ class ModelConfiguration:
     allows_own_timeout: bool
 
     @classmethod
-    def read(cls, model_config: Mapping[str, Any], version_dir: Path, instance_kind: str, device_id: int) -> Self:
+    def read(
+        cls,
+        model_config: Mapping[str, Any],
+        version_dir: Path,
+        instance_kind: str,
+        device_id: int,
+        instance_name: str = "",
+    ) -> Self:
         """From the configuration that Triton hands to a model instance.
 
-        version_dir: the folder of model.py. instance_kind: "CPU" or "GPU". Raises ConfigError for a parameter that is
-        unknown or cannot be used, EngineError for a directory that is no engine.
+        version_dir: the folder of model.py. instance_kind: "CPU", "GPU", or "MODEL" for an instance over several GPUs,
+        which takes its own of those that `devices` names, by the number that its name ends with. Raises ConfigError for
+        a parameter that is unknown or cannot be used, EngineError for a directory that is no engine.
         """
         values = _read_parameters(model_config)
         if ENGINE_DIR not in values:
@@ -69,9 +78,12 @@ class ModelConfiguration:
             raise ConfigError(f"config.pbtxt: {EXCLUDE_INPUT} {excludes_input!r}: expected true or false")
         settings = {name: values.pop(name) for name in SERVICE if name in values}
         method = {"method": values["method"]} if "method" in values else {}  # the default acceptance follows from it
-        defaults = dataclasses.asdict(resolve_speculative_config(read_manifest(engine_dir), method))
+        manifest = read_manifest(engine_dir)
+        defaults = dataclasses.asdict(resolve_speculative_config(manifest, method))
         if instance_kind == "GPU":
             settings["device_id"] = device_id
+        elif instance_kind == "MODEL" and isinstance(settings.get("devices"), list):
+            settings["devices"] = _of_instance(settings["devices"], num_ranks(manifest), instance_name)
         else:
             settings.setdefault("num_threads", _threads_of_an_instance(model_config))
         policy = model_config.get("dynamic_batching", {}).get("default_queue_policy", {})
@@ -98,6 +110,18 @@ def _read_parameters(model_config: Mapping[str, Any]) -> dict[str, Any]:
         text = parameter["string_value"]
         values[name] = text if name == ENGINE_DIR else _from_text(text)
     return values
+
+
+def _of_instance(devices: list[Any], count: int, instance_name: str) -> list[Any]:
+    """Those of one instance, of which each has `count`; Triton's names end with _0, _1 and so on."""
+    number = instance_name.rpartition("_")[2]
+    begin = count * int(number) if number.isdecimal() else 0
+    if len(own := devices[begin : begin + count]) < count:
+        raise ConfigError(
+            f"config.pbtxt: devices {devices}: {instance_name} needs {count} of its own: give {begin + count} of them, "
+            "or fewer instances"
+        )
+    return own
 
 
 def _threads_of_an_instance(model_config: Mapping[str, Any]) -> int | None:

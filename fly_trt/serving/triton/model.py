@@ -92,6 +92,7 @@ class TritonPythonModel:
                 Path(args["model_repository"]) / version,
                 args["model_instance_kind"],
                 int(args["model_instance_device_id"]),
+                args["model_instance_name"],
             )
             self._llm = AsyncLLM(
                 self._configuration.engine_dir,

@@ -13,6 +13,7 @@ import jinja2
 
 import fly_trt
 from fly_trt.engines import find_backend
+from fly_trt.engines.directory import num_ranks
 from fly_trt.errors import ConfigError
 from fly_trt.files import new_directory
 from fly_trt.manifest import MANIFEST_NAME, Manifest, read_manifest
@@ -72,7 +73,8 @@ def make_plan(
     """Checks everything that can be checked before something is written.
 
     instances: processes, each with engines of its own; of TensorRT engines on each GPU. gpus: their ids, as the server
-    counts them; none means all. queue_timeout: seconds that a request may wait, 0 is forever. speculative: overrides of
+    counts them; none means all. An engine of several ranks has an instance on so many GPUs, the first ones where none
+    are named. queue_timeout: seconds that a request may wait, 0 is forever. speculative: overrides of
     the engine's SpeculativeConfig. settings: fields of ServiceConfig. Raises ConfigError or EngineError.
     """
     engine_dir = engine_dir.expanduser().resolve()
@@ -85,13 +87,16 @@ def make_plan(
         raise ConfigError(f"queue_timeout {queue_timeout}: expected 0 to {MAX_QUEUE_SECONDS:g} seconds, 0 for no limit")
     is_gpu = find_backend(engine_dir, manifest).is_gpu
     _check_gpus(gpus, manifest, is_gpu)
+    settings = dict(settings or {})
+    place = f"on {'GPUs ' + ', '.join(map(str, gpus)) + ' each' if gpus else 'each GPU'}"
+    kind = "KIND_GPU" if is_gpu else "KIND_CPU"
+    if (count := num_ranks(manifest)) > 1:
+        instances, settings["devices"] = _spread(instances, gpus, count, manifest)
+        kind, gpus, place = "KIND_MODEL", (), f"over {count} GPUs of {', '.join(map(str, settings['devices']))}"
     model_dir = repository.expanduser().absolute() / name
     _check_place(model_dir, engine_dir, overwrite)
     config = resolve_speculative_config(manifest, speculative or {})
-    sizes = resolve_sizes(
-        ServiceConfig.from_dict({**(settings or {}), "max_queue_size": max_queue_size}), config, manifest
-    )
-    gpus_text = f"GPUs {', '.join(map(str, gpus))} each" if gpus else "each GPU"
+    sizes = resolve_sizes(ServiceConfig.from_dict({**settings, "max_queue_size": max_queue_size}), config, manifest)
     text = _template().render(
         version=fly_trt.__version__,
         engine=manifest.name,
@@ -99,12 +104,12 @@ def make_plan(
         max_queue_size=max_queue_size,
         queue_timeout_us=round(queue_timeout * 1e6),
         instances=instances,
-        kind="KIND_GPU" if is_gpu else "KIND_CPU",
+        kind=kind,
         gpus=gpus,
         parameters=write_parameters(
             COPIED_ENGINE if copy_engines else str(engine_dir),
             config,
-            settings or {},
+            settings,
             exclude_input_in_output=exclude_input_in_output,
         ),
         inputs=INPUTS,
@@ -119,7 +124,7 @@ def make_plan(
         facts={
             "engines": f"{engine_dir} ({'copied' if copy_engines else 'referenced'})",
             "backend": manifest.backend,
-            "instances": instances if not is_gpu else f"{instances} on {gpus_text}",
+            "instances": f"{instances} {place}" if is_gpu else instances,
             "requests in flight": sizes.max_batch_size,
             "method": config.method or "none",
             "acceptance": config.acceptance,
@@ -151,6 +156,19 @@ def _check_gpus(gpus: Sequence[int], manifest: Manifest, is_gpu: bool) -> None:
         )
     if any(gpu < 0 for gpu in gpus) or len(set(gpus)) != len(gpus):
         raise ConfigError(f"gpus {', '.join(map(str, gpus))}: expected different ids, 0 and up")
+
+
+def _spread(instances: int, gpus: Sequence[int], count: int, manifest: Manifest) -> tuple[int, list[int]]:
+    """How many instances there are, and the devices of all of them: `count` for each."""
+    if not gpus:
+        return instances, list(range(count * instances))
+    if len(gpus) % count or instances not in (1, len(gpus) // count):
+        wanted = f"{count * instances}" if instances > 1 else f"{count}, or a multiple of that,"
+        raise ConfigError(
+            f"gpus {', '.join(map(str, gpus))}: {manifest.name} was built for {count} ranks, a GPU each: give {wanted} "
+            "of them"
+        )
+    return len(gpus) // count, list(gpus)
 
 
 def _check_place(model_dir: Path, engine_dir: Path, overwrite: bool) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from google.protobuf import text_format
+from google.protobuf import json_format, text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup, ModelQueuePolicy
 
 from fly_trt import ConfigError, EngineError
 from fly_trt.manifest import MANIFEST_NAME, hash_directory, read_manifest, write_manifest
-from fly_trt.service.config import DEFAULT_MAX_QUEUE_SIZE
+from fly_trt.service.config import DEFAULT_MAX_QUEUE_SIZE, ServiceConfig
+from fly_trt.serving.triton.configuration import ModelConfiguration
 from fly_trt.serving.triton.repository import COPY_BLOCK_BYTES, RepositoryPlan, make_plan, write_model
 from fly_trt.serving.triton.tensors import INPUTS, OUTPUTS
 
@@ -158,6 +159,59 @@ def test_tensorrt_engines_have_instances_on_gpus(
     (group,) = parsed(plan).instance_group
     assert (group.kind, group.count, list(group.gpus)) == (ModelInstanceGroup.Kind.KIND_GPU, count, gpus)
     assert plan.facts["instances"] == fact
+
+
+@pytest.fixture
+def ranked_engine(demo_engine: Path, tmp_path: Path) -> Path:
+    """An engine of two ranks, as far as its manifest goes."""
+    target = read_manifest(demo_engine).target
+    ranked = target.model_copy(update={"other_ranks": [target.model]})
+    return make_engine(demo_engine, tmp_path / "engines" / "ranked", backend="tensorrt", name="ranked", target=ranked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "count", "devices", "fact"),
+    [
+        ({}, 1, [0, 1], "1 over 2 GPUs of 0, 1"),
+        ({"instances": 2}, 2, [0, 1, 2, 3], "2 over 2 GPUs of 0, 1, 2, 3"),
+        ({"gpus": [6, 3]}, 1, [6, 3], "1 over 2 GPUs of 6, 3"),
+        ({"gpus": [6, 3, 0, 1]}, 2, [6, 3, 0, 1], "2 over 2 GPUs of 6, 3, 0, 1"),
+        ({"gpus": [6, 3, 0, 1], "instances": 2}, 2, [6, 3, 0, 1], "2 over 2 GPUs of 6, 3, 0, 1"),
+    ],
+)
+def test_engines_of_several_ranks_have_instances_over_gpus(
+    ranked_engine: Path, repository: Path, asked: dict[str, Any], count: int, devices: list[int], fact: str
+) -> None:
+    """Each instance, as Triton names them, finds its own."""
+    plan = make_plan(ranked_engine, repository, **asked)
+    (group,) = parsed(plan).instance_group
+    assert (group.kind, group.count, list(group.gpus)) == (ModelInstanceGroup.Kind.KIND_MODEL, count, [])
+    assert plan.facts["instances"] == fact
+    config = json_format.MessageToDict(parsed(plan), preserving_proto_field_name=True)
+    found = []
+    for number in range(count):
+        read = ModelConfiguration.read(config, repository, "MODEL", 0, f"fly_0_{number}")
+        assert "device_id" not in read.settings
+        found += ServiceConfig.from_dict(read.settings).devices
+    assert found == devices
+    with pytest.raises(ConfigError, match=rf"^config.pbtxt: devices .*: fly_0_{count} needs 2 of its own: give "):
+        ModelConfiguration.read(config, repository, "MODEL", 0, f"fly_0_{count}")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"gpus": [0]}, "gpus 0: ranked was built for 2 ranks, a GPU each: give 2, or a multiple of that, of them"),
+        ({"gpus": [0, 1, 2]}, "gpus 0, 1, 2: ranked was built for 2 ranks"),
+        ({"gpus": [0, 1], "instances": 2}, "gpus 0, 1: ranked was built for 2 ranks, a GPU each: give 4 of them"),
+    ],
+)
+def test_gpus_that_are_no_multiple_of_the_ranks_are_refused(
+    ranked_engine: Path, repository: Path, asked: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_plan(ranked_engine, repository, **asked)
+    assert str(caught.value).startswith(message)
 
 
 def test_cpu_engines_have_instances_on_the_cpu(engine: Path, repository: Path) -> None:

@@ -1,0 +1,110 @@
+"""What rank 0 and the other ranks of an engine say to each other: a header of fixed size, and bytes behind it.
+
+A step is one small message with its inputs as they are; no array is pickled. It knows sockets and the inputs of a step,
+and nothing of processes.
+"""
+
+import enum
+import signal
+import socket
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fly_trt.engines.base import Step
+from fly_trt.engines.blocks import INPUTS
+
+NOT_TAKEN = (signal.SIGINT, signal.SIGTERM)  # signals that a terminal or a service manager sends to all processes
+HEADER = struct.Struct("<BBxxxxxxqqqQ")
+JOIN_ALL = 1 << 20  # bytes below which header and payload are joined to one packet
+
+
+class Op(enum.IntEnum):
+    """Rank 0 says LOAD to END, of one engine but for END; the numbers are those of the Engine's method. The others
+    answer LOAD, JOIN and END with DONE, TEST with LOGITS, and what went wrong with FAILED, the last that they say. In
+    the middle of a step each may say COULD, whether it could do something, and is told COULD, whether all could."""
+
+    LOAD = 1
+    JOIN = 2
+    TEST = 3
+    RUN = 4
+    COPY_SLOT = 5
+    SWAP_SLOTS = 6
+    CLEAR_SLOT = 7
+    TRIM = 8
+    CLOSE = 9
+    END = 10
+    DONE = 11
+    LOGITS = 12
+    FAILED = 13
+    COULD = 14
+
+
+class Message(NamedTuple):
+    """`numbers`: first_slot, B and T of a step; what the other methods take, and zeros."""
+
+    op: Op
+    engine: int
+    numbers: tuple[int, int, int]
+    payload: bytes
+
+
+class Channel:
+    """One end of a connection."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def send(self, op: Op, engine: int = 0, numbers: Sequence[int] = (), payload: bytes = b"") -> None:
+        """numbers: at most three. Raises OSError where nobody is there any more."""
+        first, second, third = (*numbers, 0, 0, 0)[:3]
+        header = HEADER.pack(op, engine, first, second, third, len(payload))
+        if len(payload) <= JOIN_ALL:
+            self._connection.sendall(header + payload)
+        else:
+            self._connection.sendall(header)
+            self._connection.sendall(payload)
+
+    def receive(self) -> Message | None:
+        """The next message; None where the other end is gone."""
+        header = self._read(HEADER.size)
+        if header is None:
+            return None
+        op, engine, first, second, third, size = HEADER.unpack(header)
+        payload = self._read(size)
+        return None if payload is None else Message(Op(op), engine, (first, second, third), payload)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _read(self, size: int) -> bytes | None:
+        content = bytearray(size)
+        view, done = memoryview(content), 0
+        while done < size:
+            try:
+                received = self._connection.recv_into(view[done:])
+            except OSError:
+                return None
+            if not received:
+                return None
+            done += received
+        return bytes(content)
+
+
+def pack_inputs(step: Step) -> bytes:
+    """The inputs of a step, one behind the other in the order of INPUTS."""
+    return b"".join(getattr(step, name).tobytes() for name in INPUTS)
+
+
+def unpack_inputs(payload: bytes, step: Step) -> None:
+    """Fills a step of the same shape."""
+    begin = 0
+    for name, dtype in INPUTS.items():
+        target = getattr(step, name)
+        target[...] = np.frombuffer(payload, dtype, target.size, begin).reshape(target.shape)
+        begin += target.nbytes

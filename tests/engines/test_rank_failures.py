@@ -1,0 +1,266 @@
+"""How engines of several ranks end: whoever dies, at whatever moment, there is one line for the callers, and no hang,
+no process and no zombie is left. GPUs and their library are simulated; processes, signals and sockets are real.
+"""
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import simulated_nccl
+from fly_trt import LLM, EngineDeadError, EngineError, SamplingParams
+from fly_trt.engines import rank_group
+from simulated_cuda import Error, SimulatedCuda
+from simulated_ranks import BROKEN, rank_processes
+
+PROGRAM = Path(__file__).parents[1] / "ranked_program.py"
+SIZES: dict[str, Any] = {"max_batch_size": 2, "max_seq_len": 300}
+LONG = SamplingParams(max_tokens=160, ignore_eos=True)
+PROMPT = "### Instruction:\nSpell out: 21.\n### Response:\n"
+SECONDS = 60.0  # nothing here takes nearly as long
+KILLED = r"rank [1-3] \(process \d+, device [1-3]\) was killed by SIGKILL: all ranks were ended, load the engines again"
+STOPPED = rf"(prompts\[\d\]: )?the engine stopped after an error \({KILLED}\): make a new one"
+
+
+def wait_until(is_met: Any, what: str) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not is_met():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def serve(engine_dir: Path, told: list[str], is_loaded: threading.Event) -> None:
+    """Loads and serves until that fails; `told` takes what each caller is told."""
+    try:
+        with LLM(engine_dir, **SIZES) as llm:
+            is_loaded.set()
+            with pytest.raises(EngineError) as caught:
+                serve_on(llm)
+            told.append(str(caught.value))
+            with pytest.raises(EngineDeadError) as caught:
+                llm.generate(PROMPT, LONG)
+            told.append(str(caught.value))
+    except EngineError as error:
+        told.append(str(error))
+
+
+def serve_on(llm: LLM) -> None:
+    while True:
+        llm.generate([PROMPT, PROMPT], LONG)
+
+
+def kill_one(engine_dir: Path, rng: random.Random, node: SimulatedCuda) -> bool:
+    """Kills a rank while the engines are loaded or serve, and returns whether they were loaded then."""
+    told: list[str] = []
+    is_loaded = threading.Event()
+    serving = threading.Thread(target=serve, args=(engine_dir, told, is_loaded), daemon=True)
+    serving.start()
+    wait_until(lambda: rank_processes() or not serving.is_alive(), "no process was started")
+    if rng.random() < 0.6:
+        assert is_loaded.wait(SECONDS)
+    time.sleep(rng.uniform(0, 2.5))
+    victim = rng.choice(rank_processes())
+    was_loaded = is_loaded.is_set()
+    os.kill(victim, signal.SIGKILL)
+    serving.join(SECONDS)
+    assert not serving.is_alive(), "a caller was never told"
+    assert told
+    for line in told:
+        assert re.fullmatch(f"{KILLED}|{STOPPED}", line), line
+        assert f"(process {victim}, " in line
+    assert rank_processes() == []
+    assert not [thread.name for thread in threading.enumerate() if thread.name in ("fly-trt ranks", "fly-trt engine")]
+    node.faults.clear()  # of a sum that was aborted
+    return was_loaded
+
+
+def test_whichever_rank_is_killed_at_whatever_moment_its_callers_are_told(
+    node: SimulatedCuda, two_ranks: Path, four_ranks: Path, is_long: bool
+) -> None:
+    rng = random.Random(16)
+    moments = [kill_one(four_ranks if at % 4 == 3 else two_ranks, rng, node) for at in range(100 if is_long else 8)]
+    assert set(moments) == {False, True}
+
+
+def test_a_rank_that_dies_while_nothing_is_served_is_noticed(node: SimulatedCuda, two_ranks: Path) -> None:
+    with LLM(two_ranks, **SIZES) as llm:
+        llm._service.check_running()
+        os.kill(rank_processes()[0], signal.SIGKILL)
+        wait_until(lambda: not rank_processes(), "a process is left")
+        for check in (llm._service.check_running, lambda: llm.generate(PROMPT, LONG)):
+            with pytest.raises(EngineDeadError) as caught:
+                check()
+            assert re.fullmatch(STOPPED, str(caught.value))
+
+
+def test_callers_are_told_although_the_sum_is_not_let_go(
+    node: SimulatedCuda, two_ranks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's abort is known to hang at times."""
+    is_let_go, abort = threading.Event(), simulated_nccl.Communicator.abort
+
+    def hang(communicator: simulated_nccl.Communicator) -> None:
+        is_let_go.wait(SECONDS)
+        abort(communicator)
+
+    monkeypatch.setattr(simulated_nccl.Communicator, "abort", hang)
+    monkeypatch.setattr("fly_trt.runtime.thread.STUCK_SECONDS", 0.5)
+    with LLM(two_ranks, **SIZES) as llm:
+        kill = threading.Timer(0.5, os.kill, (rank_processes()[0], signal.SIGKILL))
+        kill.start()
+        with pytest.raises(EngineDeadError) as caught:
+            serve_on(llm)
+        assert re.fullmatch(STOPPED, str(caught.value))
+        assert rank_processes() == []
+        is_let_go.set()
+    node.faults.clear()
+
+
+@pytest.mark.parametrize(("call", "after"), [("cudaGraphLaunch", 3), ("cudaStreamSynchronize", 40), ("cudaMalloc", 4)])
+def test_what_goes_wrong_on_another_gpu_is_told_with_its_rank(
+    call: str, after: int, node: SimulatedCuda, two_ranks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(BROKEN, json.dumps({"device": 1, "call": call, "after": after}))
+    told: list[str] = []
+    serve(two_ranks, told, threading.Event())
+    assert told
+    for line in told:
+        assert re.search(r"rank 1 \(process \d+, device 1\): CUDA: cudaErrorIllegalAddress: ", line), line
+        assert "\n" not in line
+    assert rank_processes() == []
+    node.faults.clear()
+
+
+def test_what_goes_wrong_on_the_first_gpu_ends_the_other_ranks(node: SimulatedCuda, two_ranks: Path) -> None:
+    with LLM(two_ranks, **SIZES) as llm:
+        node.refused["cudaGraphLaunch"] = Error.cudaErrorLaunchFailure
+        with pytest.raises(EngineError, match=r"rank 0 \(this process, device 0\): CUDA: cudaErrorLaunchFailure"):
+            llm.generate(PROMPT, LONG)
+        wait_until(lambda: not rank_processes(), "a process is left")
+
+
+def test_a_rank_that_does_not_answer_is_ended_by_force(
+    node: SimulatedCuda, two_ranks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_group, "END_SECONDS", 0.5)
+    llm = LLM(two_ranks, **SIZES)
+    os.kill(rank_processes()[0], signal.SIGSTOP)
+    llm.shutdown()
+    assert rank_processes() == []
+    llm.shutdown()
+
+
+def test_signals_that_all_processes_get_are_the_first_ones_to_answer(node: SimulatedCuda, two_ranks: Path) -> None:
+    with LLM(two_ranks, **SIZES) as llm:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(rank_processes()[0], number)
+        assert llm.generate(PROMPT, SamplingParams(max_tokens=8))[0].outputs[0].text
+
+
+def test_a_start_that_is_refused_leaves_no_process(node: SimulatedCuda, draft_alone: Path) -> None:
+    node.free_bytes = 4 << 20  # on the first GPU
+    with pytest.raises(EngineError, match="cudaErrorMemoryAllocation"):
+        LLM(draft_alone)
+    assert rank_processes() == []
+
+
+def program(engine_dir: Path, *arguments: str) -> contextlib.AbstractContextManager["subprocess.Popen[str]"]:
+    return started([sys.executable, str(PROGRAM), str(engine_dir), *arguments])
+
+
+@contextlib.contextmanager
+def started(command: list[str]) -> Iterator["subprocess.Popen[str]"]:
+    """A process group of its own, of which nothing is left afterwards."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_the_other_ranks_end_with_the_first_one(number: signal.Signals, node: SimulatedCuda, two_ranks: Path) -> None:
+    """Also in the middle of a sum. Ctrl-C reaches all of them."""
+    with program(two_ranks) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        (os.killpg if number is signal.SIGINT else os.kill)(process.pid, number)
+        process.wait(SECONDS)
+        wait_until(lambda: not rank_processes(process.pid), "a process is left")
+
+
+def test_the_other_ranks_end_with_the_first_one_whenever_it_is_killed(
+    node: SimulatedCuda, two_ranks: Path, is_long: bool
+) -> None:
+    rng = random.Random(17)
+    for _ in range(20 if is_long else 2):
+        with program(two_ranks) as process:
+            wait_until(lambda pid=process.pid: rank_processes(pid), "no process was started")
+            time.sleep(rng.uniform(0, 3))
+            process.kill()
+            process.wait(SECONDS)
+            wait_until(lambda pid=process.pid: not rank_processes(pid), "a process is left")
+
+
+def test_a_process_that_was_forked_from_the_first_one_keeps_no_rank_alive(node: SimulatedCuda, two_ranks: Path) -> None:
+    with program(two_ranks, "fork") as process:
+        assert process.stdout is not None
+        said = {process.stdout.readline().strip() for _ in range(2)}
+        (forked,) = said - {"ready"}
+        process.kill()
+        process.wait(SECONDS)
+        wait_until(lambda: not rank_processes(process.pid), "a process is left")
+        os.kill(int(forked), 0)  # it lives
+
+
+@contextlib.contextmanager
+def generate(engine_dir: Path) -> Iterator["subprocess.Popen[str]"]:
+    """fly-generate with a long answer, in a process group of its own."""
+    flags = ["--max-tokens", "290", "--ignore-eos"]
+    with started([sys.executable, "-m", "fly_trt.cli.generate", str(engine_dir), PROMPT, *flags]) as process:
+        yield process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("moment", ["answering", "loading"])
+def test_the_command_line_ends_as_it_does_with_one_gpu(
+    number: signal.Signals, moment: str, node: SimulatedCuda, two_ranks: Path
+) -> None:
+    """All its processes get the signal, and one line is said."""
+    with generate(two_ranks) as process:
+        assert process.stdout is not None
+        if moment == "answering":
+            process.stdout.read(1)
+        else:
+            wait_until(lambda: rank_processes(process.pid), "no process was started")
+        os.killpg(process.pid, number)
+        _, errors = process.communicate(timeout=SECONDS)
+        assert process.returncode != 0
+        said = "terminated" if number is signal.SIGTERM else "interrupted"
+        assert errors.strip() == f"fly-generate: {said}"
+        wait_until(lambda: not rank_processes(process.pid), "a process is left")
+
+
+def test_the_command_line_says_in_one_line_that_a_rank_was_killed(node: SimulatedCuda, two_ranks: Path) -> None:
+    with generate(two_ranks) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        os.kill(rank_processes(process.pid)[0], signal.SIGKILL)
+        _, errors = process.communicate(timeout=SECONDS)
+        assert process.returncode != 0
+        assert re.fullmatch(rf"fly-generate: {STOPPED}", errors.strip()), errors
