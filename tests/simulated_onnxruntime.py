@@ -90,6 +90,8 @@ class InferenceSession:
                 runs = 1
                 if is_captured:
                     runs = 1 if graph_id in self.graphs else 1 + RUNS_BEFORE_A_GRAPH
+                    if runs > 1 and self.cuda.captures_of_engines != "succeed":
+                        raise Failure(Error.cudaErrorStreamCaptureUnsupported)
                     if self.graphs.setdefault(graph_id, tensors) != tensors:
                         raise Failure(Error.cudaErrorLaunchFailure, f"graph {graph_id} was captured with other tensors")
                     self.cuda.calls["graph launches of sessions"] += runs == 1
@@ -124,7 +126,6 @@ class SimulatedOnnxRuntime:
     def __init__(self, cuda: SimulatedCuda) -> None:
         self.cuda = cuda
         self.__version__ = "1.31.1"
-        self.__file__ = ort.__file__
         self.loads_provider = True
         self.sessions: list[InferenceSession] = []
 
@@ -146,4 +147,6 @@ def install(patch: pytest.MonkeyPatch, cuda: SimulatedCuda) -> SimulatedOnnxRunt
     """Makes this the ONNX Runtime of engines of a GPU, until the patch is undone; the CPU's keep the real one."""
     library = SimulatedOnnxRuntime(cuda)
     patch.setattr(onnxruntime_cuda, "ort", library)
+    missing = "libcublas.so.13: cannot open shared object file"
+    patch.setattr(onnxruntime_cuda, "_missing_library", lambda: None if library.loads_provider else missing)
     return library

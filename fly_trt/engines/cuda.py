@@ -196,3 +196,10 @@ class Stream:
             if graph is not None:
                 runtime.cudaGraphDestroy(graph)
         return Graph(runtime, executable, self.handle)
+
+    def end_capture(self) -> None:
+        """Makes the stream usable again where somebody else's capture failed and was left open."""
+        error, graph = self._runtime.cudaStreamEndCapture(self.handle)
+        if not error.value and graph is not None:
+            self._runtime.cudaGraphDestroy(graph)
+        self._runtime.cudaGetLastError()

@@ -12,6 +12,7 @@ ONNX Runtime falls back to the CPU where anything is missing, and says so in its
 import contextlib
 import ctypes
 import io
+import logging
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from fly_trt.engines.gpu import GpuEngine, StepSizes
 from fly_trt.engines.onnxruntime import session_options
 from fly_trt.errors import EngineError, one_line
 from fly_trt.manifest import Dtype, Manifest, ModelEngine
+
+logger = logging.getLogger(__name__)
 
 PROVIDER = "CUDAExecutionProvider"
 PROVIDER_LIBRARY = "libonnxruntime_providers_cuda.so"
@@ -71,6 +74,7 @@ class _Bound:
     blocks: StepBlocks
     binding: Any
     options: Any
+    has_run: bool = False
 
 
 class OnnxRuntimeCudaEngine(GpuEngine):
@@ -97,20 +101,41 @@ class OnnxRuntimeCudaEngine(GpuEngine):
                 f"{model_path}: bfloat16 needs compute capability {BFLOAT16_CAPABILITY}, this GPU has {capability}: "
                 "rebuild with --dtype float16"
             )
+        self._max_graphs = MAX_GRAPHS
         self._captured: dict[_Shape, _Bound] = {}
         self._uncaptured: OrderedDict[_Shape, _Bound] = OrderedDict()
         self._session = self._open(model_path, num_threads)
         self._allocate(num_slots)
 
     def _compute(self, first_slot: int, batch_size: int, num_tokens: int) -> StepBlocks:
-        bound = self._bind((first_slot, batch_size, num_tokens))
+        shape = first_slot, batch_size, num_tokens
+        bound = self._bind(shape)
+        try:
+            self._run(bound)
+        except EngineError as error:
+            if bound.has_run or shape not in self._captured:
+                raise
+            bound = self._without_graphs(shape, error)
+        bound.has_run = True
+        self._read(bound.blocks.outputs)
+        return bound.blocks
+
+    def _run(self, bound: _Bound) -> None:
         self._write_inputs(bound.blocks)
         try:
             self._session.run_with_iobinding(bound.binding, bound.options)
         except Exception as error:  # ONNX Runtime raises a class of its own for each status code
             raise EngineError(f"ONNX Runtime {ort.__version__}: {one_line(error)}") from None
-        self._read(bound.blocks.outputs)
-        return bound.blocks
+
+    def _without_graphs(self, shape: _Shape, error: EngineError) -> _Bound:
+        """Runs a step that could not be captured; later shapes are not tried."""
+        self._stream.end_capture()
+        self._max_graphs = 0
+        del self._captured[shape]
+        bound = self._make(shape)
+        self._run(bound)
+        logger.warning("steps of other shapes than before run without a CUDA graph: %s", error)
+        return bound
 
     def _release(self) -> None:
         self._captured.clear()
@@ -161,7 +186,7 @@ class OnnxRuntimeCudaEngine(GpuEngine):
             dtype = tensor.dtype or CACHE_DTYPES[self._model.kv_cache_dtype]
             bind = binding.bind_input if tensor.is_input else binding.bind_output
             bind(tensor.name, "cuda", self._device, dtype, tensor.shape, tensor.address)
-        is_captured = num_tokens <= self._max_row_tokens and len(self._captured) < MAX_GRAPHS
+        is_captured = num_tokens <= self._max_row_tokens and len(self._captured) < self._max_graphs
         options = ort.RunOptions()
         graph_id = len(self._captured) + 1 if is_captured else NO_GRAPH  # 0 is ONNX Runtime's own
         options.add_run_config_entry("gpu_graph_id", str(graph_id))

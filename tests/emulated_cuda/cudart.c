@@ -3,7 +3,8 @@
  * Device memory is memory of the host, full of zeros; copies are made at once; kernels are counted and do nothing, so
  * what is computed means nothing. What counts is what the caller does: while a stream captures, whatever CUDA would
  * refuse or would record as a number of this very step is refused here too, and kept as a fault. Everything that is
- * not defined here is a function that returns 0 (libraries.py). EMULATED_SM is the compute capability, such as 90. */
+ * not defined here is a function that returns 0 (libraries.py). EMULATED_SM is the compute capability, such as 90; with
+ * EMULATED_CAPTURES_FAIL no kernel can be captured. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -35,6 +36,7 @@ long emulated_host_copies, emulated_largest_device_copy, emulated_faults;
 char emulated_last_fault[256];
 
 static void *capturing; /* the stream, if any */
+static int is_spoiled;  /* what it captures */
 static struct {
   dim3 grid, block;
   size_t shared_memory;
@@ -44,6 +46,7 @@ static int handle;
 
 static int refuse(const char *what) {
   if (!capturing) return SUCCESS;
+  is_spoiled = 1;
   emulated_faults++;
   snprintf(emulated_last_fault, sizeof emulated_last_fault, "%s while a stream captures", what);
   return CAPTURE_UNSUPPORTED;
@@ -159,14 +162,15 @@ int cudaStreamIsCapturing(void *stream, int *status) { return *status = stream &
 int cudaStreamBeginCapture(void *stream, int mode) {
   if (refuse("a second capture")) return CAPTURE_UNSUPPORTED;
   capturing = stream;
+  is_spoiled = 0;
   emulated_captures++;
   return SUCCESS;
 }
 int cudaStreamEndCapture(void *stream, void **graph) {
-  if (stream != capturing) return CAPTURE_INVALIDATED;
+  if (!capturing || stream != capturing) return CAPTURE_INVALIDATED;
   capturing = NULL;
-  *graph = &handle;
-  return SUCCESS;
+  *graph = is_spoiled ? NULL : &handle;
+  return is_spoiled ? CAPTURE_INVALIDATED : SUCCESS;
 }
 int cudaGraphInstantiate(void **executable, void *graph, unsigned long long flags) {
   return emulated_graphs++, *executable = &handle, SUCCESS;
@@ -175,6 +179,7 @@ int cudaGraphExecDestroy(void *executable) { return emulated_graphs--, SUCCESS; 
 int cudaGraphLaunch(void *executable, void *stream) { return emulated_graph_launches++, SUCCESS; }
 
 static int launch(void *stream) {
+  if (capturing && getenv("EMULATED_CAPTURES_FAIL")) return refuse("a kernel that cannot be captured");
   if (capturing && stream != capturing) return refuse("a kernel on another stream");
   emulated_launches++;
   if (capturing) emulated_captured_launches++;

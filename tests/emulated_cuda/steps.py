@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-import runtime
+import emulated_cudart
 
 SHAPES = ((1, 1), (2, 1), (2, 8), (2, 16), (1, 40))  # (B, T); the last one is a prompt's
 
 
 def main(directory: Path) -> dict[str, Any]:
-    runtime.install()
+    emulated_cudart.install()
     from fly_trt.engines import load_engine, onnxruntime_cuda
     from fly_trt.errors import EngineError
     from fly_trt.manifest import read_manifest
@@ -36,7 +36,7 @@ def main(directory: Path) -> dict[str, Any]:
         engine: Any = load_engine(directory, manifest, manifest.target, num_slots=2)
     except EngineError as error:
         return {"refused": str(error)}
-    runtime.take_largest_device_copy()
+    emulated_cudart.take_largest_device_copy()
     steps = []
     for batch_size, num_tokens in SHAPES:
         step = engine.step(0, batch_size, num_tokens, with_top=True)
@@ -44,9 +44,9 @@ def main(directory: Path) -> dict[str, Any]:
             step.set_row(row, 0, np.arange(3, 3 + num_tokens))
         runs = []
         for _ in range(3):
-            before = runtime.counters()
+            before = emulated_cudart.counters()
             engine.run(step)
-            runs.append({name: number - before[name] for name, number in runtime.counters().items()})
+            runs.append({name: number - before[name] for name, number in emulated_cudart.counters().items()})
         steps.append({"shape": (batch_size, num_tokens), "runs": runs})
     profile = json.loads(Path(engine._session.end_profiling()).read_text())
     events = [event["args"] for event in profile if event.get("cat") == "Node" and "provider" in event["args"]]
@@ -56,12 +56,12 @@ def main(directory: Path) -> dict[str, Any]:
     seen = {
         "steps": steps,
         "nodes": nodes,
-        "fault": runtime.last_fault(),
+        "fault": emulated_cudart.last_fault(),
         "cache_bytes": engine._caches[0].num_bytes,
-        "largest_device_copy": runtime.take_largest_device_copy(),
+        "largest_device_copy": emulated_cudart.take_largest_device_copy(),
     }
     engine.close()
-    return seen | {"graphs_left": runtime.counters()["graphs"]}
+    return seen | {"graphs_left": emulated_cudart.counters()["graphs"]}
 
 
 if __name__ == "__main__":

@@ -71,12 +71,13 @@ def emulated_libraries(gpu_package: Path, build_once: BuildOnce) -> Path:
 def run_steps(gpu_package: Path, emulated_libraries: Path) -> Callable[..., dict[str, Any]]:
     """What emulated_cuda/steps.py saw of an engine directory."""
 
-    def run(directory: Path, libraries: Path = emulated_libraries) -> dict[str, Any]:
+    def run(directory: Path, libraries: Path = emulated_libraries, **settings: str) -> dict[str, Any]:
         paths = [gpu_package, TESTS.parent, *map(Path, filter(None, [os.environ.get("PYTHONPATH")]))]
         environment = os.environ | {
             "LD_LIBRARY_PATH": str(libraries),
             "PYTHONPATH": os.pathsep.join(map(str, paths)),
             "EMULATED_SM": "90",
+            **settings,
         }
         command = [sys.executable, EMULATION / "steps.py", directory]
         result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -128,6 +129,19 @@ def test_all_but_shape_arithmetic_runs_on_the_gpu_and_is_captured(
     assert (sum(run["faults"] for run in runs), seen["fault"]) == (0, "")
     assert seen["largest_device_copy"] < seen["cache_bytes"] // 4  # caches are updated in place
     assert seen["graphs_left"] == 0
+
+
+def test_steps_that_cannot_be_captured_run_without_a_graph(
+    build_once: BuildOnce, run_steps: Callable[..., dict[str, Any]]
+) -> None:
+    config = CONFIGS["llama"]()
+    directory = build_once("llama_float16", lambda path: build(path, config, device="cuda", **FORMS["float16"]))
+    seen = run_steps(directory, EMULATED_CAPTURES_FAIL="1")
+    runs = [run for step in seen["steps"] for run in step["runs"]]
+    assert [run["captures"] for run in runs] == [1] + [0] * (len(runs) - 1)
+    assert sum(run["graph_launches"] for run in runs) == 0
+    assert all(run["launches"] > 50 for run in runs)
+    assert "cannot be captured" in seen["fault"]
 
 
 def changed(directory: Path, output: Path, change: Callable[[ir.Model], None]) -> Path:

@@ -167,6 +167,19 @@ def test_shapes_beyond_the_most_graphs_run_without(
     assert len(engine._uncaptured) == 2
 
 
+def test_steps_that_cannot_be_captured_run_without_a_graph(
+    cuda: Engine, gpu: SimulatedCuda, library: SimulatedOnnxRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And those that were captured before go on as they are."""
+    whole = logits(cuda, 0, TOKENS[:5])
+    gpu.captures_of_engines = "are refused"
+    for length in (2, 3, 5):
+        for _ in range(2):
+            same(logits(cuda, 0, TOKENS[:length]), whole[:length])
+    assert list(library.sessions[0].graphs) == [1]
+    assert caplog.text.count("without a CUDA graph") == 1
+
+
 def test_shutting_down_frees_the_gpu(cuda_engine: Path, library: SimulatedOnnxRuntime, gpu: SimulatedCuda) -> None:
     generate(cuda_engine, *CASES["FLy"])
     assert gpu.calls["cudaMalloc"] > 0

@@ -20,6 +20,7 @@ class Error(enum.IntEnum):
     cudaErrorMemoryAllocation = 2  # noqa: N815
     cudaErrorInvalidDevice = 101  # noqa: N815
     cudaErrorStreamCaptureUnsupported = 900  # noqa: N815
+    cudaErrorStreamCaptureInvalidated = 901  # noqa: N815
 
 
 def _number(name: str) -> Any:
@@ -95,6 +96,20 @@ def cudaStreamDestroy(stream: int) -> tuple[Error]:
 
 def cudaStreamSynchronize(stream: int) -> tuple[Error]:
     return _call("cudaStreamSynchronize", stream)
+
+
+def cudaStreamEndCapture(stream: int) -> tuple[Error, int | None]:
+    graph = ctypes.c_size_t()
+    error = Error(LIBRARY.cudaStreamEndCapture(ctypes.c_size_t(stream), ctypes.byref(graph)))
+    return error, graph.value or None
+
+
+def cudaGraphDestroy(graph: int) -> tuple[Error]:
+    return _call("cudaGraphDestroy", graph)
+
+
+def cudaGetLastError() -> tuple[Error]:
+    return _call("cudaGetLastError")
 
 
 def cudaMemcpyAsync(target: int, source: int, size: int, kind: int, stream: int) -> tuple[Error]:
