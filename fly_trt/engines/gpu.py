@@ -77,9 +77,9 @@ class GpuEngine(ABC):
     """One decoder with its slots on a GPU (base.Engine), but for what computes.
 
     A subclass's constructor calls this one, which chooses the device, loads what computes, and calls `_allocate`, after
-    which work waits on the stream. `device_id` is the GPU,
-    None the current one of the thread that loads; it is left as the current one of every thread that uses the engine.
-    Raises EngineError when memory does not suffice, and ConfigError for a device that does not exist.
+    which work waits on the stream. `device_id` is the GPU, None the current one of the thread that loads; it is left as
+    the current one of every thread that uses the engine. Raises EngineError when memory does not suffice, and
+    ConfigError for a device that does not exist.
     """
 
     def __init__(
