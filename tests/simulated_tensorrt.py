@@ -326,6 +326,8 @@ def execute(
 def install(patch: pytest.MonkeyPatch, library: str = "tensorrt_rtx") -> SimulatedCuda:
     """Makes this the process's only GPU and TensorRT library, until the patch is undone."""
     cuda = SimulatedCuda()
+    if library == "tensorrt_rtx":
+        cuda.compute_capability = (8, 9)  # it has no kernels for Hopper
     trt = types.ModuleType(library)
     names = [ILogger, Runtime, ICudaEngine, IExecutionContext, IPluginRegistry, ExecutionContextAllocationStrategy]
     if library == "tensorrt_rtx":

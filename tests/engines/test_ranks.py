@@ -34,8 +34,8 @@ def golden(config: str, step: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("folder", "config", "step"),
     [
-        ("two_ranks", "fly", 12),
-        ("two_ranks", "exact", 20),
+        ("two_ranks", "fly", 20),
+        ("two_ranks", "exact", 30),
         ("four_ranks", "fly_k10_w4", 20),
         ("draft_alone", "fly", 20),
     ],

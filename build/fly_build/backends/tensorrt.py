@@ -17,7 +17,7 @@ from fly_build.tensorrt_builder import (
     default_timing_cache,
 )
 from fly_trt.engines.cuda import compute_capability
-from fly_trt.engines.tensorrt_library import Library, import_library, runs_rtx
+from fly_trt.engines.tensorrt_library import LEAST_FOR_RANKS, Library, import_library, runs_rtx
 from fly_trt.errors import ConfigError, EngineError
 from fly_trt.manifest import Dtype, LayerSummary, Limits, Manifest, ModelEngine
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from fly_build.model_build import ModelBuild, ModelPlan
 
 GRAPH_FILE = "model.onnx"
-LEAST_FOR_COLLECTIVES: dict[str, tuple[int, ...]] = {"tensorrt": (11, 3), "tensorrt_rtx": (1, 7, 1)}
 
 logger = logging.getLogger(__name__)
 
@@ -125,12 +124,11 @@ def _library(recipe: Recipe) -> Library:
 
 def _check_collectives(library: Library) -> None:
     """Before, a sum behind which an attention follows could do nothing, without a word (pytorch/TensorRT #4381)."""
-    least = LEAST_FOR_COLLECTIVES[library.name]
-    if _numbers(library.version) < least:
-        wanted = ".".join(map(str, least))
+    least = LEAST_FOR_RANKS[library.name]
+    if _numbers(library.version) < _numbers(least):
         raise ConfigError(
             f"tp_size: {library.name} {library.version} may leave out sums over several GPUs without a word: install "
-            f"{library.name} {wanted} or newer"
+            f"{library.name} {least} or newer"
         )
 
 
