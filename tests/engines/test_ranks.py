@@ -163,7 +163,9 @@ def test_a_library_that_does_not_sum_is_found_out(
         LLM(two_ranks, **SIZES)
     message = str(caught.value)
     assert "\n" not in message
-    assert message.startswith(f"{two_ranks}/target/rank0.plan: the ranks do not sum: logits of one row differ by ")
+    assert message.startswith(
+        f"{two_ranks}/target/model.rank0.plan: the ranks do not sum: logits of one row differ by "
+    )
     assert "between ranks 0 and 1" in message
     assert "tensorrt_rtx 1.7.1.116 leaves sums out" in message
     assert "rebuild with fly-build" in message
