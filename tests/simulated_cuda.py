@@ -145,7 +145,7 @@ class SimulatedCuda:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.thread = Thread()
-        self.compute_capability = (9, 0)
+        self.compute_capability = (8, 9)
         self.compute_capabilities: dict[int, tuple[int, int]] = {}  # of devices that have another one
         self.num_devices = 1
         self.used_devices: set[int] = set()

@@ -236,7 +236,7 @@ def test_an_engine_of_another_backend_is_refused(demo_engine: Path, tmp_path: Pa
     (copy / "fly.json").write_text(json.dumps(manifest | {"backend": "tensorrt-llm"}))
     with pytest.raises(EngineError, match="built for backend 'tensorrt-llm'"):
         LLM(copy)
-    (copy / "fly.json").write_text(json.dumps(manifest | {"backend": "tensorrt"}))
+    (copy / "fly.json").write_text(json.dumps(manifest | {"backend": "tensorrt", "device": "cuda"}))
     with pytest.raises(EngineError, match="the manifest has no TensorRT record: rebuild the engine"):
         LLM(copy)
 

@@ -25,10 +25,10 @@ EXAMPLES = """
 \b
 Examples:
   fly-build --target org/target --draft org/draft -o engines/pair
-  fly-build llama-3.1-70b --dtype bfloat16 -o engines/llama-70b
+  fly-build llama-3.1-70b --dry-run                        # on four GPUs
   fly-build demo --quantization int8 -o engines/pair-int8
   fly-build demo --device cuda --quantization int4 -o engines/demo-cuda
-  fly-build demo --backend tensorrt --dtype float16 -o engines/demo-rtx
+  fly-build demo --backend tensorrt --dtype float16 -o engines/demo-gpu
   fly-build --target ./checkpoint -o engines/single        # n-gram or plain decoding
   fly-build --target org/target --draft org/draft --inner-draft org/small -o engines/chain
   fly-build --target ./checkpoint --self-draft --contexts 512,4096 -o engines/self
@@ -68,7 +68,9 @@ def _numbers(context: click.Context, option: click.Parameter, value: str | None)
 @click.option("--max-num-tokens", type=int, metavar="N", help="Tokens per step, so the prefill chunk. [512]")
 @click.option("--entropy-top-k", type=int, metavar="K", help="Probabilities that the entropy gate looks at. [3]")
 @click.option(
-    "--tensorrt-library", type=click.Choice(get_args(TensorRTLibrary)), help="Of backend tensorrt. [what is installed]"
+    "--tensorrt-library",
+    type=click.Choice(get_args(TensorRTLibrary)),
+    help="tensorrt for H100 and its kind, tensorrt_rtx for RTX cards. [what is installed]",
 )
 @click.option("--plugin-library", metavar="FILE", help="libfly_plugins.so for the head. [the graph's own functions]")
 @click.option(

@@ -31,6 +31,19 @@ class DecoderGraph:
     model: ir.Model
     parameters: dict[str, ir.Value]
 
+    def copy(self) -> "DecoderGraph":
+        """Another one, whose parameters can get other values. While it is copied they are inputs, as when traced."""
+        inputs = self.model.graph.inputs
+        num_inputs = len(inputs)
+        inputs.extend(self.parameters.values())
+        try:
+            model = ir.serde.deserialize_model(ir.serde.serialize_model(self.model))
+        finally:
+            del inputs[num_inputs:]
+        parameters = dict(zip(self.parameters, model.graph.inputs[num_inputs:], strict=True))
+        del model.graph.inputs[num_inputs:]
+        return DecoderGraph(model, parameters)
+
 
 class _ParameterInputs(torch.nn.Module):
     """Calls the decoder with parameters that came in as inputs."""

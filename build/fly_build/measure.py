@@ -28,8 +28,7 @@ GPU_VERIFICATION_TOKEN_COST = 0.01
 def estimate_costs(manifest: Manifest) -> tuple[float, float]:
     """draft_token_cost and verification_token_cost from the sizes of the weights, for engines of a GPU, which the
     machine that builds them may not have."""
-    ratio = _draft(manifest).source.num_parameters / manifest.target.source.num_parameters
-    return ratio, GPU_VERIFICATION_TOKEN_COST
+    return _read_by_a_step(_draft(manifest)) / _read_by_a_step(manifest.target), GPU_VERIFICATION_TOKEN_COST
 
 
 def measure_costs(manifest: Manifest, directory: Path) -> tuple[float, float]:
@@ -88,8 +87,13 @@ def step_times(engines: Sequence[Engine], manifest: Manifest) -> list[StepTime]:
 
 def estimated_step_times(models: Sequence[ModelEngine]) -> list[StepTime]:
     """The same from the sizes of the weights, in parameters that are read: for engines of a GPU."""
-    sizes = [model.source.num_parameters for model in models]
+    sizes = [_read_by_a_step(model) for model in models]
     return [StepTime(size, size * GPU_VERIFICATION_TOKEN_COST) for size in sizes]
+
+
+def _read_by_a_step(model: ModelEngine) -> float:
+    """Parameters that a GPU reads in a step, of which each of several has its part."""
+    return model.source.num_parameters / model.tensor_parallel_size
 
 
 def _draft(manifest: Manifest) -> ModelEngine:

@@ -94,10 +94,11 @@ class ModelBuild:
         return self.workspace / self.model.engine.model
 
     @contextlib.contextmanager
-    def step(self, name: str, rank: int = 0) -> Iterator[Callable[[float], None]]:
-        """Reports the begin and the end of a step, and in between what the function is told, as a fraction."""
+    def step(self, name: str, rank: int | None = None) -> Iterator[Callable[[float], None]]:
+        """Reports the begin and the end of a step, and in between what the function is told, as a fraction. `rank` is
+        that of a step which each rank of a sharded model has."""
         num_ranks = self.model.engine.tensor_parallel_size
-        of_ranks = f" rank {rank} of {num_ranks}" if num_ranks > 1 else ""
+        of_ranks = f" rank {rank} of {num_ranks}" if num_ranks > 1 and rank is not None else ""
         name = f"{self.model.name or self.model.folder}{of_ranks}: {name}"
         self.report(name, 0.0)
         yield lambda fraction: self.report(name, fraction)
@@ -127,18 +128,14 @@ class ModelBuild:
 
     def load_weights(self, decoder: DecoderGraph, compute_dtype: Dtype) -> "LoadedGraph":
         """Finds the weights; each is read when it is written."""
-        sharding = self.model.sharding
         with self.step("load weights"):
             tensors = self.model.checkpoint.load_weights()
-        graph = LoadedGraph(self, decoder, self._with_parameters(tensors))
-        vectors = {} if sharding is None else sharding.rank_vectors()
-        self._attach(decoder, tensors | vectors, compute_dtype, graph.prepare)
-        return graph
+        return LoadedGraph(self, decoder, compute_dtype, tensors, self._with_parameters(tensors))
 
     def save_sharing(self, decoder: DecoderGraph, tensors: Tensors, compute_dtype: Dtype, owner: Path) -> ModelEngine:
         """Writes the graph with the weights of the graph `owner` beside it, which has all of them, as external data."""
         used = {name: tensors[name] for name, value in decoder.parameters.items() if value.uses()}
-        self._attach(decoder, tensors, compute_dtype)
+        self.attach(decoder, tensors, compute_dtype)
         stored = ir.load(owner).graph.initializers
         for name, value in decoder.model.graph.initializers.items():
             weight = stored[name].const_value if name in stored else None
@@ -152,13 +149,14 @@ class ModelBuild:
         ir.save(decoder.model, self.path)
         return self._with_parameters(used)
 
-    def _attach(
+    def attach(
         self,
         decoder: DecoderGraph,
         tensors: Tensors,
         compute_dtype: Dtype,
         prepare: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
     ) -> None:
+        """Gives the graph its weights, see WeightWriter."""
         engine = self.model.engine
         writer = WeightWriter(
             graph=decoder.model.graph,
@@ -177,22 +175,33 @@ class ModelBuild:
         return engine.model_copy(update={"source": source})
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoadedGraph:
-    """A decoder graph that is written as it is, or once for each rank of a sharded model. All have the same graph; what
-    is written of a parameter is the part of the rank that is being saved. `engine` counts the parameters there were."""
+    """A decoder graph and the weights that were found for it, of the whole model. It is written as it is, or once for
+    each rank of a sharded model. `engine` counts the parameters that there are."""
 
     build: ModelBuild
     decoder: DecoderGraph
+    compute_dtype: Dtype
+    tensors: Tensors
     engine: ModelEngine
-    rank: int = 0
 
     def save(self, path: Path, rank: int = 0) -> None:
-        """Writes the graph with its weights as external data, each of which is read, checked, written and dropped."""
-        self.rank = rank
+        """Writes the graph with its weights as external data, each of which is read, checked, written and dropped. Of a
+        sharded model the rank's part is written, and the graph is left as it is for the next one."""
+        sharding = self.build.model.sharding
+        decoder = self.decoder if sharding is None else self.decoder.copy()
+        tensors = self.tensors if sharding is None else self.tensors | sharding.rank_vectors()
+
+        def part(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            own = tensor if sharding is None else sharding.part(name, tensor, rank)
+            check_values(self.build.model.checkpoint.name, {name: own}, DTYPES[self.engine.dtype][0])
+            return own
+
+        self.build.attach(decoder, tensors, self.compute_dtype, part)
         with self.build.step("write weights", rank) as advance:
             ir.save(
-                self.decoder.model,
+                decoder.model,
                 path,
                 external_data=f"{path.name}.data",
                 size_threshold_bytes=INLINE_BYTES,
@@ -201,10 +210,3 @@ class LoadedGraph:
                 callback=lambda _, progress: advance((progress.index + 1) / progress.total),
                 max_workers=1,
             )
-
-    def prepare(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """What the rank has of a parameter. Raises CheckpointError for values that it cannot be stored with."""
-        model = self.build.model
-        own = tensor if model.sharding is None else model.sharding.part(name, tensor, self.rank)
-        check_values(model.checkpoint.name, {name: own}, DTYPES[self.engine.dtype][0])
-        return own

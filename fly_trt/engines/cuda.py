@@ -23,7 +23,8 @@ def _runtime() -> Any:
         from cuda.bindings import runtime
     except ImportError as error:
         raise EngineError(
-            f"{error.name or error}: not installed: pip install 'fly-trt[tensorrt]' (or 'fly-trt[tensorrt-rtx]')"
+            f"{error.name or error}: not installed: pip install 'fly-trt[tensorrt]' (or 'fly-trt[tensorrt-rtx]', or "
+            "'fly-trt[cuda]')"
         ) from None
     return runtime
 
@@ -43,7 +44,9 @@ def _check(result: tuple[Any, ...], device: int | None = None) -> Any:
 def _num_devices() -> int:
     error, count = _runtime().cudaGetDeviceCount()
     if error.value or not count:
-        raise EngineError(f"no CUDA device ({error.name}): run on a machine with one, or build for onnxruntime")
+        raise EngineError(
+            f"no CUDA device ({error.name}): run on a machine with one, or build for the CPU: --device cpu"
+        )
     return int(count)
 
 

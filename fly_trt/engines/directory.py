@@ -34,7 +34,8 @@ class EngineSettings:
 
     max_batch_size: slots of the caches; None means as many as were built for. num_threads: CPU threads, shared by all
     engines of the process; None means all cores that it may use, within its container's quota. device_id: CUDA device,
-    for TensorRT; None means the calling thread's current one, and the thread is left with theirs as its current one.
+    for engines of a GPU; None means the calling thread's current one, and the thread is left with theirs as its
+    current one.
     devices: in its place, a CUDA device for each rank of an engine that spans several; None means 0 and up.
     verify_hashes: check every file against the manifest's sha256 first.
     """

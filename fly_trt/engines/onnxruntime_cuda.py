@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from fly_trt.engines import cuda
 from fly_trt.engines.base import EngineInfo, LoadSettings
 from fly_trt.engines.blocks import StepBlocks
 from fly_trt.engines.gpu import GpuEngine, StepSizes
@@ -42,6 +43,7 @@ MAX_UNCAPTURED_SHAPES = 64
 NO_GRAPH = -1
 ERRORS = 3  # of its log: it warns of shape arithmetic on the CPU, which is as it should be
 BFLOAT16 = 16  # of onnx.TensorProto; NumPy has none
+BFLOAT16_CAPABILITY = 8.0
 CACHE_DTYPES: dict[Dtype, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": BFLOAT16}
 
 
@@ -90,6 +92,11 @@ class OnnxRuntimeCudaEngine(GpuEngine):
         super().__init__(
             model, info, max_row_tokens=sizes.max_row_tokens, cache_tokens=sizes.cache_tokens, device_id=device_id
         )
+        if model.dtype == "bfloat16" and float(capability := cuda.compute_capability()) < BFLOAT16_CAPABILITY:
+            raise EngineError(
+                f"{model_path}: bfloat16 needs compute capability {BFLOAT16_CAPABILITY}, this GPU has {capability}: "
+                "rebuild with --dtype float16"
+            )
         self._captured: dict[_Shape, _Bound] = {}
         self._uncaptured: OrderedDict[_Shape, _Bound] = OrderedDict()
         self._session = self._open(model_path, num_threads)

@@ -131,7 +131,7 @@ def check_ranks(path: Path, plan: TensorRTPlan | None) -> TensorRTPlan:
     least = LEAST_FOR_RANKS.get(plan.library) if plan else None
     if plan is None or least is None:
         raise EngineError(f"{path}: only TensorRT's engines have several ranks: rebuild with --backend tensorrt")
-    if _numbers(plan.version) < _numbers(least):
+    if not has_ranks(plan.library, plan.version):
         raise EngineError(
             f"{path}: built with {plan.library} {plan.version}, which may leave out the sums between ranks without a "
             f"word: rebuild with {plan.library} {least} or later"
@@ -139,8 +139,13 @@ def check_ranks(path: Path, plan: TensorRTPlan | None) -> TensorRTPlan:
     return plan
 
 
+def has_ranks(library: TensorRTLibrary, version: str) -> bool:
+    """Whether sums over several GPUs are really taken."""
+    return _numbers(version) >= _numbers(LEAST_FOR_RANKS[library])
+
+
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())
 
 
 def cache_folder() -> Path:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from fly_build.measure import estimate_costs
 from fly_build.pipeline import add_costs
 from fly_trt import SpeculativeConfig
 from fly_trt.manifest import read_manifest
@@ -42,3 +43,14 @@ def test_an_engine_without_costs_has_the_usual_ones_and_a_caller_may_choose(demo
         assert step_costs(manifest, SpeculativeConfig()) == StepCosts(0.1, 0.05)
         assert step_costs(manifest, SpeculativeConfig(draft_token_cost=0.0)) == StepCosts(0.0, 0.05)
         assert step_costs(manifest, SpeculativeConfig(adaptive_acceptance=False)) is None
+
+
+def test_a_model_on_several_gpus_costs_what_each_of_them_reads(demo_engine: Path) -> None:
+    manifest = read_manifest(demo_engine)
+    assert manifest.draft is not None
+    alone, further = estimate_costs(manifest)
+    spread = {"other_ranks": [f"rank{rank}" for rank in range(1, 4)]}
+    target, draft = (engine.model_copy(update=spread) for engine in (manifest.target, manifest.draft))
+    assert estimate_costs(manifest.model_copy(update={"target": target})) == (pytest.approx(4 * alone), further)
+    both = manifest.model_copy(update={"target": target, "draft": draft})
+    assert estimate_costs(both) == (pytest.approx(alone), further)

@@ -1,9 +1,11 @@
 """A build needs little more memory than its checkpoint: weights are computed when they are written and dropped after.
 
 The build runs in a process of its own, since the peak of this one says nothing about it. Its peak comes from
-/proc/self/status: ru_maxrss starts at the peak of the process that forked it.
+/proc/self/status: ru_maxrss starts at the peak of the process that forked it. Of a checkpoint that is mapped from its
+files only what is in anonymous memory (RssAnon) has to fit beside it.
 """
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from tiny_models import TinyPair, add_demo_tokenizer, tiny_llama
 
 STATUS = Path("/proc/self/status")
 LARGEST_RATIO = 2.0
+MOST_TENSORS = 3  # one as it is written, and as it lies in the file, and what else a process takes meanwhile
 BUILD_AND_PRINT_GROWTH = """
 import re, sys
 from pathlib import Path
@@ -35,6 +38,37 @@ run(tiny, folder + "/tiny")
 before = peak()
 run(big, folder + "/big")
 print(peak() - before)
+"""
+BUILD_RANKS_AND_PRINT_GROWTH = """
+import json, re, sys, threading, time
+from pathlib import Path
+from fly_build.pipeline import build, make_plan
+from fly_build.recipe import load_recipe
+
+growth, at = {}, {}
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+def watch():
+    while True:
+        for step, begin in list(at.items()):
+            growth[step] = max(growth.get(step, 0), anonymous() - begin)
+        time.sleep(0.002)
+
+def report(step, fraction):
+    if fraction == 0.0:
+        at.clear()
+        at[step] = anonymous()
+    elif step in at:
+        growth[step] = max(growth.get(step, 0), anonymous() - at[step])
+
+sizes = {"max_seq_len": 64, "max_num_tokens": 64, "max_draft_len": 8}
+library = {"backend": "tensorrt", "tensorrt_library": "tensorrt_rtx"}
+recipe = load_recipe(None, {"target": sys.argv[1], "tp_size": 2, **sizes, **library})
+threading.Thread(target=watch, daemon=True).start()
+build(make_plan(recipe, Path(sys.argv[2])), report)
+print(json.dumps(growth))
 """
 
 
@@ -64,3 +98,18 @@ def test_peak_memory_is_at_most_twice_the_checkpoint(big_checkpoint: Path, tiny_
     assert size > 180e6
     assert written == pytest.approx(2 * size, rel=0.01)
     assert int(finished.stdout.split()[-1]) < LARGEST_RATIO * size
+
+
+@pytest.mark.skipif(not STATUS.is_file() or "RssAnon" not in STATUS.read_text(), reason="no RssAnon in /proc")
+def test_a_rank_is_written_with_one_tensor_at_a_time_in_memory(big_checkpoint: Path, tmp_path: Path) -> None:
+    """Neither the checkpoint nor a rank's part of it is in memory as a whole, for the first rank or a later one."""
+    pytest.importorskip("tensorrt_rtx")
+    command = [sys.executable, "-c", BUILD_RANKS_AND_PRINT_GROWTH, big_checkpoint, tmp_path / "engine"]
+    finished = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    growth = json.loads(finished.stdout.splitlines()[-1])
+    size = (big_checkpoint / "model.safetensors").stat().st_size
+    largest = 12288 * 1024 * 2 // 2  # a rank's part of a projection of the MLP, in bfloat16
+    for step in ("load weights", "rank 0 of 2: write weights", "rank 1 of 2: write weights"):
+        (seen,) = (value for name, value in growth.items() if name.endswith(step))
+        assert seen < MOST_TENSORS * largest < size / 2 / 2, growth

@@ -4,7 +4,9 @@ quantised model still says what the float32 one does, and that in int8 a row doe
 
 import copy
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -116,6 +118,23 @@ def test_largest_value_of_a_block_is_exact(bits: int) -> None:
     largest = np.abs(weight.reshape(5, 3, BLOCK_SIZE)).max(axis=2)
     restored = np.abs(_dequantize_blocks(weight, bits).reshape(5, 3, BLOCK_SIZE)).max(axis=2)
     np.testing.assert_allclose(restored, largest, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_codes_fit_scales_of_half_precision(dtype: Any, bits: int) -> None:
+    """They are chosen for the scale as it is stored, so that its rounding is no error of every weight of the block."""
+    weight = _random(40, 3 * BLOCK_SIZE)
+    exact, scales = quantize_blocks(weight, bits)
+    packed, rounded = quantize_blocks(weight, bits, dtype)
+    assert rounded.dtype == dtype
+    np.testing.assert_array_equal(rounded, scales.astype(dtype))
+    errors = []
+    for codes in (packed, exact):
+        restored = (_codes(codes, bits) * rounded[..., None].astype(np.float64)).reshape(weight.shape)
+        errors.append(np.abs(weight - restored).mean())
+    assert errors[0] <= errors[1]
+    assert errors[0] < 0.3 * np.abs(scales).mean()
 
 
 @pytest.mark.parametrize("bits", [4, 8])

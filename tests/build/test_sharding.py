@@ -22,7 +22,6 @@ from fly_build.sharding import HAS_WIDE_NORMS, TP_SIZES, Sharding, shard
 from fly_trt.errors import CheckpointError
 from tiny_models import MAX_SEQ_LEN, SHAPE, check_against_transformers, save_tiny, tiny_llama
 
-# What is cut, how often: the ranks of a model of one rank's size need no more than the others' sums.
 EVERYDAY = [(name, 2) for name in CONFIGS] + [("llama", 4), ("olmo2", 4), ("qwen3_moe", 4)]
 LONG = [(name, 4) for name in CONFIGS if (name, 4) not in EVERYDAY]
 
@@ -34,6 +33,12 @@ def test_ranks_together_compute_what_transformers_computes(name: str, num_ranks:
     """Prefill, continuation and rewind of ragged rows. Two key-value heads: of four ranks, two have the same one."""
     model = save_tiny(CONFIGS[name](), tmp_path)
     runner = MergedRunner(open_checkpoint(str(tmp_path)), num_ranks, tmp_path / "merged.onnx")
+    check_against_transformers(model, runner)
+
+
+def test_eight_ranks_share_two_key_value_heads(tmp_path: Path) -> None:
+    model = save_tiny(tiny_llama(num_attention_heads=8), tmp_path)
+    runner = MergedRunner(open_checkpoint(str(tmp_path)), 8, tmp_path / "merged.onnx")
     check_against_transformers(model, runner)
 
 

@@ -2,7 +2,9 @@
 manifest says of them, and that the graph they are made of computes what transformers computes.
 """
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
@@ -20,6 +22,7 @@ from fly_build.tensorrt_graph import attention_names, fix_cache_length
 from fly_trt.engines.tensorrt_library import import_library
 from fly_trt.errors import ConfigError, EngineError
 from fly_trt.manifest import Dtype, Limits, read_manifest
+from simulated_cuda import SimulatedCuda
 from tiny_models import (
     MAX_SEQ_LEN,
     PAIR,
@@ -279,6 +282,24 @@ def test_flags_of_tensorrt_are_refused_for_another_backend(field: str) -> None:
     value = "tensorrt_rtx" if field == "tensorrt_library" else "file"
     with pytest.raises(ConfigError, match=f"{field}: belongs to backend tensorrt, got backend 'onnxruntime'"):
         load_recipe(None, {"target": str(PAIR / "target"), field: value})
+
+
+@pytest.mark.parametrize(("found", "is_warned"), [((9, 0), True), ((10, 0), True), ((8, 9), False), ((12, 0), False)])
+def test_a_build_for_rtx_cards_on_a_machine_with_another_gpu_is_warned_of(
+    found: tuple[int, int],
+    is_warned: bool,
+    tiny_pair: TinyPair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gpu = SimulatedCuda()
+    gpu.compute_capability = found
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(runtime=gpu))
+    _plan(tiny_pair.target, tmp_path / "engine")
+    said = [record.message for record in caplog.records if "--tensorrt-library tensorrt" in record.message]
+    assert len(said) == is_warned
+    assert all(f"compute capability {found[0]}.{found[1]}" in message for message in said)
 
 
 def test_the_default_dtype_is_the_backends(tiny_pair: TinyPair, tmp_path: Path) -> None:

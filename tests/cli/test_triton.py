@@ -55,7 +55,7 @@ def repository(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def gpu_engine(demo_engine: Path, tmp_path: Path) -> Path:
-    return _changed(demo_engine, tmp_path / "gpu", backend="tensorrt")
+    return _changed(demo_engine, tmp_path / "gpu", backend="tensorrt", device="cuda")
 
 
 def test_it_writes_a_model_and_sums_up_with_the_command_to_serve_it(demo_engine: Path, repository: Path) -> None:

@@ -65,6 +65,10 @@ def cudaSetDevice(device: int) -> tuple[Error]:
     return _call("cudaSetDevice", device)
 
 
+def cudaDeviceGetAttribute(attribute: int, device: int) -> tuple[Error, int]:
+    return _made("cudaDeviceGetAttribute", attribute, device)
+
+
 def cudaMalloc(size: int) -> tuple[Error, int]:
     return _made("cudaMalloc", size)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 import runtime
 
 SHAPES = ((1, 1), (2, 1), (2, 8), (2, 16), (1, 40))  # (B, T); the last one is a prompt's

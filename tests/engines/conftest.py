@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from simulated_onnxruntime import SimulatedOnnxRuntime
-from simulated_onnxruntime import install as install_onnxruntime
 
 import simulated_engine as simulation
 from fly_trt.engines import Engine
 from simulated_cuda import SimulatedCuda
+from simulated_onnxruntime import SimulatedOnnxRuntime
+from simulated_onnxruntime import install as install_onnxruntime
 from simulated_ranks import faults_of_ranks, install_node, shard
 from simulated_tensorrt import install
 

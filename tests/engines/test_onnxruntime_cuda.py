@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from simulated_onnxruntime import SimulatedOnnxRuntime
 
 from eval_prompts import load_eval_prompts
 from fly_trt import LLM, AcceptanceParams, EngineError, SamplingParams, SpeculativeConfig
@@ -19,6 +18,7 @@ from fly_trt.engines.blocks import OUTPUTS
 from fly_trt.verification import FlyPolicy
 from simulated_cuda import Error, SimulatedCuda
 from simulated_engine import LONGEST, LONGEST_ROW, TOKENS, build_for_onnxruntime, load, logits, run, same
+from simulated_onnxruntime import SimulatedOnnxRuntime
 
 BuildOnce = Callable[[str, Callable[[Path], object]], Path]
 GOLDEN = Path(__file__).parents[1] / "assets" / "golden" / "public.jsonl"
@@ -215,6 +215,15 @@ def test_an_old_package_is_refused(cuda_engine: Path, library: SimulatedOnnxRunt
     library.__version__ = "1.29.0"
     with pytest.raises(EngineError, match=r"^onnxruntime-gpu 1\.29\.0: 1\.31\.1 or newer is needed"):
         load(cuda_engine)
+
+
+def test_a_gpu_without_bfloat16_is_refused(
+    cuda_engine: Path, library: SimulatedOnnxRuntime, gpu: SimulatedCuda
+) -> None:
+    gpu.compute_capability = (7, 5)
+    with pytest.raises(EngineError, match=r"bfloat16 needs compute capability 8\.0, this GPU has 7\.5: rebuild with"):
+        load(cuda_engine, dtype="bfloat16")
+    assert logits(load(cuda_engine), 0, TOKENS[:3]).shape[0] == 3
 
 
 def test_a_file_that_is_no_graph_is_refused(cuda_engine: Path, library: SimulatedOnnxRuntime, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def test_full_tensorrt_runs_a_plan_for_this_gpu(
     monkeypatch: pytest.MonkeyPatch, simulated_engine: Path, tmp_path: Path
 ) -> None:
     gpu = install(monkeypatch, "tensorrt")
+    gpu.compute_capability = (9, 0)
     onnx_model, _, profiles = deserialise((simulated_engine / "draft/model.plan").read_bytes())
     (tmp_path / "full.plan").write_bytes(serialise(onnx_model, "tensorrt", profiles))
     full = {"library": "tensorrt", "model": "full.plan"}
@@ -68,6 +69,12 @@ def change(**attributes: Any) -> Callable[[SimulatedCuda, pytest.MonkeyPatch], N
             {},
             r"built for compute capability 8\.0 or later, this GPU has 7\.5: rebuild with fly-build",
         ),
+        (
+            change(compute_capability=(9, 0)),
+            {},
+            r"draft/model\.plan: built with TensorRT-RTX, which is for RTX GPUs, and this one has compute capability "
+            r"9\.0: rebuild on this machine with fly-build --tensorrt-library tensorrt \(pip install 'fly-trt",
+        ),
         (remove("tensorrt_rtx"), {}, r"tensorrt_rtx: not installed: pip install 'fly-trt\[tensorrt-rtx\]'"),
         (change(), {"library": "tensorrt"}, r"tensorrt: not installed: pip install 'fly-trt\[tensorrt\]'"),
         (
@@ -87,6 +94,7 @@ def change(**attributes: Any) -> Callable[[SimulatedCuda, pytest.MonkeyPatch], N
     ids=[
         "version",
         "older GPU",
+        "Hopper",
         "no TensorRT-RTX",
         "no TensorRT",
         "no cuda-python",

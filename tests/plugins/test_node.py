@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import node
 import pytest
+
+import node
 
 CHECKS = Path(node.__file__).parent
 needs_no_gpu = pytest.mark.skipif(bool(node._lines(["nvidia-smi", "-L"])), reason="of a machine without a GPU")

@@ -17,7 +17,7 @@ from fly_build.tensorrt_builder import (
     default_timing_cache,
 )
 from fly_trt.engines.cuda import compute_capability
-from fly_trt.engines.tensorrt_library import LEAST_FOR_RANKS, Library, import_library, runs_rtx
+from fly_trt.engines.tensorrt_library import LEAST_FOR_RANKS, Library, has_ranks, import_library, runs_rtx
 from fly_trt.errors import ConfigError, EngineError
 from fly_trt.manifest import Dtype, LayerSummary, Limits, Manifest, ModelEngine
 
@@ -123,26 +123,22 @@ def _library(recipe: Recipe) -> Library:
 
 
 def _check_collectives(library: Library) -> None:
-    """Before, a sum behind which an attention follows could do nothing, without a word (pytorch/TensorRT #4381)."""
-    least = LEAST_FOR_RANKS[library.name]
-    if _numbers(library.version) < _numbers(least):
+    if not has_ranks(library.name, library.version):
         raise ConfigError(
             f"tp_size: {library.name} {library.version} may leave out sums over several GPUs without a word: install "
-            f"{library.name} {least} or newer"
+            f"{library.name} {LEAST_FOR_RANKS[library.name]} or newer"
         )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdecimal())
 
 
 def _warn_of_hopper(library: Library) -> None:
     """Where the machine that builds has a GPU, it is likely the one that the engine is meant for."""
+    if library.name != "tensorrt_rtx":
+        return
     try:
         found = compute_capability()
     except EngineError:
         return
-    if library.name == "tensorrt_rtx" and not runs_rtx(found):
+    if not runs_rtx(found):
         logger.warning(
             "this machine's GPU (compute capability %s) cannot run what TensorRT-RTX builds, which is for RTX cards: "
             "pip install 'fly-trt[tensorrt]' and use --tensorrt-library tensorrt",
