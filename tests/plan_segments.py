@@ -22,11 +22,22 @@ Sum = Callable[[np.ndarray, int], None]
 
 
 @dataclass
+class Summed:
+    """The value `name` of that many ranks makes `result`; `type` and `shape` as ONNX Runtime describes values."""
+
+    source: str
+    name: str
+    num_ranks: int
+    type: str
+    shape: list[Any]
+
+
+@dataclass
 class Segment:
-    """A piece, and what is summed behind it: (name, name of the sum, ranks)."""
+    """A piece, and what is summed behind it."""
 
     session: ort.InferenceSession
-    sums: list[tuple[str, str, int]]
+    sums: list[Summed]
 
 
 class SegmentedPlan:
@@ -36,9 +47,10 @@ class SegmentedPlan:
         self.segments = segments
         found = {value.name: value for segment in segments for value in segment.session.get_inputs()}
         self.inputs = {name: found[name] for name in inputs}
-        found = {value.name: value for segment in segments for value in segment.session.get_outputs()}
+        found |= {value.name: value for segment in segments for value in segment.session.get_outputs()}
+        found |= {value.name: value for segment in segments for value in segment.sums}
         self.outputs = {name: found[name] for name in outputs}
-        self.num_ranks = max([1, *(ranks for segment in self.segments for *_, ranks in segment.sums)])
+        self.num_ranks = max([1, *(summed.num_ranks for segment in self.segments for summed in segment.sums)])
 
     def run(self, values: dict[str, ort.OrtValue], sum_up: Sum | None) -> None:
         """values: of all inputs, and of all outputs the memory that they are written to."""
@@ -55,11 +67,14 @@ class SegmentedPlan:
                     binding.bind_output(name, "cpu")
             segment.session.run_with_iobinding(binding)
             values |= dict(zip(names, binding.get_outputs(), strict=True))
-            for name, result, ranks in segment.sums:
-                array = values[name].numpy().copy()
+            for summed in segment.sums:
+                array = values[summed.source].numpy().copy()
                 assert sum_up is not None
-                sum_up(array, ranks)
-                values[result] = ort.OrtValue.ortvalue_from_numpy(array)
+                sum_up(array, summed.num_ranks)
+                if summed.name in self.outputs:
+                    values[summed.name].update_inplace(array)
+                else:
+                    values[summed.name] = ort.OrtValue.ortvalue_from_numpy(array)
 
 
 @functools.cache
@@ -104,18 +119,24 @@ def _segments(model: onnx.ModelProto) -> Iterator[Segment]:
         options.log_severity_level = SILENT_BELOW_ERROR
         session = ort.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
         for value in session.get_outputs():
-            kind = ELEMENTS[value.type.removeprefix("tensor(").removesuffix(")")]
-            known[value.name] = onnx.helper.make_tensor_value_info(value.name, kind, None)
+            known[value.name] = _value_info(value.name, value.type)
         sums = []
         for node in collectives:
             attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
             if (attributes["collective_operation"], attributes["reduce_op"]) != (b"all_reduce", b"sum"):
                 raise NotImplementedError(f"{node.name}: {attributes}")
-            sums.append((node.input[0], node.output[0], int(attributes["nb_rank"])))
-            known[node.output[0]] = onnx.helper.make_tensor_value_info(
-                node.output[0], known[node.input[0]].type.tensor_type.elem_type, None
-            )
+            source, name = node.input[0], node.output[0]
+            kind = next(value.type for value in session.get_outputs() if value.name == source)
+            dims = wanted[name].type.tensor_type.shape.dim if name in wanted else []
+            shape = [dim.dim_param or dim.dim_value for dim in dims]
+            sums.append(Summed(source, name, int(attributes["nb_rank"]), kind, shape))
+            known[name] = _value_info(name, kind)
         yield Segment(session, sums)
+
+
+def _value_info(name: str, kind: str) -> onnx.ValueInfoProto:
+    element = ELEMENTS[kind.removeprefix("tensor(").removesuffix(")")]
+    return onnx.helper.make_tensor_value_info(name, element, None)
 
 
 def _places(graph: onnx.GraphProto) -> list[int]:

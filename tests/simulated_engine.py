@@ -28,10 +28,10 @@ LIMITS = {"max_batch_size": 6, "max_seq_len": MAX_SEQ_LEN, "max_draft_len": 16, 
 TOKENS = np.random.default_rng(0).integers(2, 880, LONGEST)
 
 
-def build(output: Path) -> Path:
+def build(output: Path, **flags: Any) -> Path:
     """The demo pair in float32, for TensorRT-RTX: all that fly-build does, but for the compilation."""
-    flags = {"backend": "tensorrt", "tensorrt_library": LIBRARY, "dtype": "float32", **LIMITS}
-    recipe = load_recipe(None, {"target": str(PAIR / "target"), "draft": str(PAIR / "draft"), **flags})
+    settings = {"backend": "tensorrt", "tensorrt_library": LIBRARY, "dtype": "float32", **LIMITS, **flags}
+    recipe = load_recipe(None, {"target": str(PAIR / "target"), "draft": str(PAIR / "draft"), **settings})
     with pytest.MonkeyPatch.context() as patch:
         install(patch)
         patch.setattr(model_build, "export_decoder", export_once)

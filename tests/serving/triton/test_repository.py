@@ -166,7 +166,9 @@ def ranked_engine(demo_engine: Path, tmp_path: Path) -> Path:
     """An engine of two ranks, as far as its manifest goes."""
     target = read_manifest(demo_engine).target
     ranked = target.model_copy(update={"other_ranks": [target.model]})
-    return make_engine(demo_engine, tmp_path / "engines" / "ranked", backend="tensorrt", name="ranked", target=ranked)
+    return make_engine(
+        demo_engine, tmp_path / "engines" / "ranked", backend="tensorrt", device="cuda", name="ranked", target=ranked
+    )
 
 
 @pytest.mark.parametrize(
