@@ -15,6 +15,8 @@ import onnxruntime as ort
 from fly_trt.engines.onnxruntime import session_options
 
 SILENT_BELOW_ERROR = 3
+# ONNX Runtime makes MatMulNBits of a DequantizeLinear and a MatMul, and would round the activations to 8 bits.
+EXACT_PRODUCTS = ("session.qdq_matmulnbits_accuracy_level", "1")
 COLLECTIVE = "DistCollective"
 ELEMENTS = {"float": 1, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}  # of onnx.TensorProto
 Sum = Callable[[np.ndarray, int], None]
@@ -117,6 +119,7 @@ def _segments(model: onnx.ModelProto) -> Iterator[Segment]:
         part.graph.CopyFrom(onnx.helper.make_graph(nodes, f"segment {index}", inputs, outputs, kept))
         options = session_options()
         options.log_severity_level = SILENT_BELOW_ERROR
+        options.add_session_config_entry(*EXACT_PRODUCTS)
         session = ort.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
         for value in session.get_outputs():
             known[value.name] = _value_info(value.name, value.type)

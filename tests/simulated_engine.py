@@ -30,8 +30,9 @@ TOKENS = np.random.default_rng(0).integers(2, 880, LONGEST)
 
 def build(output: Path, **flags: Any) -> Path:
     """The demo pair in float32, for TensorRT-RTX: all that fly-build does, but for the compilation."""
+    pair = {"target": str(PAIR / "target"), "draft": str(PAIR / "draft")}
     settings = {"backend": "tensorrt", "tensorrt_library": LIBRARY, "dtype": "float32", **LIMITS, **flags}
-    recipe = load_recipe(None, {"target": str(PAIR / "target"), "draft": str(PAIR / "draft"), **settings})
+    recipe = load_recipe(None, pair | settings)
     with pytest.MonkeyPatch.context() as patch:
         install(patch)
         patch.setattr(model_build, "export_decoder", export_once)

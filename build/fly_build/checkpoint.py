@@ -21,7 +21,9 @@ from transformers.utils.hub import cached_file
 
 from fly_build.fields import refused_fields, rope_parameters, warn_of_unread_fields
 from fly_build.operators import ATTENTION_NAME
-from fly_build.tensors import OUTPUT_NAME, first_line, load_tensors
+from fly_build.quantized_checkpoint import read_scheme
+from fly_build.quantized_layouts import Scheme
+from fly_build.tensors import OUTPUT_NAME, Tensors, first_line, load_quantized, load_tensors
 from fly_build.tokenizer import load_tokenizer, splits_alike
 from fly_trt.errors import CheckpointError
 
@@ -54,11 +56,13 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`name` is a folder or a hub id; `config` is the transformers configuration."""
+    """`name` is a folder or a hub id; `config` is the transformers configuration, as of the model before it was
+    quantised; `scheme` says how its linear layers are."""
 
     name: str
     revision: str | None
     config: Any
+    scheme: Scheme | None = None
 
     @property
     def architecture(self) -> str:
@@ -130,9 +134,12 @@ class Checkpoint:
         tied = math.prod(shapes[OUTPUT_NAME]) if self.config.tie_word_embeddings else 0
         return sum(math.prod(shape) for shape in shapes.values()) - tied
 
-    def load_weights(self) -> dict[str, torch.Tensor]:
-        """All parameters, see `tensors.load_tensors`."""
-        return load_tensors(self.name, self.revision)
+    def load_weights(self) -> Tensors:
+        """All parameters, see `tensors.load_tensors` and `tensors.load_quantized`."""
+        if self.scheme is None:
+            return load_tensors(self.name, self.revision)
+        is_tied = self.config.tie_word_embeddings
+        return load_quantized(self.name, self.revision, self.scheme, self.empty_model, is_tied=is_tied)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -181,10 +188,18 @@ def open_checkpoint(name: str, revision: str | None = None, *, needs_weights: bo
     reason = refusal(config)
     if reason:
         raise CheckpointError(f"{name}: {reason}")
+    if (scheme := read_scheme(source, revision, config)) is not None:
+        # transformers would ask for the library that quantised it.
+        vars(config).pop("quantization_config", None)
     warn_of_unread_fields(name, config)
     if needs_weights and folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{name}: no *.safetensors file: save the checkpoint with safe_serialization=True")
-    return Checkpoint(source, revision, config)
+    checkpoint = Checkpoint(source, revision, config, scheme)
+    if scheme is not None and checkpoint.is_mixture_of_experts:
+        raise CheckpointError(
+            f"{name}: quantised by {scheme.method}: experts of a mixture are not read quantised: give the original"
+        )
+    return checkpoint
 
 
 def _check_hub_id(name: str, revision: str | None) -> None:
@@ -234,10 +249,6 @@ def refusal(config: Any) -> str | None:
         return f"{model_type} keeps a recurrent (state-space) state that cannot be rewound after a rejected draft"
     if model_type in ALIBI_MODEL_TYPES or getattr(config, "alibi", False):
         return f"{model_type} biases attention by distance (ALiBi), which ONNX Attention has no input for"
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        return f"the checkpoint is already quantised ({method}): give the original and use --quantization"
     if model_type not in SUPPORTED_MODEL_TYPES:
         return f"model type {model_type!r} is not supported: expected one of {', '.join(SUPPORTED_MODEL_TYPES)}"
     return refused_fields(config)

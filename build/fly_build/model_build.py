@@ -11,29 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
-import torch
 
 from fly_build.checkpoint import Checkpoint
 from fly_build.export import DecoderGraph, export_decoder
+from fly_build.graph_edits import DTYPES, NUMPY_DTYPES
 from fly_build.head import HeadForm, append_head
+from fly_build.linear_forms import Kernels, bits_per_weight
 from fly_build.operators import AttentionForm
-from fly_build.quantization import BLOCK_SIZE
 from fly_build.sharding import Sharding
-from fly_build.tensors import INPUT_NAME, OUTPUT_NAME, check_values, count_parameters
-from fly_build.weights import DTYPES, WeightWriter
-from fly_trt.manifest import Device, Dtype, Head, Limits, ModelEngine
+from fly_build.tensors import INPUT_NAME, OUTPUT_NAME, Parameter, Tensors, check_values, count_parameters
+from fly_build.weights import WeightWriter
+from fly_trt.manifest import Dtype, Head, Limits, ModelEngine
 
 INLINE_BYTES = 1024
 ALIGNMENT = 64
-# A block of 32 weights has a float32 scale, so one bit more per weight; int4 keeps the vocabulary projection in 8 bits,
-# and fp8 in the dtype of the embeddings.
-BITS_PER_WEIGHT = {"int8": 8.0, "int4": 5.0, "fp8": 8.0}
-BITS_PER_PROJECTION_WEIGHT = {"int8": 8.0, "int4": 9.0}
-BLOCK_BITS = {"int8": 8, "int4": 4}
-
-Tensors = dict[str, torch.Tensor]
-"""The parameters of a checkpoint, by name."""
-
 Report = Callable[[str, float], None]
 """Is told the name of a step and which fraction of it is done."""
 
@@ -41,7 +32,7 @@ Report = Callable[[str, float], None]
 @dataclass(frozen=True)
 class ModelPlan:
     """One engine to build: `folder` is its place in the engine directory; a draft made of the target leaves out the
-    blocks `skipped` (blocks.py) and lies beside it, under `name`. It runs on `device`; `sharding` is how it is spread
+    blocks `skipped` (blocks.py) and lies beside it, under `name`. `kernels` compute it; `sharding` is how it is spread
     over several ranks."""
 
     folder: str
@@ -49,33 +40,33 @@ class ModelPlan:
     engine: ModelEngine
     skipped: tuple[int, ...] = ()
     name: str = ""
-    device: Device = "cpu"
+    kernels: Kernels = "cpu"
     sharding: Sharding | None = None
 
     def weight_bytes(self) -> int:
         """Size of the stored weights of one rank; embeddings, norms and mixtures' experts stay unquantised."""
-        is_shared = self.engine.quantization not in BITS_PER_PROJECTION_WEIGHT
-        bits = 0.0
+        plain = self._plain_bits
+        bits, output_bits = self._bits_per_weight
+        is_shared = self.checkpoint.config.tie_word_embeddings and output_bits == plain
+        total = 0.0
         for name, shape in self.checkpoint.parameter_shapes.items():
-            if name == OUTPUT_NAME and self.checkpoint.config.tie_word_embeddings and is_shared:
+            if name == OUTPUT_NAME and is_shared:
                 continue
             own = shape if self.sharding is None else self.sharding.rank_shape(name, shape)
-            bits += math.prod(own) * self._bits_per_weight(name, shape)
-        return int(bits) // 8
+            is_linear = len(shape) == 2 and name != INPUT_NAME
+            total += math.prod(own) * (output_bits if name == OUTPUT_NAME else bits if is_linear else plain)
+        return int(total) // 8
 
     @property
     def _plain_bits(self) -> int:
         return 32 if self.engine.dtype == "float32" else 16
 
-    def _bits_per_weight(self, name: str, shape: tuple[int, ...]) -> float:
-        quantization = self.engine.quantization
-        if quantization == "none" or name == INPUT_NAME or len(shape) != 2:
-            return self._plain_bits
-        if self.device == "cuda" and quantization in BLOCK_BITS:  # scales as wide as an unquantised weight
-            return BLOCK_BITS["int8" if name == OUTPUT_NAME else quantization] + self._plain_bits / BLOCK_SIZE
-        if name == OUTPUT_NAME:
-            return BITS_PER_PROJECTION_WEIGHT.get(quantization, self._plain_bits)
-        return BITS_PER_WEIGHT[quantization]
+    @property
+    def _bits_per_weight(self) -> tuple[float, float]:
+        """Of linear layers and of the vocabulary projection."""
+        if (scheme := self.checkpoint.scheme) is not None:
+            return scheme.bits_per_weight, self._plain_bits
+        return bits_per_weight(self.kernels, self.engine.quantization, self._plain_bits)
 
 
 @dataclass(frozen=True)
@@ -154,7 +145,7 @@ class ModelBuild:
         decoder: DecoderGraph,
         tensors: Tensors,
         compute_dtype: Dtype,
-        prepare: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
+        prepare: Callable[[str, Parameter], Parameter] = lambda name, tensor: tensor,
     ) -> None:
         """Gives the graph its weights, see WeightWriter."""
         engine = self.model.engine
@@ -164,7 +155,7 @@ class ModelBuild:
             dtype=engine.dtype,
             quantization=engine.quantization,
             compute_dtype=compute_dtype,
-            device=self.model.device,
+            kernels=self.model.kernels,
             prepare=prepare,
         )
         writer.attach(decoder.parameters)
@@ -191,11 +182,12 @@ class LoadedGraph:
         sharded model the rank's part is written, and the graph is left as it is for the next one."""
         sharding = self.build.model.sharding
         decoder = self.decoder if sharding is None else self.decoder.copy()
-        tensors = self.tensors if sharding is None else self.tensors | sharding.rank_vectors()
+        tensors = self.tensors if sharding is None else {**self.tensors, **sharding.rank_vectors()}
 
-        def part(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        def part(name: str, tensor: Parameter) -> Parameter:
             own = tensor if sharding is None else sharding.part(name, tensor, rank)
-            check_values(self.build.model.checkpoint.name, {name: own}, DTYPES[self.engine.dtype][0])
+            stored, computed = DTYPES[self.engine.dtype][0], NUMPY_DTYPES[self.compute_dtype]
+            check_values(self.build.model.checkpoint.name, {name: own}, stored, computed)
             return own
 
         self.build.attach(decoder, tensors, self.compute_dtype, part)

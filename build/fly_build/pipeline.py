@@ -28,6 +28,7 @@ from fly_trt.manifest import (
     Limits,
     Manifest,
     ModelEngine,
+    Quantization,
     Source,
     hash_directory,
     write_manifest,
@@ -108,7 +109,7 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False, to_build
             folder,
             checkpoint,
             _engine(folder, checkpoint, backend, ranks.get(folder, 1)),
-            device=recipe.device,
+            kernels=backend.kernels,
             sharding=shardings.get(folder),
         )
         for folder, checkpoint in checkpoints.items()
@@ -132,9 +133,26 @@ def _engine(folder: str, checkpoint: Checkpoint, backend: Backend, num_ranks: in
         num_kv_heads=checkpoint.num_kv_heads,
         head_dim=checkpoint.head_dim,
         dtype=backend.dtype,
-        quantization=backend.recipe.quantization,
+        quantization=_quantization(checkpoint, backend),
         kv_cache_dtype=backend.kv_cache_dtype,
     )
+
+
+def _quantization(checkpoint: Checkpoint, backend: Backend) -> Quantization:
+    """What the recipe asks for, or what the checkpoint has already. Raises ConfigError where they differ, and for what
+    the backend does not compute."""
+    asked, scheme = backend.recipe.quantization, checkpoint.scheme
+    if scheme is None:
+        return asked
+    has = f"{checkpoint.name}: its weights are {scheme.kind} already ({scheme.method})"
+    if asked not in ("none", scheme.kind):
+        raise ConfigError(f"{has}, asked for {asked}: leave --quantization out, or give the original")
+    if scheme.kind not in backend.quantizations:
+        raise ConfigError(
+            f"{has}, for which backend {backend.recipe.backend} has no product: use --backend tensorrt, or the "
+            "original with --quantization int8"
+        )
+    return scheme.kind
 
 
 def build(plan: Plan, report: Report) -> Manifest:

@@ -17,16 +17,11 @@ from fly_build.blocks import BlockDecoder, check_blocks, kept_attentions, num_bl
 from fly_build.calibration import calibration_text
 from fly_build.checkpoint import Checkpoint
 from fly_build.knapsack import BlockTimes, Prospect
+from fly_build.linear_forms import Kernels, bits_per_weight
 from fly_build.measure import measure_target_steps
-from fly_build.model_build import (
-    BITS_PER_PROJECTION_WEIGHT,
-    BITS_PER_WEIGHT,
-    ModelBuild,
-    ModelPlan,
-    Report,
-    Tensors,
-)
+from fly_build.model_build import ModelBuild, ModelPlan, Report
 from fly_build.schema import SelfDraftSettings
+from fly_build.tensors import Tensors, plain_tensors
 from fly_trt.errors import ConfigError
 from fly_trt.manifest import Limits, Manifest, ModelEngine, SelfDraft, hash_file
 
@@ -56,6 +51,11 @@ def contexts_of(settings: SelfDraftSettings, limits: Limits) -> list[int]:
 
 def check_self_draft(settings: SelfDraftSettings, checkpoint: Checkpoint, limits: Limits) -> None:
     """Raises ConfigError or CheckpointError for what could not be built. Reads no weights."""
+    if checkpoint.scheme is not None:
+        raise ConfigError(
+            f"self_draft: {checkpoint.name} is quantised ({checkpoint.scheme.method}), and the blocks to leave out are "
+            "chosen with the original's weights: give the original, or --draft"
+        )
     check_blocks(checkpoint)
     if (longest := contexts_of(settings, limits)[-1]) >= limits.max_seq_len:
         raise ConfigError(
@@ -78,10 +78,10 @@ def add_self_drafts(
     """The manifest with a self-draft for each context, whose engines are built beside the target's in `workspace`."""
     contexts = contexts_of(settings, manifest.limits)
     report("self-draft: measure", 0.0)
-    times = _step_times(settings, contexts, manifest, checkpoint, workspace)
+    times = _step_times(settings, contexts, manifest, checkpoint, workspace, backend.kernels)
     report("self-draft: measure", 1.0)
     text = calibration_text(settings.calibrate)
-    tensors = checkpoint.load_weights()
+    tensors = plain_tensors(checkpoint.name, checkpoint.load_weights())
     chooser = _Chooser(BlockDecoder(checkpoint, tensors), checkpoint, text, manifest)
     choices = [chooser.choose(context, times[context], report) for context in contexts]
     del chooser
@@ -204,7 +204,12 @@ def _share(flags: torch.Tensor) -> float:
 
 
 def _step_times(
-    settings: SelfDraftSettings, contexts: list[int], manifest: Manifest, checkpoint: Checkpoint, workspace: Path
+    settings: SelfDraftSettings,
+    contexts: list[int],
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    workspace: Path,
+    kernels: Kernels,
 ) -> dict[int, BlockTimes]:
     """By context, as given or as measured: what a longer context adds is the attentions', the rest is divided by the
     sizes of the weights, which a step of one token has to read."""
@@ -216,7 +221,7 @@ def _step_times(
         }
     (shortest, *steps), further = measure_target_steps(manifest, workspace, [1, *contexts])
     num_layers = num_blocks(checkpoint) // 2
-    sizes = _sizes(checkpoint, manifest.target)
+    sizes = _sizes(checkpoint, manifest.target, kernels)
     attention, mlp, head = (shortest * size / sum(sizes) for size in sizes)
     return {
         context: BlockTimes((attention + max(0.0, step - shortest)) / num_layers, mlp / num_layers, head, further)
@@ -224,11 +229,11 @@ def _step_times(
     }
 
 
-def _sizes(checkpoint: Checkpoint, engine: ModelEngine) -> tuple[float, float, float]:
+def _sizes(checkpoint: Checkpoint, engine: ModelEngine, kernels: Kernels) -> tuple[float, float, float]:
     """Of the weights that a step of one token reads: of all attentions, all MLPs, and the projection; in bits."""
-    plain = 32.0 if engine.dtype == "float32" else 16.0
+    plain = 32 if engine.dtype == "float32" else 16
     model, config = checkpoint.empty_model, checkpoint.config
-    bits = BITS_PER_WEIGHT.get(engine.quantization, plain)
+    bits, projection_bits = bits_per_weight(kernels, engine.quantization, plain)
 
     def size(module: torch.nn.Module) -> float:
         experts = sum(parameter.numel() for parameter in module.parameters() if parameter.ndim == 3)
@@ -237,8 +242,7 @@ def _sizes(checkpoint: Checkpoint, engine: ModelEngine) -> tuple[float, float, f
         return others * bits + experts * plain * (getattr(config, "num_experts_per_tok", None) or 1) / total
 
     layers = model.model.layers
-    projection = model.get_output_embeddings().weight.numel()
-    head = projection * BITS_PER_PROJECTION_WEIGHT.get(engine.quantization, plain)
+    head = model.get_output_embeddings().weight.numel() * projection_bits
     return sum(size(layer.self_attn) for layer in layers), sum(size(layer.mlp) for layer in layers), head
 
 
@@ -260,7 +264,7 @@ def _build_engine(
             "num_layers": len(attentions),
         }
     )
-    model = ModelPlan(folder, checkpoint, engine, choice.skipped, f"self-draft {choice.context}")
+    model = ModelPlan(folder, checkpoint, engine, choice.skipped, f"self-draft {choice.context}", backend.kernels)
     build = ModelBuild(model, manifest.limits, manifest.head, workspace, report)
     return backend.build_sharing(build, manifest.target, tensors)
 

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 
+from fly_build.quantized_weight import QuantizedWeight
 from fly_build.schema import TP_SIZES
 from fly_trt.errors import CheckpointError
 
+Parameter = torch.Tensor | QuantizedWeight
 RANK_PARAMETER = "rank"  # beside a weight that is cut by vocabulary: 1 at the rank's own number, 0 at the others'
 
 # What lies along the dimension that is cut, one behind another: query heads, key-value heads, or what is simply even.
@@ -54,8 +56,12 @@ class Cut:
     def length(self) -> int:
         return sum(length for _, length in self.ranges)
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A view where the part is in one piece, else a copy."""
+    def of(self, tensor: Parameter) -> Parameter:
+        """A view where the part is in one piece, else a copy. Raises CheckpointError where it would cut through what a
+        quantised weight has one scale for."""
+        if isinstance(tensor, QuantizedWeight):
+            shards = [tensor.shard(self.dim, start, start + length) for start, length in self.ranges]
+            return QuantizedWeight.joined(shards)
         parts = [tensor.narrow(self.dim, start, length) for start, length in self.ranges]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
 
@@ -92,7 +98,7 @@ class Sharding:
             start += size
         return Cut(dim, tuple(ranges))
 
-    def part(self, name: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+    def part(self, name: str, tensor: Parameter, rank: int) -> Parameter:
         """What the rank has of a parameter, see `Cut.of`."""
         cut = self.cut(name, tuple(tensor.shape), rank)
         return tensor if cut is None else cut.of(tensor)

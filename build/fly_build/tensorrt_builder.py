@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 MAX_PLUGIN_TOP_K = 8
 PLUGIN_LIBRARY = "libfly_plugins.so"
+FP8_COMPUTE_CAPABILITY = "8.9"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class EngineBuilder:
     dtype: Dtype
     plugin_library: str | None
     timing_cache: Path | None
+    needs_fp8: bool = False
 
     def build(
         self, onnx_path: Path, attentions: list[AttentionNames], num_layers: int, report: Callable[[float], None]
@@ -63,6 +65,7 @@ class EngineBuilder:
         Half precision asks for a dedicated attention kernel and falls back to a decomposed one; float32 has none.
         Raises EngineError with TensorRT's reason, KeyboardInterrupt after Ctrl-C.
         """
+        self._check_fp8()
         reason = ""
         for decomposable in (True,) if self.dtype == "float32" else (False, True):
             builder, network = self._parse(onnx_path)
@@ -77,6 +80,23 @@ class EngineBuilder:
             reason = self.library.take_errors()
             logger.info("%s: decomposable=%s: %s", onnx_path, decomposable, reason)
         raise EngineError(f"{self.library.name} {self.library.version} cannot build the engine: {reason}")
+
+    def _check_fp8(self) -> None:
+        """Raises EngineError where the GPU that an engine is built on has no fp8 arithmetic. Warns of what the portable
+        library leaves out."""
+        if not self.needs_fp8:
+            return
+        if self._is_portable:
+            logger.warning(
+                "fp8: this engine needs compute capability %s or later, and tensorrt_rtx supports no Hopper (H100, "
+                "H200): for those build with --tensorrt-library tensorrt on one of them",
+                FP8_COMPUTE_CAPABILITY,
+            )
+        elif (found := self._compute_capability) and float(found) < float(FP8_COMPUTE_CAPABILITY):
+            raise EngineError(
+                f"fp8 needs compute capability {FP8_COMPUTE_CAPABILITY} or later, this GPU has {found}: use "
+                "--quantization int8, or build on the GPU that shall run it"
+            )
 
     def _parse(self, onnx_path: Path) -> tuple[Any, Any]:
         trt = self.library.trt
@@ -107,7 +127,8 @@ class EngineBuilder:
         config.set_flag(trt.BuilderFlag.STRICT_NANS)  # logits that are not numbers must be seen in the head
         if self._is_portable:
             config.num_compute_capabilities = 1
-            config.set_compute_capability(trt.ComputeCapability.SM80, 0)
+            oldest = trt.ComputeCapability.SM89 if self.needs_fp8 else trt.ComputeCapability.SM80
+            config.set_compute_capability(oldest, 0)
         for profile_sizes in self.sizes.profiles():
             config.add_optimization_profile(_make_profile(builder, network, *profile_sizes))
         timings = self._read_timing_cache(config)
@@ -125,11 +146,17 @@ class EngineBuilder:
         """Built for a family of GPUs rather than for the one that is there."""
         return self.library.name == "tensorrt_rtx"
 
+    @property
+    def _compute_capability(self) -> str:
+        """Of the GPU that is there, or of the oldest one that an engine of the portable library runs on."""
+        oldest = FP8_COMPUTE_CAPABILITY if self.needs_fp8 else "8.0"
+        return oldest if self._is_portable else _compute_capability()
+
     def _record(self, layers: LayerSummary) -> TensorRTPlan:
         return TensorRTPlan(
             library=self.library.name,
             version=self.library.version,
-            compute_capability="8.0" if self._is_portable else _compute_capability(),
+            compute_capability=self._compute_capability,
             cache_tokens=self.sizes.cache_tokens,
             max_row_tokens=self.sizes.max_row_tokens,
             head="functions" if self.plugin_library is None else "plugins",

@@ -8,15 +8,18 @@ it does not.
 import contextlib
 import logging
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from fly_build.quantized_layouts import LinearTensors, Scheme
+from fly_build.quantized_weight import QuantizedWeight
+from fly_build.stored import Stored, stored_tensors
 from fly_trt.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -24,13 +27,18 @@ logger = logging.getLogger(__name__)
 # The float types of safetensors that weights are read in, by what they hold; float32 holds all of them.
 READABLE = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INPUT_NAME, OUTPUT_NAME = "model.embed_tokens.weight", "lm_head.weight"
-INDEX_NAME = "model.safetensors.index.json"
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 ROTARY_BUFFER = re.compile(r"(?:^|\.)rotary_emb\.")  # old checkpoints stored what is computed anyway
 MULTIMODAL_WORDS = ("language_model", "text_model", "vision", "visual")
 # Where peft is installed, transformers applies an adapter that lies beside the model, unless it is to look elsewhere.
+# Of quantised checkpoints: what engines have no use for, of the cache and of activations that are not quantised.
+UNUSED_SCALE = re.compile(r"\.(?:[qkv]_scale|kv_scale|prob_scale|output_scale|input_scale|input_scale_ub)$")
 NO_ADAPTER = {"subfolder": "no-adapter"}
 NAMED_AT_MOST = 3
+
+Parameter = torch.Tensor | QuantizedWeight
+Tensors = Mapping[str, Parameter]
+"""The parameters of a checkpoint, by name."""
 
 
 def load_tensors(name: str, revision: str | None) -> dict[str, torch.Tensor]:
@@ -41,7 +49,7 @@ def load_tensors(name: str, revision: str | None) -> dict[str, torch.Tensor]:
     configuration's. What the model does not use is logged as a warning.
     """
     try:
-        stored = _stored(name, revision)
+        stored = _float_tensors(name, revision)
         likely_used = [key for key in stored if not ROTARY_BUFFER.search(key)]
         model, info = _load(name, revision, dtype=_common_dtype(stored, likely_used))
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
@@ -66,14 +74,79 @@ def load_tensors(name: str, revision: str | None) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def count_parameters(tensors: dict[str, torch.Tensor]) -> int:
+def load_quantized(name: str, revision: str | None, scheme: Scheme, model: Any, *, is_tied: bool) -> Tensors:
+    """The parameters of `model`, which has none yet, from a checkpoint of quantised linear layers: those as they are,
+    everything else as it is stored. Both are mapped from the files and read when they are used; the libraries that
+    quantise are not asked. `is_tied`: where no vocabulary projection is stored, it is the embeddings.
+
+    Raises CheckpointError for the same as `load_tensors`, and for layers that are not as the scheme has them.
+    """
+    try:
+        stored = stored_tensors(name, revision)
+    except (OSError, ValueError, AttributeError, LookupError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{name}: the weights do not load: {first_line(error)}") from None
+    tensors: dict[str, torch.Tensor | QuantizedWeight] = {}
+    used, missing = set(), []
+    for key, made in model.state_dict().items():
+        module, shape = key.removesuffix(".weight"), tuple(made.shape)
+        mark = stored.get(f"{module}.{scheme.suffix}")
+        if mark is not None and mark.kind not in READABLE and len(shape) == 2:
+            linear = LinearTensors(name, module, shape, stored)
+            tensors[key] = scheme.read(scheme, linear)
+            used |= linear.used
+        elif key not in stored:
+            missing.append(key)
+        elif stored[key].shape != shape or stored[key].kind not in READABLE:
+            found = stored[key]
+            raise CheckpointError(
+                f"{name}: {key} is {found.kind} {list(found.shape)}, config.json makes it floats of {list(shape)}: "
+                "correct config.json, or download it again"
+            )
+        else:
+            tensors[key] = stored[key].read()
+            used.add(key)
+    if missing == ["lm_head.weight"] and is_tied:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        missing = []
+    unexpected = sorted(stored.keys() - used)
+    if missing:
+        raise CheckpointError(f"{name}: {_why_missing(missing, unexpected, len(tensors) + len(missing))}")
+    if not any(isinstance(tensor, QuantizedWeight) for tensor in tensors.values()):
+        raise CheckpointError(f"{name}: quantised by {scheme.method} says config.json, but no tensor is: correct it")
+    ineffective = [
+        key
+        for key in unexpected
+        if ROTARY_BUFFER.search(key) or UNUSED_SCALE.search(key) or _is_bias_of_zeros(key, stored)
+    ]
+    _check_unexpected(name, unexpected, ineffective, {path for path, _ in model.named_modules()})
+    return tensors
+
+
+def plain_tensors(name: str, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint that nobody quantised. Raises CheckpointError for another one."""
+    plain = {key: tensor for key, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+    if len(plain) < len(tensors):
+        raise CheckpointError(f"{name}: its weights are quantised: give the original, and use --quantization")
+    return plain
+
+
+def place_of(tensor: torch.Tensor | QuantizedWeight) -> int:
+    """Tensors of one place share their memory."""
+    return id(tensor) if isinstance(tensor, QuantizedWeight) else tensor.data_ptr()
+
+
+def count_parameters(tensors: Tensors) -> int:
     """Those that share their memory are one."""
-    return sum({tensor.data_ptr(): tensor.numel() for tensor in tensors.values()}.values())
+    return sum({place_of(tensor): tensor.numel() for tensor in tensors.values()}.values())
 
 
-def check_values(name: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Raises CheckpointError for values that no engine could compute with, or that `dtype` does not hold."""
+def check_values(name: str, tensors: Tensors, dtype: torch.dtype, computed: npt.DTypeLike = np.float32) -> None:
+    """Raises CheckpointError for values that no engine could compute with, or that `dtype` does not hold, and for
+    scales of quantised weights that do not fit to activations of the type `computed`."""
     for key, tensor in tensors.items():
+        if isinstance(tensor, QuantizedWeight):
+            tensor.check_scales(computed)
+            continue
         if tensor.numel() == 0:
             continue
         low, high = (float(bound) for bound in torch.aminmax(tensor))
@@ -94,14 +167,6 @@ def check_values(name: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype
             )
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """Where a tensor lies, and the name that safetensors has for its type."""
-
-    path: str
-    kind: str
-
-
 def _load(name: str, revision: str | None, **options: Any) -> tuple[Any, dict[str, Any]]:
     """The transformers model, and what it says of names and shapes."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -115,43 +180,29 @@ def _load(name: str, revision: str | None, **options: Any) -> tuple[Any, dict[st
     return loaded
 
 
-def _stored(name: str, revision: str | None) -> dict[str, _Stored]:
-    """Every tensor in the files."""
-    stored = {}
-    for path in _files(name, revision):
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 - no mapping
-                kind = file.get_slice(key).get_dtype()
-                if kind not in READABLE and key.endswith(".weight"):  # transformers would read integers as weights
-                    raise CheckpointError(
-                        f"{name}: {key} is stored as {kind}, which looks quantised: give the original and use "
-                        "--quantization"
-                    )
-                stored[key] = _Stored(path, kind)
+def _float_tensors(name: str, revision: str | None) -> dict[str, Stored]:
+    """Every tensor in the files. Raises CheckpointError for weights that are no floats: transformers would read
+    integers as weights."""
+    stored = stored_tensors(name, revision)
+    for key, tensor in stored.items():
+        if tensor.kind not in READABLE and key.endswith(".weight"):
+            raise CheckpointError(
+                f"{name}: {key} is stored as {tensor.kind}, which looks quantised, and config.json has no "
+                "quantization_config: add it, or give the original and use --quantization"
+            )
     return stored
 
 
-def _common_dtype(stored: dict[str, _Stored], keys: list[str]) -> torch.dtype:
+def _common_dtype(stored: dict[str, Stored], keys: list[str]) -> torch.dtype:
     """The one dtype of these float tensors, or float32, which holds the values of all."""
     dtypes = {READABLE[kind] for key in keys if (kind := stored[key].kind) in READABLE}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
-def _is_bias_of_zeros(key: str, stored: dict[str, _Stored]) -> bool:
+def _is_bias_of_zeros(key: str, stored: dict[str, Stored]) -> bool:
     if not key.endswith(".bias") or key not in stored or stored[key].kind not in READABLE:
         return False
-    with safe_open(stored[key].path, "pt") as file:
-        return not file.get_tensor(key).any()
-
-
-def _files(name: str, revision: str | None) -> list[str]:
-    """The safetensors files that transformers reads, downloaded where it would."""
-    optional: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    if (single := cached_file(name, "model.safetensors", **optional)) is not None:
-        return [single]
-    if (index := cached_file(name, INDEX_NAME, **optional)) is None:
-        return []
-    return get_checkpoint_shard_files(name, index, revision=revision)[0]
+    return not stored[key].read().any()
 
 
 def _is_shared(tensors: dict[str, torch.Tensor]) -> bool:

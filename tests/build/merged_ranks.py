@@ -13,23 +13,24 @@ import onnxruntime as ort
 from fly_build.checkpoint import Checkpoint
 from fly_build.collectives import OPERATOR
 from fly_build.head import append_head
+from fly_build.linear_forms import Kernels
 from fly_build.sharding import Sharding, shard
 from fly_build.weights import WeightWriter
 from fly_trt.engines.onnxruntime import session_options
-from tiny_models import MAX_SEQ_LEN, SILENT_BELOW_ERROR, Runner
+from tiny_models import EXACT_PRODUCTS, MAX_SEQ_LEN, SILENT_BELOW_ERROR, Runner
 from traced_once import export_once
 
 SHARED_INPUTS = ("input_ids", "write_indices", "num_context", "num_draft", "entropy_threshold", "use_full_entropy")
 SHARED_INPUTS += ("window", "lookahead")
 
 
-def rank_graph(checkpoint: Checkpoint, sharding: Sharding, rank: int) -> ir.Model:
+def rank_graph(checkpoint: Checkpoint, sharding: Sharding, rank: int, kernels: Kernels = "cpu") -> ir.Model:
     """What a backend writes for one rank, in float32 and with the head."""
     decoder = export_once(checkpoint, MAX_SEQ_LEN, attention="mask", sharding=sharding)
-    tensors = checkpoint.load_weights() | sharding.rank_vectors()
+    tensors = {**checkpoint.load_weights(), **sharding.rank_vectors()}
     graph = decoder.model.graph
     prepare = lambda name, tensor: sharding.part(name, tensor, rank)  # noqa: E731
-    WeightWriter(graph, tensors, "float32", "none", prepare=prepare).attach(decoder.parameters)
+    WeightWriter(graph, tensors, "float32", "none", prepare=prepare, kernels=kernels).attach(decoder.parameters)
     append_head(decoder.model, 3, [2])
     return decoder.model
 
@@ -103,14 +104,17 @@ class MergedRunner(Runner):
     """Runs merged rank graphs as tiny_models.Runner runs a whole one: `step` returns the outputs of rank 0, after a
     look at those of the others, which must be the same."""
 
-    def __init__(self, checkpoint: Checkpoint, num_ranks: int, path: Path, batch_size: int = 2) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, num_ranks: int, path: Path, batch_size: int = 2, kernels: Kernels = "cpu"
+    ) -> None:
         config = checkpoint.config
         self.num_ranks = num_ranks
         self.sharding = shard(checkpoint.name, config, checkpoint.head_dim, num_ranks)
-        model = merge([rank_graph(checkpoint, self.sharding, rank) for rank in range(num_ranks)])
+        model = merge([rank_graph(checkpoint, self.sharding, rank, kernels) for rank in range(num_ranks)])
         ir.save(model, path, external_data=f"{path.name}.data")
         options = session_options()
         options.log_severity_level = SILENT_BELOW_ERROR
+        options.add_session_config_entry(*EXACT_PRODUCTS)
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         shape = (batch_size, self.sharding.rank_kv_heads, MAX_SEQ_LEN, checkpoint.head_dim)
         noise = np.random.default_rng(1)

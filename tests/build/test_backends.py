@@ -74,7 +74,7 @@ def test_a_backend_refuses_what_it_cannot_do_and_what_belongs_to_another(command
     [
         (["--help"], "--backend [onnxruntime|tensorrt]"),
         (["--target", "a", "--timing-cache", "b"], "timing_cache: belongs to backend tensorrt, got backend 'onnx"),
-        (["--target", "a", "--backend", "tensorrt", "--quantization", "int8"], "backend tensorrt has none yet"),
+        (["--target", "a", "--quantization", "fp8"], "no CPU computes with it: use --quantization int8, or --backend"),
         (["--target", "a"], "is not installed: pip install 'fly-trt[build]'"),
     ],
 )

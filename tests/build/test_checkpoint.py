@@ -16,7 +16,7 @@ from fly_build.checkpoint import Checkpoint, check_same_tokenizer, open_checkpoi
 from fly_trt.errors import CheckpointError
 from tiny_models import PAIR, add_demo_tokenizer, save_tiny, tiny_llama
 
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+HQQ = {"quant_method": "hqq"}
 REFUSED = {
     "t5": ("T5Config", {}, "encoder-decoder"),
     "bart": ("BartConfig", {}, "encoder-decoder"),
@@ -30,7 +30,11 @@ REFUSED = {
     "gemma3": ("Gemma3Config", {}, "multimodal"),
     "llava": ("LlavaConfig", {}, "multimodal"),
     "gpt2": ("GPT2Config", {}, "'gpt2' is not supported: expected one of gemma2, .*llama"),
-    "gptq": ("LlamaConfig", {"quantization_config": GPTQ}, r"already quantised \(gptq\)"),
+    "hqq": (
+        "LlamaConfig",
+        {"quantization_config": HQQ},
+        "quantised by hqq, expected one of awq, gptq, .*: give the orig",
+    ),
     "supported-but-empty": ("LlamaConfig", {}, r"no \*\.safetensors file"),
 }
 UNREADABLE = {

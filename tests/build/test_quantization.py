@@ -21,14 +21,16 @@ from onnx import TensorProto, helper
 
 from examples import examples
 from fly_build.checkpoint import open_checkpoint
+from fly_build.graph_edits import CONTRIB_DOMAIN
 from fly_build.quantization import (
     BLOCK_SIZE,
     INT8_ACCUMULATION,
     WEIGHT_LIMIT,
+    pack_blocks,
     quantize_blocks,
     quantize_int8,
 )
-from fly_build.weights import CONTRIB_DOMAIN, WeightWriter
+from fly_build.weights import WeightWriter
 from fly_trt.engines.onnxruntime import session_options
 from tiny_models import MAX_SEQ_LEN, Runner, build_graph, count_operators, reference_logits, save_tiny, tiny_llama
 
@@ -55,8 +57,13 @@ def _codes(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int64]:
     return packed.astype(np.int64) - (1 << (bits - 1))
 
 
+def _packed_blocks(weight: FloatArray, bits: int) -> tuple[npt.NDArray[np.uint8], FloatArray]:
+    codes, scales = quantize_blocks(weight, bits)
+    return pack_blocks(codes, bits, BLOCK_SIZE), scales
+
+
 def _dequantize_blocks(weight: FloatArray, bits: int) -> npt.NDArray[np.float64]:
-    packed, scales = quantize_blocks(weight, bits)
+    packed, scales = _packed_blocks(weight, bits)
     values = _codes(packed, bits) * scales[..., None].astype(np.float64)
     return values.reshape(len(weight), -1)[:, : weight.shape[1]]
 
@@ -127,11 +134,11 @@ def test_codes_fit_scales_of_half_precision(dtype: Any, bits: int) -> None:
     weight = _random(40, 3 * BLOCK_SIZE)
     exact, scales = quantize_blocks(weight, bits)
     packed, rounded = quantize_blocks(weight, bits, dtype)
-    assert rounded.dtype == dtype
-    np.testing.assert_array_equal(rounded, scales.astype(dtype))
+    np.testing.assert_array_equal(rounded, scales.astype(dtype).astype(np.float32))
     errors = []
     for codes in (packed, exact):
-        restored = (_codes(codes, bits) * rounded[..., None].astype(np.float64)).reshape(weight.shape)
+        in_blocks = codes.reshape(40, 3, BLOCK_SIZE).astype(np.int64)
+        restored = (in_blocks * rounded[..., None].astype(np.float64)).reshape(weight.shape)
         errors.append(np.abs(weight - restored).mean())
     assert errors[0] <= errors[1]
     assert errors[0] < 0.3 * np.abs(scales).mean()
@@ -140,7 +147,7 @@ def test_codes_fit_scales_of_half_precision(dtype: Any, bits: int) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", [1, 31, 33, 50])
 def test_last_block_is_padded_with_zeros(rows: int, bits: int) -> None:
-    packed, scales = quantize_blocks(_random(3, rows), bits)
+    packed, scales = _packed_blocks(_random(3, rows), bits)
     blocks = -(-rows // BLOCK_SIZE)
     assert packed.shape == (3, blocks, BLOCK_SIZE * bits // 8)
     assert scales.shape == (3, blocks)
@@ -168,7 +175,7 @@ def test_onnxruntime_reads_the_blocks_as_they_were_packed(rows: int, bits: int) 
 
 def _matmul_nbits(x: FloatArray, weight: FloatArray, bits: int, accuracy_level: int) -> FloatArray:
     columns, rows = weight.shape
-    packed, scales = quantize_blocks(weight, bits)
+    packed, scales = _packed_blocks(weight, bits)
     node = helper.make_node(
         "MatMulNBits",
         ["x", "weight", "scale"],

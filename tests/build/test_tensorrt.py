@@ -253,7 +253,6 @@ def test_with_plugins_the_head_is_two_nodes_that_the_parser_finds_by_name(tmp_pa
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "quantization": ({"quantization": "int8"}, "backend tensorrt has none yet: use --quantization none"),
     "plugins of RTX": ({"plugin_library": "libfly_plugins.so"}, "tensorrt_rtx has no plugin layers: leave it out"),
     "timings of RTX": ({"timing_cache": "file"}, "tensorrt_rtx times nothing while it builds: leave it out"),
 }

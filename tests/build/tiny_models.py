@@ -21,6 +21,7 @@ from fly_build.attention import make_shape_invariant
 from fly_build.checkpoint import Checkpoint, open_checkpoint
 from fly_build.export import DecoderGraph
 from fly_build.head import append_head
+from fly_build.linear_forms import Kernels
 from fly_build.operators import AttentionForm
 from fly_build.weights import WeightWriter
 from fly_trt.engines.onnxruntime import session_options
@@ -32,6 +33,8 @@ MAX_SEQ_LEN = 64
 PREFILL, CONTINUED, REWOUND = 40, 46, 25
 TOLERANCE = 1e-4
 SILENT_BELOW_ERROR = 3
+# ONNX Runtime makes MatMulNBits of a DequantizeLinear and a MatMul, and would round the activations to 8 bits.
+EXACT_PRODUCTS = ("session.qdq_matmulnbits_accuracy_level", "1")
 SHAPE: dict[str, Any] = {
     "vocab_size": 160,
     "hidden_size": 64,
@@ -100,10 +103,11 @@ def finish_graph(
     dtype: Dtype,
     quantization: Quantization,
     attention: AttentionForm = "lengths",
+    kernels: Kernels = "cpu",
 ) -> ir.Model:
     if attention == "lengths":  # as for ONNX Runtime
         make_shape_invariant(decoder.model, checkpoint.config.num_attention_heads, checkpoint.num_kv_heads)
-    writer = WeightWriter(decoder.model.graph, checkpoint.load_weights(), dtype, quantization)
+    writer = WeightWriter(decoder.model.graph, checkpoint.load_weights(), dtype, quantization, kernels=kernels)
     writer.attach(decoder.parameters)
     append_head(decoder.model, 3, [2], form="lazy_functions" if attention == "lengths" else "functions")
     ir.save(decoder.model, path, external_data=f"{path.name}.data")
@@ -131,6 +135,7 @@ class Runner:
     def __init__(self, path: Path, checkpoint: Checkpoint, batch_size: int = 2, num_layers: int | None = None) -> None:
         options = session_options()
         options.log_severity_level = SILENT_BELOW_ERROR  # TensorScatter warns about the copies
+        options.add_session_config_entry(*EXACT_PRODUCTS)
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         shape = (batch_size, checkpoint.num_kv_heads, MAX_SEQ_LEN, checkpoint.head_dim)
         noise = np.random.default_rng(1)
@@ -159,12 +164,13 @@ def tiny_runner(
     quantization: Quantization = "none",
     batch_size: int = 2,
     attention: AttentionForm = "lengths",
+    kernels: Kernels = "cpu",
 ) -> tuple[torch.nn.Module, Runner, ir.Model]:
     """The reference model, the runner and the graph of one configuration."""
     model = save_tiny(config, folder)
     checkpoint = open_checkpoint(str(folder))
     decoder = export_once(checkpoint, MAX_SEQ_LEN, attention=attention)
-    graph = finish_graph(decoder, checkpoint, folder / "model.onnx", dtype, quantization, attention)
+    graph = finish_graph(decoder, checkpoint, folder / "model.onnx", dtype, quantization, attention, kernels)
     return model, Runner(folder / "model.onnx", checkpoint, batch_size), graph
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from fly_build.schema import Recipe
-from fly_trt.manifest import Dtype, Limits, Manifest, ModelEngine
+from fly_trt.manifest import Dtype, Limits, Manifest, ModelEngine, Quantization
 
 if TYPE_CHECKING:
     from fly_build.gpu_memory import GpuPlan
-    from fly_build.model_build import ModelBuild, ModelPlan, Tensors
+    from fly_build.linear_forms import Kernels
+    from fly_build.model_build import ModelBuild, ModelPlan
+    from fly_build.tensors import Tensors
 
 LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -24,13 +26,15 @@ class Backend(ABC):
     """One build for one backend.
 
     default_dtype: of the stored weights, where a recipe has none. own_fields: fields of the recipe that mean nothing to
-    any other backend. model_file: the file that the runtime loads, in the folder of its model. shares_weights: several
-    models can read one weight file. runs_where_built: the machine that builds can run what it builds. spans_gpus: a
-    model can be spread over several GPUs (ranks), with a file for each.
+    any other backend. quantizations: of linear layers, that it computes. model_file: the file that the runtime loads,
+    in the folder of its model. shares_weights: several models can read one weight file. runs_where_built: the machine
+    that builds can run what it builds. spans_gpus: a model can be spread over several GPUs (ranks), with a file for
+    each.
     """
 
     default_dtype: ClassVar[Dtype]
     own_fields: ClassVar[tuple[str, ...]] = ()
+    quantizations: ClassVar[tuple[Quantization, ...]] = ("none",)
     model_file: ClassVar[str]
     shares_weights: ClassVar[bool] = False
     runs_where_built: ClassVar[bool] = False
@@ -64,6 +68,11 @@ class Backend(ABC):
     @property
     @abstractmethod
     def kv_cache_dtype(self) -> Dtype: ...
+
+    @property
+    def kernels(self) -> "Kernels":
+        """Whose kernels compute the linear layers, see linear_forms.py."""
+        return "cpu"
 
     def cache_tokens(self, limits: Limits) -> int:
         """Tokens of cache that a slot takes at most."""

@@ -12,12 +12,14 @@ from fly_trt.manifest import Dtype, Manifest, ModelEngine
 
 if TYPE_CHECKING:
     from fly_build.export import DecoderGraph
-    from fly_build.model_build import ModelBuild, Tensors
+    from fly_build.model_build import ModelBuild
+    from fly_build.tensors import Tensors
 
 
 class OnnxRuntimeBackend(Backend):
     default_dtype = "float32"
     model_file = "model.onnx"
+    quantizations = ("none", "int8", "int4")
     shares_weights = True
     runs_where_built = True
 

@@ -15,11 +15,13 @@ from fly_trt.errors import ConfigError
 from fly_trt.manifest import Dtype, Limits, Manifest, ModelEngine
 
 if TYPE_CHECKING:
+    from fly_build.linear_forms import Kernels
     from fly_build.model_build import ModelBuild
 
 
 class OnnxRuntimeCudaBackend(Backend):
     default_dtype = "bfloat16"
+    quantizations = ("none", "int8", "int4")
     model_file = "model.onnx"
 
     @classmethod
@@ -32,6 +34,10 @@ class OnnxRuntimeCudaBackend(Backend):
     @property
     def kv_cache_dtype(self) -> Dtype:
         return self.dtype
+
+    @property
+    def kernels(self) -> "Kernels":
+        return "cuda"
 
     def cache_tokens(self, limits: Limits) -> int:
         return StepSizes.of(limits).cache_tokens

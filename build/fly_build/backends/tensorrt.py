@@ -23,6 +23,7 @@ from fly_trt.manifest import Dtype, LayerSummary, Limits, Manifest, ModelEngine
 
 if TYPE_CHECKING:
     from fly_build.gpu_memory import GpuPlan
+    from fly_build.linear_forms import Kernels
     from fly_build.model_build import ModelBuild, ModelPlan
 
 GRAPH_FILE = "model.onnx"
@@ -34,19 +35,15 @@ class TensorRTBackend(Backend):
     default_dtype = "bfloat16"
     own_fields = ("tensorrt_library", "plugin_library", "timing_cache")
     model_file = "model.plan"
+    quantizations = ("none", "int8", "int4", "fp8")
     spans_gpus = True
     library: Library
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
-        if recipe.quantization not in ("none", "fp8"):
-            raise ConfigError(
-                f"quantization {recipe.quantization!r}: backend tensorrt has none yet: use --quantization none"
-            )
+        """All quantisations are built."""
 
     def prepare(self) -> None:
-        if self.recipe.quantization != "none":
-            raise ConfigError(f"quantization {self.recipe.quantization!r}: can be planned (--dry-run), not yet built")
         self.library = _library(self.recipe)
         if self.recipe.tp_size > 1:
             _check_collectives(self.library)
@@ -55,6 +52,10 @@ class TensorRTBackend(Backend):
     @property
     def kv_cache_dtype(self) -> Dtype:
         return self.dtype
+
+    @property
+    def kernels(self) -> "Kernels":
+        return "tensorrt"
 
     def cache_tokens(self, limits: Limits) -> int:
         return Sizes.of(limits).cache_tokens
@@ -101,7 +102,8 @@ class TensorRTBackend(Backend):
             plugin_library = PLUGIN_LIBRARY
             shutil.copy(recipe.plugin_library, build.workspace / PLUGIN_LIBRARY)
         timing_cache = Path(recipe.timing_cache) if recipe.timing_cache else default_timing_cache(self.library)
-        return EngineBuilder(self.library, Sizes.of(build.limits), self.dtype, plugin_library, timing_cache)
+        needs_fp8 = build.model.engine.quantization == "fp8"
+        return EngineBuilder(self.library, Sizes.of(build.limits), self.dtype, plugin_library, timing_cache, needs_fp8)
 
 
 def _library(recipe: Recipe) -> Library:
