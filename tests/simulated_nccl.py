@@ -20,7 +20,9 @@ import numpy as np
 import pytest
 
 FOLDER = "FLY_TRT_SIMULATED_NODE"  # the environment's variable: where the ranks of a test meet
-SUMS = "FLY_TRT_SIMULATED_SUMS"  # "none": the library leaves them out without a word
+# What the library leaves out without a word: all of the sums where this is "none", or all but those of so many numbers
+# a token.
+SUMS = "FLY_TRT_SIMULATED_SUMS"
 ID_BYTES = 128
 MAX_RANKS = 8
 SLOT_BYTES = 1 << 22
@@ -108,7 +110,7 @@ class Communicator:
         assert (self._captured == is_captured).all(), "some ranks sum in a graph and others do not"
         parts = self._slots[: self._nranks, : content.size].copy().view(array.dtype)
         self._read[self._rank] = self._count
-        if os.environ.get(SUMS) != "none":
+        if os.environ.get(SUMS, str(array.shape[-1])) == str(array.shape[-1]):
             array.reshape(-1)[:] = np.add.reduce(parts, 0)
         return True
 

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
+from fly_trt.engines.base import RANK_CHANNELS, RANK_OUTPUT
 from fly_trt.manifest import MANIFEST_NAME, ModelEngine, hash_directory, read_manifest, write_manifest
 from simulated_cuda import Error, SimulatedCuda
 from simulated_nccl import FOLDER
@@ -123,10 +124,23 @@ def _shard_plan(plan: bytes, model: ModelEngine, rank: int, num_ranks: int) -> b
     for value in (*graph.input, *graph.output):
         if value.name.startswith(("past_", "present_")):
             value.type.tensor_type.shape.dim[1].dim_value = max(1, kv_heads // num_ranks)
-    nodes = list(_with_collectives(graph.node, num_ranks))
+    projection = next(node for node in graph.node if node.output[0] == "logits")
+    hidden = _rank_output(projection.input[0])
+    nodes = [*_with_collectives(graph.node, num_ranks), *hidden]
+    shape = ["B", "T", RANK_CHANNELS]
+    graph.output.append(onnx.helper.make_tensor_value_info(RANK_OUTPUT, onnx.TensorProto.FLOAT, shape))
     del graph.node[:]
     graph.node.extend(nodes)
     return serialise(sharded.SerializeToString(), library, profiles)
+
+
+def _rank_output(hidden: str) -> list[onnx.NodeProto]:
+    constants = [
+        onnx.helper.make_node("Constant", [], [f"rank.{name}"], value_ints=[number])
+        for name, number in (("begin", 0), ("end", RANK_CHANNELS), ("axis", 2))
+    ]
+    bounds = [node.output[0] for node in constants]
+    return [*constants, onnx.helper.make_node("Slice", [hidden, *bounds], [RANK_OUTPUT])]
 
 
 def _kv_heads(kv_heads: int, rank: int, num_ranks: int) -> slice:

@@ -9,11 +9,13 @@ have any form. It knows modules; which part of a parameter a rank has is shardin
 
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch.onnx.ops import symbolic
 
 from fly_build.operators import OPSET_VERSION
 from fly_build.sharding import RANK_PARAMETER, Sharding
+from fly_trt.engines.base import RANK_CHANNELS, RANK_OUTPUT
 
 OPERATOR = "DistCollective"  # of no opset, but TensorRT's parser goes by the name alone
 ROW_PARALLEL = ("o_proj", "down_proj")
@@ -50,6 +52,28 @@ def add_collectives(model: Any, sharding: Sharding) -> None:
             module.register_parameter(RANK_PARAMETER, torch.nn.Parameter(vector, requires_grad=False))
         _embed_by_vocabulary(model.get_input_embeddings(), num_ranks)
         _project_by_vocabulary(model.get_output_embeddings(), num_ranks)
+
+
+def add_rank_output(graph: ir.Graph, projection: ir.Value) -> None:
+    """Has a rank's graph say what its vocabulary projection, of this weight, is given: the first channels, float32
+    [B, T, RANK_CHANNELS]. The ranks agree on them where all sums before were made."""
+    (transpose,) = (use.node for use in projection.uses())
+    (product,) = (use.node for use in transpose.outputs[0].uses())
+    hidden = product.inputs[0]
+    assert hidden is not None
+    bounds = []
+    for name, number in (("begin", 0), ("end", RANK_CHANNELS), ("axis", 2)):
+        value = ir.val(f"{RANK_OUTPUT}.{name}", const_value=ir.tensor([number], ir.DataType.INT64))
+        graph.register_initializer(value)
+        bounds.append(value)
+    first = ir.node("Slice", [hidden, *bounds])
+    cast = ir.node("Cast", [first.outputs[0]], {"to": int(ir.DataType.FLOAT)})
+    graph.extend([first, cast])
+    output = cast.outputs[0]
+    batch, length = graph.outputs[0].shape[:2] if graph.outputs[0].shape is not None else (None, None)
+    output.name, output.type = RANK_OUTPUT, ir.TensorType(ir.DataType.FLOAT)
+    output.shape = ir.Shape([batch, length, RANK_CHANNELS])
+    graph.outputs.append(output)
 
 
 class _RowParallel(torch.nn.Module):

@@ -17,9 +17,10 @@ import torch
 
 from fly_build.blocks import drop_silent, kept_attentions, num_blocks, silence
 from fly_build.checkpoint import LENGTH_DEPENDENT_ROPE, Checkpoint
-from fly_build.collectives import add_collectives
+from fly_build.collectives import add_collectives, add_rank_output
 from fly_build.operators import OPSET_VERSION, AttentionForm, onnx_operators, trace_step
 from fly_build.sharding import Sharding
+from fly_build.tensors import OUTPUT_NAME
 from fly_trt.errors import CheckpointError
 
 
@@ -127,6 +128,8 @@ def export_decoder(
     assert program is not None
     decoder = _name_contract(program.model, names, num_layers)
     drop_silent(decoder.model)
+    if sharding is not None:
+        add_rank_output(decoder.model.graph, decoder.parameters[OUTPUT_NAME])
     return decoder
 
 

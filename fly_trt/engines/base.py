@@ -39,6 +39,9 @@ TOKEN_OUTPUTS: dict[str, type[np.generic]] = {
     "token_logprob": np.float32,
 }
 TOP_OUTPUTS: dict[str, type[np.generic]] = {"top_ids": np.int64, "top_logprobs": np.float32}
+# What each rank of a sharded engine says besides: the first channels of the last hidden state, by which a sum that was
+# not made is found. Logits do not show it where they are summed themselves: they are then the same on all ranks.
+RANK_OUTPUT, RANK_CHANNELS = "rank_hidden", 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,12 +115,16 @@ class GpuEngine(ABC):
         for cache in self._caches:
             self._stream.clear(cache.address, cache.num_bytes)  # a masked key counts nothing only while it is a number
         self._swapped = cuda.DeviceBuffer(self._slot_bytes)
-        longest = max(num_slots * self._max_row_tokens, round_up(info.max_num_tokens, PREFILL_TOKENS_MULTIPLE))
-        self._logits = cuda.DeviceBuffer(longest * model.vocab_size * item_bytes)
+        self._logits = cuda.DeviceBuffer(self._most_tokens(num_slots) * model.vocab_size * item_bytes)
         self._host_logits = LogitsBuffer(model.vocab_size)
         self._raw_logits = cuda.PinnedBuffer(ALIGNMENT)  # what is copied before it is widened
         self._blocks: dict[tuple[int, int], StepBlocks] = {}
         self._steps = StepCache(info, num_slots, MAX_STEPS)
+
+    def _most_tokens(self, num_slots: int) -> int:
+        """Of a step, padding included."""
+        longest = round_up(self.info.max_num_tokens, PREFILL_TOKENS_MULTIPLE)
+        return max(num_slots * self._max_row_tokens, longest)
 
     def step(
         self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False, with_top: bool = False

@@ -9,12 +9,13 @@ import signal
 import socket
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fly_trt.engines.base import Step
 from fly_trt.engines.blocks import INPUTS
+from fly_trt.tokens import FloatArray
 
 NOT_TAKEN = (signal.SIGINT, signal.SIGTERM)  # signals that a terminal or a service manager sends to all processes
 HEADER = struct.Struct("<BBxxxxxxqqqQ")
@@ -23,7 +24,7 @@ JOIN_ALL = 1 << 20  # bytes below which header and payload are joined to one pac
 
 class Op(enum.IntEnum):
     """Rank 0 says LOAD to END, of one engine but for END; the numbers are those of the Engine's method. The others
-    answer LOAD, JOIN and END with DONE, TEST with LOGITS, and what went wrong with FAILED, the last that they say. In
+    answer LOAD, JOIN and END with DONE, TEST with TESTED, and what went wrong with FAILED, the last that they say. In
     the middle of a step each may say COULD, whether it could do something, and is told COULD, whether all could."""
 
     LOAD = 1
@@ -37,7 +38,7 @@ class Op(enum.IntEnum):
     CLOSE = 9
     END = 10
     DONE = 11
-    LOGITS = 12
+    TESTED = 12
     FAILED = 13
     COULD = 14
 
@@ -108,3 +109,18 @@ def unpack_inputs(payload: bytes, step: Step) -> None:
         target = getattr(step, name)
         target[...] = np.frombuffer(payload, dtype, target.size, begin).reshape(target.shape)
         begin += target.nbytes
+
+
+def tested(engine: Any, step: Step) -> dict[str, FloatArray]:
+    """What a rank's engine says of a step of one row, which just ran, by what it is called in an error: float32."""
+    assert step.logits is not None
+    return {"hidden states": engine.rank_output(step.input_ids.shape[1]), "logits": step.logits}
+
+
+def unpack_tested(payload: bytes, like: dict[str, FloatArray]) -> dict[str, FloatArray]:
+    """What another rank sent, in arrays of the same shapes."""
+    numbers, begin, found = np.frombuffer(payload, np.float32), 0, {}
+    for what, array in like.items():
+        found[what] = numbers[begin : begin + array.size].reshape(array.shape)
+        begin += array.size
+    return found

@@ -22,7 +22,7 @@ from typing import Any
 
 from fly_trt.engines import load_engine
 from fly_trt.engines.nccl import Communicator, load
-from fly_trt.engines.rank_messages import NOT_TAKEN, Channel, Message, Op, unpack_inputs
+from fly_trt.engines.rank_messages import NOT_TAKEN, Channel, Message, Op, tested, unpack_inputs
 from fly_trt.errors import FlyError, one_line
 from fly_trt.manifest import Manifest, ModelEngine
 
@@ -92,7 +92,8 @@ class Follower:
         step = self._engines[message.engine].step(*message.numbers, with_logits=True)
         unpack_inputs(message.payload, step)
         self._engines[message.engine].run(step)
-        self._channel.send(Op.LOGITS, message.engine, payload=step.logits.tobytes())
+        said = tested(self._engines[message.engine], step)
+        self._channel.send(Op.TESTED, message.engine, payload=b"".join(array.tobytes() for array in said.values()))
 
     def _run(self, message: Message) -> None:
         step = self._engines[message.engine].step(*message.numbers)

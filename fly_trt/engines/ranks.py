@@ -12,7 +12,7 @@ import contextlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,16 +20,35 @@ import numpy.typing as npt
 from fly_trt.engines import cuda, load_engine, nccl
 from fly_trt.engines.base import Engine, EngineInfo, Step
 from fly_trt.engines.rank_group import END_SECONDS, Other, RankGroup
-from fly_trt.engines.rank_messages import Op, pack_inputs
+from fly_trt.engines.rank_messages import Op, pack_inputs, tested, unpack_tested
 from fly_trt.engines.tensorrt_library import check_ranks
 from fly_trt.errors import EngineDeadError, EngineError, one_line
 from fly_trt.manifest import Manifest, ModelEngine, TensorRTPlan
+from fly_trt.tokens import FloatArray
 
 Result = TypeVar("Result")
 
 TEST_TOKENS = 8
 TEST_STRIDE = 7919  # a prime: the tokens lie all over the vocabulary
-MOST_DIFFERENCE = 0.25  # of the logits' standard deviation
+MOST_DIFFERENCE = 0.25  # of the standard deviation of what is compared
+
+
+class RankEngine(Engine, Protocol):
+    """One rank's part of an engine, as a backend that can span GPUs loads it."""
+
+    def use_device(self) -> None:
+        """Makes the rank's GPU the calling thread's current one."""
+        ...
+
+    def join(self, communicator: nccl.Communicator, agree: Callable[[bool], bool]) -> None:
+        """What the rank sums with the others through, from the first step on; it must outlive the engine. `agree` says
+        of something that this rank could do, or could not, whether all ranks could."""
+        ...
+
+    def rank_output(self, num_tokens: int) -> FloatArray:
+        """float32 [num_tokens, RANK_CHANNELS]: what this rank's last step, of one row, ended with, before the
+        vocabulary."""
+        ...
 
 
 class Ranks:
@@ -53,11 +72,12 @@ class Ranks:
         group.start()
         number, self._num_engines = self._num_engines, self._num_engines + 1
         others = group.others[: model.tensor_parallel_size - 1]
-        engine: Any = None
+        engine: RankEngine | None = None
         try:
             for other in others:
                 group.tell([other], Op.LOAD, number, payload=_wanted(directory, manifest, model, num_slots, other))
-            engine = load_engine(directory, manifest, model, num_slots=num_slots, device_id=group.devices[0])
+            loaded = load_engine(directory, manifest, model, num_slots=num_slots, device_id=group.devices[0])
+            engine = cast(RankEngine, loaded)
             group.hear(others, Op.DONE)
             communicator = self._join(engine, number, others)
             ranked = RankedEngine(group, others, number, engine, communicator)
@@ -74,7 +94,7 @@ class Ranks:
         """Ends the processes, after the engines were closed. Safe to call twice; leaves no process behind."""
         self._group.end()
 
-    def _join(self, engine: Any, number: int, others: Sequence[Other]) -> nccl.Communicator:
+    def _join(self, engine: RankEngine, number: int, others: Sequence[Other]) -> nccl.Communicator:
         """All ranks at once: each waits for the others."""
         num_ranks, shared_id = len(others) + 1, nccl.unique_id()
 
@@ -102,7 +122,12 @@ class RankedEngine:
     info: EngineInfo
 
     def __init__(
-        self, group: RankGroup, others: Sequence[Other], number: int, engine: Engine, communicator: nccl.Communicator
+        self,
+        group: RankGroup,
+        others: Sequence[Other],
+        number: int,
+        engine: RankEngine,
+        communicator: nccl.Communicator,
     ) -> None:
         self.info = engine.info
         self._group = group
@@ -150,25 +175,27 @@ class RankedEngine:
         self._communicator.abort_within(END_SECONDS)
 
     def compare(self, path: Path, plan: TensorRTPlan) -> None:
-        """Runs one row on all ranks. All of them have its logits, and they agree only where the sums were made, since
-        each rank has other weights. Raises EngineError where they do not: there are libraries that leave the sums out
-        without a word."""
+        """Runs one row on all ranks. All of them have its hidden states and logits, and they agree only where the sums
+        were made, since each rank has other weights. Raises EngineError where they do not: there are libraries that
+        leave the sums out without a word."""
         num_tokens = min(TEST_TOKENS, self.info.max_num_tokens)
         step = self._engine.step(0, 1, num_tokens, with_logits=True)
         step.set_row(0, 0, np.arange(1, num_tokens + 1) * TEST_STRIDE % self.info.vocab_size)
         self._do(Op.TEST, (0, 1, num_tokens), lambda: self._engine.run(step), pack_inputs(step))
-        answers = self._group.hear(self._others, Op.LOGITS)
-        assert step.logits is not None
-        logits, spread = step.logits[0], float(step.logits.std())
-        differences = [_difference(logits, np.frombuffer(answer.payload, np.float32)) for answer in answers]
-        worst = int(np.argmax(differences))
-        if not differences[worst] <= MOST_DIFFERENCE * spread:
-            raise EngineError(
-                f"{path}: the ranks do not sum: logits of one row differ by {differences[worst]:.3g} between ranks 0 "
-                f"and {self._others[worst].rank}, with a standard deviation of {spread:.3g}: {plan.library} "
-                f"{plan.version} leaves sums out of this engine, or its files are of different builds: install a newer "
-                "version and rebuild with fly-build"
-            )
+        answers = self._group.hear(self._others, Op.TESTED)
+        ours = tested(self._engine, step)
+        theirs = [unpack_tested(answer.payload, ours) for answer in answers]
+        for what in ours:
+            spread = float(ours[what].std())
+            differences = [_difference(ours[what], said[what]) for said in theirs]
+            worst = int(np.argmax(differences))
+            if not differences[worst] <= MOST_DIFFERENCE * spread:
+                raise EngineError(
+                    f"{path}: the ranks do not sum: {what} of one row differ by {differences[worst]:.3g} between ranks "
+                    f"0 and {self._others[worst].rank}, with a standard deviation of {spread:.3g}: {plan.library} "
+                    f"{plan.version} leaves sums out of this engine, or its files are of different builds: install a "
+                    "newer version and rebuild with fly-build"
+                )
 
     def _do(self, op: Op, numbers: Sequence[int], work: Callable[[], Result], payload: bytes = b"") -> Result:
         self._group.tell(self._others, op, self._number, numbers, payload)
@@ -191,5 +218,5 @@ def _wanted(directory: Path, manifest: Manifest, model: ModelEngine, num_slots: 
 
 def _difference(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
     """The largest; infinite where something is not a number."""
-    difference = float(np.abs(one.ravel() - other).max())
+    difference = float(np.abs(one - other).max())
     return difference if np.isfinite(difference) else np.inf

@@ -8,7 +8,7 @@ makes contexts or runs them.
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,20 @@ from typing import Any
 import numpy as np
 
 from fly_trt.engines import cuda
-from fly_trt.engines.base import EngineInfo, LoadSettings
+from fly_trt.engines.base import RANK_CHANNELS, RANK_OUTPUT, EngineInfo, LoadSettings
 from fly_trt.engines.blocks import StepBlocks
-from fly_trt.engines.gpu import GpuEngine
+from fly_trt.engines.gpu import DeviceTensor, GpuEngine
 from fly_trt.engines.kernel_cache import KernelCache
 from fly_trt.engines.nccl import Communicator
 from fly_trt.engines.tensorrt_library import cache_folder, check_compatibility, import_library
 from fly_trt.errors import EngineError
 from fly_trt.manifest import Manifest, ModelEngine
+from fly_trt.tokens import FloatArray
 
 logger = logging.getLogger(__name__)
 
 MAX_BOUND_SHAPES = 64
+RANK_BYTES = RANK_CHANNELS * np.dtype(np.float32).itemsize  # of a token
 DECODE, VERIFICATION, PREFILL = range(3)  # optimisation profiles, in the order in which fly_build adds them
 
 
@@ -102,6 +104,9 @@ class TensorRTEngine(GpuEngine):
         self._communicator: Communicator | None = None
         self._agree: Callable[[bool], bool] = lambda could: could
         self._allocate(num_slots)
+        self._rank_output: cuda.DeviceBuffer | None = None
+        if model.tensor_parallel_size > 1:
+            self._rank_output = cuda.DeviceBuffer(self._most_tokens(num_slots) * RANK_BYTES)
 
     def use_device(self) -> None:
         """Makes the engine's GPU the calling thread's current one."""
@@ -111,6 +116,21 @@ class TensorRTEngine(GpuEngine):
         """What this rank sums with the others through, from the first step on; it must outlive the engine. `agree` says
         of something that this rank could do, or could not, whether all ranks could."""
         self._communicator, self._agree = communicator, agree
+
+    def rank_output(self, num_tokens: int) -> FloatArray:
+        """float32 [num_tokens, RANK_CHANNELS] of a sharded engine: what this rank's last step of one row ended with,
+        before the vocabulary. Waits for the step."""
+        assert self._rank_output is not None
+        host = cuda.PinnedBuffer(num_tokens * RANK_BYTES)
+        self._stream.copy(host.address, self._rank_output.address, num_tokens * RANK_BYTES)
+        self._stream.synchronize()
+        return host.array.view(np.float32).reshape(num_tokens, RANK_CHANNELS).copy()
+
+    def _tensors(self, blocks: StepBlocks, first_slot: int) -> Iterator[DeviceTensor]:
+        yield from super()._tensors(blocks, first_slot)
+        if self._rank_output is not None:
+            shape = (*blocks.inputs.arrays["input_ids"].shape, RANK_CHANNELS)
+            yield DeviceTensor(RANK_OUTPUT, False, self._rank_output.address, shape, np.float32)
 
     def _compute(self, first_slot: int, batch_size: int, num_tokens: int) -> StepBlocks:
         with self._communicator.in_use() if self._communicator else contextlib.nullcontext():
@@ -130,7 +150,7 @@ class TensorRTEngine(GpuEngine):
     def _release(self) -> None:
         self._bound.clear()
         self._prefill_context = None
-        del self._kernels, self._context_settings, self._engine, self._runtime, self._scratch
+        del self._kernels, self._context_settings, self._engine, self._runtime, self._scratch, self._rank_output
 
     def _bind(self, first_slot: int, batch_size: int, num_tokens: int) -> _Bound:
         if num_tokens > self._max_row_tokens:

@@ -155,16 +155,21 @@ def test_a_step_that_one_rank_cannot_record_runs_without_a_graph_on_all(
     assert f"run without a CUDA graph: {reason}" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "sums", ["none", pytest.param("896", id="logits alone"), pytest.param("384", id="all but logits")]
+)
 def test_a_library_that_does_not_sum_is_found_out(
-    node: SimulatedCuda, two_ranks: Path, monkeypatch: pytest.MonkeyPatch
+    sums: str, node: SimulatedCuda, two_ranks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(SUMS, "none")
+    """The logits are summed themselves, so that they are the same on all ranks where only what is before is wrong."""
+    monkeypatch.setenv(SUMS, sums)
     with pytest.raises(EngineError) as caught:
         LLM(two_ranks, **SIZES)
     message = str(caught.value)
     assert "\n" not in message
+    what = "logits" if sums == "384" else "hidden states"
     assert message.startswith(
-        f"{two_ranks}/target/model.rank0.plan: the ranks do not sum: logits of one row differ by "
+        f"{two_ranks}/target/model.rank0.plan: the ranks do not sum: {what} of one row differ by "
     )
     assert "between ranks 0 and 1" in message
     assert "tensorrt_rtx 1.7.1.116 leaves sums out" in message
