@@ -28,7 +28,7 @@ from rich.table import Table
 from fly_trt import FlyError
 from fly_trt.engines import Engine, cuda, nccl
 from fly_trt.engines.directory import LoadedEngines
-from fly_trt.manifest import Manifest
+from fly_trt.manifest import Manifest, read_manifest
 
 SHAPES = [(1, 1), (1, 16), (4, 1), (4, 16), (16, 1), (16, 16)]
 CACHED_TOKENS = 200
@@ -63,7 +63,7 @@ class GraphWarnings(logging.Handler):
         self.last = record.getMessage()
 
 
-def time_steps(directory: Path, runs: int) -> tuple[Manifest, list[Row]]:
+def time_steps(directory: Path, runs: int) -> list[Row]:
     warnings = GraphWarnings()
     logging.getLogger("fly_trt.engines").addHandler(warnings)
     rows = []
@@ -75,7 +75,7 @@ def time_steps(directory: Path, runs: int) -> tuple[Manifest, list[Row]]:
                 step = _time(engines.target, batch_size, num_tokens, runs)
                 num_sums = layers.collective if layers else 0
                 rows.append(Row(batch_size, num_tokens, step, warnings.last, num_sums))
-        return engines.manifest, rows
+    return rows
 
 
 def _time(engine: Engine, batch_size: int, num_tokens: int, runs: int) -> float:
@@ -204,10 +204,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     try:
-        manifest, rows = time_steps(args.engine_dir, args.runs)
+        manifest = read_manifest(args.engine_dir)
         num_ranks, hidden_size = manifest.target.tensor_parallel_size, args.hidden or _hidden_size(manifest)
         if num_ranks > 1 and hidden_size is None:
             parser.error(f"--hidden: {manifest.target.source.checkpoint} has no config.json here: give the hidden size")
+        rows = time_steps(args.engine_dir, args.runs)
         if num_ranks > 1 and hidden_size is not None:
             _add_sums(rows, num_ranks, hidden_size, args.runs)
     except FlyError as error:

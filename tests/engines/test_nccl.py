@@ -13,14 +13,18 @@ import simulated_nccl
 from fly_trt import EngineError
 from fly_trt.engines import nccl
 
-SOURCE = Path(nccl.__file__)
-# What variables hold in nccl.py, as attributes of nccl.core.
-HOLDS = {"core": "", "self._communicator": "Communicator"}
+SOURCES = [Path(nccl.__file__), Path(__file__).resolve().parents[2] / "plugins" / "check" / "steps.py"]
+# What variables hold in these files, as attributes of nccl.core.
+HOLDS = {"core": "", "self._communicator": "Communicator", "communicator": "Communicator"}
 
 
 def chains() -> dict[str, ast.Call | None]:
-    """Every name that nccl.py uses of the package, and the call where it is called."""
-    tree = ast.parse(SOURCE.read_text())
+    """Every name that they use of the package, and the call where it is called."""
+    return {name: call for source in SOURCES for name, call in chains_of(source).items()}
+
+
+def chains_of(source: Path) -> dict[str, ast.Call | None]:
+    tree = ast.parse(source.read_text())
     calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     found: dict[str, ast.Call | None] = {}
     for node in ast.walk(tree):
@@ -39,6 +43,7 @@ def find(module: Any, chain: str) -> Any:
 
 def test_there_is_something_to_compare() -> None:
     assert {"get_unique_id", "Communicator.init", "Communicator.ptr", "Communicator.abort"} < chains().keys()
+    assert {"Communicator.allreduce", "SUM"} < chains().keys()
 
 
 @pytest.mark.parametrize("chain", sorted(chains()))
