@@ -175,6 +175,23 @@ def test_a_start_that_is_refused_leaves_no_process(node: SimulatedCuda, draft_al
     assert rank_processes() == []
 
 
+LEFT_OPEN = {
+    "engines": "engines = LoadedEngines(path, max_batch_size=1); draft = engines.draft; draft.run(draft.step(0, 1, 4))",
+    "idle": "llm = LLM(path, max_batch_size=1); llm.generate('Spell', SamplingParams(max_tokens=4))",
+    "busy": "llm = LLM(path, max_batch_size=1); all = llm.stream('Spell', SamplingParams(max_tokens=99)); next(all)",
+}
+
+
+@pytest.mark.parametrize("code", LEFT_OPEN.values(), ids=LEFT_OPEN)
+def test_a_program_that_closes_nothing_ends(code: str, node: SimulatedCuda, two_ranks: Path) -> None:
+    """Nothing is used on a GPU that was freed before, which the simulation would find."""
+    imports = "import sys; from fly_trt import LLM, LoadedEngines, SamplingParams; path = sys.argv[1]"
+    with started([sys.executable, "-c", f"{imports}; {code}", str(two_ranks)]) as process:
+        _, errors = process.communicate(timeout=SECONDS)
+    assert (process.returncode, errors) == (0, "")
+    assert rank_processes(process.pid) == []
+
+
 def program(engine_dir: Path, *arguments: str) -> contextlib.AbstractContextManager["subprocess.Popen[str]"]:
     return started([sys.executable, str(PROGRAM), str(engine_dir), *arguments])
 
