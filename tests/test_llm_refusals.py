@@ -49,6 +49,10 @@ def engine_threads() -> set[threading.Thread]:
         ({"max_queue_size": -1}, "max_queue_size -1: expected a whole number, at least 1"),
         ({"max_queue_size": None}, "max_queue_size None: expected a whole number, at least 1"),
         ({"num_threads": 0}, "num_threads 0: expected a whole number, at least 1"),
+        (
+            {"devices": [0, 1]},
+            "devices [0, 1]: has no effect, demo was built for onnxruntime, which runs on the CPU: leave",
+        ),
         ({"enable_prefix_caching": "no"}, "enable_prefix_caching 'no': expected True or False"),
         ({"verify_hashes": 1}, "verify_hashes 1: expected True or False"),
     ],

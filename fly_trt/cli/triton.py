@@ -31,7 +31,7 @@ Examples:
 @options.output("Model repository to write to.", required=True)
 @click.option("--name", default="fly", show_default=True, help="The model's name for clients.")
 @click.option("--instances", type=int, default=1, show_default=True, help="Processes, each with its own engines.")
-@click.option("--gpus", metavar="ID,ID", help="For TensorRT engines: instances on each of these, or over them. [all]")
+@click.option("--gpus", metavar="ID,ID", help="For engines of a GPU: instances on each of these, or over them. [all]")
 @click.option("--copy-engines", is_flag=True, help="Copy the engines into the repository, so that it can be moved.")
 @options.overwrite("a model of that name")
 @click.option(

@@ -204,7 +204,8 @@ class DraftParts:
     EngineError where none was built. target_vocab_size: rows of the target's embedding table. reuse_cache: a sequence
     may start from what a slot's cache still holds of its prefix. load_self_drafts: the same for drafts made of the
     target, each with the length of sequence from which on it is used; the first one's is 0. load_inner_draft_model: the
-    same for the smaller one that guesses for the draft model."""
+    same for the smaller one that guesses for the draft model. Engines are loaded while the drafter is made: later, in
+    the engine thread, one of several ranks would wait for the turn that this thread has."""
 
     load_draft_model: Callable[[], Engine]
     target_vocab_size: int

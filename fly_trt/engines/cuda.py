@@ -110,6 +110,12 @@ def device_name() -> str:
     return bytes(properties.name).split(b"\0")[0].decode(errors="replace")
 
 
+def _free_with(owner: object, free: Callable[[Any], Any], what: Any) -> None:
+    """Not at the interpreter's end, where the newest would go first, before the engines that still use it are closed:
+    what is left then goes with the process."""
+    weakref.finalize(owner, free, what).atexit = False
+
+
 class DeviceBuffer:
     """`num_bytes` of device memory at `address`, freed with the object. cudaMalloc aligns it to 256 bytes.
 
@@ -121,7 +127,7 @@ class DeviceBuffer:
         runtime = _runtime()
         self.num_bytes = num_bytes
         self.address: int = int(_check(runtime.cudaMalloc(max(num_bytes, 1))))
-        weakref.finalize(self, runtime.cudaFree, self.address)
+        _free_with(self, runtime.cudaFree, self.address)
 
 
 class PinnedBuffer:
@@ -131,7 +137,7 @@ class PinnedBuffer:
         runtime = _runtime()
         self.address: int = int(_check(runtime.cudaMallocHost(max(num_bytes, 1))))
         memory = (ctypes.c_uint8 * num_bytes).from_address(self.address)
-        weakref.finalize(memory, runtime.cudaFreeHost, self.address)
+        _free_with(memory, runtime.cudaFreeHost, self.address)
         self.array: Bytes = np.ctypeslib.as_array(memory)
         self.array[:] = 0
 
@@ -143,7 +149,7 @@ class Graph:
         self._runtime = runtime
         self._executable = executable
         self._stream = stream
-        weakref.finalize(self, runtime.cudaGraphExecDestroy, executable)
+        _free_with(self, runtime.cudaGraphExecDestroy, executable)
 
     def launch(self) -> None:
         _check(self._runtime.cudaGraphLaunch(self._executable, self._stream))
@@ -156,7 +162,7 @@ class Stream:
         self._runtime = runtime = _runtime()
         stream = _check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
         self.handle = int(stream)
-        weakref.finalize(self, runtime.cudaStreamDestroy, self.handle)
+        _free_with(self, runtime.cudaStreamDestroy, self.handle)
 
     def synchronize(self) -> None:
         _check(self._runtime.cudaStreamSynchronize(self.handle))

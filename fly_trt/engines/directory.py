@@ -4,6 +4,7 @@ A service loads its own, or is given a `LoadedEngines` that others have too: a p
 whatever the number of ways in which it is served. This module knows files and slots; it knows nothing of requests.
 """
 
+import contextlib
 import os
 import time
 import weakref
@@ -100,12 +101,12 @@ class LoadedEngines:
         )
         self.directory = Path(engine_dir).expanduser()
         self.manifest: Manifest = read_manifest(self.directory, verify_hashes=wanted.verify_hashes)
-        find_backend(self.directory, self.manifest)
+        backend = find_backend(self.directory, self.manifest)
         self.max_batch_size = wanted.max_batch_size or self.manifest.limits.max_batch_size
         self.load_seconds: dict[Role, float] = {}
         self.turn = Turn()
         self._home = HomeProcess("engines")
-        places = choose_devices(self.manifest, wanted)
+        places = choose_devices(self.manifest, wanted, is_gpu=backend.is_gpu)
         self._settings: dict[str, Any] = {"num_threads": wanted.num_threads, "device_id": places[0]}
         self._ranks = Ranks([device for device in places if device is not None])
         self._engines: dict[str, Engine] = {}  # by model file
@@ -171,15 +172,21 @@ class LoadedEngines:
             raise ConfigError(f"{self.directory}: these engines were closed: load them again")
         if model.model not in self._engines:
             let_children_exit()
-            started = time.perf_counter()
-            parts = self.directory, self.manifest, model
-            if model.tensor_parallel_size > 1:
-                engine: Engine = self._ranks.load(*parts, num_slots=self.max_batch_size)
-            else:
-                engine = load_engine(*parts, num_slots=self.max_batch_size, **self._settings)
-            self._engines[model.model] = engine
-            self.load_seconds[role] = self.load_seconds.get(role, 0.0) + time.perf_counter() - started
+            # Ranks do one thing at a time, all in the same order: nothing that another LLM runs may come in between.
+            with self.turn.held() if model.tensor_parallel_size > 1 else contextlib.nullcontext():
+                if model.model not in self._engines:
+                    self._engines[model.model] = self._open(role, model)
         return self._engines[model.model]
+
+    def _open(self, role: Role, model: ModelEngine) -> Engine:
+        started = time.perf_counter()
+        parts = self.directory, self.manifest, model
+        if model.tensor_parallel_size > 1:
+            engine: Engine = self._ranks.load(*parts, num_slots=self.max_batch_size)
+        else:
+            engine = load_engine(*parts, num_slots=self.max_batch_size, **self._settings)
+        self.load_seconds[role] = self.load_seconds.get(role, 0.0) + time.perf_counter() - started
+        return engine
 
 
 def num_ranks(manifest: Manifest) -> int:
@@ -188,10 +195,15 @@ def num_ranks(manifest: Manifest) -> int:
     return max(model.tensor_parallel_size for model in filter(None, (manifest.target, *drafts)))
 
 
-def choose_devices(manifest: Manifest, settings: EngineSettings) -> list[int | None]:
+def choose_devices(manifest: Manifest, settings: EngineSettings, *, is_gpu: bool) -> list[int | None]:
     """A device for each rank; None is the calling thread's current one. Raises ConfigError where what was asked for is
-    not as many as there are ranks."""
+    not as many as there are ranks, and for engines of the CPU."""
     count, devices = num_ranks(manifest), settings.devices
+    if devices is not None and not is_gpu:
+        raise ConfigError(
+            f"devices {list(devices)}: has no effect, {manifest.name} was built for {manifest.backend}, which runs on "
+            "the CPU: leave it out, or rebuild with --device cuda"
+        )
     ranks = f"{manifest.name} was built for {count} ranks, a GPU each"
     if devices is not None and len(devices) != count:
         one = f"{manifest.name} was built for one GPU" if count == 1 else ranks
@@ -204,7 +216,10 @@ def choose_devices(manifest: Manifest, settings: EngineSettings) -> list[int | N
 
 
 def _close_all(engines: dict[str, Engine], ranks: Ranks, home: HomeProcess) -> None:
-    while engines and home.is_here:
-        engines.popitem()[1].close()
-    if home.is_here:
+    if not home.is_here:
+        return
+    try:
+        while engines:
+            engines.popitem()[1].close()
+    finally:  # processes must not be left, whatever an engine says
         ranks.end()

@@ -103,9 +103,12 @@ class RankGroup:
             raise EngineError(f"{_python()}: no process for the other ranks: {one_line(self._start_error)}")
 
     def add(self, communicator: Communicator) -> None:
-        """One of rank 0's, which is aborted when a rank fails."""
+        """One of rank 0's, which is aborted when a rank fails, or now where one did. By any thread."""
         with self._changed:
             self._communicators.append(communicator)
+            is_late = self._is_failing
+        if is_late:
+            communicator.abort()
         self.check()
 
     def tell(
@@ -212,7 +215,8 @@ class RankGroup:
         for other in self.others:
             _wait(other.process, deadline - time.monotonic())
         self._kill()
-        if self._watch is not None:
+        # The watch's own garbage collector may have called this.
+        if self._watch is not None and self._watch is not threading.current_thread():
             self._watch.join(END_SECONDS)
 
     def _raise_failure(self) -> NoReturn:

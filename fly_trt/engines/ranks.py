@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from fly_trt.engines import cuda, load_engine, nccl
 from fly_trt.engines.base import Engine, EngineInfo, Step
-from fly_trt.engines.rank_group import END_SECONDS, Other, RankGroup
+from fly_trt.engines.rank_group import END_SECONDS, ENDED, Other, RankGroup
 from fly_trt.engines.rank_messages import Op, pack_inputs, tested, unpack_tested
 from fly_trt.engines.tensorrt_library import check_ranks
 from fly_trt.errors import EngineDeadError, EngineError, one_line
@@ -100,11 +100,12 @@ class Ranks:
 
         def join() -> nccl.Communicator:
             engine.use_device()
-            return nccl.Communicator(num_ranks, 0, shared_id)
+            made = nccl.Communicator(num_ranks, 0, shared_id)
+            self._group.add(made)  # here: nobody else aborts it where this thread was left behind
+            return made
 
         self._group.tell(others, Op.JOIN, number, [num_ranks], shared_id)
         communicator = self._group.wait_for(join)
-        self._group.add(communicator)
         engine.join(communicator, lambda could: self._agree(others, could))
         self._group.hear(others, Op.DONE)
         return communicator
@@ -198,8 +199,12 @@ class RankedEngine:
                 )
 
     def _do(self, op: Op, numbers: Sequence[int], work: Callable[[], Result], payload: bytes = b"") -> Result:
-        self._group.tell(self._others, op, self._number, numbers, payload)
-        return self._group.together(work)
+        try:
+            self._group.tell(self._others, op, self._number, numbers, payload)
+            return self._group.together(work)
+        except (KeyboardInterrupt, SystemExit) as error:  # some ranks may have done it and others not
+            self._group.fail(f"{one_line(error)} in the middle of {op.name}: {ENDED}")
+            raise
 
 
 def _wanted(directory: Path, manifest: Manifest, model: ModelEngine, num_slots: int, other: Other) -> bytes:

@@ -59,6 +59,7 @@ class Service:
         drafter: Drafter | MakeDrafter | None,
     ) -> None:
         """`release` is the engine thread's to call from its start on."""
+        self._engines = engines  # those that are shared may be held by nobody else
         self.manifest: Manifest = engines.manifest
         if not isinstance(speculative_config, SpeculativeConfig):
             speculative_config = resolve_speculative_config(self.manifest, speculative_config or {})

@@ -38,6 +38,16 @@ CHECKS = ROOT / "plugins" / "check"
 PAIR = ROOT / "tests" / "assets" / "pair"
 RANKS = (1, 2, 4, 8)
 IN_FLIGHT = "1,4,16,64"
+PACKAGES = (
+    "tensorrt",
+    "tensorrt_rtx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "nccl4py",
+    "nvidia-nccl-cu13",
+    "cuda-python",
+    "torch",
+)
 # Small, with heads for 8 ranks and fewer KV heads than that; and about the size of Llama-3.1-8B, but for the
 # vocabulary, which is the demo pair's.
 SMALL_SHAPE = {"hidden": 384, "layers": 6, "heads": 16, "kv-heads": 4, "intermediate": 1024}
@@ -47,12 +57,14 @@ LARGE_SHAPE = {"hidden": 4096, "layers": 32, "heads": 32, "kv-heads": 8, "interm
 @dataclass(frozen=True)
 class Check:
     """Commands that run one after the other; the JSON on the standard output of the last one, or its last line, is the
-    result. `modules` are those of Python that it needs, `tools` programs, `after` checks that have to pass before."""
+    result. `modules` are those of Python that it needs, `packages` those that share a module with another one, `tools`
+    programs, `after` checks that have to pass before."""
 
     name: str
     commands: list[list[str]]
     num_gpus: int = 1
     modules: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
     tools: tuple[str, ...] = ()
     needs_headers: bool = False
     after: tuple[str, ...] = ()
@@ -64,6 +76,9 @@ class Check:
         for module in self.modules:
             if importlib.util.find_spec(module) is None:
                 return f"the Python module {module}"
+        for package in self.packages:
+            if _version(package) is None:
+                return f"the Python package {package}"
         for tool in self.tools:
             if shutil.which(tool) is None and not Path("/usr/local/cuda/bin", tool).is_file():
                 return f"the program {tool}"
@@ -109,7 +124,8 @@ def checks(args: argparse.Namespace) -> Iterator[Check]:
     for quantization in ("int8", "int4", "fp8"):
         yield Check(quantization, [[*engines, f"tensorrt-bfloat16-{quantization}"]], modules=tensorrt)
     cuda = ["onnxruntime-float32", "onnxruntime-float16", "onnxruntime-bfloat16", "onnxruntime-float16-int4"]
-    yield Check("onnxruntime-cuda", [[*engines, *cuda]], modules=("onnxruntime", "cuda", "torch", "transformers"))
+    with_cuda = {"modules": ("onnxruntime", "cuda", "torch", "transformers"), "packages": ("onnxruntime-gpu",)}
+    yield Check("onnxruntime-cuda", [[*engines, *cuda]], **with_cuda)
 
     several = (*tensorrt, "nccl")
     for ranks in args.ranks:
@@ -153,7 +169,7 @@ def run(check: Check, out: Path, timeout: float) -> Finding:
                 printed, _ = process.communicate()
                 finding.status, finding.reason = "failed", f"took longer than {timeout:.0f} s"
                 break
-            except BaseException:  # Ctrl-C: what runs has a session of its own and does not see it
+            except BaseException:  # Ctrl-C and SIGTERM: what runs has a session of its own and does not see it
                 os.killpg(process.pid, signal.SIGKILL)
                 raise
             finally:
@@ -186,19 +202,20 @@ def node() -> dict[str, Any]:
     """What the figures belong to."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     topology = ["nvidia-smi", "topo", "-m"]
-    versions = {}
-    for name in ("tensorrt", "tensorrt_rtx", "onnxruntime", "nccl4py", "nvidia-nccl-cu13", "cuda-python", "torch"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
     return {
         "gpus": _lines(query),
         "topology": "\n".join(_lines(topology)),
         "cpu": platform.processor() or platform.machine(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _lines(command: list[str]) -> list[str]:
@@ -278,6 +295,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     asked = _with_earlier(set(args.only or ()), everything)
     findings: list[Finding] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as a scheduler ends it: what runs ends too
     try:
         for check in everything:
             if asked and check.name not in asked:

@@ -5,7 +5,8 @@ usage: plugins/check/steps.py ENGINE_DIR [--runs 50] [--hidden 4096] [--json]
 
 Steps of the target, from one token of one row to 16 tokens of 16 rows, behind 200 cached tokens: the median of so many
 runs after the first ones, and whether a step is a CUDA graph, or why not. For an engine of several ranks also the sum
-(all-reduce) of one product, [tokens, hidden] in 16 bits, on the same GPUs by itself: launched, and in a CUDA graph.
+(all-reduce) of one product, [tokens, hidden] in 16 bits, on the same GPUs by itself: launched, and in a CUDA graph; and
+which share of the step its sums have, that of the logits, [tokens, vocabulary], among them.
 --hidden is the model's hidden size; without it config.json of the checkpoint that fly.json names is read.
 """
 
@@ -175,13 +176,18 @@ def _hidden_size(manifest: Manifest) -> int | None:
         return None
 
 
-def _add_sums(rows: list[Row], num_ranks: int, hidden_size: int, runs: int) -> None:
-    counts = {row.batch_size * row.num_tokens * hidden_size for row in rows}
+def _add_sums(rows: list[Row], num_ranks: int, hidden_size: int, vocab_size: int, runs: int) -> None:
+    """All sums are of hidden states, but for that of the logits where the vocabulary is cut, which is where it can be
+    divided."""
+    widths = [hidden_size, vocab_size] if vocab_size % num_ranks == 0 else [hidden_size]
+    counts = {row.batch_size * row.num_tokens * width for row in rows for width in widths}
     times = time_sums(num_ranks, sorted(counts), runs)
     for row in rows:
-        row.sum_launched, row.sum_in_graph = times[row.batch_size * row.num_tokens * hidden_size]
-        used = row.sum_launched if row.no_graph or row.sum_in_graph is None else row.sum_in_graph
-        row.share = row.num_sums * used / row.step
+        (launched, captured), *of_logits = (times[row.batch_size * row.num_tokens * width] for width in widths)
+        row.sum_launched, row.sum_in_graph = launched, captured
+        is_launched = row.no_graph is not None or captured is None
+        used = [pair[0] if is_launched or pair[1] is None else pair[1] for pair in ((launched, captured), *of_logits)]
+        row.share = ((row.num_sums - len(of_logits)) * used[0] + sum(used[1:])) / row.step
 
 
 def _print(rows: list[Row]) -> None:
@@ -210,7 +216,7 @@ def main() -> None:
             parser.error(f"--hidden: {manifest.target.source.checkpoint} has no config.json here: give the hidden size")
         rows = time_steps(args.engine_dir, args.runs)
         if num_ranks > 1 and hidden_size is not None:
-            _add_sums(rows, num_ranks, hidden_size, args.runs)
+            _add_sums(rows, num_ranks, hidden_size, manifest.target.vocab_size, args.runs)
     except FlyError as error:
         parser.exit(2, f"steps: {error}\n")
     if args.json:

@@ -1,5 +1,6 @@
 """Engines that are loaded once and shared by LLMs that take turns."""
 
+import gc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,6 +60,12 @@ def test_shutting_one_down_leaves_the_engines_to_the_others(engines: LoadedEngin
     engines.close()
     with pytest.raises(ConfigError, match="these engines were closed: load them again"):
         LLM(engines, enable_prefix_caching=False)
+
+
+def test_engines_that_nobody_else_holds_live_as_long_as_who_uses_them(demo_engine: Path) -> None:
+    with LLM(LoadedEngines(demo_engine, max_batch_size=1), enable_prefix_caching=False) as llm:
+        gc.collect()
+        assert all(tokens(llm))
 
 
 def test_only_what_is_used_is_loaded(engines: LoadedEngines) -> None:

@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 
 import simulated_nccl
-from fly_trt import LLM, EngineDeadError, EngineError, SamplingParams
+from fly_trt import LLM, EngineDeadError, EngineError, LoadedEngines, SamplingParams
 from fly_trt.engines import rank_group
+from fly_trt.engines.tensorrt import TensorRTEngine
 from simulated_cuda import Error, SimulatedCuda
 from simulated_ranks import BROKEN, rank_processes
 
@@ -158,6 +159,80 @@ def test_a_rank_that_does_not_answer_is_ended_by_force(
     llm.shutdown()
 
 
+def test_a_step_that_is_interrupted_ends_the_ranks(
+    node: SimulatedCuda, two_ranks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others may have made it, and would be a step ahead from then on."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with LoadedEngines(two_ranks, max_batch_size=1) as engines:
+        engine = engines.draft
+        step = engine.step(0, 1, 4)
+        with monkeypatch.context() as patch:
+            patch.setattr("fly_trt.engines.tensorrt.TensorRTEngine.run", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                engine.run(step)
+        assert rank_processes() == []
+        with pytest.raises(EngineDeadError, match=r"^KeyboardInterrupt in the middle of RUN: all ranks were ended, lo"):
+            engine.run(step)
+
+
+def test_an_engine_that_fails_to_close_leaves_no_process(
+    node: SimulatedCuda, two_ranks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(engine: TensorRTEngine) -> None:
+        close(engine)
+        raise RuntimeError("it does not close")
+
+    close = TensorRTEngine.close
+    monkeypatch.setattr(TensorRTEngine, "close", fail)
+    with pytest.raises(RuntimeError, match="it does not close"), LoadedEngines(two_ranks) as engines:
+        assert engines.draft.num_preparations
+    assert rank_processes() == []
+
+
+def test_engines_may_be_closed_by_the_thread_that_watches_the_ranks(node: SimulatedCuda, two_ranks: Path) -> None:
+    """Whose garbage collector may come upon them."""
+
+    class Owner:
+        def __init__(self, engines: LoadedEngines) -> None:
+            self.engines, self.is_told = engines, threading.Event()
+            self.error: BaseException | None = None
+
+        def close(self, line: str) -> None:
+            try:
+                self.engines.close()
+            except BaseException as error:
+                self.error = error
+            self.is_told.set()
+
+    owner = Owner(LoadedEngines(two_ranks, max_batch_size=1))
+    owner.engines.when_failed(owner.close)
+    assert owner.engines.draft.num_preparations
+    os.kill(rank_processes()[0], signal.SIGKILL)
+    assert owner.is_told.wait(SECONDS)
+    assert owner.error is None
+    assert rank_processes() == []
+
+
+def test_a_communicator_that_is_made_after_a_failure_is_aborted() -> None:
+    """Its thread was left behind: nobody else knows of it."""
+
+    class Made:
+        is_aborted = False
+
+        def abort(self) -> None:
+            self.is_aborted = True
+
+    group, made = rank_group.RankGroup([0]), Made()
+    group.fail("it failed")
+    with pytest.raises(EngineDeadError, match=r"^it failed$"):
+        group.add(made)
+    assert made.is_aborted
+
+
 def test_signals_that_all_processes_get_are_the_first_ones_to_answer(node: SimulatedCuda, two_ranks: Path) -> None:
     with LLM(two_ranks, **SIZES) as llm:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -170,6 +245,23 @@ def test_a_start_that_is_refused_leaves_no_process(node: SimulatedCuda, draft_al
     with pytest.raises(EngineError, match="cudaErrorMemoryAllocation"):
         LLM(draft_alone)
     assert rank_processes() == []
+
+
+LEFT_OPEN = {
+    "engines": "engines = LoadedEngines(path, max_batch_size=1); draft = engines.draft; draft.run(draft.step(0, 1, 4))",
+    "idle": "llm = LLM(path, max_batch_size=1); llm.generate('Spell', SamplingParams(max_tokens=4))",
+    "busy": "llm = LLM(path, max_batch_size=1); all = llm.stream('Spell', SamplingParams(max_tokens=99)); next(all)",
+}
+
+
+@pytest.mark.parametrize("code", LEFT_OPEN.values(), ids=LEFT_OPEN)
+def test_a_program_that_closes_nothing_ends(code: str, node: SimulatedCuda, two_ranks: Path) -> None:
+    """Nothing is used on a GPU that was freed before, which the simulation would find."""
+    imports = "import sys; from fly_trt import LLM, LoadedEngines, SamplingParams; path = sys.argv[1]"
+    with started([sys.executable, "-c", f"{imports}; {code}", str(two_ranks)]) as process:
+        _, errors = process.communicate(timeout=SECONDS)
+    assert (process.returncode, errors) == (0, "")
+    assert rank_processes(process.pid) == []
 
 
 def program(engine_dir: Path, *arguments: str) -> contextlib.AbstractContextManager["subprocess.Popen[str]"]:

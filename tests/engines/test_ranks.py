@@ -5,6 +5,7 @@ is refused. How they end is test_rank_failures.py's.
 import json
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from simulated_ranks import BROKEN, rank_processes
 
 GOLDEN = Path(__file__).parents[1] / "assets" / "golden" / "public.jsonl"
 SIZES: dict[str, Any] = {"max_batch_size": 4, "max_seq_len": 300}
+SECONDS = 60.0  # nothing here takes nearly as long
 
 
 def golden(config: str, step: int) -> list[dict[str, Any]]:
@@ -122,6 +124,20 @@ def test_each_rank_is_on_its_device(engines: LoadedEngines, node: SimulatedCuda)
 def test_one_set_of_processes_serves_target_and_draft(engines: LoadedEngines) -> None:
     engines.target.info, engines.draft.info  # noqa: B018
     assert len(rank_processes()) == 1
+
+
+def test_ranks_load_an_engine_only_while_no_llm_has_the_turn(engines: LoadedEngines) -> None:
+    """Of two LLMs that share them, one may be in a step when the other is made."""
+    loading = threading.Thread(target=lambda: engines.draft, daemon=True)
+    with engines.turn.held():
+        loading.start()
+        deadline = time.monotonic() + SECONDS
+        while not engines.turn.is_wanted:
+            assert time.monotonic() < deadline, "it does not stand in line"
+            time.sleep(0.01)
+        assert rank_processes() == []
+    loading.join(SECONDS)
+    assert "draft" in engines.load_seconds
 
 
 def test_engines_outlive_the_thread_that_loaded_them(node: SimulatedCuda, two_ranks: Path) -> None:

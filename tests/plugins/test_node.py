@@ -1,9 +1,12 @@
 """plugins/check/node.sh on a machine without a GPU: what can run runs, the rest says what it needs, and a run that was
 interrupted goes on. What its checks find needs GPUs."""
 
+import contextlib
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -92,6 +95,39 @@ def test_a_command_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None
     hang = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
     finding = node.run(node.Check("one", [python(hang)]), tmp_path, timeout=1)
     assert (finding.status, finding.reason) == ("failed", "took longer than 1 s")
+
+
+def test_what_runs_ends_with_it(tmp_path: Path) -> None:
+    """As a scheduler ends it."""
+    command = [sys.executable, f"{CHECKS}/node.py", "--out", f"{tmp_path}", "--only", "checkpoint-small"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: running(tmp_path) - {process.pid})
+        process.terminate()
+        assert "the same command goes on" in process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    wait_until(lambda: not running(tmp_path))
+
+
+def running(path: Path) -> set[int]:
+    """The processes that have it among their arguments."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(path).encode() in process.joinpath("cmdline").read_bytes():
+                found.add(int(process.name))
+    return found
+
+
+def wait_until(is_met: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not is_met():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_packages_that_share_a_module_are_told_apart() -> None:
+    check = node.Check("one", [], 0, modules=("json",), packages=("fly-trt-of-another-kind",))
+    assert check.missing(0) == "the Python package fly-trt-of-another-kind"
 
 
 def test_a_check_that_failed_runs_again_and_one_that_passed_does_not(tmp_path: Path) -> None:
