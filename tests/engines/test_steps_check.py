@@ -26,11 +26,14 @@ def test_the_reason_why_a_step_is_no_graph_is_kept(node: SimulatedCuda, two_rank
 
 def test_the_share_of_sums_is_that_of_those_that_the_step_makes(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a graph where the step is one, else launched."""
-    monkeypatch.setattr(steps, "time_sums", lambda num_ranks, counts, runs: dict.fromkeys(counts, (0.02, 0.01)))
-    rows = [steps.Row(1, 1, 4.0, None, 100), steps.Row(1, 16, 4.0, "no graph", 100)]
-    steps._add_sums(rows, 2, 64, 1)
-    assert [row.share for row in rows] == [0.25, 0.5]
+    times = {64: (0.02, 0.01), 1024: (0.02, 0.01), 900: (0.4, 0.3), 14400: (3.0, 2.0)}
+    monkeypatch.setattr(steps, "time_sums", lambda num_ranks, counts, runs: {count: times[count] for count in counts})
+    rows = [steps.Row(1, 1, 4.0, None, 101), steps.Row(1, 16, 4.0, "no graph", 101)]
+    steps._add_sums(rows, 2, 64, 900, 1)
+    assert [row.share for row in rows] == pytest.approx([(100 * 0.01 + 0.3) / 4, (100 * 0.02 + 3.0) / 4])
     steps._print(rows)
+    steps._add_sums(rows, 2, 64, 901, 1)  # a vocabulary that is whole on every rank
+    assert [row.share for row in rows] == pytest.approx([101 * 0.01 / 4, 101 * 0.02 / 4])
 
 
 def test_hidden_size_is_that_of_the_checkpoint(two_ranks: Path) -> None:
