@@ -12,11 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from click.testing import CliRunner
 from merged_ranks import MergedRunner
 from quantized_checkpoints import FORMATS, FP8, FP8_MAX, Layer, write
 from safetensors.torch import load_file, save_file
 
 from fly_build.checkpoint import open_checkpoint
+from fly_build.cli import main
 from fly_build.linear_forms import Kernels
 from fly_build.pipeline import make_plan
 from fly_build.quantized_weight import QuantizedWeight
@@ -207,6 +209,27 @@ def test_a_quantised_checkpoint_says_its_own_quantization(made: Made, tmp_path: 
     (same,) = _plan(made("awq")[0], tmp_path / "engine", quantization="int4").models
     assert same.engine.quantization == "int4"
     assert 0 < model.weight_bytes() < 4 * model.engine.source.num_parameters
+
+
+def test_a_plan_says_what_each_model_has(made: Made, original: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    flags = ["--target", str(made("awq")[0]), "-o", str(tmp_path / "engine"), "--dry-run"]
+    alone = CliRunner().invoke(main, flags)
+    assert ", quantization int4, max_batch_size" in alone.stdout, alone.output
+    pair = CliRunner().invoke(main, [*flags, "--draft", str(original[0])])
+    assert ", quantization target int4, draft none, max_batch_size" in pair.stdout, pair.output
+
+
+@pytest.mark.parametrize("field", ["checkpoint_format", "format"])
+def test_gptq_names_its_format_in_one_of_two_fields(
+    field: str, original: tuple[Path, torch.nn.Module], tmp_path: Path
+) -> None:
+    content = json.loads((original[0] / "config.json").read_text(encoding="utf-8"))
+    for form in ("gptq", "gptq_v2"):
+        config = {"quant_method": "gptq", "bits": 4, field: form}
+        (tmp_path / "config.json").write_text(json.dumps(content | {"quantization_config": config}), encoding="utf-8")
+        scheme = open_checkpoint(str(tmp_path), needs_weights=False).scheme
+        assert scheme is not None
+        assert scheme.is_v1 == (form == "gptq")
 
 
 REFUSED_PLANS = {
