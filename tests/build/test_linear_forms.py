@@ -303,6 +303,22 @@ def test_blocks_that_no_kernel_has_are_refused() -> None:
             _computed(_named([_weight("int4", 8, 48, 24)]), _random(1, 1, 48), kernels)
 
 
+@pytest.mark.parametrize("kernels", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("block", [256, 512])
+def test_large_blocks_and_whole_outputs_are_cut_for_onnxruntime(block: int, kind: Codes, kernels: Kernels) -> None:
+    """Its CUDA provider has no product of one token with 4 bits in blocks of more than 128."""
+    weight = _weight(kind, 16, 512, block, zeros=True)
+    graph, parameters = _graph([16], 512, ir.DataType.FLOAT)
+    WeightWriter(graph, {"w0": weight}, "float32", "none", "none", "float32", kernels).attach(parameters)
+    (product,) = graph
+    assert product.attributes["block_size"].value == 128
+    x = np.where(np.arange(512) % 2, 127, 0).astype(np.float32)[None, None]
+    (output,), _ = _computed(_named([weight]), x, kernels)
+    want = x @ _decoded(weight).T
+    np.testing.assert_allclose(output, want, atol=1e-4 * np.abs(want).max())
+
+
 def test_a_quantised_weight_of_no_linear_layer_is_refused() -> None:
     weight = _weight("int4", 8, 32, 32)
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["B"]))
