@@ -31,7 +31,7 @@ LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 ROTARY_BUFFER = re.compile(r"(?:^|\.)rotary_emb\.")  # old checkpoints stored what is computed anyway
 MULTIMODAL_WORDS = ("language_model", "text_model", "vision", "visual")
 # Of quantised checkpoints: what engines have no use for, of the cache and of activations that are not quantised.
-UNUSED_SCALE = re.compile(r"\.(?:[qkv]_scale|kv_scale|prob_scale|output_scale|input_scale|input_scale_ub)$")
+UNUSED_SCALE = re.compile(r"\.(?:(?:[qkv]|kv|prob|output|input)_scale|input_scale_ub|input_zero_point)$")
 # Where peft is installed, transformers applies an adapter that lies beside the model, unless it is to look elsewhere.
 NO_ADAPTER = {"subfolder": "no-adapter"}
 NAMED_AT_MOST = 3

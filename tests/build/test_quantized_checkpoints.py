@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 from merged_ranks import MergedRunner
-from quantized_checkpoints import FORMATS, FP8, FP8_MAX, Layer, write
+from quantized_checkpoints import FORMATS, FP8, FP8_MAX, GROUP, Layer, write
 from safetensors.torch import load_file, save_file
 
 from fly_build.checkpoint import open_checkpoint
@@ -24,9 +25,11 @@ from fly_build.pipeline import make_plan
 from fly_build.quantized_weight import QuantizedWeight
 from fly_build.recipe import load_recipe
 from fly_trt.errors import CheckpointError, ConfigError
+from fly_trt.manifest import Quantization
 from tiny_models import (
     MAX_SEQ_LEN,
     PREFILL,
+    SHAPE,
     Runner,
     add_demo_tokenizer,
     check_against_transformers,
@@ -160,7 +163,8 @@ def test_calibrated_fp8_rounds_the_activations_of_each_layer_with_its_own_scale(
     """An activation that lies between two fp8 numbers may be rounded to either, so single logits may move."""
     folder, layers = made(name)
     run, operators = runner(folder, tmp_path, "tensorrt")
-    assert operators["QuantizeLinear"] == NUM_LINEARS
+    # Query, key and value, and gate and up, are one product where they round their input alike.
+    assert operators["QuantizeLinear"] == (2 * 4 if name == "modelopt fp8" else NUM_LINEARS)
     ids = np.random.default_rng(0).integers(3, 890, (2, PREFILL))
     got = run.step(ids, [0, 0])["logits"]
     want = np.stack(reference_logits(dequantised(original[1], layers), *ids))
@@ -177,6 +181,34 @@ def test_the_ranks_of_a_sharded_checkpoint_compute_it_together(
     folder, layers = made(name)
     run = MergedRunner(open_checkpoint(str(folder)), 2, tmp_path / "merged.onnx", kernels="tensorrt")
     check_against_transformers(dequantised(original[1], layers), run)
+
+
+def test_fused_projections_of_a_quantised_checkpoint_are_sharded_by_their_parts(tmp_path: Path) -> None:
+    """A rank's rows of phi3's query, key and value lie apart in one tensor, and so do those of gate and up."""
+    model = save_tiny(transformers.Phi3Config(**SHAPE | SIZES, pad_token_id=0), tmp_path / "original")
+    for name in ("awq", "modelopt int4"):
+        folder = tmp_path / name.replace(" ", "-")
+        layers = write(tmp_path / "original", folder, FORMATS[name])
+        assert any(module.endswith("qkv_proj") for module in layers)
+        run = MergedRunner(open_checkpoint(str(folder)), 2, folder / "merged.onnx", kernels="tensorrt")
+        check_against_transformers(dequantised(model, layers), run)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize(("quantization", "likeness"), [("int8", 0.9999), ("int4", 0.99)])
+def test_ranks_that_are_quantised_here_are_near_the_original(
+    quantization: Quantization, likeness: float, is_tied: bool, tmp_path: Path
+) -> None:
+    """Each rank rounds its own part. Tied embeddings are cut by vocabulary, and are a quantised projection beside."""
+    model = save_tiny(tiny_llama(**SIZES, tie_word_embeddings=is_tied), tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    run = MergedRunner(checkpoint, 2, tmp_path / "merged.onnx", kernels="tensorrt", quantization=quantization)
+    assert run.sharding.by_vocabulary
+    ids = np.random.default_rng(0).integers(3, SHAPE["vocab_size"], (2, PREFILL))
+    got = run.step(ids, [0, 0])["logits"].astype(np.float64)
+    want = np.stack(reference_logits(model, *ids))
+    found = (got * want).sum() / np.linalg.norm(got) / np.linalg.norm(want)
+    assert likeness < found < 0.9999999, "not rounded, or not computed together"
 
 
 def test_what_a_checkpoint_orders_by_activation_is_not_sharded(made: Made, tmp_path: Path) -> None:
@@ -204,11 +236,14 @@ def _plan(folder: Path, output: Path, **fields: Any) -> Any:
 
 
 def test_a_quantised_checkpoint_says_its_own_quantization(made: Made, tmp_path: Path) -> None:
-    (model,) = _plan(made("awq")[0], tmp_path / "engine").models
+    folder, layers = made("awq")
+    (model,) = _plan(folder, tmp_path / "engine").models
     assert model.engine.quantization == "int4"
     (same,) = _plan(made("awq")[0], tmp_path / "engine", quantization="int4").models
     assert same.engine.quantization == "int4"
-    assert 0 < model.weight_bytes() < 4 * model.engine.source.num_parameters
+    quantised = sum(layer.weight.size for layer in layers.values())
+    floats = model.engine.source.num_parameters - quantised
+    assert model.weight_bytes() == quantised * (4 + 16 / GROUP) / 8 + 4 * floats
 
 
 def test_a_plan_says_what_each_model_has(made: Made, original: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
@@ -320,6 +355,24 @@ def test_broken_quantised_checkpoints_are_refused_in_one_line(case: str, made: M
     with pytest.raises(CheckpointError, match=message) as refused:
         open_checkpoint(str(tmp_path)).load_weights()
     assert "\n" not in str(refused.value)
+
+
+def test_the_tensors_of_a_layer_may_lie_in_several_files(made: Made, tmp_path: Path) -> None:
+    """As on the hub: files of a size each, and an index."""
+    folder, layers = made("awq")
+    tensors = load_file(folder / "model.safetensors")
+    files = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    index = {name: files[name.endswith(".scales")] for name in tensors}
+    for file in files:
+        save_file({name: tensors[name] for name in tensors if index[name] == file}, tmp_path / file)
+    content = {"metadata": {"total_size": 1}, "weight_map": index}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    weights = open_checkpoint(str(tmp_path)).load_weights()
+    for module, layer in layers.items():
+        weight = weights[f"{module}.weight"]
+        assert isinstance(weight, QuantizedWeight)
+        np.testing.assert_allclose(decoded(weight), layer.weight, rtol=2e-7, atol=1e-12)
 
 
 def test_tied_embeddings_are_the_vocabulary_projection(tmp_path: Path) -> None:
