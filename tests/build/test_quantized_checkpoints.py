@@ -137,12 +137,14 @@ def dequantised(model: torch.nn.Module, layers: dict[str, Layer]) -> torch.nn.Mo
     return model
 
 
-def runner(folder: Path, output: Path, kernels: Kernels) -> tuple[Runner, dict[str, int]]:
+def runner(
+    folder: Path, output: Path, kernels: Kernels, quantization: Quantization = "none"
+) -> tuple[Runner, dict[str, int]]:
     checkpoint = open_checkpoint(str(folder))
     attention = "mask" if kernels == "tensorrt" else "lengths"
     decoder = export_once(checkpoint, MAX_SEQ_LEN, attention=attention)  # type: ignore[arg-type]
     path = output / "model.onnx"
-    graph = finish_graph(decoder, checkpoint, path, "float32", "none", attention, kernels)  # type: ignore[arg-type]
+    graph = finish_graph(decoder, checkpoint, path, "float32", quantization, attention, kernels)  # type: ignore[arg-type]
     return Runner(path, checkpoint, 2), count_operators(graph)
 
 
@@ -185,7 +187,7 @@ def test_the_ranks_of_a_sharded_checkpoint_compute_it_together(
 
 def test_fused_projections_of_a_quantised_checkpoint_are_sharded_by_their_parts(tmp_path: Path) -> None:
     """A rank's rows of phi3's query, key and value lie apart in one tensor, and so do those of gate and up."""
-    model = save_tiny(transformers.Phi3Config(**SHAPE | SIZES, pad_token_id=0), tmp_path / "original")
+    model = save_tiny(transformers.Phi3Config(**SHAPE | SIZES), tmp_path / "original")
     for name in ("awq", "modelopt int4"):
         folder = tmp_path / name.replace(" ", "-")
         layers = write(tmp_path / "original", folder, FORMATS[name])
@@ -194,21 +196,21 @@ def test_fused_projections_of_a_quantised_checkpoint_are_sharded_by_their_parts(
         check_against_transformers(dequantised(model, layers), run)
 
 
-@pytest.mark.parametrize("is_tied", [True, False])
-@pytest.mark.parametrize(("quantization", "likeness"), [("int8", 0.9999), ("int4", 0.99)])
-def test_ranks_that_are_quantised_here_are_near_the_original(
-    quantization: Quantization, likeness: float, is_tied: bool, tmp_path: Path
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_ranks_that_are_quantised_here_are_as_near_the_original_as_one_is(
+    quantization: Quantization, tmp_path: Path
 ) -> None:
     """Each rank rounds its own part. Tied embeddings are cut by vocabulary, and are a quantised projection beside."""
-    model = save_tiny(tiny_llama(**SIZES, tie_word_embeddings=is_tied), tmp_path)
+    model = save_tiny(tiny_llama(**SIZES, tie_word_embeddings=True), tmp_path)
     checkpoint = open_checkpoint(str(tmp_path))
-    run = MergedRunner(checkpoint, 2, tmp_path / "merged.onnx", kernels="tensorrt", quantization=quantization)
-    assert run.sharding.by_vocabulary
+    ranks = MergedRunner(checkpoint, 2, tmp_path / "merged.onnx", kernels="tensorrt", quantization=quantization)
+    assert ranks.sharding.by_vocabulary
+    one, _ = runner(tmp_path, tmp_path, "tensorrt", quantization)
     ids = np.random.default_rng(0).integers(3, SHAPE["vocab_size"], (2, PREFILL))
-    got = run.step(ids, [0, 0])["logits"].astype(np.float64)
     want = np.stack(reference_logits(model, *ids))
-    found = (got * want).sum() / np.linalg.norm(got) / np.linalg.norm(want)
-    assert likeness < found < 0.9999999, "not rounded, or not computed together"
+    errors = [np.abs(run.step(ids, [0, 0])["logits"] - want).mean() for run in (ranks, one)]
+    assert errors[1] > 1e-3
+    assert 0.67 < errors[0] / errors[1] < 1.5
 
 
 def test_what_a_checkpoint_orders_by_activation_is_not_sharded(made: Made, tmp_path: Path) -> None:
