@@ -101,11 +101,15 @@ class Checkpoint:
         return self.make_empty_model(torch.float32)
 
     @cached_property
+    def outline(self) -> Any:
+        """The model's names and shapes alone: even the address space of a machine is smaller than some models."""
+        with torch.device("meta"):
+            return self.make_empty_model(torch.float32)
+
+    @cached_property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all parameters, by name, as if none were tied."""
-        with torch.device("meta"):  # the address space of a machine is smaller than some models
-            model = self.make_empty_model(torch.float32)
-        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        return {name: tuple(parameter.shape) for name, parameter in self.outline.named_parameters()}
 
     def make_empty_model(self, dtype: torch.dtype) -> Any:
         """The model with its structure but no values: parameters are allocated and never touched, so they cost
@@ -139,7 +143,7 @@ class Checkpoint:
         if self.scheme is None:
             return load_tensors(self.name, self.revision)
         is_tied = self.config.tie_word_embeddings
-        return load_quantized(self.name, self.revision, self.scheme, self.empty_model, is_tied=is_tied)
+        return load_quantized(self.name, self.revision, self.scheme, self.outline, is_tied=is_tied)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:

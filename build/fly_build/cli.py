@@ -59,7 +59,7 @@ def _numbers(context: click.Context, option: click.Parameter, value: str | None)
 @click.option("--backend", type=click.Choice(backend_names()), help="[onnxruntime]")
 @click.option("--device", type=click.Choice(get_args(Device)), help="What the engines run on. [cpu; cuda for tensorrt]")
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), help=f"Type of the weights. [{DEFAULT_DTYPES}]")
-@click.option("--quantization", type=click.Choice(get_args(Quantization)), help="Of the linear layers. [none]")
+@click.option("--quantization", type=click.Choice(get_args(Quantization)), help="Of linear layers. [the checkpoint's]")
 @options.max_batch_size("8")
 @click.option(
     "--max-seq-len", type=int, metavar="N", help="Prompt and output tokens. [what both support, at most 8192]"
@@ -149,7 +149,12 @@ def _collected_warnings() -> Iterator[list[str]]:
     """What the build warns of while the block runs, to be printed after the summary, where it is seen."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+
+    def emit(record: logging.LogRecord) -> None:
+        if (message := record.getMessage()) not in messages:  # target and draft may both cause it
+            messages.append(message)
+
+    handler.emit = emit  # type: ignore[method-assign]
     logger = logging.getLogger("fly_build")
     logger.addHandler(handler)
     try:
@@ -194,7 +199,7 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         _print_gpus(plan)
     click.echo(
         f"backend {plan.recipe.backend} on {plan.recipe.device}, {plan.backend.dtype}, "
-        f"quantization {plan.recipe.quantization}, max_batch_size {limits.max_batch_size} (slots), "
+        f"quantization {_quantizations(plan)}, max_batch_size {limits.max_batch_size} (slots), "
         f"max_seq_len {limits.max_seq_len}, max_draft_len {limits.max_draft_len}, "
         f"stop tokens {plan.head.stop_token_ids}"
     )
@@ -206,6 +211,13 @@ def _print_plan(plan: Any, as_json: bool) -> None:
             f"self-draft at contexts of {contexts} tokens, calibrated on {settings.calibrate or 'the built-in text'}: "
             "blocks of the target, without weights of their own; KV cache at most the target's"
         )
+
+
+def _quantizations(plan: Any) -> str:
+    """That of all models, or of each: a checkpoint that is quantised already keeps its own."""
+    found = {model.folder: model.engine.quantization for model in plan.models}
+    first, *others = set(found.values())
+    return ", ".join(f"{folder} {name}" for folder, name in found.items()) if others else str(first)
 
 
 def _print_gpus(plan: Any) -> None:

@@ -79,7 +79,7 @@ def _awq(config: dict[str, Any]) -> Scheme | str:
 
 
 def _gptq(config: dict[str, Any]) -> Scheme | str:
-    bits, form = config.get("bits"), config.get("checkpoint_format", "gptq")
+    bits, form = config.get("bits"), config.get("checkpoint_format") or config.get("format", "gptq")
     if bits not in (4, 8) or form not in ("gptq", "gptq_v2"):
         return f"checkpoint_format {form!r} with {bits} bits: expected 'gptq' or 'gptq_v2' with 4 or 8"
     group = _group(int(config.get("group_size", 128)))

@@ -4,9 +4,8 @@ Each layout was written after the library that makes it: AutoAWQ 0.2.9, GPTQMode
 ModelOpt 0.47. Shapes and types are checked at once; codes are read when the layer is written.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -92,8 +91,8 @@ def read_awq(scheme: Scheme, linear: LinearTensors) -> QuantizedWeight:
     linear.expect("scales", "float", (groups, columns))
 
     def unpacked(suffix: str) -> CodeArray:
-        places = _fields(linear.integers(suffix), 4)
-        return _signed(places[..., OUTPUT_PLACES].reshape(len(places), columns), 4).T
+        fields = _fields(linear.integers(suffix), 4, OUTPUT_PLACES)
+        return _signed(fields.reshape(-1, columns), 4).T
 
     return _integers(
         scheme, linear, lambda: unpacked("qweight"), lambda: linear.floats("scales").T, lambda: unpacked("qzeros")
@@ -121,7 +120,7 @@ def read_gptq(scheme: Scheme, linear: LinearTensors) -> QuantizedWeight:
     def zero_points() -> CodeArray:
         fields = _fields(linear.integers("qzeros"), scheme.bits).reshape(groups, columns)
         # What overflows in the first format wraps around, as it did when it was written.
-        stored = (fields.astype(np.int16) + int(scheme.is_v1)) & ((1 << scheme.bits) - 1)
+        stored = (fields + np.uint8(scheme.is_v1)) & np.uint8((1 << scheme.bits) - 1)
         return _signed(stored, scheme.bits).T
 
     return _integers(scheme, linear, codes, lambda: linear.floats("scales").T, zero_points, order)
@@ -242,15 +241,24 @@ def _order(linear: LinearTensors, groups: IntArray, size: int) -> npt.NDArray[np
     return None if (groups == in_place).all() else np.argsort(groups, kind="stable")
 
 
-def _fields(words: IntArray, bits: int) -> npt.NDArray[np.uint8]:
-    """int32 [..., n] -> their unsigned fields [..., n, 32 / bits], the lowest first."""
+def _fields(words: IntArray, bits: int, places: Iterable[int] = range(8)) -> npt.NDArray[np.uint8]:
+    """int32 [..., n] -> their unsigned fields [..., n, 32 / bits], the lowest first; those of 4 bits as `places` says.
+
+    Large models have so many that a pass over all of them counts, hence no wider types and no fancy indices.
+    """
     octets = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8).reshape(*words.shape, 4)
-    return octets if bits == 8 else np.stack([octets & 15, octets >> 4], axis=-1).reshape(*words.shape, 8)
+    if bits == 8:
+        return octets
+    fields = np.empty((*words.shape, 8), np.uint8)
+    for index, place in enumerate(places):
+        octet = octets[..., place // 2]
+        fields[..., index] = octet >> 4 if place % 2 else octet & 15
+    return fields
 
 
-def _signed(fields: npt.NDArray[Any], bits: int) -> CodeArray:
+def _signed(fields: npt.NDArray[np.uint8], bits: int) -> CodeArray:
     """Unsigned codes around their middle."""
-    return (fields.astype(np.int16) - (1 << (bits - 1))).astype(np.int8)
+    return fields.view(np.int8) - np.int8(8) if bits == 4 else (fields ^ np.uint8(128)).view(np.int8)
 
 
 def _integers(

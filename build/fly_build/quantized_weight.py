@@ -52,12 +52,14 @@ class QuantizedWeight:
 
     @staticmethod
     def joined(weights: "Sequence[QuantizedWeight]") -> "QuantizedWeight":
-        """The outputs of several layers as those of one: they differ in codes, scales and zero points only."""
+        """The outputs of several layers as those of one: they differ in codes, scales and zero points only. Layers that
+        have the same one scale keep it."""
         first = weights[0]
         if len(weights) == 1:
             return first
         zero_points = [weight.zero_points for weight in weights if weight.zero_points is not None]
         assert len(zero_points) in (0, len(weights))
+        has_one_scale = all(weight.has_one_scale for weight in weights) and len({*map(_scale, weights)}) == 1
 
         def rows_of(scales: FloatArray, weight: QuantizedWeight) -> FloatArray:
             return np.broadcast_to(scales, (weight.shape[0], weight.num_blocks))
@@ -66,9 +68,11 @@ class QuantizedWeight:
             first,
             name="+".join(weight.name for weight in weights),
             shape=(sum(weight.shape[0] for weight in weights), first.shape[1]),
-            has_one_scale=False,
+            has_one_scale=has_one_scale,
             codes=lambda: np.concatenate([weight.codes() for weight in weights]),
-            scales=lambda: np.concatenate([rows_of(weight.scales(), weight) for weight in weights]),
+            scales=first.scales
+            if has_one_scale
+            else lambda: np.concatenate([rows_of(weight.scales(), weight) for weight in weights]),
             zero_points=(lambda: np.concatenate([read() for read in zero_points])) if zero_points else None,
         )
 
@@ -153,3 +157,8 @@ class QuantizedWeight:
             scales=lambda: self.scales()[of_scales],
             zero_points=None if zero_points is None else lambda: zero_points()[of_scales],
         )
+
+
+def _scale(weight: QuantizedWeight) -> float:
+    """Of a weight that has one scale."""
+    return float(weight.scales().item())

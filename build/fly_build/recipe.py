@@ -134,7 +134,7 @@ def _check_ranks(recipe: Recipe) -> None:
     if recipe.draft_tp_size not in (1, recipe.tp_size):
         raise ConfigError(
             f"draft_tp_size {recipe.draft_tp_size}: the draft runs on the first of the target's {recipe.tp_size} GPUs "
-            f"or on all of them: expected {' or '.join(str(size) for size in sorted({1, recipe.tp_size}))}"
+            f"or on all of them: use --draft-tp-size {' or '.join(str(size) for size in sorted({1, recipe.tp_size}))}"
         )
     if recipe.draft_tp_size > 1 and recipe.draft is None:
         raise ConfigError(f"draft_tp_size {recipe.draft_tp_size}: there is no draft: add --draft, or leave it out")

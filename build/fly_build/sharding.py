@@ -18,9 +18,9 @@ import torch
 
 from fly_build.quantized_weight import QuantizedWeight
 from fly_build.schema import TP_SIZES
+from fly_build.tensors import Parameter
 from fly_trt.errors import CheckpointError
 
-Parameter = torch.Tensor | QuantizedWeight
 RANK_PARAMETER = "rank"  # beside a weight that is cut by vocabulary: 1 at the rank's own number, 0 at the others'
 
 # What lies along the dimension that is cut, one behind another: query heads, key-value heads, or what is simply even.

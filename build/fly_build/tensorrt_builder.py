@@ -65,7 +65,6 @@ class EngineBuilder:
         Half precision asks for a dedicated attention kernel and falls back to a decomposed one; float32 has none.
         Raises EngineError with TensorRT's reason, KeyboardInterrupt after Ctrl-C.
         """
-        self._check_fp8()
         reason = ""
         for decomposable in (True,) if self.dtype == "float32" else (False, True):
             builder, network = self._parse(onnx_path)
@@ -81,7 +80,7 @@ class EngineBuilder:
             logger.info("%s: decomposable=%s: %s", onnx_path, decomposable, reason)
         raise EngineError(f"{self.library.name} {self.library.version} cannot build the engine: {reason}")
 
-    def _check_fp8(self) -> None:
+    def __post_init__(self) -> None:
         """Raises EngineError where the GPU that an engine is built on has no fp8 arithmetic. Warns of what the portable
         library leaves out."""
         if not self.needs_fp8:

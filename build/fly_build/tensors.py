@@ -31,7 +31,7 @@ LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 ROTARY_BUFFER = re.compile(r"(?:^|\.)rotary_emb\.")  # old checkpoints stored what is computed anyway
 MULTIMODAL_WORDS = ("language_model", "text_model", "vision", "visual")
 # Of quantised checkpoints: what engines have no use for, of the cache and of activations that are not quantised.
-UNUSED_SCALE = re.compile(r"\.(?:[qkv]_scale|kv_scale|prob_scale|output_scale|input_scale|input_scale_ub)$")
+UNUSED_SCALE = re.compile(r"\.(?:(?:[qkv]|kv|prob|output|input)_scale|input_scale_ub|input_zero_point)$")
 # Where peft is installed, transformers applies an adapter that lies beside the model, unless it is to look elsewhere.
 NO_ADAPTER = {"subfolder": "no-adapter"}
 NAMED_AT_MOST = 3
@@ -75,9 +75,10 @@ def load_tensors(name: str, revision: str | None) -> dict[str, torch.Tensor]:
 
 
 def load_quantized(name: str, revision: str | None, scheme: Scheme, model: Any, *, is_tied: bool) -> Tensors:
-    """The parameters of `model`, which has none yet, from a checkpoint of quantised linear layers: those as they are,
-    everything else as it is stored. Both are mapped from the files and read when they are used; the libraries that
-    quantise are not asked. `is_tied`: where no vocabulary projection is stored, it is the embeddings.
+    """The parameters of `model`, which is asked for names and shapes only, from a checkpoint of quantised linear
+    layers: those as they are, everything else as it is stored. Both are mapped from the files and read when they are
+    used; the libraries that quantise are not asked. `is_tied`: where no vocabulary projection is stored, it is the
+    embeddings.
 
     Raises CheckpointError for the same as `load_tensors`, and for layers that are not as the scheme has them.
     """
@@ -85,7 +86,7 @@ def load_quantized(name: str, revision: str | None, scheme: Scheme, model: Any, 
         stored = stored_tensors(name, revision)
     except (OSError, ValueError, AttributeError, LookupError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{name}: the weights do not load: {first_line(error)}") from None
-    tensors: dict[str, torch.Tensor | QuantizedWeight] = {}
+    tensors: dict[str, Parameter] = {}
     used, missing = set(), []
     for key, made in model.state_dict().items():
         module, shape = key.removesuffix(".weight"), tuple(made.shape)
@@ -105,8 +106,8 @@ def load_quantized(name: str, revision: str | None, scheme: Scheme, model: Any, 
         else:
             tensors[key] = stored[key].read()
             used.add(key)
-    if missing == ["lm_head.weight"] and is_tied:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    if missing == [OUTPUT_NAME] and is_tied:
+        tensors[OUTPUT_NAME] = tensors[INPUT_NAME]
         missing = []
     unexpected = sorted(stored.keys() - used)
     if missing:
@@ -130,7 +131,7 @@ def plain_tensors(name: str, tensors: Tensors) -> dict[str, torch.Tensor]:
     return plain
 
 
-def place_of(tensor: torch.Tensor | QuantizedWeight) -> int:
+def place_of(tensor: Parameter) -> int:
     """Tensors of one place share their memory."""
     return id(tensor) if isinstance(tensor, QuantizedWeight) else tensor.data_ptr()
 

@@ -16,7 +16,7 @@ from fly_build.graph_edits import DTYPES, GraphEdits, Linear, find_linears
 from fly_build.linear_forms import FORMS, STORED_FORMS, Kernels, Source
 from fly_build.quantization import Array
 from fly_build.quantized_weight import QuantizedWeight
-from fly_build.tensors import Parameter, Tensors, place_of
+from fly_build.tensors import OUTPUT_NAME, Parameter, Tensors, place_of
 from fly_trt.errors import CheckpointError
 from fly_trt.manifest import Dtype, Quantization
 
@@ -36,7 +36,7 @@ class WeightWriter:
     tensors: Tensors
     dtype: Dtype
     quantization: Quantization
-    output_name: str = "lm_head.weight"
+    output_name: str = OUTPUT_NAME
     compute_dtype: Dtype = "float32"
     kernels: Kernels = "cpu"
     prepare: Callable[[str, Parameter], Parameter] = lambda name, tensor: tensor

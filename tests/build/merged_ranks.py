@@ -17,6 +17,7 @@ from fly_build.linear_forms import Kernels
 from fly_build.sharding import Sharding, shard
 from fly_build.weights import WeightWriter
 from fly_trt.engines.onnxruntime import session_options
+from fly_trt.manifest import Quantization
 from tiny_models import EXACT_PRODUCTS, MAX_SEQ_LEN, SILENT_BELOW_ERROR, Runner
 from traced_once import export_once
 
@@ -24,13 +25,20 @@ SHARED_INPUTS = ("input_ids", "write_indices", "num_context", "num_draft", "entr
 SHARED_INPUTS += ("window", "lookahead")
 
 
-def rank_graph(checkpoint: Checkpoint, sharding: Sharding, rank: int, kernels: Kernels = "cpu") -> ir.Model:
+def rank_graph(
+    checkpoint: Checkpoint,
+    sharding: Sharding,
+    rank: int,
+    kernels: Kernels = "cpu",
+    quantization: Quantization = "none",
+) -> ir.Model:
     """What a backend writes for one rank, in float32 and with the head."""
     decoder = export_once(checkpoint, MAX_SEQ_LEN, attention="mask", sharding=sharding)
     tensors = {**checkpoint.load_weights(), **sharding.rank_vectors()}
     graph = decoder.model.graph
     prepare = lambda name, tensor: sharding.part(name, tensor, rank)  # noqa: E731
-    WeightWriter(graph, tensors, "float32", "none", prepare=prepare, kernels=kernels).attach(decoder.parameters)
+    writer = WeightWriter(graph, tensors, "float32", quantization, prepare=prepare, kernels=kernels)
+    writer.attach(decoder.parameters)
     append_head(decoder.model, 3, [2])
     return decoder.model
 
@@ -105,12 +113,19 @@ class MergedRunner(Runner):
     look at those of the others, which must be the same."""
 
     def __init__(
-        self, checkpoint: Checkpoint, num_ranks: int, path: Path, batch_size: int = 2, kernels: Kernels = "cpu"
+        self,
+        checkpoint: Checkpoint,
+        num_ranks: int,
+        path: Path,
+        batch_size: int = 2,
+        kernels: Kernels = "cpu",
+        quantization: Quantization = "none",
     ) -> None:
         config = checkpoint.config
         self.num_ranks = num_ranks
         self.sharding = shard(checkpoint.name, config, checkpoint.head_dim, num_ranks)
-        model = merge([rank_graph(checkpoint, self.sharding, rank, kernels) for rank in range(num_ranks)])
+        graphs = [rank_graph(checkpoint, self.sharding, rank, kernels, quantization) for rank in range(num_ranks)]
+        model = merge(graphs)
         ir.save(model, path, external_data=f"{path.name}.data")
         options = session_options()
         options.log_severity_level = SILENT_BELOW_ERROR

@@ -145,12 +145,19 @@ def packed(weight: Floats, rng: np.random.Generator, *, bits: int = 4, symmetric
     return Layer(tensors, stands_for.astype(np.float32))
 
 
-def fp8(weight: Floats, rng: np.random.Generator, *, per_output: bool = False, input_scale: bool = True) -> Layer:
+def fp8(
+    weight: Floats,
+    rng: np.random.Generator,
+    *,
+    per_output: bool = False,
+    input_scale: bool = True,
+    same_input_scale: bool = False,
+) -> Layer:
     largest = np.abs(weight).max(axis=1, keepdims=True) if per_output else np.abs(weight).max()
     scale = torch.from_numpy(np.asarray(largest / FP8_MAX, np.float32))
     codes = (torch.from_numpy(weight) / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
     tensors = {"weight": codes, "weight_scale": scale}
-    step = float(np.float32(rng.uniform(0.01, 0.02))) if input_scale else None
+    step = float(np.float32(0.015 if same_input_scale else rng.uniform(0.01, 0.02))) if input_scale else None
     if step is not None:
         tensors["input_scale"] = torch.tensor(step)
     return Layer(tensors, (codes.to(torch.float32) * scale).numpy(), step)
@@ -225,7 +232,14 @@ FORMATS = {
         _compressed("float-quantized", STATIC | {"strategy": "channel"}, DYNAMIC),
         _with(fp8, per_output=True, input_scale=False),
     ),
-    "modelopt fp8": Format("fp8", {"quantization": MODELOPT_FP8}, fp8, "hf_quant_config.json", CACHE_SCALES),
+    # Layers of one input were calibrated on the same values.
+    "modelopt fp8": Format(
+        "fp8",
+        {"quantization": MODELOPT_FP8},
+        _with(fp8, same_input_scale=True),
+        "hf_quant_config.json",
+        CACHE_SCALES,
+    ),
     "modelopt int4": Format("int4", {"quantization": MODELOPT_INT4}, modelopt_int4, "hf_quant_config.json"),
     "modelopt int8": Format(
         "int8", {"quantization": {"quant_algo": "W8A16"}}, _with(int8, flat=True), "hf_quant_config.json"

@@ -145,6 +145,27 @@ def test_fp8_on_tensorrt(has_one_scale: bool, activation_scale: float | None, dt
     assert operators.count("QuantizeLinear") == (activation_scale is not None)
 
 
+@pytest.mark.parametrize("are_equal", [True, False])
+def test_layers_of_one_input_share_the_one_scale_that_they_have(are_equal: bool) -> None:
+    """As ModelOpt writes query, key and value, so that their product is one of two tensors with a scale each."""
+    weights = []
+    for rows in (16, 32):
+        one = np.full((1, 1), 1 / 64 if are_equal else rows / 1024, np.float32)
+        weight = _weight("fp8", rows, 96, 96, seed=rows)
+        weights.append(replace(weight, has_one_scale=True, scales=lambda one=one: one, activation_scale=0.02))
+    joined = QuantizedWeight.joined(weights)
+    assert joined.has_one_scale == are_equal
+    assert joined.scales().shape == ((1, 1) if are_equal else (48, 1))
+    np.testing.assert_array_equal(_decoded(joined), np.concatenate([_decoded(weight) for weight in weights]))
+    x = _random(1, 3, 96)
+    outputs, operators = _computed(_named(weights), x, "tensorrt")
+    assert operators.count("MatMul") == 1
+    step = np.float32(0.02)
+    rounded = np.clip(x / step, -448, 448).astype(FP8).astype(np.float32) * step
+    for output, weight in zip(outputs, weights, strict=True):
+        np.testing.assert_allclose(output, rounded @ _decoded(weight).T, atol=1e-4)
+
+
 def test_layers_with_scales_of_their_own_for_the_activations_stay_apart_and_equal_scales_are_shared() -> None:
     weights = [
         replace(_weight("fp8", rows, 96, 96, seed=rows), activation_scale=scale)
@@ -301,6 +322,22 @@ def test_blocks_that_no_kernel_has_are_refused() -> None:
     for kernels in ("tensorrt", "cpu"):
         with pytest.raises(CheckpointError, match="no kernel has scales for blocks of 24 of 48 inputs"):
             _computed(_named([_weight("int4", 8, 48, 24)]), _random(1, 1, 48), kernels)
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("block", [256, 512])
+def test_large_blocks_and_whole_outputs_are_cut_for_onnxruntime(block: int, kind: Codes, kernels: Kernels) -> None:
+    """Its CUDA provider has no product of one token with 4 bits in blocks of more than 128."""
+    weight = _weight(kind, 16, 512, block, zeros=True)
+    graph, parameters = _graph([16], 512, ir.DataType.FLOAT)
+    WeightWriter(graph, {"w0": weight}, "float32", "none", "none", "float32", kernels).attach(parameters)
+    (product,) = graph
+    assert product.attributes["block_size"].value == 128
+    x = np.where(np.arange(512) % 2, 127, 0).astype(np.float32)[None, None]
+    (output,), _ = _computed(_named([weight]), x, kernels)
+    want = x @ _decoded(weight).T
+    np.testing.assert_allclose(output, want, atol=1e-4 * np.abs(want).max())
 
 
 def test_a_quantised_weight_of_no_linear_layer_is_refused() -> None:

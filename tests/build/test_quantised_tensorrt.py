@@ -82,14 +82,13 @@ def test_quantised_checkpoints_are_built_as_they_are(name: str, tmp_path: Path) 
     assert record.layers.native_attention == NUM_LAYERS
 
 
-def test_a_gpu_without_fp8_is_said_before_anything_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_fp8_is_said_before_anything_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Full TensorRT builds for the GPU that is there."""
     library = Library("tensorrt", import_library("tensorrt_rtx").trt)
     sizes = tensorrt_builder.Sizes.of(Limits(max_batch_size=1, max_seq_len=64, max_draft_len=0, max_num_tokens=8))
-    builder = tensorrt_builder.EngineBuilder(library, sizes, "bfloat16", None, None, needs_fp8=True)
     monkeypatch.setattr(tensorrt_builder, "_compute_capability", lambda: "8.6")
     message = (
         "fp8 needs compute capability 8.9 or later, this GPU has 8.6: use --quantization int8, or build on the GPU"
     )
     with pytest.raises(EngineError, match=message):
-        builder.build(tmp_path / "none.onnx", [], 0, lambda fraction: None)
+        tensorrt_builder.EngineBuilder(library, sizes, "bfloat16", None, None, needs_fp8=True)

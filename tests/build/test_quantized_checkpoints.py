@@ -12,19 +12,24 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+import transformers
+from click.testing import CliRunner
 from merged_ranks import MergedRunner
-from quantized_checkpoints import FORMATS, FP8, FP8_MAX, Layer, write
+from quantized_checkpoints import FORMATS, FP8, FP8_MAX, GROUP, Layer, write
 from safetensors.torch import load_file, save_file
 
 from fly_build.checkpoint import open_checkpoint
+from fly_build.cli import main
 from fly_build.linear_forms import Kernels
 from fly_build.pipeline import make_plan
 from fly_build.quantized_weight import QuantizedWeight
 from fly_build.recipe import load_recipe
 from fly_trt.errors import CheckpointError, ConfigError
+from fly_trt.manifest import Quantization
 from tiny_models import (
     MAX_SEQ_LEN,
     PREFILL,
+    SHAPE,
     Runner,
     add_demo_tokenizer,
     check_against_transformers,
@@ -132,12 +137,14 @@ def dequantised(model: torch.nn.Module, layers: dict[str, Layer]) -> torch.nn.Mo
     return model
 
 
-def runner(folder: Path, output: Path, kernels: Kernels) -> tuple[Runner, dict[str, int]]:
+def runner(
+    folder: Path, output: Path, kernels: Kernels, quantization: Quantization = "none"
+) -> tuple[Runner, dict[str, int]]:
     checkpoint = open_checkpoint(str(folder))
     attention = "mask" if kernels == "tensorrt" else "lengths"
     decoder = export_once(checkpoint, MAX_SEQ_LEN, attention=attention)  # type: ignore[arg-type]
     path = output / "model.onnx"
-    graph = finish_graph(decoder, checkpoint, path, "float32", "none", attention, kernels)  # type: ignore[arg-type]
+    graph = finish_graph(decoder, checkpoint, path, "float32", quantization, attention, kernels)  # type: ignore[arg-type]
     return Runner(path, checkpoint, 2), count_operators(graph)
 
 
@@ -158,7 +165,8 @@ def test_calibrated_fp8_rounds_the_activations_of_each_layer_with_its_own_scale(
     """An activation that lies between two fp8 numbers may be rounded to either, so single logits may move."""
     folder, layers = made(name)
     run, operators = runner(folder, tmp_path, "tensorrt")
-    assert operators["QuantizeLinear"] == NUM_LINEARS
+    # Query, key and value, and gate and up, are one product where they round their input alike.
+    assert operators["QuantizeLinear"] == (2 * 4 if name == "modelopt fp8" else NUM_LINEARS)
     ids = np.random.default_rng(0).integers(3, 890, (2, PREFILL))
     got = run.step(ids, [0, 0])["logits"]
     want = np.stack(reference_logits(dequantised(original[1], layers), *ids))
@@ -175,6 +183,34 @@ def test_the_ranks_of_a_sharded_checkpoint_compute_it_together(
     folder, layers = made(name)
     run = MergedRunner(open_checkpoint(str(folder)), 2, tmp_path / "merged.onnx", kernels="tensorrt")
     check_against_transformers(dequantised(original[1], layers), run)
+
+
+def test_fused_projections_of_a_quantised_checkpoint_are_sharded_by_their_parts(tmp_path: Path) -> None:
+    """A rank's rows of phi3's query, key and value lie apart in one tensor, and so do those of gate and up."""
+    model = save_tiny(transformers.Phi3Config(**SHAPE | SIZES), tmp_path / "original")
+    for name in ("awq", "modelopt int4"):
+        folder = tmp_path / name.replace(" ", "-")
+        layers = write(tmp_path / "original", folder, FORMATS[name])
+        assert any(module.endswith("qkv_proj") for module in layers)
+        run = MergedRunner(open_checkpoint(str(folder)), 2, folder / "merged.onnx", kernels="tensorrt")
+        check_against_transformers(dequantised(model, layers), run)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_ranks_that_are_quantised_here_are_as_near_the_original_as_one_is(
+    quantization: Quantization, tmp_path: Path
+) -> None:
+    """Each rank rounds its own part. Tied embeddings are cut by vocabulary, and are a quantised projection beside."""
+    model = save_tiny(tiny_llama(**SIZES, tie_word_embeddings=True), tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    ranks = MergedRunner(checkpoint, 2, tmp_path / "merged.onnx", kernels="tensorrt", quantization=quantization)
+    assert ranks.sharding.by_vocabulary
+    one, _ = runner(tmp_path, tmp_path, "tensorrt", quantization)
+    ids = np.random.default_rng(0).integers(3, SHAPE["vocab_size"], (2, PREFILL))
+    want = np.stack(reference_logits(model, *ids))
+    errors = [np.abs(run.step(ids, [0, 0])["logits"] - want).mean() for run in (ranks, one)]
+    assert errors[1] > 1e-3
+    assert 0.67 < errors[0] / errors[1] < 1.5
 
 
 def test_what_a_checkpoint_orders_by_activation_is_not_sharded(made: Made, tmp_path: Path) -> None:
@@ -202,11 +238,35 @@ def _plan(folder: Path, output: Path, **fields: Any) -> Any:
 
 
 def test_a_quantised_checkpoint_says_its_own_quantization(made: Made, tmp_path: Path) -> None:
-    (model,) = _plan(made("awq")[0], tmp_path / "engine").models
+    folder, layers = made("awq")
+    (model,) = _plan(folder, tmp_path / "engine").models
     assert model.engine.quantization == "int4"
     (same,) = _plan(made("awq")[0], tmp_path / "engine", quantization="int4").models
     assert same.engine.quantization == "int4"
-    assert 0 < model.weight_bytes() < 4 * model.engine.source.num_parameters
+    quantised = sum(layer.weight.size for layer in layers.values())
+    floats = model.engine.source.num_parameters - quantised
+    assert model.weight_bytes() == quantised * (4 + 16 / GROUP) / 8 + 4 * floats
+
+
+def test_a_plan_says_what_each_model_has(made: Made, original: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    flags = ["--target", str(made("awq")[0]), "-o", str(tmp_path / "engine"), "--dry-run"]
+    alone = CliRunner().invoke(main, flags)
+    assert ", quantization int4, max_batch_size" in alone.stdout, alone.output
+    pair = CliRunner().invoke(main, [*flags, "--draft", str(original[0])])
+    assert ", quantization target int4, draft none, max_batch_size" in pair.stdout, pair.output
+
+
+@pytest.mark.parametrize("field", ["checkpoint_format", "format"])
+def test_gptq_names_its_format_in_one_of_two_fields(
+    field: str, original: tuple[Path, torch.nn.Module], tmp_path: Path
+) -> None:
+    content = json.loads((original[0] / "config.json").read_text(encoding="utf-8"))
+    for form in ("gptq", "gptq_v2"):
+        config = {"quant_method": "gptq", "bits": 4, field: form}
+        (tmp_path / "config.json").write_text(json.dumps(content | {"quantization_config": config}), encoding="utf-8")
+        scheme = open_checkpoint(str(tmp_path), needs_weights=False).scheme
+        assert scheme is not None
+        assert scheme.is_v1 == (form == "gptq")
 
 
 REFUSED_PLANS = {
@@ -297,6 +357,24 @@ def test_broken_quantised_checkpoints_are_refused_in_one_line(case: str, made: M
     with pytest.raises(CheckpointError, match=message) as refused:
         open_checkpoint(str(tmp_path)).load_weights()
     assert "\n" not in str(refused.value)
+
+
+def test_the_tensors_of_a_layer_may_lie_in_several_files(made: Made, tmp_path: Path) -> None:
+    """As on the hub: files of a size each, and an index."""
+    folder, layers = made("awq")
+    tensors = load_file(folder / "model.safetensors")
+    files = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    index = {name: files[name.endswith(".scales")] for name in tensors}
+    for file in files:
+        save_file({name: tensors[name] for name in tensors if index[name] == file}, tmp_path / file)
+    content = {"metadata": {"total_size": 1}, "weight_map": index}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    weights = open_checkpoint(str(tmp_path)).load_weights()
+    for module, layer in layers.items():
+        weight = weights[f"{module}.weight"]
+        assert isinstance(weight, QuantizedWeight)
+        np.testing.assert_allclose(decoded(weight), layer.weight, rtol=2e-7, atol=1e-12)
 
 
 def test_tied_embeddings_are_the_vocabulary_projection(tmp_path: Path) -> None:

@@ -186,7 +186,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "some of the ranks": (
         {"tp_size": 4, "draft": "org/draft", "draft_tp_size": 2},
-        "draft_tp_size 2: the draft runs on the first of the target's 4 GPUs or on all of them: expected 1 or 4",
+        "draft_tp_size 2: the draft runs on the first of the target's 4 GPUs or on all of them: "
+        "use --draft-tp-size 1 or 4",
     ),
     "no draft": (
         {"tp_size": 4, "draft_tp_size": 4},

@@ -68,13 +68,13 @@ class TensorRTBackend(Backend):
     def build_model(self, build: "ModelBuild") -> ModelEngine:
         from fly_build.tensorrt_graph import attention_names, fix_cache_length
 
+        builder = self._builder(build)
         with build.step("trace"):
             decoder = build.export(self.dtype, attention="mask")
             build.append_head(decoder, form="functions" if self.recipe.plugin_library is None else "plugins")
             fix_cache_length(decoder.model, self.cache_tokens(build.limits))
         graph = build.load_weights(decoder, self.dtype)
         engine, names = graph.engine, attention_names(decoder.model)
-        builder = self._builder(build)
         onnx_path = build.path.with_name(GRAPH_FILE)
         for rank, file in enumerate((engine.model, *engine.other_ranks)):
             graph.save(onnx_path, rank)
