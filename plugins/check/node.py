@@ -134,6 +134,9 @@ def checks(args: argparse.Namespace) -> Iterator[Check]:
         command = [*engines, *names, "--target", f"{small}", "--engines", f"{out}/engines-small"]
         modules = several if ranks > 1 else tensorrt
         yield Check(f"ranks-{ranks}", [command], ranks, modules, after=("checkpoint-small",))
+        if ranks > 1:
+            kill = [python, f"{CHECKS}/kill_rank.py", f"{out}/engines-small/{names[-1]}", "--json"]
+            yield Check(f"kill-{ranks}", [kill], ranks, modules, after=(f"ranks-{ranks}",))
     for ranks in args.ranks:
         engine = out / f"throughput-{ranks}"
         build = [python, "-m", "fly_build.cli", "--target", f"{large}", "--draft", f"{draft}"]

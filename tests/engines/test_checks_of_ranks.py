@@ -1,10 +1,12 @@
-"""plugins/check/steps.py on the simulated GPUs: it runs the steps that it says, and says why one is no CUDA graph. Its
-times, and those of sums, need real ones."""
+"""plugins/check/steps.py and kill_rank.py on the simulated GPUs: they do what they say, and say what they find. Times,
+those of sums too, need real ones."""
 
+import random
 from pathlib import Path
 
 import pytest
 
+import kill_rank
 import steps
 from fly_trt.manifest import read_manifest
 from simulated_cuda import Error, SimulatedCuda
@@ -38,3 +40,11 @@ def test_the_share_of_sums_is_that_of_those_that_the_step_makes(monkeypatch: pyt
 
 def test_hidden_size_is_that_of_the_checkpoint(two_ranks: Path) -> None:
     assert steps._hidden_size(read_manifest(two_ranks)) == 384
+
+
+def test_a_rank_that_was_killed_is_told_of_and_nothing_is_left(node: SimulatedCuda, two_ranks: Path) -> None:
+    kill = kill_rank.kill_one(two_ranks, random.Random(1), seconds=120)
+    assert kill.passes
+    assert "rank 1 (process" in kill.line
+    assert kill.num_left == 0
+    node.faults.clear()  # of a sum that was aborted
