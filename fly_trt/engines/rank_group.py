@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 END_SECONDS = 10.0  # for an orderly end of the other ranks, and then for their being killed
+POLL_SECONDS = 1.0
 EXIT_SECONDS = 5.0  # between a process's last sign of life and its exit code
 CAUSE_SECONDS = 1.0  # in which one rank's death and what follows from it come to be known
 ENDED = "all ranks were ended, load the engines again"
@@ -242,13 +243,20 @@ class RankGroup:
             for other in self.others:
                 selector.register(other.channel, selectors.EVENT_READ, other)
             while selector.get_map():
-                for key, _ in selector.select():
-                    if not self._read(key.data):
+                ready = selector.select(POLL_SECONDS)
+                for key, _ in ready:
+                    if not self._take(key.data, key.data.channel.receive()):
                         selector.unregister(key.fileobj)
+                # A process that was forked while they were started may hold the end of one's socket.
+                ended = (
+                    [] if ready else [key for key in selector.get_map().values() if key.data.process.poll() is not None]
+                )
+                for key in ended:
+                    self._take(key.data, None)
+                    selector.unregister(key.fileobj)
 
-    def _read(self, other: Other) -> bool:
-        """Takes what a rank said; False where it is gone."""
-        message = other.channel.receive()
+    def _take(self, other: Other, message: Message | None) -> bool:
+        """What a rank said; False where it is gone."""
         with self._changed:
             if message is None:
                 other.is_gone = True

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -319,6 +320,29 @@ def test_a_process_that_was_forked_from_the_first_one_keeps_no_rank_alive(node: 
         process.wait(SECONDS)
         wait_until(lambda: not rank_processes(process.pid), "a process is left")
         os.kill(int(forked), 0)  # it lives
+
+
+def test_a_rank_dies_although_another_process_holds_its_socket(
+    node: SimulatedCuda, two_ranks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that was forked while the ranks were started."""
+    held = []
+
+    def make_pair() -> tuple[socket.socket, socket.socket]:
+        here, there = pair()
+        held.append(there.dup())
+        return here, there
+
+    pair = socket.socketpair
+    monkeypatch.setattr("fly_trt.engines.rank_group.socket.socketpair", make_pair)
+    with LLM(two_ranks, **SIZES) as llm:
+        os.kill(rank_processes()[0], signal.SIGKILL)
+        with pytest.raises(EngineDeadError) as caught:
+            serve_on(llm)
+        assert re.fullmatch(STOPPED, str(caught.value))
+    assert len(held) == 1
+    held[0].close()
+    node.faults.clear()
 
 
 @contextlib.contextmanager
