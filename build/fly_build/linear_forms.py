@@ -5,7 +5,7 @@ It knows operators and layouts, and nothing of checkpoints or models.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,9 +76,9 @@ class RowwiseInt8(LinearForm):
 
     def place(self, edits: GraphEdits, layers: Layers) -> None:
         zero_points: dict[tuple[str, ...], ir.Value] = {}
-        for linears, weights in _grouped(edits, layers, lambda weight: ()):
-            product = self._product(edits, linears[0], QuantizedWeight.joined(weights), zero_points)
-            edits.replace_joined(linears, product, [part.shape[0] for part in weights])
+        _place_joined(
+            edits, layers, lambda _: (), lambda linear, weight: self._product(edits, linear, weight, zero_points)
+        )
 
     def _product(
         self,
@@ -221,10 +221,9 @@ class Dequantized(LinearForm):
         """Layers of one input, and of one kind, are one product and a Split: left apart the builder joins them for some
         of its profiles and not for others, and the plan has their int4 weights twice (seen in tensorrt_rtx 1.7.1)."""
         rounded: dict[tuple[ir.Value, float], ir.Value] = {}
-        for linears, weights in _grouped(edits, layers, _joint_properties):
-            weight = QuantizedWeight.joined(weights)
-            product = self._product(edits, linears[0], weight, rounded)
-            edits.replace_joined(linears, product, [part.shape[0] for part in weights])
+        _place_joined(
+            edits, layers, _joint_properties, lambda linear, weight: self._product(edits, linear, weight, rounded)
+        )
 
     def _product(
         self,
@@ -323,17 +322,22 @@ def adapted_input(edits: GraphEdits, linear: Linear, weight: QuantizedWeight) ->
     return x
 
 
-def _grouped(
-    edits: GraphEdits, layers: Layers, properties: Callable[[QuantizedWeight], tuple[object, ...]]
-) -> Iterator[tuple[list[Linear], list[QuantizedWeight]]]:
+def _place_joined(
+    edits: GraphEdits,
+    layers: Layers,
+    properties: Callable[[QuantizedWeight], tuple[object, ...]],
+    product: Callable[[Linear, QuantizedWeight], ir.Value],
+) -> None:
     """Layers that read the same value and whose weights have the same properties, such as query, key and value
-    projections, in the graph's order."""
+    projections, become one `product` and a Split, in the graph's order."""
     order = {node: index for index, node in enumerate(edits.graph)}
     groups: dict[tuple[object, ...], Layers] = {}
     for linear, weight in sorted(layers, key=lambda layer: order[layer[0].matmul]):
         groups.setdefault((linear.input, *properties(weight)), []).append((linear, weight))
     for group in groups.values():
-        yield [linear for linear, _ in group], [weight for _, weight in group]
+        linears, weights = [linear for linear, _ in group], [weight for _, weight in group]
+        joined = product(linears[0], QuantizedWeight.joined(weights))
+        edits.replace_joined(linears, joined, [weight.shape[0] for weight in weights])
 
 
 def _joint_properties(weight: QuantizedWeight) -> tuple[object, ...]:
