@@ -20,6 +20,7 @@ FLOORS = (
     ("acceptance",),
     ("params",),
     ("runtime",),
+    ("integrations",),
     ("service",),
     ("llm", "async_llm"),
     ("serving", "benchmark"),
@@ -39,6 +40,12 @@ ROOMS_OF_THE_BUILD = {
     "tokens",
     "cli",
 }
+# Of the room that reaches into another library, what says how that is set and what its names are.
+MODULES_OF_THE_BUILD = {f"fly_trt.integrations.tensorrt_llm{module}" for module in ("", ".environment", ".names")} | {
+    "fly_trt.integrations"
+}
+# These alone may load torch: they run in the processes of a library that has it.
+MODULES_WITH_TORCH = {"fly_trt.integrations.tensorrt_llm.acceptance"}
 MAX_LINES = 420
 
 
@@ -99,7 +106,15 @@ def test_no_module_reaches_itself(package: Path) -> None:
 def test_the_build_uses_nothing_that_serves() -> None:
     for module, path in modules(ROOT / "build" / "fly_build").items():
         used = {known_module(name, RUNTIME_MODULES) for name in imports(path)} - {None}
-        assert {room(name) for name in used if name} <= ROOMS_OF_THE_BUILD, module
+        rooms = {room(name) for name in used if name and name not in MODULES_OF_THE_BUILD}
+        assert rooms <= ROOMS_OF_THE_BUILD, module
+
+
+@pytest.mark.parametrize("module", RUNTIME_MODULES)
+def test_the_runtime_loads_neither_torch_nor_transformers(module: str) -> None:
+    libraries = {name.partition(".")[0] for name in imports(RUNTIME_MODULES[module])}
+    assert "transformers" not in libraries
+    assert "torch" not in libraries or module in MODULES_WITH_TORCH
 
 
 def test_the_architecture_page_shows_every_room_and_every_module() -> None:
