@@ -12,18 +12,20 @@ from fly_trt.engines.base import Engine, EngineInfo, LoadEngine, LoadSettings, S
 from fly_trt.errors import EngineError
 from fly_trt.manifest import Device, Manifest, ModelEngine
 
-__all__ = ["BACKENDS", "Engine", "EngineBackend", "EngineInfo", "Step", "find_backend", "load_engine"]
+__all__ = ["BACKENDS", "Engine", "EngineBackend", "EngineInfo", "Step", "engine_info", "find_backend", "load_engine"]
 
 
 @dataclass(frozen=True, slots=True)
 class EngineBackend:
     """`module` has the backend's `load` and is imported when an engine is loaded; the rest is known before.
 
-    is_gpu: the engines run on a GPU, so that a device can be chosen for them.
+    is_gpu: the engines run on a GPU, so that a device can be chosen for them. schedules: it batches requests and holds
+    their caches by itself, so that `module` has a `load_executor` (runtime.executor.LoadExecutor) in place of `load`.
     """
 
     module: str
     is_gpu: bool
+    schedules: bool = False
 
     @property
     def load(self) -> LoadEngine:
@@ -35,6 +37,10 @@ BACKENDS: dict[tuple[str, Device], EngineBackend] = {
     ("onnxruntime", "cpu"): EngineBackend("fly_trt.engines.onnxruntime", is_gpu=False),
     ("onnxruntime", "cuda"): EngineBackend("fly_trt.engines.onnxruntime_cuda", is_gpu=True),
     ("tensorrt", "cuda"): EngineBackend("fly_trt.engines.tensorrt", is_gpu=True),
+    ("tensorrt-llm", "cuda"): EngineBackend("fly_trt.integrations.tensorrt_llm.llm_api", is_gpu=True, schedules=True),
+    ("tensorrt-llm-engine", "cuda"): EngineBackend(
+        "fly_trt.integrations.tensorrt_llm.executor", is_gpu=True, schedules=True
+    ),
 }
 
 
@@ -43,7 +49,7 @@ def find_backend(directory: Path, manifest: Manifest) -> EngineBackend:
     built for the first that its backend has here. Raises EngineError for what is not in the table."""
     found = {device: backend for (name, device), backend in BACKENDS.items() if name == manifest.backend}
     if not found:
-        known = " and ".join(dict.fromkeys(name for name, _ in BACKENDS))
+        known = ", ".join(dict.fromkeys(name for name, _ in BACKENDS))
         raise EngineError(f"{directory}: built for backend {manifest.backend!r}, this version runs {known}: rebuild it")
     device = manifest.device or next(iter(found))
     if device not in found:
@@ -52,6 +58,17 @@ def find_backend(directory: Path, manifest: Manifest) -> EngineBackend:
             "rebuild it"
         )
     return found[device]
+
+
+def engine_info(manifest: Manifest, model: ModelEngine) -> EngineInfo:
+    """What an engine of this directory can do, as it was built."""
+    return EngineInfo(
+        **manifest.limits.model_dump(),
+        vocab_size=model.vocab_size,
+        entropy_top_k=manifest.head.entropy_top_k,
+        stop_token_ids=frozenset(manifest.head.stop_token_ids),
+        has_top_tokens=manifest.head.top_tokens,
+    )
 
 
 def load_engine(
@@ -70,17 +87,14 @@ def load_engine(
     device that does not exist or would not be used.
     """
     backend = find_backend(directory, manifest)
+    if backend.schedules:
+        raise EngineError(
+            f"{directory}: {manifest.backend} runs its models by itself, not step by step: use LLM or AsyncLLM"
+        )
     if num_slots > manifest.limits.max_batch_size:
         raise EngineError(
             f"{directory}: built for max_batch_size {manifest.limits.max_batch_size}, asked for {num_slots}: "
             f"rebuild with --max-batch-size {num_slots}"
         )
-    info = EngineInfo(
-        **manifest.limits.model_dump(),
-        vocab_size=model.vocab_size,
-        entropy_top_k=manifest.head.entropy_top_k,
-        stop_token_ids=frozenset(manifest.head.stop_token_ids),
-        has_top_tokens=manifest.head.top_tokens,
-    )
     settings = LoadSettings(num_slots=num_slots, num_threads=num_threads, device_id=device_id, rank=rank)
-    return backend.load(directory, manifest, model, info, settings)
+    return backend.load(directory, manifest, model, engine_info(manifest, model), settings)

@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 from tokenizers import Tokenizer
 
 from fly_trt.checks import check_at_least, check_flag, is_whole
-from fly_trt.engines import Engine, find_backend, load_engine
+from fly_trt.engines import Engine, EngineInfo, engine_info, find_backend, load_engine
 from fly_trt.engines.fork import HomeProcess, let_children_exit
 from fly_trt.engines.ranks import Ranks
 from fly_trt.engines.turn import Turn
@@ -101,12 +101,14 @@ class LoadedEngines:
         )
         self.directory = Path(engine_dir).expanduser()
         self.manifest: Manifest = read_manifest(self.directory, verify_hashes=wanted.verify_hashes)
-        backend = find_backend(self.directory, self.manifest)
+        self.backend = backend = find_backend(self.directory, self.manifest)
         self.max_batch_size = wanted.max_batch_size or self.manifest.limits.max_batch_size
         self.load_seconds: dict[Role, float] = {}
         self.turn = Turn()
         self._home = HomeProcess("engines")
-        places = choose_devices(self.manifest, wanted, is_gpu=backend.is_gpu)
+        if backend.schedules:
+            _check_own_places(self.manifest, wanted)
+        places = [None] if backend.schedules else choose_devices(self.manifest, wanted, is_gpu=backend.is_gpu)
         self._settings: dict[str, Any] = {"num_threads": wanted.num_threads, "device_id": places[0]}
         self._ranks = Ranks([device for device in places if device is not None])
         self._engines: dict[str, Engine] = {}  # by model file
@@ -116,6 +118,13 @@ class LoadedEngines:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.directory)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the target can do. Where its backend schedules by itself, it is as the manifest has it."""
+        if not self.backend.schedules:
+            return self.target.info
+        return engine_info(self.manifest, self.manifest.target)
 
     @property
     def target(self) -> Engine:
@@ -213,6 +222,15 @@ def choose_devices(manifest: Manifest, settings: EngineSettings, *, is_gpu: bool
     if count > 1 and settings.device_id is not None:
         raise ConfigError(f"device_id {settings.device_id}: {ranks}: give devices={list(range(count))} instead")
     return [settings.device_id] if count == 1 else list(range(count))
+
+
+def _check_own_places(manifest: Manifest, settings: EngineSettings) -> None:
+    for name in ("num_threads", "device_id", "devices"):
+        if (value := getattr(settings, name)) is not None:
+            raise ConfigError(
+                f"{name} {value!r}: {manifest.name} was built for {manifest.backend}, which places its models by "
+                "itself: leave it out, CUDA_VISIBLE_DEVICES says which GPUs it sees"
+            )
 
 
 def _close_all(engines: dict[str, Engine], ranks: Ranks, home: HomeProcess) -> None:

@@ -3,8 +3,15 @@
 It names the calls and what they promise. It knows nothing of threads, callers or how requests are served.
 """
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+from tokenizers import Tokenizer
+
+from fly_trt.manifest import Manifest
+from fly_trt.params import SpeculativeConfig
+from fly_trt.runtime.metrics import Metrics
 from fly_trt.runtime.request import Request
 
 
@@ -46,3 +53,35 @@ class Executor(Protocol):
 
     def probe(self) -> None:
         """Runs the engines once, while no request is running. Raises what they raise."""
+
+
+class OwnExecutor(Executor, Protocol):
+    """An executor with engines of its own, which it batches, and whose caches it holds, by itself."""
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError for what it cannot do, by the name of the setting. Any thread may ask."""
+
+    def close(self) -> None:
+        """Releases the engines. Called once, after the last step, by the thread that called `step`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorParts:
+    """What an OwnExecutor is made of: an engine directory, how drafts are made and accepted, and sizes in requests and
+    tokens: num_slots in flight, of max_seq_len tokens, and max_queue_size waiting."""
+
+    directory: Path
+    manifest: Manifest
+    speculative_config: SpeculativeConfig
+    num_slots: int
+    max_seq_len: int
+    max_queue_size: int
+    tokenizer: Tokenizer
+    metrics: Metrics
+
+
+class LoadExecutor(Protocol):
+    """Of a backend that schedules by itself. Raises EngineError for what cannot be loaded, and ConfigError for
+    settings that do not fit what was built."""
+
+    def __call__(self, parts: ExecutorParts) -> OwnExecutor: ...

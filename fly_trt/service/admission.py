@@ -5,7 +5,7 @@ the tokenizer, the sizes and what the target's engine is, and nothing of queues,
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from fly_trt.acceptance import AcceptanceParams
@@ -35,8 +35,11 @@ class Admission:
         sizes: Sizes,
         *,
         has_own_drafter: bool = False,
+        check: Callable[[Request], None] | None = None,
     ) -> None:
-        self._info = engines.target.info
+        """check: what the executor has against a request, see OwnExecutor.check."""
+        self._info = engines.info
+        self._check = check
         self._head = head_info(engines.manifest)
         self._max_draft_len = engines.manifest.limits.max_draft_len
         self._speculative_config = speculative_config
@@ -140,6 +143,8 @@ class Admission:
             index=index,
         )
         request.metrics.num_prompt_tokens = len(token_ids)
+        if self._check is not None:
+            self._check(request)
         return request
 
     def _make_guards(self, acceptance: AcceptanceParams) -> Guards | None:

@@ -101,6 +101,11 @@ def fit_to_shared(config: ServiceConfig, engines: LoadedEngines) -> ServiceConfi
     """The settings of one of those that share these engines. Raises ConfigError for what was settled by loading them,
     for what cannot be shared, and in a forked process."""
     engines.check_home()
+    if engines.backend.schedules:
+        raise ConfigError(
+            f"{engines.directory}: {engines.manifest.backend} schedules by itself and is not to be shared: give LLM "
+            "the directory"
+        )
     for name, default in (("num_threads", None), ("device_id", None), ("devices", None), ("verify_hashes", False)):
         if (value := getattr(config, name)) is not default:
             raise ConfigError(f"{name} {value!r}: the engines are loaded already: give it to LoadedEngines")

@@ -4,6 +4,7 @@ It wires engines, admission of requests, generation loop and engine thread toget
 no requests; an inbox is the way in.
 """
 
+import importlib
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from fly_trt.engines.directory import LoadedEngines
 from fly_trt.errors import ConfigError
 from fly_trt.manifest import Manifest
 from fly_trt.params import SpeculativeConfig
+from fly_trt.runtime.executor import Executor, ExecutorParts, LoadExecutor, OwnExecutor
 from fly_trt.runtime.loop import GenerationLoop, LoopConfig
 from fly_trt.runtime.metrics import Metrics
 from fly_trt.runtime.thread import EngineThread
@@ -68,6 +70,15 @@ class Service:
         self.sizes = resolve_sizes(config, speculative_config, self.manifest, has_own_drafter=has_own_drafter)
         self.tokenizer = engines.tokenizer
         self.metrics = Metrics()
+        if engines.backend.schedules:
+            own = self._load_executor(engines, has_own_drafter=has_own_drafter)
+            try:
+                self._admission = Admission(engines, speculative_config, self.sizes, check=own.check)
+                self._start(own, own.close, engines)
+            except BaseException:
+                own.close()
+                raise
+            return
         self._admission = Admission(engines, speculative_config, self.sizes, has_own_drafter=has_own_drafter)
         drafter = self._make_drafter(engines, drafter, config.enable_prefix_caching)
         loop_config = LoopConfig(
@@ -84,7 +95,10 @@ class Service:
         if drafter is not None and speculative_config.adaptive_draft_length:
             with engines.turn.held():
                 loop.warm_up()
-        self._thread = EngineThread(loop, release, engines.turn)
+        self._start(loop, release, engines)
+
+    def _start(self, executor: Executor, release: Callable[[], None], engines: LoadedEngines) -> None:
+        self._thread = EngineThread(executor, release, engines.turn)
         engines.when_failed(self._thread.fail)
         # Also when the interpreter ends without a shutdown(): the thread must not run into a library's teardown.
         self._finalizer = weakref.finalize(self, self._thread.shutdown)
@@ -113,6 +127,23 @@ class Service:
     def abort(self, request_id: str) -> None:
         """Ends the request that has this id now, if there is one. Raises ConfigError in a forked process."""
         self._thread.abort(request_id)
+
+    def _load_executor(self, engines: LoadedEngines, *, has_own_drafter: bool) -> OwnExecutor:
+        if has_own_drafter:
+            raise ConfigError(f"drafter: {self.manifest.backend} makes its drafts by itself: leave it out")
+        load: LoadExecutor = importlib.import_module(engines.backend.module).load_executor
+        return load(
+            ExecutorParts(
+                directory=engines.directory,
+                manifest=self.manifest,
+                speculative_config=self.speculative_config,
+                num_slots=self.sizes.max_batch_size,
+                max_seq_len=self.sizes.max_seq_len,
+                max_queue_size=self.sizes.max_queue_size,
+                tokenizer=self.tokenizer,
+                metrics=self.metrics,
+            )
+        )
 
     def _make_drafter(
         self, engines: LoadedEngines, own: Drafter | MakeDrafter | None, reuse_cache: bool

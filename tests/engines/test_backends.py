@@ -2,10 +2,13 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fly_trt import LLM, EngineError, SamplingParams
+import toy_executor
+from fly_trt import LLM, ConfigError, EngineError, LoadedEngines, RequestError, SamplingParams
+from fly_trt.drafting import DRAFTERS
 from fly_trt.engines import BACKENDS, EngineBackend, find_backend
 from fly_trt.manifest import (
     SCHEMA_VERSION,
@@ -26,6 +29,7 @@ TOKENIZER = Path(__file__).parents[1] / "assets" / "pair" / "target"
 VOCAB_SIZE = 880
 SALTS = {"target": 3, "draft": 4}
 NUM_TOKENS = 24
+KNOWN = "onnxruntime, tensorrt, tensorrt-llm, tensorrt-llm-engine"
 
 
 @pytest.fixture
@@ -79,12 +83,59 @@ def test_a_module_and_a_line_in_the_table_are_a_backend(
     assert output.outputs[0].token_ids == greedy(next_token, output.prompt_token_ids, NUM_TOKENS)
 
 
+@pytest.fixture
+def counting(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same directory, with a backend that schedules by itself."""
+    monkeypatch.setitem(BACKENDS, ("toy", "cpu"), EngineBackend("toy_executor", is_gpu=False, schedules=True))
+    toy_executor.CLOSED.clear()
+    return directory
+
+
+def test_a_backend_that_schedules_by_itself_is_a_module_and_a_line_too(counting: Path) -> None:
+    with LLM(counting) as llm:
+        outputs = llm.generate(
+            [{"prompt_token_ids": [first]} for first in (5, 7, VOCAB_SIZE - 2)],
+            SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True),
+        )
+        assert toy_executor.CLOSED == []
+    for output, first in zip(outputs, (5, 7, VOCAB_SIZE - 2), strict=True):
+        assert output.outputs[0].token_ids == [(first + 1 + i) % VOCAB_SIZE for i in range(NUM_TOKENS)]
+    assert toy_executor.CLOSED == ["toy"]
+
+
+def test_what_an_executor_cannot_do_is_refused_before_anything_runs(counting: Path) -> None:
+    with LLM(counting) as llm, pytest.raises(RequestError, match=r"temperature 0\.5: the toy samples nothing"):
+        llm.generate(["Hello"], SamplingParams(temperature=0.5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_threads": 2}, "num_threads 2: toy was built for toy, which places its models by itself"),
+        ({"device_id": 0}, "device_id 0: toy was built for toy, which places its models by itself"),
+        ({"devices": [0]}, r"devices \[0\]: toy was built for toy, which places its models by itself"),
+        ({"speculative_config": {"method": "ngram"}}, "method 'ngram': the toy has none"),
+        ({"drafter": DRAFTERS["ngram"].make}, "drafter: toy makes its drafts by itself"),
+    ],
+)
+def test_settings_of_engines_are_not_an_executors(settings: dict[str, Any], said: str, counting: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        LLM(counting, **settings)
+
+
+def test_what_schedules_by_itself_is_neither_shared_nor_stepped(counting: Path) -> None:
+    with LoadedEngines(counting) as engines:
+        with pytest.raises(ConfigError, match="toy schedules by itself and is not to be shared"):
+            LLM(engines, enable_prefix_caching=False)
+        with pytest.raises(EngineError, match="toy runs its models by itself"):
+            engines.target.clear(0)
+        assert engines.info.vocab_size == VOCAB_SIZE
+
+
 def test_a_backend_that_is_not_in_the_table_is_refused_with_those_that_are(directory: Path) -> None:
     with pytest.raises(EngineError) as refused:
         LLM(directory)
-    assert str(refused.value) == (
-        f"{directory}: built for backend 'toy', this version runs onnxruntime and tensorrt: rebuild it"
-    )
+    assert str(refused.value) == (f"{directory}: built for backend 'toy', this version runs {KNOWN}: rebuild it")
 
 
 def test_what_is_said_of_a_backend_needs_none_of_its_code(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
