@@ -27,6 +27,7 @@ VERSION_FILE = "tensorrt_llm/version.py"
 # Only in a source tree. Of an installed package the first has its place in a stub file, which the build writes.
 BINDINGS = re.compile(r"cpp/tensorrt_llm/(?:nanobind|pybind)/(\w+)/")
 STUBS = ("tensorrt_llm/bindings/{0}.pyi", "tensorrt_llm/bindings/{0}/__init__.pyi")
+COMMENTS = re.compile(r"//[^\n]*|/\*.*?\*/|'[^'\n]'", re.DOTALL)  # and characters, which may be a quote
 SOURCES_ALONE = ("cpp/", "triton_backend/", "examples/", "docs/", "tests/")
 
 
@@ -121,6 +122,8 @@ def _definition(tree: Tree, path: Path, name: str) -> Found | None:
     if path.suffix in (".py", ".pyi"):
         return _PythonFile.read(tree, path).find(name)
     text = path.read_text(encoding="utf-8", errors="replace")
+    if path.suffix in (".cpp", ".h"):
+        text = COMMENTS.sub(" ", text)
     if path.suffix == ".cpp" and (blocks := list(_bound_blocks(text, name.partition(".")[0]))):
         return _bound(blocks, name.partition(".")[2])
     last = name.rpartition(".")[2]
@@ -274,7 +277,7 @@ def _calls(block: str, pattern: str) -> Iterator[str]:
 
 
 def _arguments(calls: list[str]) -> tuple[str, ...]:
-    names = (name for call in calls for name in re.findall(r"(?:nb|py)::arg\(\s*\"(\w+)\"", call))
+    names = (name for call in calls for name in re.findall(r"(?:nb|py)::arg(?:_v)?\(\s*\"(\w+)\"", call))
     return tuple(dict.fromkeys(names))
 
 

@@ -59,11 +59,13 @@ void bind(nb::module_& m)
 {
     nb::enum_<Kind>(m, "Kind").value("kFIRST", Kind::kFIRST).value("kSECOND", Kind::kSECOND);
     nb::class_<Plain>(m, "Plain")
-        .def(nb::init<int, float>(), nb::arg("tokens"), nb::arg("share") = nb::none())
+        .def(nb::init<int, float>(), nb::arg("tokens"), nb::arg_v("share", 0.5F, "half"))
         .def_prop_ro("tokens", [](Plain const& self) { auto copy = self.tokens(); return copy; })
         .def("send", &Plain::send, nb::arg("request_id"));
     nb::class_<Named> named(m, "Named");
-    named.def("__init__", [](Named* self, int size) { new (self) Named(size); }, nb::arg("size"));
+    named
+        // What "comes; next" is (not code
+        .def("__init__", [](Named* self, int size) { new (self) Named(size); }, nb::arg("size"));
     named.def_rw("rate", &Named::rate)
         .def("cancel", &Named::cancel, nb::arg("id"));
 }
