@@ -2,19 +2,18 @@
 
 `fly_trt_tensorrt_llm.pth`, which lies beside the packages, calls `watch` at the start of every Python process that has
 the variable FLY_TRT_TRTLLM set. That is how the rule reaches workers that others start. So that it costs them nothing
-it loads neither TensorRT-LLM nor NumPy before its time; it knows where the rule goes and nothing else.
+it loads nothing that is large before its time; it knows where the rule goes and nothing else.
 """
 
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-INTERFACE = "tensorrt_llm._torch.speculative.interface"
+from fly_trt.integrations.tensorrt_llm.names import INTERFACE
 
 
-class _Watcher(MetaPathFinder):
+class _Watcher:
     """Finds the one module as the others do, and has the rule installed when it has been executed."""
 
     def find_spec(

@@ -17,12 +17,9 @@ from typing import Any
 from fly_trt.errors import ConfigError
 from fly_trt.integrations.tensorrt_llm.acceptance import FlyAcceptance
 from fly_trt.integrations.tensorrt_llm.environment import FORM, STOP_TOKENS_VARIABLE, VARIABLE, Acceptance
-from fly_trt.integrations.tensorrt_llm.import_hook import INTERFACE
 from fly_trt.integrations.tensorrt_llm.modes import modes_of, release_of
+from fly_trt.integrations.tensorrt_llm.names import ACCEPTANCE, INTERFACE, METHOD, WORKER
 
-WORKER = "SpecWorkerBase"
-METHOD = "_sample_and_accept_draft_tokens_base"
-PARAMETERS = ("self", "logits", "draft_tokens", "num_contexts", "batch_size", "spec_metadata")
 _CHECK = "hold it against tools/check_tensorrt_llm.py, or unset the variable to decode exactly"
 
 
@@ -46,7 +43,8 @@ def install_into(interface: ModuleType, acceptance: Acceptance | None = None) ->
         if installed.acceptance != acceptance:
             raise ConfigError(f"{installed.acceptance} is installed, not {acceptance}: call uninstall() first")
         return
-    expected = f"({', '.join(PARAMETERS)})"
+    (parameters,) = (name.parameters for name in ACCEPTANCE if name.name == f"{WORKER}.{METHOD}")
+    expected = f"({', '.join(parameters)})"
     found = f"({', '.join(inspect.signature(original).parameters)})" if callable(original) else "no such method"
     if found != expected:
         raise ConfigError(f"tensorrt_llm {version}: expected {WORKER}.{METHOD}{expected}, found {found}: {_CHECK}")

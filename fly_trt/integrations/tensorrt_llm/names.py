@@ -7,6 +7,11 @@ source tree or an installed package: what a user's upgrade broke is then one com
 from dataclasses import dataclass
 from typing import Literal
 
+# The module that has the base class of one-model workers, into which FLy is put, and that class's method.
+INTERFACE = "tensorrt_llm._torch.speculative.interface"
+WORKER = "SpecWorkerBase"
+METHOD = "_sample_and_accept_draft_tokens_base"
+
 Part = Literal["acceptance", "llm_api", "serve", "build", "executor", "plugin"]
 Sureness = Literal["read", "unverified"]
 
@@ -32,7 +37,26 @@ class Name:
     sureness: Sureness = "read"
 
 
-ACCEPTANCE: tuple[Name, ...] = ()
+_INTERFACE_FILE = f"{INTERFACE.replace('.', '/')}.py"
+# Two texts: of about January 2026, near 1.2.0, and of mid 2026, on the way to 1.3. Beside neither a version.py.
+_NEAR_1_2 = "main, January 2026"
+_NEAR_1_3 = "main, mid 2026"
+_BOTH = f"{_NEAR_1_2}; {_NEAR_1_3}"
+ACCEPTANCE: tuple[Name, ...] = (
+    Name(
+        "acceptance",
+        _INTERFACE_FILE,
+        f"{WORKER}.{METHOD}",
+        ("self", "logits", "draft_tokens", "num_contexts", "batch_size", "spec_metadata"),
+        is_whole=True,
+        read_at=_BOTH,
+    ),
+    Name("acceptance", _INTERFACE_FILE, f"{WORKER}.force_num_accepted_tokens", read_at=_BOTH),
+    Name("acceptance", _INTERFACE_FILE, "SpecMetadata.is_spec_dec_tree", read_at=_BOTH),
+    Name("acceptance", _INTERFACE_FILE, "SpecMetadata.use_rejection_sampling", releases=("main",), read_at=_NEAR_1_3),
+    Name("acceptance", _INTERFACE_FILE, "SpecMetadata.is_ragged_verify", releases=("main",), sureness="unverified"),
+    Name("acceptance", "tensorrt_llm/version.py", "__version__", read_at="1.0.0rc4, 1.3.0rc20"),
+)
 LLM_API: tuple[Name, ...] = ()
 SERVE: tuple[Name, ...] = ()
 BUILD: tuple[Name, ...] = ()
