@@ -112,6 +112,7 @@ def _exact_because(
     if spec_metadata.is_spec_dec_tree:
         return "drafts are trees"
     num_rows = num_contexts + num_gens * (draft_tokens.shape[-1] + 1)
+    # is_ragged_verify: where a release knows drafts of different lengths, whose packed rows may be as many by chance.
     is_even = draft_tokens.dim() == logits.dim() == 2 and draft_tokens.shape[0] == num_gens
     if not is_even or logits.shape[0] != num_rows or getattr(spec_metadata, "is_ragged_verify", False):
         return "drafts are of different lengths, or rows are not [contexts + requests (draft tokens + 1), vocabulary]"

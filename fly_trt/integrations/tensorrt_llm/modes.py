@@ -39,6 +39,7 @@ class Mode:
 
 _TREES = (
     ("use_dynamic_tree", True, "draft trees are accepted by another kernel"),
+    ("dynamic_tree_max_topK", True, "draft trees are accepted by another kernel"),
     ("eagle_choices", True, "draft trees are accepted by another kernel"),
 )
 _REJECTION = ("use_rejection_sampling", True, "its test of drawn tokens takes the place of the comparison")

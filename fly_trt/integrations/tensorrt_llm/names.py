@@ -54,7 +54,6 @@ ACCEPTANCE: tuple[Name, ...] = (
     Name("acceptance", _INTERFACE_FILE, f"{WORKER}.force_num_accepted_tokens", read_at=_BOTH),
     Name("acceptance", _INTERFACE_FILE, "SpecMetadata.is_spec_dec_tree", read_at=_BOTH),
     Name("acceptance", _INTERFACE_FILE, "SpecMetadata.use_rejection_sampling", releases=("main",), read_at=_NEAR_1_3),
-    Name("acceptance", _INTERFACE_FILE, "SpecMetadata.is_ragged_verify", releases=("main",), sureness="unverified"),
     Name("acceptance", "tensorrt_llm/version.py", "__version__", read_at="1.0.0rc4, 1.3.0rc20"),
 )
 LLM_API: tuple[Name, ...] = ()

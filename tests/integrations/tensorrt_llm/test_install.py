@@ -17,6 +17,7 @@ from pathlib import Path
 import hatchling.build
 import pytest
 
+import check_tensorrt_llm
 from fly_trt.integrations.tensorrt_llm.environment import STOP_TOKENS_VARIABLE, VARIABLE
 from tensorrt_llm_stand_in import INTERFACES, write_package
 
@@ -154,6 +155,12 @@ except Exception:
     assert said in last
     if "expected SpecWorkerBase" in said:
         assert "(self, logits, draft_tokens, num_contexts, batch_size, spec_metadata), found (self, logits, dra" in last
+
+
+@pytest.mark.parametrize("release", INTERFACES)
+def test_the_stand_in_has_the_names_of_the_table(tmp_path: Path, release: str) -> None:
+    write_package(tmp_path, release)
+    assert check_tensorrt_llm.main([str(tmp_path), "--part", "acceptance"]) == 0
 
 
 def test_by_hand(run: Run, tmp_path: Path) -> None:

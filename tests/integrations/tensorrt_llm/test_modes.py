@@ -51,6 +51,7 @@ def test_modes_that_take_it(config: dict[str, Any], release: Release) -> None:
         ({"decoding_type": "NGram"}, "main", "n-gram drafts: accepts on the host"),
         ({"decoding_type": "Eagle3", "eagle3_one_model": False}, "main", "eagle3_one_model False.*two models"),
         ({"decoding_type": "Eagle3", "eagle_choices": [[0]]}, "main", "draft trees are accepted by another kernel"),
+        ({"decoding_type": "Eagle", "dynamic_tree_max_topK": 4}, "main", "draft trees are accepted by another kernel"),
         ({"decoding_type": "MTP", "use_relaxed_acceptance_for_thinking": True}, "1.2", "relaxed acceptance takes"),
         ({"decoding_type": "DFlash", "use_rejection_sampling": True}, "main", "test of drawn tokens"),
     ],
