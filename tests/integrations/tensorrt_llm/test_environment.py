@@ -5,7 +5,13 @@ import math
 import pytest
 
 from fly_trt.errors import ConfigError
-from fly_trt.integrations.tensorrt_llm.environment import STOP_TOKENS_VARIABLE, VARIABLE, Acceptance
+from fly_trt.integrations.tensorrt_llm.environment import (
+    FORWARDED,
+    NO_ACCEPTANCE,
+    STOP_TOKENS_VARIABLE,
+    VARIABLE,
+    Acceptance,
+)
 from fly_trt.verification.fly import PRESETS
 
 
@@ -22,6 +28,14 @@ from fly_trt.verification.fly import PRESETS
 )
 def test_what_is_written_is_read(acceptance: Acceptance) -> None:
     assert Acceptance.from_environment(acceptance.to_environment()) == acceptance
+
+
+def test_what_is_said_for_workers_replaces_what_they_inherit() -> None:
+    inherited = {VARIABLE: "vllm,0.5", STOP_TOKENS_VARIABLE: "7"}
+    forwarded = {name: Acceptance("paper").to_environment()[name] for name in FORWARDED.values()}
+    assert all(name.startswith("TRTLLM") for name in forwarded)
+    assert Acceptance.from_environment(inherited | forwarded) == Acceptance("paper")
+    assert Acceptance.from_environment(inherited | {name: NO_ACCEPTANCE[name] for name in FORWARDED.values()}) is None
 
 
 def test_unset_and_empty_are_none() -> None:
