@@ -106,6 +106,11 @@ def run_benchmark(
     _check_concurrency(config)
     slots = config.most_in_flight
     engines = LoadedEngines(engine_dir, max_batch_size=slots, num_threads=config.num_threads, devices=config.devices)
+    if engines.backend.schedules:
+        raise ConfigError(
+            f"{engine_dir}: {engines.manifest.backend} loads its models by itself, and modes here share what is loaded "
+            "once: measure it with trtllm-bench, or with LLM by one mode a process"
+        )
     limit = engines.manifest.limits.max_batch_size
     if engines.max_batch_size > limit:
         raise ConfigError(

@@ -3,7 +3,7 @@
 It names the calls and what they promise. It knows nothing of threads, callers or how requests are served.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -67,8 +67,9 @@ class OwnExecutor(Executor, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ExecutorParts:
-    """What an OwnExecutor is made of: an engine directory, how drafts are made and accepted, and sizes in requests and
-    tokens: num_slots in flight, of max_seq_len tokens, and max_queue_size waiting."""
+    """What an OwnExecutor is made of: an engine directory, how drafts are made and accepted (`as_built`: without what
+    the caller changed), and sizes in requests and tokens: num_slots in flight, of max_seq_len tokens, max_queue_size
+    waiting, and max_num_tokens of one iteration, None as built. prefix_caching: prompts start from others' caches."""
 
     directory: Path
     manifest: Manifest
@@ -78,6 +79,9 @@ class ExecutorParts:
     max_queue_size: int
     tokenizer: Tokenizer
     metrics: Metrics
+    as_built: SpeculativeConfig = field(default_factory=SpeculativeConfig)
+    max_num_tokens: int | None = None
+    prefix_caching: bool = True
 
 
 class LoadExecutor(Protocol):

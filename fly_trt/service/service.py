@@ -71,7 +71,7 @@ class Service:
         self.tokenizer = engines.tokenizer
         self.metrics = Metrics()
         if engines.backend.schedules:
-            own = self._load_executor(engines, has_own_drafter=has_own_drafter)
+            own = self._load_executor(engines, config, has_own_drafter=has_own_drafter)
             try:
                 self._admission = Admission(engines, speculative_config, self.sizes, check=own.check)
                 self._start(own, own.close, engines)
@@ -128,7 +128,7 @@ class Service:
         """Ends the request that has this id now, if there is one. Raises ConfigError in a forked process."""
         self._thread.abort(request_id)
 
-    def _load_executor(self, engines: LoadedEngines, *, has_own_drafter: bool) -> OwnExecutor:
+    def _load_executor(self, engines: LoadedEngines, config: ServiceConfig, *, has_own_drafter: bool) -> OwnExecutor:
         if has_own_drafter:
             raise ConfigError(f"drafter: {self.manifest.backend} makes its drafts by itself: leave it out")
         load: LoadExecutor = importlib.import_module(engines.backend.module).load_executor
@@ -142,6 +142,9 @@ class Service:
                 max_queue_size=self.sizes.max_queue_size,
                 tokenizer=self.tokenizer,
                 metrics=self.metrics,
+                as_built=resolve_speculative_config(self.manifest, {}),
+                max_num_tokens=config.max_num_tokens,
+                prefix_caching=config.enable_prefix_caching,
             )
         )
 

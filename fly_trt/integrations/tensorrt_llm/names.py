@@ -56,7 +56,56 @@ ACCEPTANCE: tuple[Name, ...] = (
     Name("acceptance", _INTERFACE_FILE, "SpecMetadata.use_rejection_sampling", releases=("main",), read_at=_NEAR_1_3),
     Name("acceptance", "tensorrt_llm/version.py", "__version__", read_at="1.0.0rc4, 1.3.0rc20"),
 )
-LLM_API: tuple[Name, ...] = ()
+# Texts without a version.py beside them, told apart by what they have: of the 1.2 line, October to December 2025, and
+# of main in mid 2026.
+_LLM_1_2 = "main, about November 2025"
+_LLM_MAIN = "main, mid 2026"
+_LLM_BOTH = f"{_LLM_1_2}; {_LLM_MAIN}"
+
+
+def _llm(file: str, name: str, *parameters: str, read_at: str = _LLM_BOTH) -> Name:
+    return Name("llm_api", f"tensorrt_llm/{file}", name, parameters, read_at=read_at)
+
+
+def _llm_read_of_1_2(file: str, name: str, *parameters: str) -> tuple[Name, Name]:
+    """Read in the 1.2 line alone."""
+    path = f"tensorrt_llm/{file}"
+    return (
+        Name("llm_api", path, name, parameters, releases=("1.2",), read_at=_LLM_1_2),
+        Name("llm_api", path, name, parameters, releases=("main",), sureness="unverified"),
+    )
+
+
+LLM_API: tuple[Name, ...] = (
+    _llm("version.py", "__version__", read_at="1.0.0rc4, 1.3.0rc20"),
+    _llm("llmapi/llm.py", "LLM", "model", "revision", "tensor_parallel_size", "dtype"),
+    _llm("llmapi/llm.py", "LLM.generate_async", "inputs", "sampling_params", "streaming"),
+    _llm("llmapi/llm.py", "LLM.shutdown"),
+    _llm("llmapi/llm.py", "LLM._executor"),
+    _llm("llmapi/llm_args.py", "update_llm_args_with_extra_dict", "llm_args", "llm_args_dict", "extra_llm_api_options"),
+    _llm("llmapi/llm_args.py", "TorchLlmArgs", "stream_interval", "kv_cache_config", "speculative_config"),
+    _llm("llmapi/llm_args.py", "TorchLlmArgs", "max_batch_size", "max_seq_len", "max_num_tokens"),
+    _llm("llmapi/llm_args.py", "TorchLlmArgs", "gather_generation_logits"),
+    _llm("llmapi/llm_args.py", "KvCacheConfig", "enable_block_reuse"),
+    _llm("executor/utils.py", "RequestError"),
+    *_llm_read_of_1_2(
+        "sampling_params.py",
+        "SamplingParams",
+        *("max_tokens", "end_id", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "detokenize"),
+        *("temperature", "top_k", "top_p"),
+    ),
+    *_llm_read_of_1_2("executor/executor.py", "GenerationExecutor.is_shutdown"),
+    *_llm_read_of_1_2("executor/executor.py", "GenerationExecutor._error_queue"),
+    *_llm_read_of_1_2("executor/result.py", "GenerationResult.__aiter__"),
+    *_llm_read_of_1_2("executor/result.py", "GenerationResult.abort"),
+    *_llm_read_of_1_2("executor/result.py", "GenerationResult.finished"),
+    *_llm_read_of_1_2("executor/result.py", "GenerationResult.outputs"),
+    *_llm_read_of_1_2("executor/result.py", "GenerationResult.cached_tokens"),
+    *_llm_read_of_1_2("executor/result.py", "CompletionOutput.token_ids_diff"),
+    *_llm_read_of_1_2("executor/result.py", "CompletionOutput.finish_reason"),
+    *_llm_read_of_1_2("executor/result.py", "CompletionOutput.stop_reason"),
+    *_llm_read_of_1_2("llmapi/utils.py", "enable_worker_single_process_for_tp1"),
+)
 SERVE: tuple[Name, ...] = ()
 BUILD: tuple[Name, ...] = ()
 EXECUTOR: tuple[Name, ...] = ()

@@ -23,6 +23,8 @@ from fly_trt.serving.triton.tensors import INPUTS, OUTPUTS
 
 CONFIG_NAME = "config.pbtxt"
 VERSION = "1"
+OWN_SCRIPT = "triton.sh"
+"""Of a directory whose backend comes with Triton models, by fly-build."""
 COPIED_ENGINE = "engine"
 DEFAULT_QUEUE_SECONDS = 60.0
 MAX_QUEUE_SECONDS = 1e9  # Triton counts nanoseconds in 64 bits
@@ -85,7 +87,12 @@ def make_plan(
         raise ConfigError(f"instances {instances}: expected at least 1")
     if not 0 <= queue_timeout <= MAX_QUEUE_SECONDS:
         raise ConfigError(f"queue_timeout {queue_timeout}: expected 0 to {MAX_QUEUE_SECONDS:g} seconds, 0 for no limit")
-    is_gpu = find_backend(engine_dir, manifest).is_gpu
+    backend = find_backend(engine_dir, manifest)
+    if backend.schedules:
+        script = engine_dir / OWN_SCRIPT
+        way = f"run {script}" if script.is_file() else "serve it with AsyncLLM"
+        raise ConfigError(f"{engine_dir}: {manifest.backend} has Triton models of its own: {way}")
+    is_gpu = backend.is_gpu
     _check_gpus(gpus, manifest, is_gpu)
     settings = dict(settings or {})
     place = f"on {'GPUs ' + ', '.join(map(str, gpus)) + ' each' if gpus else 'each GPU'}"
