@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fly_trt import LLM, EngineError, RequestOutputKind, SamplingParams
+from fly_trt.integrations.tensorrt_llm.llm_streams import TokenStreams
 from served_by_tensorrt_llm import ERROR, LAST_WORDS, LONG, NUM_DRAFT_TOKENS, PROMPTS, TIMEOUT, told, wait_until
 
 
@@ -129,3 +130,23 @@ def test_an_error_of_one_request_is_its_own(llm: LLM) -> None:
     for output in stream:
         last = output
     assert len(last.outputs[0].token_ids) == 200
+
+
+def test_a_step_that_fails_costs_the_requests_in_it(
+    llm: LLM, executor: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After it one token is made, to see whether the engine still lives."""
+    stream = llm.stream(PROMPTS[5], LONG)
+    next(stream)
+    events, num_sent = TokenStreams.events, len(executor.sent)
+
+    def fail_once(self: TokenStreams, timeout: float) -> Any:
+        monkeypatch.setattr(TokenStreams, "events", events)
+        raise ValueError("something odd")
+
+    monkeypatch.setattr(TokenStreams, "events", fail_once)
+    with pytest.raises(EngineError, match=r"the step that it was in failed \(something odd\): send it again"):
+        list(stream)
+    wait_until(lambda: executor.num_open == 0)
+    assert [params.max_tokens for params in executor.sent[num_sent:]] == [1]
+    assert llm.generate(PROMPTS[5], SamplingParams(max_tokens=3))
