@@ -5,6 +5,9 @@
 #include "common/log.h"
 
 #include <array>
+#include <iomanip>
+#include <limits>
+#include <sstream>
 #include <utility>
 
 namespace fly {
@@ -30,6 +33,23 @@ PluginFieldCollection collectionOf(std::vector<PluginField> const& fields) {
     return collection;
 }
 
+std::string textOf(Field const& field, FieldValue const& value) {
+    std::ostringstream text;
+    if (field.kind == FieldKind::kReal) {
+        text << std::setprecision(std::numeric_limits<float>::max_digits10) << value.real;
+    }
+    char const* separator = "";
+    for (int32_t const integer : value.integers) {
+        text << separator << integer;
+        separator = "|";
+    }
+    return text.str();
+}
+
+PluginFieldType typeOf(Field const& field) {
+    return field.kind == FieldKind::kReal ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32;
+}
+
 }  // namespace
 
 Plugin::Plugin(Signature const& signature, PluginFieldCollection const* fields)
@@ -37,12 +57,16 @@ Plugin::Plugin(Signature const& signature, PluginFieldCollection const* fields)
 
 Plugin::Plugin(Plugin const& other) : Plugin(other.mSignature, other.mFieldValues) {}
 
-Plugin::Plugin(Signature const& signature, std::vector<int32_t> fieldValues)
+Plugin::Plugin(Signature const& signature, std::vector<FieldValue> fieldValues)
     : mSignature(signature), mFieldValues(std::move(fieldValues)) {
     for (size_t i = 0; i < mFieldValues.size(); ++i) {
-        char const* const name = signature.fields[i].name;
-        mMetadata += std::string(i == 0 ? "" : ",") + name + "=" + std::to_string(mFieldValues[i]);
-        mSerialized.emplace_back(name, &mFieldValues[i], PluginFieldType::kINT32, 1);
+        Field const& field = signature.fields[i];
+        FieldValue const& value = mFieldValues[i];
+        mMetadata += std::string(i == 0 ? "" : ",") + field.name + "=" + textOf(field, value);
+        bool const isReal = field.kind == FieldKind::kReal;
+        void const* const data = isReal ? static_cast<void const*>(&value.real) : value.integers.data();
+        int32_t const length = isReal ? 1 : static_cast<int32_t>(value.integers.size());
+        mSerialized.emplace_back(field.name, data, typeOf(field), length);
     }
     mSerializedCollection = collectionOf(mSerialized);
     mTimingCacheId = std::string(signature.name) + (mMetadata.empty() ? "" : ";") + mMetadata;
@@ -86,7 +110,8 @@ int32_t Plugin::getOutputDataTypes(
             checkType(mSignature.inputs[i], inputTypes[i]);
         }
         for (int32_t i = 0; i < nbOutputs; ++i) {
-            outputTypes[i] = mSignature.outputs[i].types.front();
+            std::vector<DataType> const& types = mSignature.outputs[i].types;
+            outputTypes[i] = types.empty() ? inputTypes[0] : types.front();
         }
         return kSuccess;
     });
@@ -120,7 +145,10 @@ int32_t Plugin::getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, DimsE
             }
         }
         for (size_t i = 0; i < mFieldValues.size(); ++i) {
-            sizes[static_cast<size_t>(mSignature.fields[i].letter - 'A')] = exprBuilder.constant(mFieldValues[i]);
+            char const letter = mSignature.fields[i].letter;
+            if (letter != '\0') {
+                sizes[static_cast<size_t>(letter - 'A')] = exprBuilder.constant(integer(i));
+            }
         }
         for (int32_t i = 0; i < nbOutputs; ++i) {
             outputs[i].nbDims = 0;
@@ -142,7 +170,8 @@ bool Plugin::supportsFormatCombination(
         }
         TensorSpec const& tensor = pos < nbInputs ? mSignature.inputs[pos] : mSignature.outputs[pos - nbInputs];
         PluginTensorDesc const& desc = inOut[pos].desc;
-        return desc.format == nvinfer1::TensorFormat::kLINEAR && isOneOf(desc.type, tensor.types);
+        bool const hasType = tensor.types.empty() ? desc.type == inOut[0].desc.type : isOneOf(desc.type, tensor.types);
+        return desc.format == nvinfer1::TensorFormat::kLINEAR && hasType;
     });
 }
 
@@ -252,8 +281,8 @@ PluginFieldCollection const* Plugin::getFieldsToSerialize() noexcept {
 }
 
 Creator::Creator(Signature const& signature, Make make) : mSignature(signature), mMake(make) {
-    for (IntegerField const& field : signature.fields) {
-        mFields.emplace_back(field.name, nullptr, PluginFieldType::kINT32, 1);
+    for (Field const& field : signature.fields) {
+        mFields.emplace_back(field.name, nullptr, typeOf(field), 1);
     }
     mFieldCollection = collectionOf(mFields);
 }

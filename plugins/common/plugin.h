@@ -77,12 +77,18 @@ protected:
     // Not the default one: the serialised fields point at the values of their own plugin.
     Plugin(Plugin const& other);
 
-    int32_t fieldValue(size_t index) const {
-        return mFieldValues[index];
+    int32_t integer(size_t field) const {
+        return mFieldValues[field].integers.front();
+    }
+    std::vector<int32_t> const& integers(size_t field) const {
+        return mFieldValues[field].integers;
+    }
+    float real(size_t field) const {
+        return mFieldValues[field].real;
     }
 
 private:
-    Plugin(Signature const& signature, std::vector<int32_t> fieldValues);
+    Plugin(Signature const& signature, std::vector<FieldValue> fieldValues);
 
     virtual std::unique_ptr<Plugin> copy() const = 0;
     // Throws when an input's dimension cannot have this size; called whenever one is known, in building and execution.
@@ -98,7 +104,7 @@ private:
 
     Signature const& mSignature;
     // Nothing of a plugin changes after its construction, so threads may share it.
-    std::vector<int32_t> mFieldValues;
+    std::vector<FieldValue> mFieldValues;
     std::string mMetadata;
     std::string mTimingCacheId;
     std::vector<nvinfer1::PluginField> mSerialized;

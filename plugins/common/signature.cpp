@@ -5,6 +5,7 @@
 #include "common/log.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace fly {
@@ -26,26 +27,74 @@ std::string shapeText(TensorSpec const& tensor) {
     return "[" + join(std::string(tensor.shape), [](std::ostream& text, char letter) { text << letter; }) + "]";
 }
 
-int32_t readInteger(IntegerField const& spec, nvinfer1::PluginField const& field) {
-    using nvinfer1::PluginFieldType;
-    if ((field.type != PluginFieldType::kINT32 && field.type != PluginFieldType::kINT64) || field.length != 1
-        || field.data == nullptr) {
-        fail("field ", spec.name, " has type code ", static_cast<int32_t>(field.type), " and ", field.length,
-            " values, expected one INT32 or INT64: pass a single integer");
+template <typename TFrom, typename TTo>
+std::vector<TTo> copyOf(nvinfer1::PluginField const& field) {
+    std::vector<TTo> values;
+    for (int32_t i = 0; i < field.length; ++i) {
+        TFrom value{};
+        std::memcpy(&value, static_cast<char const*>(field.data) + static_cast<size_t>(i) * sizeof(TFrom), sizeof(TFrom));
+        values.push_back(static_cast<TTo>(value));
     }
-    int64_t value{};
-    if (field.type == PluginFieldType::kINT64) {
-        std::memcpy(&value, field.data, sizeof(value));
+    return values;
+}
+
+// As an integer where it is one, so that large bounds are printed with all their digits.
+std::string numberText(double number) {
+    std::ostringstream text;
+    if (std::abs(number) < 1e15 && number == std::floor(number)) {
+        text << static_cast<int64_t>(number);
     } else {
-        int32_t narrow{};
-        std::memcpy(&narrow, field.data, sizeof(narrow));
-        value = narrow;
+        text << number;
     }
-    if (value < spec.minimum || value > spec.maximum) {
-        fail("field ", spec.name, " is ", value, ", expected ", spec.minimum, " to ", spec.maximum,
-            ": choose a value in that range");
+    return text.str();
+}
+
+// The field's values, which are of type `narrow` or `wide`.
+template <typename TNarrow, typename TWide>
+std::vector<TWide> readValues(Field const& spec, nvinfer1::PluginField const& field, nvinfer1::PluginFieldType narrow,
+    nvinfer1::PluginFieldType wide, char const* expected, char const* fix) {
+    bool const fits = (field.type == narrow || field.type == wide) && field.length >= 1
+        && field.length <= spec.maxLength && field.data != nullptr;
+    if (!fits) {
+        std::string const several = spec.maxLength == 1 ? "one" : "1 to " + std::to_string(spec.maxLength);
+        fail("field ", spec.name, " has type code ", static_cast<int32_t>(field.type), " and ", field.length,
+            " values, expected ", several, " ", expected, ": pass ", fix);
     }
-    return static_cast<int32_t>(value);
+    std::vector<TWide> values = field.type == wide ? copyOf<TWide, TWide>(field) : copyOf<TNarrow, TWide>(field);
+    for (TWide const value : values) {
+        if (!(static_cast<double>(value) >= spec.minimum && static_cast<double>(value) <= spec.maximum)) {
+            fail("field ", spec.name, " is ", value, ", expected ", numberText(spec.minimum), " to ",
+                numberText(spec.maximum), ": choose a value in that range");
+        }
+    }
+    return values;
+}
+
+FieldValue readField(Field const& spec, nvinfer1::PluginField const& field) {
+    using nvinfer1::PluginFieldType;
+    FieldValue read;
+    if (spec.kind == FieldKind::kReal) {
+        read.real = static_cast<float>(readValues<float, double>(
+            spec, field, PluginFieldType::kFLOAT32, PluginFieldType::kFLOAT64, "FLOAT32 or FLOAT64", "a single number")
+                .front());
+        return read;
+    }
+    char const* const fix = spec.kind == FieldKind::kInteger ? "a single integer" : "integers";
+    for (int64_t const value : readValues<int32_t, int64_t>(
+             spec, field, PluginFieldType::kINT32, PluginFieldType::kINT64, "INT32 or INT64", fix)) {
+        read.integers.push_back(static_cast<int32_t>(value));
+    }
+    return read;
+}
+
+FieldValue defaultOf(Field const& spec) {
+    FieldValue value;
+    if (spec.kind == FieldKind::kReal) {
+        value.real = static_cast<float>(spec.defaultValue);
+    } else {
+        value.integers = {static_cast<int32_t>(spec.defaultValue)};
+    }
+    return value;
 }
 
 }  // namespace
@@ -119,23 +168,23 @@ void checkRank(TensorSpec const& tensor, int32_t rank) {
     }
 }
 
-std::vector<int32_t> readFields(Signature const& signature, nvinfer1::PluginFieldCollection const* fields) {
-    std::vector<int32_t> values;
-    for (IntegerField const& spec : signature.fields) {
-        values.push_back(spec.defaultValue);
+std::vector<FieldValue> readFields(Signature const& signature, nvinfer1::PluginFieldCollection const* fields) {
+    std::vector<FieldValue> values;
+    for (Field const& spec : signature.fields) {
+        values.push_back(defaultOf(spec));
     }
     int32_t const count = fields == nullptr ? 0 : fields->nbFields;
     for (int32_t i = 0; i < count; ++i) {
         nvinfer1::PluginField const& field = fields->fields[i];
         char const* const name = field.name == nullptr ? "" : field.name;
         auto const known = std::find_if(signature.fields.begin(), signature.fields.end(),
-            [name](IntegerField const& spec) { return std::strcmp(spec.name, name) == 0; });
+            [name](Field const& spec) { return std::strcmp(spec.name, name) == 0; });
         if (known == signature.fields.end()) {
             std::string const names = join(
-                signature.fields, [](std::ostream& text, IntegerField const& spec) { text << spec.name; });
+                signature.fields, [](std::ostream& text, Field const& spec) { text << spec.name; });
             fail("unknown field '", name, "', expected ", names.empty() ? "no fields" : names, ": remove or rename it");
         }
-        values[static_cast<size_t>(known - signature.fields.begin())] = readInteger(*known, field);
+        values[static_cast<size_t>(known - signature.fields.begin())] = readField(*known, field);
     }
     return values;
 }

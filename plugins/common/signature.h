@@ -1,5 +1,5 @@
 // What a plugin looks like from outside, as data: its tensors (name, types, shape) and its fields. Everything that
-// TensorRT asks about types, formats and shapes is answered from this table, so the two plugins answer alike and a
+// TensorRT asks about types, formats and shapes is answered from this table, so that all plugins answer alike and a
 // plugin class holds no more than its launch.
 #pragma once
 
@@ -17,24 +17,34 @@ inline constexpr char const* kVersion = "2";
 
 struct TensorSpec {
     char const* name;
-    std::vector<nvinfer1::DataType> types;  // any of these; an output has exactly one
+    std::vector<nvinfer1::DataType> types;  // any of these; an output has exactly one, or none here: the first input's
     char const* shape;                     // a capital letter per dimension; the same letter means the same size,
                                            // that of an input's dimension or of a field
 };
 
-struct IntegerField {
+enum class FieldKind { kInteger, kIntegers, kReal };
+
+struct Field {
     char const* name;
-    int32_t defaultValue;
-    int32_t minimum;
-    int32_t maximum;
-    char letter;  // of the outputs' dimensions that have the value as their size
+    FieldKind kind;
+    double defaultValue;  // of integers a single one
+    double minimum;       // of every value
+    double maximum;
+    int32_t maxLength{1};  // how many integers there may be; there is always one
+    char letter{'\0'};     // of the outputs' dimensions that have the integer as their size
+};
+
+// Integers, or one real number.
+struct FieldValue {
+    std::vector<int32_t> integers;
+    float real{0.0F};
 };
 
 struct Signature {
     char const* name;
     std::vector<TensorSpec> inputs;
     std::vector<TensorSpec> outputs;
-    std::vector<IntegerField> fields;
+    std::vector<Field> fields;
 };
 
 // The sizes of a call, by the letters of the signature.
@@ -65,8 +75,9 @@ void checkCount(std::vector<TensorSpec> const& tensors, int32_t count, char cons
 void checkType(TensorSpec const& tensor, nvinfer1::DataType type);
 void checkRank(TensorSpec const& tensor, int32_t rank);
 
-// One value per field of the signature, from INT32 or INT64 plugin fields; a missing field gets its default. Throws on
-// a field that the signature does not have, another type or length, and a value out of range.
-std::vector<int32_t> readFields(Signature const& signature, nvinfer1::PluginFieldCollection const* fields);
+// One value per field of the signature, from INT32 or INT64 plugin fields, for real numbers from FLOAT32 or FLOAT64; a
+// missing field gets its default. Throws on a field that the signature does not have, another type or length, and a
+// value out of range.
+std::vector<FieldValue> readFields(Signature const& signature, nvinfer1::PluginFieldCollection const* fields);
 
 }  // namespace fly

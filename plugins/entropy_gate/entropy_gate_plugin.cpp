@@ -2,7 +2,6 @@
 #include "entropy_gate/entropy_gate_plugin.h"
 
 #include "common/log.h"
-#include "entropy_gate/entropy_gate.h"
 
 namespace fly {
 namespace {
@@ -11,15 +10,15 @@ using nvinfer1::DataType;
 
 constexpr int32_t kDefaultTopK = 3;
 
+}  // namespace
+
 LogitsType logitsTypeOf(DataType type) {
     switch (type) {
     case DataType::kHALF: return LogitsType::kFloat16;
     case DataType::kBF16: return LogitsType::kBfloat16;
-    default: return LogitsType::kFloat32;  // the signature lets no fourth type through
+    default: return LogitsType::kFloat32;
     }
 }
-
-}  // namespace
 
 Signature const& entropyGateSignature() {
     static Signature const signature{
@@ -37,7 +36,7 @@ Signature const& entropyGateSignature() {
             {"top_ids", {DataType::kINT64}, "BTK"},
             {"top_logprobs", {DataType::kFLOAT}, "BTK"},
         },
-        {{"top_k", kDefaultTopK, 1, kMaxTopK, 'K'}},
+        {{"top_k", FieldKind::kInteger, kDefaultTopK, 1, kMaxTopK, 1, 'K'}},
     };
     return signature;
 }

@@ -4,10 +4,14 @@
 #pragma once
 
 #include "common/plugin.h"
+#include "entropy_gate/entropy_gate.h"
 
 namespace fly {
 
 Signature const& entropyGateSignature();
+
+// Of one of the three types that signatures let logits have.
+LogitsType logitsTypeOf(nvinfer1::DataType type);
 
 class EntropyGatePlugin final : public Plugin {
 public:
@@ -20,7 +24,7 @@ private:
     cudaError_t launch(Call const& call) const override;
 
     int32_t topK() const {
-        return fieldValue(0);
+        return integer(0);
     }
 };
 
