@@ -5,6 +5,7 @@
 #include "common/plugin.h"
 #include "entropy_gate/entropy_gate_plugin.h"
 #include "loose_window_accept/loose_window_accept_plugin.h"
+#include "packed_accept/packed_accept_plugin.h"
 
 namespace fly {
 namespace {
@@ -23,8 +24,11 @@ extern "C" FLY_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int3
     static fly::Creator entropyGate(fly::entropyGateSignature(), fly::make<fly::EntropyGatePlugin>);
     static fly::Creator looseWindowAccept(
         fly::looseWindowAcceptSignature(), fly::make<fly::LooseWindowAcceptPlugin>);
-    static nvinfer1::IPluginCreatorInterface* const creators[]{&entropyGate, &looseWindowAccept};
-    nbCreators = 2;
+    static fly::Creator packedLooseAccept(
+        fly::packedLooseAcceptSignature(), fly::make<fly::PackedLooseAcceptPlugin>);
+    static nvinfer1::IPluginCreatorInterface* const creators[]{
+        &entropyGate, &looseWindowAccept, &packedLooseAccept};
+    nbCreators = 3;
     return creators;
 }
 

@@ -3,6 +3,7 @@
 
 #include "entropy_gate/entropy_gate.h"
 #include "loose_window_accept/loose_window_accept.h"
+#include "packed_accept/packed_accept.h"
 
 extern "C" {
 
@@ -16,6 +17,15 @@ int32_t flyEntropyGate(fly::EntropyGateArgs const* args, void* workspace, size_t
 
 int32_t flyLooseWindowAccept(fly::LooseWindowAcceptArgs const* args, void* stream) {
     return fly::launchLooseWindowAccept(*args, static_cast<cudaStream_t>(stream));
+}
+
+size_t flyPackedLooseAcceptWorkspaceBytes(int64_t maxNumRows, int32_t vocabSize, int32_t topK) {
+    return fly::packedLooseAcceptWorkspaceBytes(maxNumRows, vocabSize, topK);
+}
+
+int32_t flyPackedLooseAccept(
+    fly::PackedLooseAcceptArgs const* args, void* workspace, size_t workspaceBytes, void* stream) {
+    return fly::launchPackedLooseAccept(*args, workspace, workspaceBytes, static_cast<cudaStream_t>(stream));
 }
 
 #ifdef FLY_ON_CPU

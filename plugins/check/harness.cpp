@@ -9,6 +9,7 @@
 #include "check/harness_launches.h"
 
 #include <functional>
+#include <limits>
 
 namespace fly::check {
 namespace {
@@ -32,6 +33,18 @@ void checkFields(Library const& library, RememberingLogger& logger, Report& repo
     static int64_t const eight = 8;
     static int64_t const beyondInt32 = (int64_t{1} << 32) + 3;  // 3 when cut to 32 bits
     static float const half = 0.5F;
+    static double const quarter = 0.25;
+    static float const negative = -0.5F;
+    static float const notANumber = std::numeric_limits<float>::quiet_NaN();
+    static float const infinity = std::numeric_limits<float>::infinity();
+    static int32_t const three[]{2, 3, 5};
+    static int32_t const many[65]{};
+    std::string const packedEnd = ",use_full_entropy=0,entropy_top_k=3,window=6,lookahead=5,vocab_size=0,stop_token_ids=";
+    std::string const packedDefault = "entropy_threshold=0.300000012" + packedEnd + "-1";
+    std::string const packedQuarter = "entropy_threshold=0.25" + packedEnd + "-1";
+    std::string const packedInfinity = "entropy_threshold=inf" + packedEnd + "-1";
+    std::string const packedStops = "entropy_threshold=0.300000012" + packedEnd + "2|3|5";
+    char const* const packed = "PackedLooseAccept";
     FieldCase const cases[]{
         {"EntropyGate", {}, "", "top_k=3"},
         {"EntropyGate", {{"top_k", &two, PluginFieldType::kINT32, 1}}, "", "top_k=2"},
@@ -46,6 +59,17 @@ void checkFields(Library const& library, RememberingLogger& logger, Report& repo
         {"EntropyGate", {{nullptr, &two, PluginFieldType::kINT32, 1}}, "unknown field ''", ""},
         {"LooseWindowAccept", {}, "", ""},
         {"LooseWindowAccept", {{"window", &two, PluginFieldType::kINT32, 1}}, "expected no fields", ""},
+        {packed, {}, "", packedDefault.c_str()},
+        {packed, {{"entropy_threshold", &quarter, PluginFieldType::kFLOAT64, 1}}, "", packedQuarter.c_str()},
+        {packed, {{"entropy_threshold", &infinity, PluginFieldType::kFLOAT32, 1}}, "", packedInfinity.c_str()},
+        {packed, {{"stop_token_ids", three, PluginFieldType::kINT32, 3}}, "", packedStops.c_str()},
+        {packed, {{"entropy_threshold", &negative, PluginFieldType::kFLOAT32, 1}}, "is -0.5, expected 0 to inf", ""},
+        {packed, {{"entropy_threshold", &notANumber, PluginFieldType::kFLOAT32, 1}}, "is nan, expected 0 to inf", ""},
+        {packed, {{"entropy_threshold", &two, PluginFieldType::kINT32, 1}}, "expected one FLOAT32 or FLOAT64", ""},
+        {packed, {{"stop_token_ids", three, PluginFieldType::kINT32, 0}}, "expected 1 to 64 INT32 or INT64", ""},
+        {packed, {{"stop_token_ids", many, PluginFieldType::kINT32, 65}}, "65 values, expected 1 to 64", ""},
+        {packed, {{"window", &beyondInt32, PluginFieldType::kINT64, 1}}, "4294967299, expected 0 to 1073741824", ""},
+        {packed, {{"vocab_size", &two, PluginFieldType::kINT32, 1}}, "entropy_top_k is 3, expected at most vocab_size", ""},
     };
     for (FieldCase const& item : cases) {
         PluginFieldCollection const fields{static_cast<int32_t>(item.fields.size()), item.fields.data()};
@@ -70,8 +94,8 @@ int32_t run(char const* libraryPath, bool withGpu) {
     LoggerFinder finder(logger);
     Library const library(libraryPath, finder);
     Report report;
-    report.expect(library.numCreators() == 2, "the library has two creators");
-    for (char const* const name : {"EntropyGate", "LooseWindowAccept"}) {
+    report.expect(library.numCreators() == 3, "the library has three creators");
+    for (char const* const name : {"EntropyGate", "LooseWindowAccept", "PackedLooseAccept"}) {
         if (library.creator(name) == nullptr) {
             throw std::runtime_error(std::string("the library has no creator for ") + name);
         }

@@ -8,9 +8,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <numeric>
 #include <random>
+#include <utility>
 
 namespace fly::check {
 namespace {
@@ -117,6 +119,18 @@ Case entropyGateCase(DataType type, int32_t const& topK, int64_t vocabSize, uint
 
 constexpr int32_t kTopKs[]{3, 1, 8};  // not local: plugin fields point at them
 
+// The sum over the `count` largest probabilities of a row of logits, nats.
+double entropyOf(float const* begin, float const* end, int64_t count) {
+    double const best = *std::max_element(begin, end);
+    std::vector<double> logits(begin, end);
+    std::sort(logits.rbegin(), logits.rend());
+    double sum = 0;
+    std::for_each(logits.begin(), logits.end(), [&](double x) { sum += std::exp(x - best); });
+    double const logSum = best + std::log(sum);
+    return std::accumulate(logits.begin(), logits.begin() + count, 0.0,
+        [logSum](double total, double x) { return total - std::exp(x - logSum) * (x - logSum); });
+}
+
 struct Row {
     std::vector<int64_t> nextTokens, argmax;
     std::vector<float> gate;
@@ -205,6 +219,76 @@ Case looseWindowAcceptCase(std::vector<int64_t> const& stopTokens) {
     return result;
 }
 
+// Not local: plugin fields point at them.
+constexpr float kThreshold = 0.3F;
+constexpr int32_t kWindow = 2;
+constexpr int32_t kLookahead = 1;
+constexpr int32_t kVocabSize = 61;
+constexpr int32_t kStopTokens[]{5, 9};
+
+// Three context requests, one of them without drafts, and two generation requests, of one token each.
+Case packedLooseAcceptCase(DataType type, uint32_t seed = 0) {
+    using nvinfer1::PluginFieldType;
+    struct Request {
+        int32_t chunk, numDrafts, contextLength;
+    };
+    Request const requests[]{{2, 20, 22}, {1, 0, 1}, {1, 40, 41}, {1, 0, 17}, {1, 0, 300}};
+    int64_t const rowSize = kVocabSize + 3;
+    std::vector<int64_t> const stopTokens(std::begin(kStopTokens), std::end(kStopTokens));
+    std::mt19937 random(11 + seed);
+    std::vector<float> logits;
+    std::vector<std::pair<size_t, float>> raised;  // places in the logits, and what stands there then
+    std::vector<int32_t> lastTokenIds, inputIds, contextLengths;
+    for (Request const& request : requests) {
+        size_t const firstPlace = logits.size();
+        Row row{{}, {}, {}, 1, request.numDrafts, kThreshold, kWindow, kLookahead};
+        inputIds.insert(inputIds.end(), static_cast<size_t>(request.chunk), 1);
+        for (int32_t i = 0; i <= request.numDrafts; ++i) {
+            for (int64_t token = 0; token < rowSize; ++token) {
+                logits.push_back(token < kVocabSize ? (static_cast<float>(random() % 65) - 32.0F) / 4.0F : 100.0F);
+            }
+            float const* const begin = &logits[logits.size() - static_cast<size_t>(rowSize)];
+            float const* const end = begin + kVocabSize;
+            row.argmax.push_back(std::max_element(begin, end) - begin);
+            row.gate.push_back(static_cast<float>(entropyOf(begin, end, kTopKs[0])));
+            row.nextTokens.push_back(random() % 5 == 0 ? static_cast<int64_t>(random() % kVocabSize) : row.argmax.back());
+            lastTokenIds.push_back(static_cast<int32_t>(inputIds.size()));
+            if (i < request.numDrafts) {
+                inputIds.push_back(static_cast<int32_t>(row.nextTokens.back()));
+            }
+        }
+        for (int64_t i = 0; i < countAccepted(row, stopTokens); ++i) {
+            size_t const at = static_cast<size_t>(i);
+            if (row.nextTokens[at] != row.argmax[at]) {
+                size_t const place = firstPlace + at * static_cast<size_t>(rowSize);
+                float const best = logits[place + static_cast<size_t>(row.argmax[at])];
+                raised.emplace_back(place + static_cast<size_t>(row.nextTokens[at]), best + 1.0F);
+            }
+        }
+        contextLengths.push_back(request.contextLength);
+    }
+    std::vector<float> rewritten = logits;
+    for (auto const& [place, logit] : raised) {
+        rewritten[place] = logit;
+    }
+    int64_t const numRows = static_cast<int64_t>(lastTokenIds.size());
+    Case result{"PackedLooseAccept", "type code " + std::to_string(static_cast<int32_t>(type)),
+        {{"entropy_threshold", &kThreshold, PluginFieldType::kFLOAT32, 1},
+            {"window", &kWindow, PluginFieldType::kINT32, 1}, {"lookahead", &kLookahead, PluginFieldType::kINT32, 1},
+            {"vocab_size", &kVocabSize, PluginFieldType::kINT32, 1},
+            {"stop_token_ids", kStopTokens, PluginFieldType::kINT32, 2}},
+        {}, {}, 0};
+    result.inputs = {
+        {"logits", "RV", {numRows, rowSize}, logitsTypes(type), encodeLogits(logits, type)},
+        {"last_token_ids", "R", {numRows}, {DataType::kINT32}, bytesOf(lastTokenIds)},
+        {"input_ids", "T", {static_cast<int64_t>(inputIds.size())}, {DataType::kINT32}, bytesOf(inputIds)},
+        {"context_lengths", "S", {static_cast<int64_t>(contextLengths.size())}, {DataType::kINT32},
+            bytesOf(contextLengths)},
+    };
+    result.outputs = {{"rewritten", "RV", {numRows, rowSize}, {type}, encodeLogits(rewritten, type)}};
+    return result;
+}
+
 }  // namespace
 
 std::vector<Case> allCases() {
@@ -216,6 +300,9 @@ std::vector<Case> allCases() {
     cases.push_back(entropyGateCase(DataType::kBF16, kTopKs[2], 896));
     cases.push_back(looseWindowAcceptCase({-1}));
     cases.push_back(looseWindowAcceptCase({2, 5, 11}));
+    for (DataType const type : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16}) {
+        cases.push_back(packedLooseAcceptCase(type));
+    }
     return cases;
 }
 
@@ -226,6 +313,7 @@ std::vector<CasePair> pairsForOneWorkspace() {
     };
     add(DataType::kFLOAT, kTopKs[0]);
     add(DataType::kBF16, kTopKs[2]);
+    pairs.push_back({packedLooseAcceptCase(DataType::kFLOAT), packedLooseAcceptCase(DataType::kFLOAT, 1)});
     return pairs;
 }
 

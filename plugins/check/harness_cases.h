@@ -27,7 +27,8 @@ struct Case {
     double tolerance;            // of float outputs, absolute; integers must be equal
 };
 
-// EntropyGate for each type of logits and several values of top_k, LooseWindowAccept with and without stop tokens.
+// EntropyGate for each type of logits and several values of top_k, LooseWindowAccept with and without stop tokens,
+// PackedLooseAccept for each type of logits.
 std::vector<Case> allCases();
 
 struct CasePair {
@@ -35,7 +36,7 @@ struct CasePair {
     Case second;  // with other values in the same shapes
 };
 
-// Of EntropyGate, which has a workspace.
+// Of EntropyGate and PackedLooseAccept, which have a workspace.
 std::vector<CasePair> pairsForOneWorkspace();
 
 }  // namespace fly::check

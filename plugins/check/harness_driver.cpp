@@ -139,8 +139,11 @@ private:
         expect(queryShapes(plugin, known, letters, outputs, 0) == 0, "output shapes are known for constant sizes");
         known[1][0] += 1;
         bool const contradictionRefused = queryShapes(plugin, known, letters, outputs, 0) != 0;
-        expectRefusal(contradictionRefused, "has B = ", "a contradiction of constant sizes");
-        expectRefusal(queryShapes(plugin, {}, letters, outputs, 1) != 0, "dimensions, expected [B, T", "a wrong rank");
+        std::string const contradicted = std::string("has ") + mCase.inputs[1].shape[0] + " = ";
+        expectRefusal(contradictionRefused, contradicted, "a contradiction of constant sizes");
+        std::string const& first = mCase.inputs[0].shape;
+        std::string const wantedRank = std::string("dimensions, expected [") + first[0] + ", " + first[1];
+        expectRefusal(queryShapes(plugin, {}, letters, outputs, 1) != 0, wantedRank, "a wrong rank");
     }
 
     void checkFormats(Plugin const& plugin) {
@@ -195,7 +198,7 @@ private:
             = [&] { return plugin.build->getWorkspaceSize(inputs.data(), mNumInputs, outputs.data(), mNumOutputs); };
         size_t const bounded = workspace();
         inputs[0].max.d[0] = -1;
-        expect(workspace() == bounded, "the workspace when another input bounds B");
+        expect(workspace() == bounded, "the workspace when another input bounds the same size");
         for (DynamicPluginTensorDesc& desc : inputs) {
             desc.max.d[0] = -1;
         }
@@ -213,7 +216,7 @@ private:
         };
         expect(change(mInputs) == 0, "valid shapes");
         std::vector<PluginTensorDesc> wrong = mInputs;
-        wrong[1].dims.d[1] += 1;
+        wrong[1].dims.d[wrong[1].dims.nbDims - 1] += 1;
         expectRefusal(change(wrong) != 0, "give both the same size", "a contradiction of shapes");
         // Refused before anything is launched, so that it can be tried without a GPU.
         expectRefusal(plugin.runtime->enqueue(wrong.data(), mOutputs.data(), nullptr, nullptr, nullptr, nullptr) != 0,

@@ -4,6 +4,7 @@
 #include "check/harness_cases.h"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 
@@ -54,7 +55,7 @@ inline std::vector<nvinfer1::DynamicPluginTensorDesc> describeDynamic(std::vecto
         dynamic.desc = describe(tensor);
         dynamic.min = dynamic.opt = dynamic.max = dynamic.desc.dims;
         for (size_t axis = 0; axis < tensor.sizes.size(); ++axis) {
-            if (tensor.shape[axis] == 'B' || tensor.shape[axis] == 'T') {
+            if (std::strchr("BTRS", tensor.shape[axis]) != nullptr) {
                 dynamic.desc.dims.d[axis] = -1;
                 dynamic.min.d[axis] = 1;
             }

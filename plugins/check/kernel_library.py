@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,12 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 PLUGINS = Path(__file__).resolve().parents[1]
-SOURCES = ("entropy_gate/entropy_gate.cu", "loose_window_accept/loose_window_accept.cu", "check/c_api.cpp")
+SOURCES = (
+    "entropy_gate/entropy_gate.cu",
+    "loose_window_accept/loose_window_accept.cu",
+    "packed_accept/packed_accept.cu",
+    "check/c_api.cpp",
+)
 CPU_FLAGS = "-std=c++17 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas -U_FORTIFY_SOURCE -DFLY_ON_CPU -shared -fPIC"
 GPU_FLAGS = "-std=c++17 -O3 -Werror all-warnings -Xcompiler -Wall,-Wextra,-fPIC -shared"
 
@@ -49,6 +55,7 @@ ACCEPT_INPUTS = {
     "stop_token_ids": np.int64,
 }
 ACCEPT_OUTPUTS = {"num_accepted": np.int64, "next_token": np.int64}
+MAX_PACKED_STOP_TOKENS = 64
 _WORKSPACE_ALIGNMENT = 256
 _GARBAGE = 0xFF  # as float32 and as any type of logits a NaN, as int64 -1
 
@@ -81,6 +88,54 @@ class AcceptArgs(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ACCEPT_INPUTS),
         *((name, ctypes.c_void_p) for name in ACCEPT_OUTPUTS),
     ]
+
+
+class PackedArgs(ctypes.Structure):
+    """fly::PackedLooseAcceptArgs."""
+
+    _fields_ = [
+        ("logits", ctypes.c_void_p),
+        ("rewritten", ctypes.c_void_p),
+        ("logits_type", ctypes.c_int32),
+        ("num_rows", ctypes.c_int64),
+        ("num_tokens", ctypes.c_int64),
+        ("num_sequences", ctypes.c_int64),
+        ("row_size", ctypes.c_int32),
+        ("vocab_size", ctypes.c_int32),
+        ("top_k", ctypes.c_int32),
+        ("last_token_ids", ctypes.c_void_p),
+        ("input_ids", ctypes.c_void_p),
+        ("context_lengths", ctypes.c_void_p),
+        ("entropy_threshold", ctypes.c_float),
+        ("use_full_entropy", ctypes.c_int32),
+        ("window", ctypes.c_int32),
+        ("lookahead", ctypes.c_int32),
+        ("num_stop_tokens", ctypes.c_int32),
+        ("stop_token_ids", ctypes.c_int32 * MAX_PACKED_STOP_TOKENS),
+    ]
+
+
+@dataclass(frozen=True)
+class PackedStep:
+    """The device tensors of one step of a TensorRT-LLM engine: logits [R, V] as for entropy_gate, the others int32."""
+
+    logits: Array
+    last_token_ids: Array  # [R]
+    input_ids: Array  # [T]
+    context_lengths: Array  # [S]
+
+
+@dataclass(frozen=True)
+class PackedPolicy:
+    """PackedLooseAccept's fields; a vocab_size of 0 is that of the rows."""
+
+    entropy_threshold: float = 0.3
+    use_full_entropy: bool = False
+    entropy_top_k: int = 3
+    window: int = 6
+    lookahead: int = 5
+    vocab_size: int = 0
+    stop_token_ids: tuple[int, ...] = ()
 
 
 class Memory(Protocol):
@@ -151,6 +206,9 @@ class Kernels:
         pointer, size = ctypes.c_void_p, ctypes.c_size_t
         self.library.flyEntropyGate.argtypes = [ctypes.POINTER(GateArgs), pointer, size, pointer]
         self.library.flyLooseWindowAccept.argtypes = [ctypes.POINTER(AcceptArgs), pointer]
+        self.library.flyPackedLooseAcceptWorkspaceBytes.restype = ctypes.c_size_t
+        self.library.flyPackedLooseAcceptWorkspaceBytes.argtypes = [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
+        self.library.flyPackedLooseAccept.argtypes = [ctypes.POINTER(PackedArgs), pointer, size, pointer]
 
     def workspace_bytes(self, num_rows: int, vocab_size: int, top_k: int) -> int:
         return int(self.library.flyEntropyGateWorkspaceBytes(num_rows, vocab_size, top_k))
@@ -161,6 +219,14 @@ class Kernels:
 
     def launch_loose_window_accept(self, args: AcceptArgs) -> int:
         return int(self.library.flyLooseWindowAccept(ctypes.byref(args), self.memory.stream))
+
+    def packed_workspace_bytes(self, num_rows: int, vocab_size: int, top_k: int) -> int:
+        return int(self.library.flyPackedLooseAcceptWorkspaceBytes(num_rows, vocab_size, top_k))
+
+    def launch_packed_loose_accept(self, args: PackedArgs, workspace: int | None, workspace_bytes: int) -> int:
+        return int(
+            self.library.flyPackedLooseAccept(ctypes.byref(args), workspace, workspace_bytes, self.memory.stream)
+        )
 
     def entropy_gate(self, logits: Array, next_tokens: Array, top_k: int, offset: int = 0) -> dict[str, Array]:
         """logits [R, V] float32, float16 or the uint16 bits of bfloat16; next_tokens int64 [R] -> arrays [R], and
@@ -203,8 +269,52 @@ class Kernels:
         _check(self.launch_loose_window_accept(args), "LooseWindowAccept")
         return {name: memory.download(buffer, ACCEPT_OUTPUTS[name]) for name, buffer in outputs.items()}
 
+    def packed_loose_accept(
+        self, step: PackedStep, policy: PackedPolicy, offset: int = 0, *, in_place: bool = False
+    ) -> Array:
+        """The rewritten logits [R, V] of the step, which begin `offset` elements after an aligned address, as those
+        given do; in_place: they are written over those given."""
+        memory = self.memory
+        given = memory.upload(step.logits, offset * step.logits.itemsize)
+        garbage = np.full(step.logits.nbytes, _GARBAGE, np.uint8)
+        rewritten = given if in_place else memory.upload(garbage, offset * step.logits.itemsize)
+        ids = [
+            memory.upload(array.astype(np.int32))
+            for array in (step.last_token_ids, step.input_ids, step.context_lengths)
+        ]
+        args = packed_args(step, policy)
+        args.logits, args.rewritten = memory.pointer(given), memory.pointer(rewritten)
+        args.last_token_ids, args.input_ids, args.context_lengths = map(memory.pointer, ids)
+        num_bytes = self.packed_workspace_bytes(len(step.last_token_ids), args.vocab_size, policy.entropy_top_k)
+        workspace = self._empty(num_bytes, np.uint8)
+        if isinstance(memory, CpuMemory):
+            self.library.flyWatchLoads(ctypes.c_void_p(memory.pointer(given)), ctypes.c_size_t(step.logits.nbytes))
+        _check(self.launch_packed_loose_accept(args, memory.pointer(workspace), num_bytes), "PackedLooseAccept")
+        return memory.download(rewritten, step.logits.dtype).reshape(step.logits.shape)
+
     def _empty(self, count: int, dtype: npt.DTypeLike) -> Any:
         return self.memory.upload(np.full(count * np.dtype(dtype).itemsize, _GARBAGE, np.uint8))
+
+
+def packed_args(step: PackedStep, policy: PackedPolicy) -> PackedArgs:
+    """All but the pointers."""
+    num_rows, row_size = step.logits.shape
+    args = PackedArgs(
+        logits_type=LOGITS_TYPES[step.logits.dtype],
+        num_rows=num_rows,
+        num_tokens=len(step.input_ids),
+        num_sequences=len(step.context_lengths),
+        row_size=row_size,
+        vocab_size=policy.vocab_size or row_size,
+        top_k=policy.entropy_top_k,
+        entropy_threshold=policy.entropy_threshold,
+        use_full_entropy=policy.use_full_entropy,
+        window=policy.window,
+        lookahead=policy.lookahead,
+        num_stop_tokens=len(policy.stop_token_ids),
+    )
+    args.stop_token_ids[: len(policy.stop_token_ids)] = policy.stop_token_ids
+    return args
 
 
 def find_nvcc() -> str | None:

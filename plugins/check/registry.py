@@ -1,4 +1,4 @@
-"""Loads the plugin library into the plugin registry of the installed TensorRT and makes both plugins from Python.
+"""Loads the plugin library into the plugin registry of the installed TensorRT and makes its plugins from Python.
 
     python plugins/check/registry.py build/libfly_plugins.so
 
@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 
 NAMESPACE, VERSION = "fly", "2"
-NAMES = ("EntropyGate", "LooseWindowAccept")
+NAMES = ("EntropyGate", "LooseWindowAccept", "PackedLooseAccept")
+PACKED_FIELDS = {
+    "entropy_threshold": np.array([0.3], dtype=np.float32),
+    "use_full_entropy": np.array([0], dtype=np.int32),
+    "entropy_top_k": np.array([3], dtype=np.int32),
+    "window": np.array([6], dtype=np.int32),
+    "lookahead": np.array([5], dtype=np.int32),
+    "vocab_size": np.array([128_256], dtype=np.int32),
+    "stop_token_ids": np.array([128_001, 128_008, 128_009], dtype=np.int32),
+}
 
 
 def import_tensorrt() -> Any:
@@ -35,7 +44,8 @@ def probe(trt: Any, library: str) -> dict[str, Any]:
     creators = {name: registry.get_creator(name, VERSION, NAMESPACE) for name in NAMES}
 
     def make(name: str, **fields: np.ndarray) -> str | None:
-        types = {"int32": trt.PluginFieldType.INT32, "int64": trt.PluginFieldType.INT64}
+        kinds = trt.PluginFieldType
+        types = {"int32": kinds.INT32, "int64": kinds.INT64, "float32": kinds.FLOAT32, "float64": kinds.FLOAT64}
         values = [trt.PluginField(key, value, types[value.dtype.name]) for key, value in fields.items()]
         plugin = creators[name].create_plugin("layer", trt.PluginFieldCollection(values), trt.TensorRTPhase.BUILD)
         if plugin is None:
@@ -53,6 +63,9 @@ def probe(trt: Any, library: str) -> dict[str, Any]:
             "EntropyGate, top_k int64": make("EntropyGate", top_k=np.array([8], dtype=np.int64)),
             "EntropyGate, top_k 9": make("EntropyGate", top_k=np.array([9], dtype=np.int32)),
             "LooseWindowAccept": make("LooseWindowAccept"),
+            "PackedLooseAccept": make("PackedLooseAccept"),
+            "PackedLooseAccept, as fly-build makes it": make("PackedLooseAccept", **PACKED_FIELDS),
+            "PackedLooseAccept, entropy_threshold -1": make("PackedLooseAccept", entropy_threshold=np.array([-1.0])),
         },
     }
 

@@ -11,16 +11,6 @@ namespace {
 
 using namespace entropy_gate;
 
-// Lists of 3 serve the authors' top-3 gate and less; longer ones cost registers and instructions.
-constexpr int32_t kShortTop = 3;
-
-int32_t divideUp(int32_t dividend, int32_t divisor) { return (dividend + divisor - 1) / divisor; }
-
-template <typename Type>
-int32_t numChunksOf(int32_t vocabSize) {
-    return divideUp(vocabSize, kPerVector<Type> * kVectorsPerChunk);
-}
-
 size_t chunkResultBytes(int32_t topK) {
     return topK <= kShortTop ? sizeof(ChunkResult<kShortTop>) : sizeof(ChunkResult<kMaxTopK>);
 }

@@ -21,7 +21,7 @@ __device__ __forceinline__ To bitCast(From from) {
 }
 
 // Each type says how its elements lie in a word and how two packed words are compared. larger() and smaller() ignore
-// a NaN unless both operands are NaN; to anyEqual() a NaN is equal to nothing. raised() keeps every NaN and lifts -inf
+// a NaN unless both operands are NaN; to anyEqual() a NaN is equal to nothing. filled() rounds to the nearest element. raised() keeps every NaN and lifts -inf
 // to a finite value that is still far below kLowestMaximum, so that no sum meets 0 * -inf.
 //
 // A row's maximum lies between kLowestMaximum and kHighestMaximum, or it has no results. For float32 that bounds the
@@ -34,6 +34,7 @@ struct Float32 {
     static constexpr int32_t kPerWord = 1;
     static constexpr uint32_t kNegativeInfinities = 0xff800000u;
     static constexpr float kLowestMaximum = -5e8f;
+    static constexpr float kHighest = 3.4e38f;  // no finite element is far above it
     static __device__ __forceinline__ Packed larger(Packed a, Packed b) { return fmaxf(a, b); }
     static __device__ __forceinline__ Packed smaller(Packed a, Packed b) { return fminf(a, b); }
     static __device__ __forceinline__ Packed raised(Packed a) { return a < -8e37f ? -8e37f : a; }
@@ -48,6 +49,7 @@ struct Float16 {
     static constexpr int32_t kPerWord = 2;
     static constexpr uint32_t kNegativeInfinities = 0xfc00fc00u;
     static constexpr float kLowestMaximum = -6e4f;
+    static constexpr float kHighest = 65504.0f;  // no finite element is far above it
     static __device__ __forceinline__ Packed larger(Packed a, Packed b) { return __hmax2(a, b); }
     static __device__ __forceinline__ Packed smaller(Packed a, Packed b) { return __hmin2(a, b); }
     static __device__ __forceinline__ Packed raised(Packed a) {
@@ -66,6 +68,7 @@ struct Bfloat16 {
     static constexpr int32_t kPerWord = 2;
     static constexpr uint32_t kNegativeInfinities = 0xff80ff80u;
     static constexpr float kLowestMaximum = -5e8f;
+    static constexpr float kHighest = 3.38e38f;  // no finite element is far above it
     static __device__ __forceinline__ Packed larger(Packed a, Packed b) { return __hmax2(a, b); }
     static __device__ __forceinline__ Packed smaller(Packed a, Packed b) { return __hmin2(a, b); }
     static __device__ __forceinline__ Packed raised(Packed a) {
@@ -79,6 +82,12 @@ struct Bfloat16 {
         return __uint_as_float(i == 0 ? word << 16 : word & 0xffff0000u);
     }
 };
+
+// The bits of the element nearest to a value.
+template <typename Type>
+__device__ __forceinline__ typename Type::Element element(float value) {
+    return static_cast<typename Type::Element>(bitCast<uint32_t>(Type::filled(value)));
+}
 
 inline constexpr int32_t kWordsPerVector = 4;
 inline constexpr int32_t kBytesPerVector = 16;
@@ -114,23 +123,25 @@ __device__ __forceinline__ void realign(uint4 first, uint4 second, uint32_t shif
     for (int32_t i = 0; i < 4; ++i) words[i] = __funnelshift_r(all[i], all[i + 1], (shift & 2u) * 8u);
 }
 
-// One row of logits in global memory.
+// One row of logits in global memory, `size` elements from element `first` on.
 template <typename Type>
 class Row {
 public:
     using Element = typename Type::Element;
 
-    __device__ __forceinline__ Row(void const* logits, int64_t row, int32_t vocabSize)
-        : elements_(static_cast<Element const*>(logits) + row * vocabSize), size_(vocabSize) {
+    __device__ __forceinline__ Row(void const* logits, int64_t first, int32_t size)
+        : elements_(static_cast<Element const*>(logits) + first), size_(size) {
         auto const address = reinterpret_cast<uintptr_t>(elements_);
         shift_ = static_cast<uint32_t>(address % kBytesPerVector);
         aligned_ = reinterpret_cast<uint4 const*>(address - shift_);
-        int64_t const numBytes = static_cast<int64_t>(vocabSize) * static_cast<int64_t>(sizeof(Element));
+        int64_t const numBytes = static_cast<int64_t>(size) * static_cast<int64_t>(sizeof(Element));
         // Only 16-byte words that lie inside the row are loaded whole.
         wholeBegin_ = shift_ == 0 ? 0 : 1;
         int64_t const wholeEnd = (numBytes + shift_) / kBytesPerVector - wholeBegin_;
         wholeEnd_ = wholeEnd > wholeBegin_ ? static_cast<int32_t>(wholeEnd) : wholeBegin_;
     }
+
+    __device__ __forceinline__ int32_t size() const { return size_; }
 
     // Loads vectors begin, begin + stride, ... into `vectors`; all loads are in flight before the first is used.
     // `isInside` says that the row has all of these vectors, which spares most chunks of an aligned row every check.

@@ -60,7 +60,7 @@ def test_the_library_needs_no_tensorrt_library(build: tuple[Path, str]) -> None:
     assert not [name for name in needed if name.startswith(("libnvinfer", "libcuda"))]
 
 
-def test_a_plugin_registry_makes_both_plugins(build: tuple[Path, str]) -> None:
+def test_a_plugin_registry_makes_the_plugins(build: tuple[Path, str]) -> None:
     headers = re.search(r"TensorRT (\d+)\.\d+ headers", build[1])
     assert headers is not None
     if find_spec("tensorrt") is not None:
@@ -73,14 +73,29 @@ def test_a_plugin_registry_makes_both_plugins(build: tuple[Path, str]) -> None:
         pytest.skip(f"the headers are TensorRT {headers[1]}'s, the installed one has the interfaces of {installed}")
     output = subprocess.check_output([sys.executable, CHECK / "registry.py", build[0]], text=True)
     found = json.loads(output[output.index("{") :])
-    assert found["creators"] == ["EntropyGate", "LooseWindowAccept"]
-    assert found["fields"] == {"EntropyGate": ["top_k"], "LooseWindowAccept": []}
+    assert found["creators"] == ["EntropyGate", "LooseWindowAccept", "PackedLooseAccept"]
+    assert found["fields"] == {
+        "EntropyGate": ["top_k"],
+        "LooseWindowAccept": [],
+        "PackedLooseAccept": [
+            "entropy_threshold",
+            "use_full_entropy",
+            "entropy_top_k",
+            "window",
+            "lookahead",
+            "vocab_size",
+            "stop_token_ids",
+        ],
+    }
     assert found["plugins"] == {
         "EntropyGate": "fly::EntropyGate 2",
         "EntropyGate, top_k int32": "fly::EntropyGate 2",
         "EntropyGate, top_k int64": "fly::EntropyGate 2",
         "EntropyGate, top_k 9": None,
         "LooseWindowAccept": "fly::LooseWindowAccept 2",
+        "PackedLooseAccept": "fly::PackedLooseAccept 2",
+        "PackedLooseAccept, as fly-build makes it": "fly::PackedLooseAccept 2",
+        "PackedLooseAccept, entropy_threshold -1": None,
     }
 
 

@@ -281,8 +281,9 @@ struct __nv_bfloat162 {
 inline float __low2float(__half2 pair) { return static_cast<float>(pair.x); }
 inline float __high2float(__half2 pair) { return static_cast<float>(pair.y); }
 inline __half2 __float2half2_rn(float value) { return {static_cast<_Float16>(value), static_cast<_Float16>(value)}; }
-inline __nv_bfloat162 __float2bfloat162_rn(float value) {  // of a value that needs no rounding
-    auto const bits = static_cast<uint16_t>(__float_as_uint(value) >> 16);
+inline __nv_bfloat162 __float2bfloat162_rn(float value) {  // of a value that is not a NaN
+    uint32_t const word = __float_as_uint(value);
+    auto const bits = static_cast<uint16_t>((word + 0x7fffu + (word >> 16 & 1u)) >> 16);
     return {bits, bits};
 }
 
@@ -339,6 +340,13 @@ struct cudaLaunchConfig_t {
     cudaLaunchAttribute* attrs;
     unsigned int numAttrs;
 };
+
+enum cudaMemcpyKind { cudaMemcpyDeviceToDevice = 3 };
+
+inline cudaError_t cudaMemcpyAsync(void* to, void const* from, size_t numBytes, cudaMemcpyKind, cudaStream_t) {
+    std::memcpy(to, from, numBytes);
+    return cudaSuccess;
+}
 
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
