@@ -19,7 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from kernel_library import ACCEPT_INPUTS, ACCEPT_OUTPUTS, GATE_OUTPUTS, TOP_OUTPUTS, AcceptArgs, GateArgs, Kernels
+from kernel_library import (
+    ACCEPT_INPUTS,
+    ACCEPT_OUTPUTS,
+    GATE_OUTPUTS,
+    TOP_OUTPUTS,
+    AcceptArgs,
+    GateArgs,
+    Kernels,
+    PackedPolicy,
+    PackedStep,
+    packed_args,
+)
 
 REPLAYS = 21
 PROBE_LAUNCHES = 16  # of the graph that finds out how many launches last GRAPH_MS
@@ -48,6 +59,9 @@ SHAPES = [
     Shape(256, 128_256, "float32"),
 ]
 ACCEPT_SHAPES = [(16, 26), (256, 26), (16, 400)]
+PACKED_VOCAB_SIZE = 128_256
+PACKED_SHAPES = [(1, 16), (8, 16), (32, 16), (16, 0)]  # requests, and draft tokens of each
+PACKED_CHUNK = 32  # tokens of context that each computes again
 
 
 def measure(kernels: Kernels) -> dict[str, Any]:
@@ -61,6 +75,7 @@ def measure(kernels: Kernels) -> dict[str, Any]:
         "large_copy_gb_s": large_copy_rate,
         "entropy_gate": [_time_shape(kernels, stopwatch, shape, large_copy_rate) for shape in SHAPES],
         "loose_window_accept": [_time_accept(kernels, stopwatch, *shape) for shape in ACCEPT_SHAPES],
+        "packed_loose_accept": [_time_packed(kernels, stopwatch, *shape) for shape in PACKED_SHAPES],
         "sm_clock_mhz": [clock_before, stopwatch.sm_clock_mhz()],
     }
 
@@ -81,6 +96,11 @@ def show(report: dict[str, Any]) -> None:
         )
     for row in report["loose_window_accept"]:
         print(f"LooseWindowAccept {row['rows']} x {row['tokens']}: {row['kernel_us']:.1f} us")
+    for row in report["packed_loose_accept"]:
+        print(
+            f"PackedLooseAccept {row['requests']} requests with {row['drafts']} drafts, float32: "
+            f"{row['kernel_us']:.1f} us, of which a copy of the logits takes {row['copy_us']:.1f} us"
+        )
 
 
 class Stopwatch:
@@ -239,3 +259,39 @@ def _time_accept(kernels: Kernels, stopwatch: Stopwatch, rows: int, tokens: int)
     args = AcceptArgs(rows, tokens, 1, *(ctypes.c_void_p(buffer.data_ptr()) for buffer in buffers))
     microseconds = stopwatch.microseconds(lambda i: kernels.launch_loose_window_accept(args))
     return {"rows": rows, "tokens": tokens, "kernel_us": microseconds}
+
+
+def _time_packed(kernels: Kernels, stopwatch: Stopwatch, requests: int, drafts: int) -> dict[str, Any]:
+    """Context requests whose drafts are choices but for one in eight; the kernels' time holds the copy's."""
+    torch = stopwatch.torch
+    num_rows = requests * (drafts + 1)
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    num_buffers = max(2, math.ceil(CACHES_READ * cache / (num_rows * PACKED_VOCAB_SIZE * 4)))
+    logits = torch.randn(num_buffers, num_rows, PACKED_VOCAB_SIZE, device="cuda") * 3
+    rewritten = torch.empty_like(logits)
+    length = PACKED_CHUNK + drafts
+    last = np.arange(PACKED_CHUNK, length + 1)[None] + length * np.arange(requests)[:, None]
+    choices = logits[0].argmax(-1).cpu().numpy().reshape(requests, -1)[:, :drafts]
+    choices = np.where(np.arange(drafts) % 8 == 2, 5, choices)
+    ids = np.concatenate([np.zeros((requests, PACKED_CHUNK), int), choices], axis=1)
+    shapes = PackedStep(
+        np.empty((num_rows, PACKED_VOCAB_SIZE), np.float32), last.ravel(), ids.ravel(), np.full(requests, length)
+    )
+    args = packed_args(shapes, PackedPolicy())
+    arrays = (shapes.last_token_ids, shapes.input_ids, shapes.context_lengths)
+    on_device = [torch.from_numpy(array.astype(np.int32)).cuda() for array in arrays]
+    args.last_token_ids, args.input_ids, args.context_lengths = (array.data_ptr() for array in on_device)
+    num_bytes = kernels.packed_workspace_bytes(num_rows, PACKED_VOCAB_SIZE, args.top_k)
+    workspace = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
+
+    def call(i: int) -> None:
+        args.logits, args.rewritten = logits[i].data_ptr(), rewritten[i].data_ptr()
+        error = kernels.launch_packed_loose_accept(args, workspace.data_ptr(), num_bytes)
+        if error != 0:
+            raise RuntimeError(f"the launch of PackedLooseAccept returned CUDA error {error}")
+
+    times = {
+        "kernel_us": stopwatch.microseconds(call, num_buffers),
+        "copy_us": _copy_microseconds(stopwatch, logits, rewritten),
+    }
+    return {"requests": requests, "drafts": drafts, **times}

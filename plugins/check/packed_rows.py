@@ -19,7 +19,7 @@ from logit_rows import decode, encode, entropy_gate
 
 GATE_MARGIN = 1e-3  # thresholds of random steps stay this far from every entropy, beyond the kernels' tolerance
 LEAST_RAISE, RELATIVE_RAISE = np.float32(1), np.float32(1 / 64)
-NO_CHOICE = -1
+NO_CHOICE = -(2**40)  # equal to no draft, whatever its 32 bits
 
 
 @dataclass(frozen=True)

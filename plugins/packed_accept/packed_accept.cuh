@@ -22,7 +22,9 @@ using entropy_gate::kThreads;
 using entropy_gate::kWarps;
 using entropy_gate::kWarpSize;
 
+// Neither is a token, and they differ, so that what is no token never agrees with a row that has no choice.
 inline constexpr int32_t kNoChoice = -1;
+inline constexpr int32_t kNoToken = -2;
 
 // A loosened draft token's logit is above the maximum by 1, or by 1/64 of its size where that is more. The runtime
 // looks for the largest value after it has scaled the logits and taken their softmax; values next to each other would
@@ -39,7 +41,7 @@ struct Sequence {
 // A row that carries a draft token, and what the target says there.
 struct Draft {
     int32_t row;
-    int32_t token;
+    int32_t token;   // or kNoToken
     int32_t choice;  // the target's, or kNoChoice in a row with a NaN
     float gate;      // nats; a NaN never loosens
     float raised;    // what the token's logit is if it is loosened
@@ -99,7 +101,8 @@ __global__ void __launch_bounds__(kThreads) findDrafts(PackedLooseAcceptArgs arg
     for (int64_t i = lane; i < count; i += kWarpSize) {
         Draft draft{};
         draft.row = static_cast<int32_t>(firstRow + i);
-        draft.token = args.inputIds[end - count + i];
+        int32_t const token = args.inputIds[end - count + i];
+        draft.token = token >= 0 && token < args.vocabSize ? token : kNoToken;
         workspace.drafts[first + i] = draft;
     }
 }
@@ -139,7 +142,7 @@ struct Evidence {
         if (!(drafts[position].gate >= args.entropyThreshold)) return false;  // nor where either is a NaN
         if (position + (args.window > args.lookahead ? args.window : args.lookahead) >= count) return false;
         if (nextMismatch <= position + args.lookahead) return false;
-        if (draft < 0 || draft >= args.vocabSize || isStop(draft) || isStop(target)) return false;
+        if (draft == kNoToken || isStop(draft) || isStop(target)) return false;
         drafts[position].isLoosened = 1;
         return true;
     }

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from kernel_library import find_nvcc
+
 ROOT = Path(__file__).parents[2]
 CHECK = ROOT / "plugins/check"
 
@@ -97,6 +99,46 @@ def test_a_plugin_registry_makes_the_plugins(build: tuple[Path, str]) -> None:
         "PackedLooseAccept, as fly-build makes it": "fly::PackedLooseAccept 2",
         "PackedLooseAccept, entropy_threshold -1": None,
     }
+
+
+LINKED_PROGRAM = """
+#include <NvInferRuntime.h>
+#include <cstdio>
+#include <initializer_list>
+extern "C" nvinfer1::IPluginRegistry* getPluginRegistry() noexcept;
+int main() {
+    for (char const* const name : {"EntropyGate", "LooseWindowAccept", "PackedLooseAccept"}) {
+        std::printf("%d", getPluginRegistry()->getCreator(name, "2", "fly") != nullptr);
+    }
+}
+"""
+
+
+def test_a_program_that_loads_no_plugins_gets_them_where_it_is_asked_for(
+    build: tuple[Path, str], tmp_path: Path
+) -> None:
+    """As TensorRT-LLM's worker does: it is linked to TensorRT, for which TensorRT for RTX stands in."""
+    spec = find_spec("tensorrt_rtx_libs")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("no TensorRT for RTX: pip install tensorrt-rtx")
+    headers = re.search(r"TensorRT (\d+)\.\d+ headers: (.*)", build[1])
+    assert headers is not None
+    if headers[1] != "11":
+        pytest.skip(f"the headers are TensorRT {headers[1]}'s, TensorRT for RTX has the interfaces of 11")
+    folder = spec.submodule_search_locations[0]
+    (tmp_path / "program.cpp").write_text(LINKED_PROGRAM)
+    nvcc = find_nvcc()
+    assert nvcc is not None
+    program = tmp_path / "program"
+    linked = f"-Xlinker={folder}/libtensorrt_rtx.so.1,-rpath={folder},--allow-shlib-undefined"
+    options = ["-std=c++17", f"-I{headers[2].strip()}", linked]
+    subprocess.run([nvcc, tmp_path / "program.cpp", "-o", program, *options], check=True)
+    for asked, found in (("1", "111"), ("0", "000"), (None, "000")):
+        environment = {**os.environ, "LD_PRELOAD": str(build[0])}
+        environment |= {} if asked is None else {"FLY_TRT_REGISTER_PLUGINS": asked}
+        assert subprocess.check_output([program], env=environment, text=True) == found
+    environment = {**os.environ, "LD_PRELOAD": str(build[0]), "FLY_TRT_REGISTER_PLUGINS": "1"}
+    assert subprocess.check_output(["echo", "without TensorRT"], env=environment, text=True) == "without TensorRT\n"
 
 
 def test_without_headers_the_check_is_skipped_and_says_what_to_set(tmp_path: Path) -> None:
