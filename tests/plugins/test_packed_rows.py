@@ -53,11 +53,13 @@ def uncertain_rows(choices: list[int], vocab_size: int = 50) -> np.ndarray:
     return values
 
 
-def test_random_mixes_of_context_and_generation_rows(kernels: library.Kernels, is_long: bool) -> None:
-    """Every logit is as the oracle has it, and comparison with the largest logit accepts what the rule accepts."""
-    rng = np.random.default_rng(17)
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.long) for part in range(1, 20))])
+def test_random_mixes_of_context_and_generation_rows(kernels: library.Kernels, part: int, is_long: bool) -> None:
+    """Every logit is as the oracle has it, and comparison with the largest logit accepts what the rule accepts. A long
+    run tries 10,000."""
+    rng = np.random.default_rng(17 + part)
     seen: Counter[str] = Counter()
-    for _ in range(10_000 if is_long else 300):
+    for _ in range(500 if is_long else 100):
         case = PackedCase.random(rng)
         assert case.mismatches(kernels) == []
         seen[case.step.logits.dtype.name] += 1
@@ -71,7 +73,7 @@ def test_random_mixes_of_context_and_generation_rows(kernels: library.Kernels, i
             seen["rejected"] += accepted < n
             seen["loosened"] += loosened > 0
             seen["loosened more than once"] += loosened > 1
-    assert all(count > 20 for count in seen.values()), seen
+    assert all(count > 3 for count in seen.values()), seen
 
 
 @pytest.mark.parametrize("dtype", TYPES)

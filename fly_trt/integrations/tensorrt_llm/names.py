@@ -109,6 +109,68 @@ LLM_API: tuple[Name, ...] = (
 SERVE: tuple[Name, ...] = ()
 BUILD: tuple[Name, ...] = ()
 EXECUTOR: tuple[Name, ...] = ()
-PLUGIN: tuple[Name, ...] = ()
+# What PackedLooseAccept takes for given of a step: which rows there are, what last_token_ids and context_lengths count,
+# that both are in device memory, and that a request with drafts ends with its step. Of most commits the version is not
+# known, only that they are of 2025.
+_BUFFERS = "cpp/tensorrt_llm/batch_manager/runtimeBuffers.cpp"
+_LOOP = "cpp/tensorrt_llm/batch_manager/trtGptModelInflightBatching.cpp"
+_INPUTS = "tensorrt_llm/models/generation_mixin.py"
+PLUGIN: tuple[Name, ...] = (
+    *(
+        Name("plugin", _BUFFERS, name, releases=("1.2",), read_at="092a5a15 and 2a9abd95", sureness="unverified")
+        for name in (
+            "RuntimeBuffers.setFromInputs",
+            "RuntimeBuffers.setBufferSizes",
+            "RuntimeBuffers.prepareBuffersForCudaGraph",
+            "kInputIdsTensorName",
+            "kLastTokenIdsTensorName",
+            "kContextLengthsTensorName",
+            "contextLengthsDevice",
+            "lastTokenIdsDevice",
+            "isLastContextChunk",
+            "inclusiveScan",
+        )
+    ),
+    Name("plugin", _LOOP, "isDraftTokensExternal", releases=("1.2",), read_at="1.2.0rc2, b35ac1b6"),
+    Name("plugin", _LOOP, "hasDraftTokens", releases=("1.2",), read_at="1.2.0rc2, b35ac1b6"),
+    Name(
+        "plugin",
+        "cpp/tensorrt_llm/kernels/speculativeDecoding/externalDraftTokensKernels.cu",
+        "acceptDraftTokensKernel",
+        releases=("1.2",),
+        read_at="04a2caca",
+        sureness="unverified",
+    ),
+    Name(
+        "plugin",
+        "cpp/tensorrt_llm/layers/externalDraftTokensLayer.cpp",
+        "ExternalDraftTokensLayer.targetSoftmax",
+        releases=("1.2",),
+        read_at="1d263f15",
+        sureness="unverified",
+    ),
+    Name(
+        "plugin",
+        _INPUTS,
+        "GenerationMixin.prepare_basic_inputs",
+        (
+            "remove_input_padding",
+            "gather_context_logits",
+            "speculative_decoding_draft_tokens_external",
+            "max_draft_len",
+        ),
+        releases=("1.2",),
+        read_at="03ec464e",
+        sureness="unverified",
+    ),
+    Name(
+        "plugin",
+        _INPUTS,
+        "GenerationMixin.prepare_attention_inputs",
+        releases=("1.2",),
+        read_at="03ec464e",
+        sureness="unverified",
+    ),
+)
 
 NAMES: tuple[Name, ...] = (*ACCEPTANCE, *LLM_API, *SERVE, *BUILD, *EXECUTOR, *PLUGIN)
