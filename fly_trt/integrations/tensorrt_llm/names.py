@@ -110,8 +110,8 @@ SERVE: tuple[Name, ...] = ()
 BUILD: tuple[Name, ...] = ()
 EXECUTOR: tuple[Name, ...] = ()
 # What PackedLooseAccept takes for given of a step: which rows there are, what last_token_ids and context_lengths count,
-# that both are in device memory, and that a request with drafts ends with its step. Of most commits the version is not
-# known, only that they are of 2025.
+# that both are in device memory, and that a request with drafts ends with its step. The versions of
+# most commits are not known.
 _BUFFERS = "cpp/tensorrt_llm/batch_manager/runtimeBuffers.cpp"
 _LOOP = "cpp/tensorrt_llm/batch_manager/trtGptModelInflightBatching.cpp"
 _INPUTS = "tensorrt_llm/models/generation_mixin.py"
