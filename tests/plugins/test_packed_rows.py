@@ -76,6 +76,16 @@ def test_random_mixes_of_context_and_generation_rows(kernels: library.Kernels, p
     assert all(count > 3 for count in seen.values()), seen
 
 
+def test_more_requests_than_a_warp_has_lanes(kernels: library.Kernels) -> None:
+    rng = np.random.default_rng(2)
+    seen = 0
+    for _ in range(3):
+        case = PackedCase.of_vocabulary(rng, 30, max_contexts=120, max_drafts=8)
+        assert case.mismatches(kernels) == []
+        seen = max(seen, case.num_contexts)
+    assert seen > 64
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("padding", [0, 3])
 def test_rows_of_a_large_vocabulary(kernels: library.Kernels, dtype: str, padding: int) -> None:
