@@ -12,6 +12,7 @@ import kernels as check
 from examples import examples
 from fly_build.head import GATE_OUTPUTS
 from fly_trt.verification import FlyPolicy, accept
+from logit_rows import HIGHEST_MAXIMUM, encode
 from portable_head import head_session
 
 TYPES = ["float32", "float16", "bfloat16"]
@@ -29,7 +30,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> library.Kernels:
 
 
 def gate(kernels: library.Kernels, values: Any, dtype: str = "float32", token: int = 0, top_k: int = 3) -> Any:
-    logits = check.encode(np.atleast_2d(np.asarray(values, np.float64)), dtype)
+    logits = encode(np.atleast_2d(np.asarray(values, np.float64)), dtype)
     return kernels.entropy_gate(logits, np.full(len(logits), token), top_k)
 
 
@@ -52,7 +53,7 @@ def test_random_rows_agree_with_numpy(kernels: library.Kernels, seed: int) -> No
 def test_any_number_of_probabilities_is_looked_at(kernels: library.Kernels, dtype: str, top_k: int) -> None:
     rng = np.random.default_rng(top_k)
     for vocab_size in (8, 997, 9000):
-        logits = check.encode(rng.normal(size=(2, vocab_size)) * 2, dtype)
+        logits = encode(rng.normal(size=(2, vocab_size)) * 2, dtype)
         case = check.GateCase(dtype, logits, rng.integers(0, vocab_size, 2), top_k, 0)
         assert case.mismatches(kernels) == []
 
@@ -80,7 +81,7 @@ def test_any_number_of_probabilities_is_looked_at(kernels: library.Kernels, dtyp
 def test_any_short_row_agrees_with_numpy(
     kernels: library.Kernels, dtype: str, rows: list[list[float]], top_k: int, offset: int, token: int
 ) -> None:
-    logits = check.encode(np.array(rows), dtype)
+    logits = encode(np.array(rows), dtype)
     case = check.GateCase(dtype, logits, np.full(len(rows), token), min(top_k, len(rows[0])), offset)
     assert case.mismatches(kernels) == []
 
@@ -92,7 +93,7 @@ def test_rows_may_end_anywhere_and_nothing_outside_them_is_loaded(kernels: libra
     chunk = 1024 * PER_VECTOR[dtype]
     sizes = [*range(1, 34), *(multiple * chunk + extra for multiple in (1, 2) for extra in (-9, -1, 0, 1, 7, 8))]
     for size in sizes:
-        logits = check.encode(rng.normal(size=(3, size)), dtype)
+        logits = encode(rng.normal(size=(3, size)), dtype)
         for offset in (0, 1, 7):
             case = check.GateCase(f"{dtype} {size} {offset}", logits, np.full(3, size - 1), 1, offset)
             assert case.mismatches(kernels) == []
@@ -102,7 +103,7 @@ def test_rows_may_end_anywhere_and_nothing_outside_them_is_loaded(kernels: libra
 @pytest.mark.parametrize("vocab_size", [511, 512, 17_001])
 def test_a_row_has_the_same_bits_wherever_it_stands(kernels: library.Kernels, dtype: str, vocab_size: int) -> None:
     rng = np.random.default_rng(1)
-    logits = check.encode(rng.normal(size=(9, vocab_size)) * 3, dtype)
+    logits = encode(rng.normal(size=(9, vocab_size)) * 3, dtype)
     tokens = rng.integers(0, vocab_size, 9)
     together = kernels.entropy_gate(logits, tokens, 3)
     for row, offset in ((0, 0), (3, 0), (4, 3), (8, 1)):
@@ -194,11 +195,11 @@ def test_rows_up_to_the_limit_are_exact_and_rows_beyond_it_are_reported(
     kernels: library.Kernels, dtype: str, sign: int
 ) -> None:
     rng = np.random.default_rng(7)
-    inside = sign * check.HIGHEST_MAXIMUM * rng.uniform(0.5, 0.995, 120)
-    beyond = sign * check.HIGHEST_MAXIMUM * 10 ** rng.uniform(0.005, 29, 40)
+    inside = sign * HIGHEST_MAXIMUM * rng.uniform(0.5, 0.995, 120)
+    beyond = sign * HIGHEST_MAXIMUM * 10 ** rng.uniform(0.005, 29, 40)
     values = np.concatenate([inside, beyond])[:, None] - rng.choice([0, 64, 1e6], (160, 9000), p=[0.002, 0.1, 0.898])
     values[::2, 1:] -= 1e8  # one choice, with nothing near it
-    logits = check.encode(values, dtype)
+    logits = encode(values, dtype)
     tokens = rng.integers(0, 9000, 160)
     assert check.GateCase(dtype, logits, tokens, 3, 0).mismatches(kernels) == []
     found = kernels.entropy_gate(logits, tokens, 3)
