@@ -5,6 +5,7 @@ is read. Local folders and hub ids are the same to transformers, and so they are
 """
 
 import copy
+import importlib
 import json
 import logging
 import math
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
-from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
@@ -84,6 +84,12 @@ class Checkpoint:
         return any(getattr(self.config, name, None) for name in ("num_local_experts", "num_experts"))
 
     @property
+    def has_known_sizes(self) -> bool:
+        """Whether the parts of its parameters that ranks have are known, by name (sharding.py), in every transformers
+        that this runs with."""
+        return self.config.model_type in SUPPORTED_MODEL_TYPES and not self.is_mixture_of_experts
+
+    @property
     def max_seq_len(self) -> int:
         """The longest sequence whose positions the graph computes as transformers does."""
         rope = rope_parameters(self.config)
@@ -104,24 +110,24 @@ class Checkpoint:
     def outline(self) -> Any:
         """The model's names and shapes alone: even the address space of a machine is smaller than some models."""
         with torch.device("meta"):
-            return self.make_empty_model(torch.float32)
+            return self.make_empty_model(torch.float32, is_traced=False)
 
     @cached_property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all parameters, by name, as if none were tied."""
         return {name: tuple(parameter.shape) for name, parameter in self.outline.named_parameters()}
 
-    def make_empty_model(self, dtype: torch.dtype) -> Any:
+    def make_empty_model(self, dtype: torch.dtype, *, is_traced: bool = True) -> Any:
         """The model with its structure but no values: parameters are allocated and never touched, so they cost
         address space and no memory. Buffers such as rotary frequencies are real, and float32 in any dtype. No
         parameters are tied: whether they are, the weights say."""
         # Of transformers' ways to run a mixture of experts, the one that has an ONNX form.
-        experts = {"experts_implementation": "batched_mm"} if self.is_mixture_of_experts else {}
+        experts = {"experts_implementation": "batched_mm"} if self.is_mixture_of_experts and is_traced else {}
         config = copy.deepcopy(self.config)
         config.tie_word_embeddings = config.output_hidden_states = config.output_router_logits = False
         config.return_dict = True
         try:
-            with no_init_weights():
+            with _no_init_weights():
                 model = AutoModelForCausalLM.from_config(
                     config, dtype=dtype, attn_implementation=ATTENTION_NAME, **experts
                 )
@@ -161,9 +167,20 @@ class Checkpoint:
         return config
 
 
-def open_checkpoint(name: str, revision: str | None = None, *, needs_weights: bool = True) -> Checkpoint:
-    """Reads the configuration and refuses, with the reason, what cannot be exported. Raises CheckpointError. Weights
-    are not read; `needs_weights`: that a folder has some is checked."""
+def _no_init_weights() -> Any:
+    try:
+        module = importlib.import_module("transformers.initialization")
+    except ImportError:  # transformers 4, which TensorRT-LLM's own environment has
+        module = importlib.import_module("transformers.modeling_utils")
+    return module.no_init_weights()
+
+
+def open_checkpoint(
+    name: str, revision: str | None = None, *, needs_weights: bool = True, is_exported: bool = True
+) -> Checkpoint:
+    """Reads the configuration and refuses, with the reason, what cannot be exported, unless another library reads the
+    model itself (`is_exported`). Raises CheckpointError. Weights are not read; `needs_weights`: that a folder has some
+    is checked."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if (base := _adapted_model(str(folder), None)) is not None:
@@ -189,17 +206,17 @@ def open_checkpoint(name: str, revision: str | None = None, *, needs_weights: bo
         raise CheckpointError(
             f"{name}: no such folder, and no usable config.json of a hub model of that name: {first_line(error)}"
         ) from None
-    reason = refusal(config)
-    if reason:
+    if is_exported and (reason := refusal(config)):
         raise CheckpointError(f"{name}: {reason}")
-    if (scheme := read_scheme(source, revision, config)) is not None:
+    if (scheme := read_scheme(source, revision, config, is_exported=is_exported)) is not None:
         # transformers would ask for the library that quantised it.
         vars(config).pop("quantization_config", None)
-    warn_of_unread_fields(name, config)
+    if is_exported:
+        warn_of_unread_fields(name, config)
     if needs_weights and folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{name}: no *.safetensors file: save the checkpoint with safe_serialization=True")
     checkpoint = Checkpoint(source, revision, config, scheme)
-    if scheme is not None and checkpoint.is_mixture_of_experts:
+    if is_exported and scheme is not None and checkpoint.is_mixture_of_experts:
         raise CheckpointError(
             f"{name}: quantised by {scheme.method}: experts of a mixture are not read quantised: give the original"
         )

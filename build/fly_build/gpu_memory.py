@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fly_build.model_build import ModelPlan
+from fly_build.plan import ModelPlan
 from fly_build.tensorrt_builder import Sizes
 from fly_trt.manifest import Limits
 

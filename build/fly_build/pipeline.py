@@ -1,7 +1,8 @@
 """The build: plan -> models -> tokenizer -> manifest -> self-drafts -> costs -> chain.
 
 It knows checkpoints, tokenizers and the engine directory, which comes to be in a temporary folder that is renamed into
-place last. How a model becomes files is its backend's to know.
+place last. How a model becomes files is its backend's to know. What makes graphs is imported where it is used: not all
+backends need it, and not every environment has it.
 """
 
 import json
@@ -11,12 +12,10 @@ from pathlib import Path
 import fly_trt
 from fly_build.backends import BACKENDS, Backend
 from fly_build.calibration import calibration_prompts
-from fly_build.chain import add_chain
-from fly_build.checkpoint import Checkpoint, check_same_tokenizer, open_checkpoint, stop_token_ids
+from fly_build.checkpoint import Checkpoint, open_checkpoint, stop_token_ids
 from fly_build.gpu_memory import GpuPlan
-from fly_build.model_build import ModelBuild, ModelPlan, Report
+from fly_build.plan import ModelPlan, Report
 from fly_build.schema import Recipe
-from fly_build.self_draft import add_self_drafts, check_self_draft
 from fly_build.sharding import shard
 from fly_build.tokenizer import save_tokenizer, warn_of_tokens_without_embedding
 from fly_trt.errors import ConfigError
@@ -57,6 +56,11 @@ class Plan:
         """Tokens of cache that a slot takes at most."""
         return self.backend.cache_tokens(self.limits)
 
+    @property
+    def commands(self) -> list[str]:
+        """What builds and serves, for backends whose library has commands of its own."""
+        return self.backend.commands(self.models, self.limits, self.head, self.output)
+
 
 def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False, to_build: bool = True) -> Plan:
     """Reads configurations and tokenizers, refuses what cannot work, and touches no weight and no file. A plan that is
@@ -71,19 +75,18 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False, to_build
         raise ConfigError(f"{output}: not an engine directory, so --overwrite does not replace it: choose another -o")
     sources = {"target": recipe.target, "draft": recipe.draft, "inner_draft": recipe.inner_draft}
     checkpoints = {
-        folder: open_checkpoint(source.checkpoint, source.revision, needs_weights=to_build)
+        folder: open_checkpoint(source.checkpoint, source.revision, needs_weights=to_build, is_exported=backend.exports)
         for folder, source in sources.items()
         if source is not None
     }
-    ranks = {"target": recipe.tp_size, "draft": recipe.draft_tp_size}
+    ranks = {"target": recipe.tp_size, "draft": backend.draft_ranks}
     shardings = {
         folder: shard(checkpoint.name, checkpoint.config, checkpoint.head_dim, ranks[folder])
         for folder, checkpoint in checkpoints.items()
-        if ranks.get(folder, 1) > 1
+        if ranks.get(folder, 1) > 1 and (backend.exports or checkpoint.has_known_sizes)
     }
     target, *others = checkpoints.values()
-    for other in others:
-        check_same_tokenizer(target, other)
+    backend.check_checkpoints(target, others)
     if recipe.inner_draft is not None:
         calibration_prompts(recipe.chain.calibrate)
     longest = min(checkpoint.max_seq_len for checkpoint in checkpoints.values())
@@ -97,23 +100,23 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False, to_build
         raise ConfigError(
             f"max_seq_len {limits.max_seq_len}: the checkpoints support {longest}: use --max-seq-len {longest}"
         )
+    limits = backend.fit_limits(limits)
     if recipe.self_draft is not None:
+        from fly_build.self_draft import check_self_draft
+
         check_self_draft(recipe.self_draft, target, limits)
     smallest = min(checkpoint.config.vocab_size for checkpoint in checkpoints.values())
     if recipe.entropy_top_k > smallest:
         raise ConfigError(f"entropy_top_k {recipe.entropy_top_k}: the vocabulary has {smallest} tokens: use 3")
     warn_of_tokens_without_embedding(target.name, target.tokenizer, target.config.vocab_size)
     head = Head(entropy_top_k=recipe.entropy_top_k, stop_token_ids=stop_token_ids(target), top_tokens=True)
-    models = [
-        ModelPlan(
-            folder,
-            checkpoint,
-            _engine(folder, checkpoint, backend, ranks.get(folder, 1)),
-            kernels=backend.kernels,
-            sharding=shardings.get(folder),
+    models = []
+    for folder, checkpoint in checkpoints.items():
+        engine = _engine(folder, checkpoint, backend, ranks.get(folder, 1))
+        bits = backend.bits_per_weight(engine.quantization)
+        models.append(
+            ModelPlan(folder, checkpoint, engine, kernels=backend.kernels, bits=bits, sharding=shardings.get(folder))
         )
-        for folder, checkpoint in checkpoints.items()
-    ]
     return Plan(recipe, output, limits, head, models, backend)
 
 
@@ -161,13 +164,8 @@ def build(plan: Plan, report: Report) -> Manifest:
     An error or Ctrl-C leaves `plan.output` as it was; it never holds an incomplete engine.
     """
     with new_directory(plan.output.absolute()) as workspace:
-        engines = {model.folder: _build_model(model, plan, workspace, report) for model in plan.models}
+        engines = plan.backend.build_models(plan.models, plan.limits, plan.head, workspace, report)
         return _finish(plan, engines, workspace, report)
-
-
-def _build_model(model: ModelPlan, plan: Plan, workspace: Path, report: Report) -> ModelEngine:
-    (workspace / model.folder).mkdir()
-    return plan.backend.build_model(ModelBuild(model, plan.limits, plan.head, workspace, report))
 
 
 def _finish(plan: Plan, engines: dict[str, ModelEngine], workspace: Path, report: Report) -> Manifest:
@@ -185,7 +183,7 @@ def _finish(plan: Plan, engines: dict[str, ModelEngine], workspace: Path, report
         library_versions=plan.backend.library_versions(),
         limits=plan.limits,
         head=plan.head,
-        speculative=plan.recipe.speculative,
+        speculative=plan.backend.speculative(),
         target=engines["target"],
         draft=engines.get("draft"),
         inner_draft=engines.get("inner_draft"),
@@ -193,9 +191,13 @@ def _finish(plan: Plan, engines: dict[str, ModelEngine], workspace: Path, report
     )
     report("tokenizer and manifest", 1.0)
     if (settings := plan.recipe.self_draft) is not None:
+        from fly_build.self_draft import add_self_drafts
+
         manifest = add_self_drafts(manifest, settings, target, plan.backend, workspace, report)
     manifest = add_costs(manifest, workspace, report)
     if manifest.inner_draft is not None:
+        from fly_build.chain import add_chain
+
         manifest = add_chain(manifest, plan.recipe.chain, plan.backend, workspace, report)
     write_manifest(manifest, workspace)
     return manifest

@@ -8,6 +8,7 @@ Nothing is dequantised.
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ logger = logging.getLogger(__name__)
 MODELOPT_CONFIG = "hf_quant_config.json"
 
 
-def read_scheme(name: str, revision: str | None, config: Any) -> Scheme | None:
-    """None for a checkpoint that is not quantised. Raises CheckpointError for a method that is not read, by name."""
+def read_scheme(name: str, revision: str | None, config: Any, *, is_exported: bool = True) -> Scheme | None:
+    """None for a checkpoint that is not quantised. Raises CheckpointError for a method that is not read, by name. With
+    `is_exported` False another library reads the weights: only their kind is asked for."""
     found = getattr(config, "quantization_config", None)
     content = found.to_dict() if found is not None and hasattr(found, "to_dict") else found
     if not (content is None or isinstance(content, dict)):
@@ -50,8 +52,12 @@ def read_scheme(name: str, revision: str | None, config: Any) -> Scheme | None:
         scheme = METHODS[method](content)
     except (AttributeError, KeyError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{name}: no usable quantization_config of {method}: {error!r}: {FIX}") from None
+    if isinstance(scheme, str) and not is_exported and method == "fp8":  # in blocks of two dimensions
+        scheme = _fp8_scheme(method, is_dynamic=True)
     if isinstance(scheme, str):
         raise CheckpointError(f"{name}: quantised by {method}, {scheme}: {FIX}")
+    if not is_exported:
+        return replace(scheme, kv_cache_algorithm=content.get("kv_cache_quant_algo"))
     if content.get("kv_cache_scheme") or content.get("kv_cache_quant_algo"):
         logger.warning("%s: its scales for the KV cache are not used: the cache is not quantised", name)
     if not scheme.keeps_activations:

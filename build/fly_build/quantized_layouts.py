@@ -28,7 +28,7 @@ OUTPUT_PLACES = np.argsort(AWQ_ORDER)
 class Scheme:
     """How the linear layers of one checkpoint are quantised. `suffix` names the tensor that such a layer has;
     `group_size` None is one scale for each output, or for the whole weight. `is_v1`: GPTQ's first format, which stores
-    zero points less one."""
+    zero points less one. `kv_cache_algorithm`: how the checkpoint wants its KV cache, for libraries that follow it."""
 
     method: str
     kind: Codes
@@ -38,6 +38,7 @@ class Scheme:
     group_size: int | None = None
     is_v1: bool = False
     keeps_activations: bool = True
+    kv_cache_algorithm: str | None = None
 
     @property
     def bits_per_weight(self) -> float:

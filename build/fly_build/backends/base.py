@@ -8,15 +8,17 @@ methods that need them.
 import importlib.metadata
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fly_build.schema import Recipe
-from fly_trt.manifest import Dtype, Limits, Manifest, ModelEngine, Quantization
+from fly_trt.manifest import Dtype, Head, Limits, Manifest, ModelEngine, Quantization
 
 if TYPE_CHECKING:
+    from fly_build.checkpoint import Checkpoint
     from fly_build.gpu_memory import GpuPlan
     from fly_build.linear_forms import Kernels
-    from fly_build.model_build import ModelBuild, ModelPlan
+    from fly_build.model_build import ModelBuild
+    from fly_build.plan import ModelPlan, Report
     from fly_build.tensors import Tensors
 
 LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
@@ -29,7 +31,7 @@ class Backend(ABC):
     any other backend. quantizations: of linear layers, that it computes. model_file: the file that the runtime loads,
     in the folder of its model. shares_weights: several models can read one weight file. runs_where_built: the machine
     that builds can run what it builds. spans_gpus: a model can be spread over several GPUs (ranks), with a file for
-    each.
+    each. exports: models are exported from transformers' code, so that only known architectures can be built.
     """
 
     default_dtype: ClassVar[Dtype]
@@ -39,6 +41,7 @@ class Backend(ABC):
     shares_weights: ClassVar[bool] = False
     runs_where_built: ClassVar[bool] = False
     spans_gpus: ClassVar[bool] = False
+    exports: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod
@@ -74,6 +77,26 @@ class Backend(ABC):
         """Whose kernels compute the linear layers, see linear_forms.py."""
         return "cpu"
 
+    @property
+    def draft_ranks(self) -> int:
+        """GPUs that the draft is spread over."""
+        return self.recipe.draft_tp_size
+
+    def check_checkpoints(self, target: "Checkpoint", drafts: "list[Checkpoint]") -> None:
+        """Raises CheckpointError or ConfigError for models that cannot be built, or not together. Reads no weights."""
+        from fly_build.checkpoint import check_same_tokenizer
+
+        for draft in drafts:
+            check_same_tokenizer(target, draft)
+
+    def fit_limits(self, limits: Limits) -> Limits:
+        """The limits of the engines, which the backend's library may want otherwise than a recipe says."""
+        return limits
+
+    def bits_per_weight(self, quantization: Quantization) -> tuple[float, float] | None:
+        """Of linear layers and of the vocabulary projection; None where `kernels` say it."""
+        return None
+
     def cache_tokens(self, limits: Limits) -> int:
         """Tokens of cache that a slot takes at most."""
         return limits.max_seq_len
@@ -82,9 +105,26 @@ class Backend(ABC):
         """What the models take of each GPU's memory, for backends that know."""
         return []
 
-    @abstractmethod
+    def commands(self, models: "list[ModelPlan]", limits: Limits, head: Head, output: Path) -> list[str]:
+        """Shell commands that build and serve, for backends whose library has its own."""
+        return []
+
+    def build_models(
+        self, models: "list[ModelPlan]", limits: Limits, head: Head, workspace: Path, report: "Report"
+    ) -> dict[str, ModelEngine]:
+        """Writes all models into `workspace` and returns their records in the manifest, by their folders."""
+        from fly_build.model_build import ModelBuild
+
+        engines = {}
+        for model in models:
+            (workspace / model.folder).mkdir()
+            engines[model.folder] = self.build_model(ModelBuild(model, limits, head, workspace, report))
+        return engines
+
     def build_model(self, build: "ModelBuild") -> ModelEngine:
-        """Writes one model into its folder, which exists, and returns its record in the manifest."""
+        """Writes one model into its folder, which exists, and returns its record in the manifest. For backends that
+        build each for itself, through a graph."""
+        raise NotImplementedError(type(self).__name__)
 
     def build_sharing(self, build: "ModelBuild", target: ModelEngine, tensors: "Tensors") -> ModelEngine:
         """Writes a model of some of the target's blocks, whose weights, `tensors`, are those in the target's file. For
@@ -94,6 +134,10 @@ class Backend(ABC):
     def library_versions(self) -> dict[str, str]:
         """Of what the engines are made with, by distribution name."""
         return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+    def speculative(self) -> dict[str, Any]:
+        """The defaults of SpeculativeConfig that the manifest has."""
+        return self.recipe.speculative
 
     @staticmethod
     @abstractmethod
