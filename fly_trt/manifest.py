@@ -105,7 +105,8 @@ class TensorRTPlan(_Record):
 
 
 class ModelEngine(_Record):
-    """One decoder graph. `dtype` is the type of the stored weights, `kv_cache_dtype` that of the cache tensors.
+    """One decoder graph. `dtype` is the type of the stored weights, `kv_cache_dtype` that of the cache tensors, or of
+    what `kv_cache_quantization` rounds.
 
     A model that is sharded over several GPUs (tensor parallelism) has a file a rank: `model` is rank 0's, and
     `other_ranks` has those of ranks 1 and up. `num_kv_heads` is the whole model's.
@@ -121,6 +122,7 @@ class ModelEngine(_Record):
     dtype: Dtype
     quantization: Quantization
     kv_cache_dtype: Dtype
+    kv_cache_quantization: Literal["none", "fp8"] = "none"
     tensorrt: TensorRTPlan | None = None
 
     @property
@@ -135,7 +137,7 @@ class ModelEngine(_Record):
 
     def kv_bytes_per_token(self) -> int:
         """Of the cache of one rank."""
-        width = 4 if self.kv_cache_dtype == "float32" else 2
+        width = 1 if self.kv_cache_quantization == "fp8" else 4 if self.kv_cache_dtype == "float32" else 2
         return 2 * self.num_layers * self.rank_kv_heads * self.head_dim * width
 
 

@@ -41,9 +41,9 @@ ROOMS_OF_THE_BUILD = {
     "cli",
 }
 # Of the room that reaches into another library, what says how that is set and what its names are.
-MODULES_OF_THE_BUILD = {f"fly_trt.integrations.tensorrt_llm{module}" for module in ("", ".environment", ".names")} | {
-    "fly_trt.integrations"
-}
+MODULES_OF_THE_BUILD = {
+    f"fly_trt.integrations.tensorrt_llm{module}" for module in ("", ".environment", ".modes", ".names")
+} | {"fly_trt.integrations"}
 # These alone may load torch: they run in the processes of a library that has it.
 MODULES_WITH_TORCH = {"fly_trt.integrations.tensorrt_llm.acceptance"}
 MAX_LINES = 420

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from fly_build.backends import BACKENDS, backend_names
+from fly_build.schema import SpeculativeMode, TensorRTLlmRelease
 from fly_trt.cli import options
 from fly_trt.cli.command import command
 from fly_trt.errors import FlyError
@@ -32,6 +33,8 @@ Examples:
   fly-build --target ./checkpoint -o engines/single        # n-gram or plain decoding
   fly-build --target org/target --draft org/draft --inner-draft org/small -o engines/chain
   fly-build --target ./checkpoint --self-draft --contexts 512,4096 -o engines/self
+  fly-build --target org/target --draft org/draft --backend tensorrt-llm --tp-size 8
+  fly-build --target org/target --draft org/draft --backend tensorrt-llm --engine --plugin-library libfly_plugins.so
   fly-build demo --dry-run
 """
 
@@ -71,6 +74,15 @@ def _numbers(context: click.Context, option: click.Parameter, value: str | None)
     "--tensorrt-library",
     type=click.Choice(get_args(TensorRTLibrary)),
     help="tensorrt for H100 and its kind, tensorrt_rtx for RTX cards. [what is installed]",
+)
+@click.option("--engine", is_flag=True, help="Of tensorrt-llm: engines of its releases 1.2.x. [its PyTorch backend]")
+@click.option(
+    "--tensorrt-llm-release",
+    type=click.Choice(get_args(TensorRTLlmRelease)),
+    help="Of tensorrt-llm: the release that serves. [the installed one, or the newest]",
+)
+@click.option(
+    "--speculative-mode", type=click.Choice(get_args(SpeculativeMode)), help="Of tensorrt-llm. [draft_target]"
 )
 @click.option("--plugin-library", metavar="FILE", help="libfly_plugins.so for the head. [the graph's own functions]")
 @click.option(
@@ -175,6 +187,7 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         ]
         gpus = [{**dataclasses.asdict(gpu.memory), **gpu.summary()} for gpu in plan.gpus]
         record = {"output": str(plan.output), **plan.limits.model_dump(), "models": models, "gpus": gpus}
+        record["commands"] = plan.commands
         click.echo(json.dumps(record, indent=2))
         return
     limits = plan.limits
@@ -203,6 +216,8 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         f"max_seq_len {limits.max_seq_len}, max_draft_len {limits.max_draft_len}, "
         f"stop tokens {plan.head.stop_token_ids}"
     )
+    for command_line in plan.commands:
+        click.echo(f"  {command_line}")
     if (settings := plan.recipe.self_draft) is not None:
         from fly_build.self_draft import contexts_of
 

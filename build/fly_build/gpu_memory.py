@@ -5,7 +5,7 @@ only estimated, from the largest step that the engine is built for: what a layer
 time, none of it fused. It knows plans, and asks no GPU and no library.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ CARD_BYTES = 80 * 10**9  # of an "80 GB" card, which has 85.5: the rest is left 
 MOST_SLOTS = 4096
 HEAD_COPIES = 3  # float32 tensors of the size of the logits in the head's functions: scores, their logs, probabilities
 HIDDEN_COPIES = 4
+PAGED_LOGIT_BYTES = 8  # TensorRT-LLM's own, and float32 again: what the acceptance reads or the plugin writes
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,31 @@ def plan_gpus(models: Sequence[ModelPlan], limits: Limits, *, with_plugins: bool
     return [_plan_gpu(rank, models, limits, with_plugins) for rank, models in enumerate(present)]
 
 
+def plan_paged_gpus(models: Sequence[ModelPlan], limits: Limits, cache_tokens: int) -> list[GpuPlan]:
+    """For each rank of a library with a paged cache that has all models on all ranks, where a sequence takes so many
+    tokens of it. A slot here is a sequence of the greatest length; shorter ones share the same blocks."""
+    target, *drafts = models
+    weights = sum(model.weight_bytes() for model in models)
+    scratch = max(limits.max_num_tokens * _layer_bytes(model) for model in models)
+
+    def memory(rank: int, num_slots: int) -> GpuMemory:
+        verified = num_slots * (limits.max_draft_len + 1) * target.engine.vocab_size
+        drafted = sum(num_slots * draft.engine.vocab_size for draft in drafts)
+        return GpuMemory(
+            rank=rank,
+            num_slots=num_slots,
+            weights=weights,
+            cache_per_slot=sum(model.engine.kv_bytes_per_token() * cache_tokens for model in models),
+            logits=PAGED_LOGIT_BYTES * (verified + drafted),
+            scratch=scratch,
+        )
+
+    def plan(rank: int) -> GpuPlan:
+        return _fitted(lambda num_slots: memory(rank, num_slots), limits.max_batch_size)
+
+    return [plan(rank) for rank in range(target.engine.tensor_parallel_size)]
+
+
 def _plan_gpu(rank: int, models: Sequence[ModelPlan], limits: Limits, with_plugins: bool) -> GpuPlan:
     weights = sum(model.weight_bytes() for model in models)
 
@@ -78,11 +104,15 @@ def _plan_gpu(rank: int, models: Sequence[ModelPlan], limits: Limits, with_plugi
             scratch=sum(_scratch(model, tokens, sizes.cache_tokens, with_plugins) for model in models),
         )
 
+    return _fitted(memory, limits.max_batch_size)
+
+
+def _fitted(memory: Callable[[int], GpuMemory], num_slots: int) -> GpuPlan:
     fitting, too_many = 0, MOST_SLOTS + 1
     while too_many - fitting > 1:
         middle = (fitting + too_many) // 2
         fitting, too_many = (middle, too_many) if memory(middle).fits else (fitting, middle)
-    return GpuPlan(memory(limits.max_batch_size), fitting)
+    return GpuPlan(memory(num_slots), fitting)
 
 
 def _scratch(model: ModelPlan, tokens: int, cache_tokens: int, with_plugins: bool) -> int:
@@ -90,15 +120,22 @@ def _scratch(model: ModelPlan, tokens: int, cache_tokens: int, with_plugins: boo
     config, engine = model.checkpoint.config, model.engine
     num_ranks = engine.tensor_parallel_size
     item = _item_bytes(model)
-    heads = config.num_attention_heads // num_ranks + 2 * engine.rank_kv_heads
-    values = HIDDEN_COPIES * config.hidden_size + heads * engine.head_dim
-    values += 3 * config.intermediate_size // num_ranks + _expert_values(config) // num_ranks
     head = engine.vocab_size * ((0 if with_plugins else HEAD_COPIES * 4) + (item if num_ranks > 1 else 0))
     mask = cache_tokens
     if engine.dtype == "float32" or getattr(config, "attn_logit_softcapping", None):  # scores are written out
         mask += cache_tokens * (4 + item) * config.num_attention_heads // num_ranks
     one_cache = engine.kv_bytes_per_token() * cache_tokens // (2 * engine.num_layers)  # for slots that change places
-    return tokens * (values * item + head + mask) + one_cache
+    return tokens * (_layer_bytes(model) + head + mask) + one_cache
+
+
+def _layer_bytes(model: ModelPlan) -> int:
+    """What one token takes of a layer's activations."""
+    config, engine = model.checkpoint.config, model.engine
+    num_ranks = engine.tensor_parallel_size
+    heads = config.num_attention_heads // num_ranks + 2 * engine.rank_kv_heads
+    values = HIDDEN_COPIES * config.hidden_size + heads * engine.head_dim
+    values += 3 * config.intermediate_size // num_ranks + _expert_values(config) // num_ranks
+    return values * _item_bytes(model)
 
 
 def _expert_values(config: Any) -> int:

@@ -138,6 +138,7 @@ def _engine(folder: str, checkpoint: Checkpoint, backend: Backend, num_ranks: in
         dtype=backend.dtype,
         quantization=_quantization(checkpoint, backend),
         kv_cache_dtype=backend.kv_cache_dtype,
+        kv_cache_quantization=backend.kv_cache_quantization(checkpoint),
     )
 
 
@@ -214,5 +215,7 @@ def add_costs(manifest: Manifest, directory: Path, report: Report) -> Manifest:
     assert manifest.device is not None
     costs = BACKENDS[manifest.backend, manifest.device].step_costs(manifest, directory)
     report("measure", 1.0)
+    if costs is None:
+        return manifest
     rounded = {name: float(f"{cost:.2g}") for name, cost in zip(COSTS, costs, strict=True)}
     return manifest.model_copy(update={"speculative": manifest.speculative | rounded | given})

@@ -43,6 +43,8 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
         for k, v in overrides.items()
         if v is not None and k in Recipe.model_fields and k not in (*ROLES, "self_draft")
     }
+    if overrides.get("engine"):
+        content["backend"] = _with_engines(content.get("backend"))
     if "target" not in content:
         raise ConfigError("no target checkpoint: give --target CHECKPOINT or a recipe file")
     try:
@@ -90,6 +92,18 @@ def _override_self_draft(content: dict[str, Any], overrides: Mapping[str, Any]) 
         content["self_draft"] |= fields
 
 
+def _with_engines(backend: object) -> str:
+    """`--engine`: of a library that also runs models without, the backend that builds engines."""
+    name = f"{str(backend).removesuffix('-engine')}-engine"
+    if name in backend_names():
+        return name
+    able = " or ".join(name.removesuffix("-engine") for name in backend_names() if name.endswith("-engine"))
+    raise ConfigError(
+        f"engine: belongs to backend {able}, got backend {backend or 'onnxruntime'!r}: add --backend {able}, or leave "
+        "it out"
+    )
+
+
 def _device(recipe: Recipe, where: str) -> Device:
     """What the engines run on; the backend's usual one unless it is given."""
     if recipe.backend not in backend_names():
@@ -114,10 +128,12 @@ def _check_backend(recipe: Recipe) -> None:
             f"self_draft: engines of backend {recipe.backend} on {recipe.device} hold their own weights, so that the "
             f"target's would be there twice: use --backend {able}, or --draft"
         )
-    for (name, _), backend in BACKENDS.items():
-        for field in backend.own_fields:
-            if name != recipe.backend and getattr(recipe, field) is not None:
-                raise ConfigError(f"{field}: belongs to backend {name}, got backend {recipe.backend!r}: leave it out")
+    for field in dict.fromkeys(field for backend in BACKENDS.values() for field in backend.own_fields):
+        owners = list(dict.fromkeys(name for (name, _), backend in BACKENDS.items() if field in backend.own_fields))
+        if recipe.backend not in owners and getattr(recipe, field) is not None:
+            raise ConfigError(
+                f"{field}: belongs to backend {' or '.join(owners)}, got backend {recipe.backend!r}: leave it out"
+            )
 
 
 def _check_ranks(recipe: Recipe) -> None:
@@ -126,7 +142,7 @@ def _check_ranks(recipe: Recipe) -> None:
         raise ConfigError(f"tp_size {recipe.tp_size}: expected 1, or {sizes} GPUs of one machine")
     assert recipe.device is not None
     if recipe.tp_size > 1 and not BACKENDS[recipe.backend, recipe.device].spans_gpus:
-        able = " or ".join(name for (name, _), backend in BACKENDS.items() if backend.spans_gpus)
+        able = " or ".join(name for (name, _), backend in BACKENDS.items() if backend.spans_gpus and backend.exports)
         raise ConfigError(
             f"tp_size {recipe.tp_size}: an engine of backend {recipe.backend} runs on one device: use --backend {able} "
             "or leave --tp-size out"

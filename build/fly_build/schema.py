@@ -1,12 +1,14 @@
 """What a recipe says: its fields, their types and defaults. Whether they go together is recipe.py's to check."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from fly_trt.manifest import Device, Dtype, Quantization, TensorRTLibrary
 
 TP_SIZES = 2, 4, 8
+TensorRTLlmRelease = Literal["1.2", "1.3"]
+SpeculativeMode = Literal["draft_target", "eagle3", "mtp", "pard", "dflash", "sa"]
 
 
 class ModelSource(BaseModel):
@@ -81,6 +83,8 @@ class Recipe(BaseModel):
     tensorrt_library: TensorRTLibrary | None = None
     plugin_library: str | None = None
     timing_cache: str | None = None
+    tensorrt_llm_release: TensorRTLlmRelease | None = None
+    speculative_mode: SpeculativeMode | None = None
     tp_size: int = 1
     draft_tp_size: int = 1
     max_batch_size: int = Field(default=8, gt=0)

@@ -8,7 +8,7 @@ methods that need them.
 import importlib.metadata
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fly_build.schema import Recipe
 from fly_trt.manifest import Dtype, Head, Limits, Manifest, ModelEngine, Quantization
@@ -93,6 +93,9 @@ class Backend(ABC):
         """The limits of the engines, which the backend's library may want otherwise than a recipe says."""
         return limits
 
+    def kv_cache_quantization(self, checkpoint: "Checkpoint") -> Literal["none", "fp8"]:
+        return "none"
+
     def bits_per_weight(self, quantization: Quantization) -> tuple[float, float] | None:
         """Of linear layers and of the vocabulary projection; None where `kernels` say it."""
         return None
@@ -141,5 +144,6 @@ class Backend(ABC):
 
     @staticmethod
     @abstractmethod
-    def step_costs(manifest: Manifest, directory: Path) -> tuple[float, float]:
-        """draft_token_cost and verification_token_cost of a pair of engines of this backend."""
+    def step_costs(manifest: Manifest, directory: Path) -> tuple[float, float] | None:
+        """draft_token_cost and verification_token_cost of a pair of engines of this backend; None where its library
+        decides by itself when to draft."""
