@@ -65,26 +65,26 @@ def plan_gpus(models: Sequence[ModelPlan], limits: Limits, *, with_plugins: bool
 
 
 def plan_paged_gpus(models: Sequence[ModelPlan], limits: Limits, cache_tokens: int) -> list[GpuPlan]:
-    """For each rank of a library with a paged cache that has all models on all ranks, where a sequence takes so many
-    tokens of it. A slot here is a sequence of the greatest length; shorter ones share the same blocks."""
-    target, *drafts = models
-    weights = sum(model.weight_bytes() for model in models)
-    scratch = max(limits.max_num_tokens * _layer_bytes(model) for model in models)
-
-    def memory(rank: int, num_slots: int) -> GpuMemory:
-        verified = num_slots * (limits.max_draft_len + 1) * target.engine.vocab_size
-        drafted = sum(num_slots * draft.engine.vocab_size for draft in drafts)
-        return GpuMemory(
-            rank=rank,
-            num_slots=num_slots,
-            weights=weights,
-            cache_per_slot=sum(model.engine.kv_bytes_per_token() * cache_tokens for model in models),
-            logits=PAGED_LOGIT_BYTES * (verified + drafted),
-            scratch=scratch,
-        )
+    """For each rank of the target, of a library with a paged cache, where a sequence takes so many tokens of it. A slot
+    here is a sequence of the greatest length; shorter ones share the same blocks."""
+    target = models[0]
 
     def plan(rank: int) -> GpuPlan:
-        return _fitted(lambda num_slots: memory(rank, num_slots), limits.max_batch_size)
+        present = [model for model in models if rank < model.engine.tensor_parallel_size]
+
+        def memory(num_slots: int) -> GpuMemory:
+            rows = [num_slots * (limits.max_draft_len + 1 if model is target else 1) for model in present]
+            logits = sum(count * model.engine.vocab_size for count, model in zip(rows, present, strict=True))
+            return GpuMemory(
+                rank=rank,
+                num_slots=num_slots,
+                weights=sum(model.weight_bytes() for model in present),
+                cache_per_slot=sum(model.engine.kv_bytes_per_token() * cache_tokens for model in present),
+                logits=PAGED_LOGIT_BYTES * logits,
+                scratch=max(limits.max_num_tokens * _layer_bytes(model) for model in present),
+            )
+
+        return _fitted(memory, limits.max_batch_size)
 
     return [plan(rank) for rank in range(target.engine.tensor_parallel_size)]
 

@@ -10,6 +10,7 @@ from fly_build.backends.onnxruntime import OnnxRuntimeBackend
 from fly_build.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from fly_build.backends.tensorrt import TensorRTBackend
 from fly_build.backends.tensorrt_llm import TensorRTLlmBackend
+from fly_build.backends.tensorrt_llm_engine import TensorRTLlmEngineBackend
 from fly_trt.manifest import Device
 
 __all__ = ["BACKENDS", "Backend", "backend_names", "devices_of"]
@@ -19,6 +20,7 @@ BACKENDS: dict[tuple[str, Device], type[Backend]] = {
     ("onnxruntime", "cuda"): OnnxRuntimeCudaBackend,
     ("tensorrt", "cuda"): TensorRTBackend,
     ("tensorrt-llm", "cuda"): TensorRTLlmBackend,
+    ("tensorrt-llm-engine", "cuda"): TensorRTLlmEngineBackend,
 }
 
 

@@ -51,17 +51,17 @@ def installed_version() -> str | None:
         return None
 
 
-def acceptance_of(recipe: Recipe, stop_token_ids: list[int]) -> Acceptance | None:
+def _acceptance_of(recipe: Recipe, stop_token_ids: list[int]) -> Acceptance | None:
     """FLy as the recipe has it; None for exact acceptance."""
-    settings = SpeculativeConfig.from_dict(recipe.speculative)
+    settings = SpeculativeConfig.from_dict({"acceptance": "fly"} | recipe.speculative)
     if settings.acceptance == "exact":
         return None
     return Acceptance(settings.preset, settings.fly_entropy_threshold, settings.fly_window_size, tuple(stop_token_ids))
 
 
 def check_acceptance(recipe: Recipe, known: tuple[str, ...], methods: tuple[str, ...]) -> None:
-    """Raises ConfigError for settings of `speculative` that TensorRT-LLM cannot be given. Costs say what a pair is like,
-    and change nothing there."""
+    """Raises ConfigError for settings of `speculative` that TensorRT-LLM cannot be given. Costs say what a pair is
+    like, and change nothing there."""
     if unknown := [name for name in recipe.speculative if name not in (*known, *COSTS)]:
         raise ConfigError(
             f"speculative.{unknown[0]}: TensorRT-LLM drafts by itself, and can be told {', '.join(known)}: leave it out"
@@ -190,6 +190,15 @@ class TensorRTLlmBackend(Backend):
         return follows_checkpoint(checkpoint)
 
     def fit_limits(self, limits: Limits) -> Limits:
+        policy = None if (rule := _acceptance_of(self.recipe, [])) is None else rule.policy(2)
+        if policy is not None and self.num_draft_tokens <= (least := max(policy.window, policy.lookahead)):
+            logger.warning(
+                "num_speculative_tokens %d: FLy loosens a token that %d more of its draft follow, so here it never "
+                "will: draft at least %d, or choose another window",
+                self.num_draft_tokens,
+                least,
+                least + 1,
+            )
         given = "max_num_tokens" in self.recipe.model_fields_set
         least = limits.max_batch_size * (self.num_draft_tokens + 1)
         if not files.chunks_prompts(self.release):
@@ -208,7 +217,7 @@ class TensorRTLlmBackend(Backend):
 
     def commands(self, models: "list[ModelPlan]", limits: Limits, head: Head, output: Path) -> list[str]:
         target = location(models[0].checkpoint)
-        acceptance = acceptance_of(self.recipe, head.stop_token_ids)
+        acceptance = _acceptance_of(self.recipe, head.stop_token_ids)
         variables = {} if acceptance is None else acceptance.to_environment()
         environment = "".join(f"{name}={shlex.quote(value)} " for name, value in variables.items())
         folder = shlex.quote(str(output))
@@ -226,7 +235,7 @@ class TensorRTLlmBackend(Backend):
         names = {model.folder: location(model.checkpoint) for model in models}
         serving = self._serving(names["target"], target.checkpoint.revision, names.get("draft"), limits)
         arguments = serving.llm_args()
-        acceptance = acceptance_of(self.recipe, head.stop_token_ids)
+        acceptance = _acceptance_of(self.recipe, head.stop_token_ids)
         texts = {
             files.YAML_FILE: files.to_yaml(arguments),
             files.TRITON_YAML_FILE: files.to_yaml(arguments | {"triton_config": files.TRITON_CONFIG}),
@@ -241,11 +250,14 @@ class TensorRTLlmBackend(Backend):
         return {model.folder: at_location(model) for model in (target, *drafts)}
 
     def speculative(self) -> dict[str, Any]:
-        method = "draft_model" if self.recipe.draft is not None else None
-        return {"method": method, "num_speculative_tokens": self.num_draft_tokens} | self.recipe.speculative
+        """Of our names for what drafts, the one that is true of it: what needs no draft model copies or guesses."""
+        has_draft = self.recipe.draft is not None
+        usual = {"method": "draft_model"} if has_draft else {"method": "ngram", "acceptance": "fly"}
+        return usual | {"num_speculative_tokens": self.num_draft_tokens} | self.recipe.speculative
 
     def library_versions(self) -> dict[str, str]:
-        return {"tensorrt_llm": installed_version() or f"{self.recipe.tensorrt_llm_release or NEWEST} (not installed)"}
+        """What serves it; the one that it is written for where that is not this environment's."""
+        return {"tensorrt_llm": self.recipe.tensorrt_llm_release or installed_version() or NEWEST}
 
     @staticmethod
     def step_costs(manifest: Manifest, directory: Path) -> None:
