@@ -18,6 +18,7 @@ from tiny_models import TinyPair
 from toy_backend import STEP_COSTS, ToyBackend
 
 HEAVY = ["torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx"]
+HEAVY += ["tensorrt_llm"]
 WITHOUT_THE_EXTRA = f"import sys; sys.modules.update(dict.fromkeys({HEAVY})); from fly_build.cli import main; main()"
 
 
@@ -52,12 +53,13 @@ def test_a_module_and_a_line_in_the_table_are_a_backend(
 
 
 def test_errors_and_help_go_by_the_table(command: click.Command, tmp_path: Path) -> None:
-    assert "[onnxruntime|tensorrt|toy]" in _run(command, "--help").stdout
-    unknown = _run(command, "--target", "org/a", "--backend", "tensorrt-llm")
-    assert "'tensorrt-llm' is not one of 'onnxruntime', 'tensorrt', 'toy'" in unknown.stderr
+    assert "[onnxruntime|tensorrt|tensorrt-llm|tensorrt-llm-engine|toy]" in _run(command, "--help").stdout
+    unknown = _run(command, "--target", "org/a", "--backend", "openvino")
+    assert "'openvino' is not one of 'onnxruntime', 'tensorrt', 'tensorrt-llm', 'tensorrt-llm-" in unknown.stderr
     recipe = tmp_path / "own.yaml"
-    recipe.write_text("target: org/a\nbackend: tensorrt-llm", encoding="utf-8")
-    expected = "backend: Input should be 'onnxruntime' or 'tensorrt' or 'toy', got 'tensorrt-llm'\n"
+    recipe.write_text("target: org/a\nbackend: openvino", encoding="utf-8")
+    known = "'onnxruntime' or 'tensorrt' or 'tensorrt-llm' or 'tensorrt-llm-engine' or 'toy'"
+    expected = f"backend: Input should be {known}, got 'openvino'\n"
     assert _run(command, recipe).stderr == f"fly-build: {recipe}: {expected}"
 
 
@@ -65,14 +67,15 @@ def test_a_backend_refuses_what_it_cannot_do_and_what_belongs_to_another(command
     toy = ("--target", "org/a", "--backend", "toy")
     assert _run(command, *toy, "--quantization", "int8").stderr == "fly-build: quantization: a toy has none\n"
     assert _run(command, *toy, "--plugin-library", "file").stderr == (
-        "fly-build: plugin_library: belongs to backend tensorrt, got backend 'toy': leave it out\n"
+        "fly-build: plugin_library: belongs to backend tensorrt or tensorrt-llm-engine, got backend 'toy': leave it "
+        "out\n"
     )
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--help"], "--backend [onnxruntime|tensorrt]"),
+        (["--help"], "--backend [onnxruntime|tensorrt|tensorrt-llm|tensorrt-llm-engine]"),
         (["--target", "a", "--timing-cache", "b"], "timing_cache: belongs to backend tensorrt, got backend 'onnx"),
         (["--target", "a", "--quantization", "fp8"], "no CPU computes with it: use --quantization int8, or --backend"),
         (["--target", "a"], "is not installed: pip install 'fly-trt[build]'"),

@@ -106,8 +106,122 @@ LLM_API: tuple[Name, ...] = (
     *_llm_read_of_1_2("executor/result.py", "CompletionOutput.stop_reason"),
     *_llm_read_of_1_2("llmapi/utils.py", "enable_worker_single_process_for_tp1"),
 )
-SERVE: tuple[Name, ...] = ()
-BUILD: tuple[Name, ...] = ()
+# Keys of the YAML are fields of classes that forbid all others. Of 1.2 two texts were read, which lie around it.
+_LLM_ARGS = "tensorrt_llm/llmapi/llm_args.py"
+_READ_ARGS = "1.2: texts of about 2025-11 and 2026-02; main: commit 00043967"
+_READ_MAIN_ARGS = "commit 00043967"
+
+
+def _fields(owner: str, *names: str, releases: tuple[str, ...] = ("1.2", "main"), read_at: str = "") -> list[Name]:
+    """Keys of the YAML that are fields of one class."""
+    read_at = read_at or _READ_ARGS
+    return [Name("serve", _LLM_ARGS, f"{owner}.{name}", releases=releases, read_at=read_at) for name in names]
+
+
+SERVE: tuple[Name, ...] = (
+    *_fields("BaseLlmArgs", "model", "revision", "dtype", "tensor_parallel_size", "kv_cache_config"),
+    *_fields("BaseLlmArgs", "enable_chunked_prefill", releases=("main",), read_at=_READ_MAIN_ARGS),
+    *_fields("BaseLlmArgs", "speculative_config", "max_batch_size", "max_seq_len", "max_num_tokens"),
+    *_fields("TorchLlmArgs", "cuda_graph_config", "attn_backend"),
+    *_fields("KvCacheConfig", "enable_block_reuse", "free_gpu_memory_fraction", "dtype"),
+    *_fields("CudaGraphConfig", "max_batch_size", "enable_padding", releases=("1.2",), read_at="text of about 2025-11"),
+    *_fields("BaseCudaGraphConfig", "max_batch_size", "enable_padding", releases=("main",), read_at=_READ_MAIN_ARGS),
+    *_fields("DecodingBaseConfig", "max_draft_len"),
+    # Main, and the later text around 1.2, take the older key as an alias.
+    *_fields("DecodingBaseConfig", "speculative_model_dir", releases=("1.2",), read_at="text of about 2025-11"),
+    *_fields("DecodingBaseConfig", "speculative_model", releases=("main",), read_at=_READ_MAIN_ARGS),
+    *_fields("MTPDecodingConfig", "num_nextn_predict_layers", releases=("1.2",)),
+    # Of decoding_type, whose values are in modes.py.
+    *_fields("EagleDecodingConfig", "decoding_type"),
+    *_fields("MTPDecodingConfig", "decoding_type"),
+    *_fields("Eagle3DecodingConfig", "decoding_type", releases=("main",), read_at=_READ_MAIN_ARGS),
+    *_fields("DraftTargetDecodingConfig", "decoding_type", releases=("main",), read_at=_READ_MAIN_ARGS),
+    *_fields("PARDDecodingConfig", "decoding_type", releases=("main",), read_at=_READ_MAIN_ARGS),
+    *_fields("DFlashDecodingConfig", "decoding_type", releases=("main",), read_at=_READ_MAIN_ARGS),
+    *_fields("SADecodingConfig", "decoding_type", releases=("main",), read_at=_READ_MAIN_ARGS),
+    # Its flag is --extra_llm_api_options, of which --config is a newer name.
+    Name(
+        "serve",
+        "tensorrt_llm/commands/serve.py",
+        "serve",
+        ("model", "extra_llm_api_options"),
+        read_at="commit 00209af1, between 1.2 and 1.3",
+    ),
+    # Reads the YAML that LLM_CONFIG_PATH names, where the path may be absolute, with `triton_config` in it.
+    Name(
+        "serve",
+        "triton_backend/all_models/llmapi/tensorrt_llm/1/model.py",
+        "get_model_config",
+        ("filename",),
+        read_at="commit 044a90d2",
+    ),
+)
+# Texts around 1.2, since none of the release itself could be opened; all of this is gone from main.
+_READ_BUILDER = "a text of 2025, after 1.0"
+
+
+def _build(file: str, name: str, *parameters: str, read_at: str, sureness: Sureness = "read") -> Name:
+    return Name("build", f"tensorrt_llm/{file}", name, parameters, False, ("1.2",), read_at, sureness)
+
+
+BUILD: tuple[Name, ...] = (
+    _build("builder.py", "build", "model", "build_config", read_at=_READ_BUILDER),
+    _build(
+        "builder.py",
+        "BuildConfig",
+        "max_input_len",
+        "max_seq_len",
+        "max_batch_size",
+        "max_num_tokens",
+        "max_beam_width",
+        "max_draft_len",
+        "speculative_decoding_mode",
+        "gather_context_logits",
+        "strongly_typed",
+        "plugin_config",
+        read_at=_READ_BUILDER,
+    ),
+    _build("builder.py", "Engine.save", "engine_dir", read_at="nv-auto-deploy, commit 47cb03ab"),
+    _build("mapping.py", "Mapping", "world_size", "rank", "tp_size", read_at="its calls in llm_args.py, 2026-02"),
+    _build("models/__init__.py", "MODEL_MAP", read_at="commit 02267d3d"),
+    # Of every class in MODEL_MAP that is built; read for Llama, which is also Mistral's, Mixtral's and Granite's.
+    _build(
+        "models/llama/model.py",
+        "LLaMAForCausalLM.from_hugging_face",
+        "hf_model_or_dir",
+        "dtype",
+        "mapping",
+        "quant_config",
+        read_at="Ataraksia, commit a451bf93",
+    ),
+    _build("models/llama/model.py", "LLaMAForCausalLM.default_plugin_config", read_at="Ataraksia, commit a451bf93"),
+    _build(
+        "models/modeling_utils.py",
+        "PretrainedConfig",
+        "use_parallel_embedding",
+        "embedding_sharding_dim",
+        read_at=_READ_BUILDER,
+    ),
+    _build(
+        "models/modeling_utils.py",
+        "QuantConfig",
+        "quant_algo",
+        "kv_cache_quant_algo",
+        "group_size",
+        "has_zero_point",
+        "pre_quant_scale",
+        "exclude_modules",
+        read_at=_READ_BUILDER,
+    ),
+    _build("models/modeling_utils.py", "SpeculativeDecodingMode.DRAFT_TOKENS_EXTERNAL", read_at=_READ_BUILDER),
+    _build("quantization/mode.py", "QuantAlgo", read_at="imported in builder.py", sureness="unverified"),
+    _build("models/modeling_utils.py", "DecoderModelForCausalLM.forward", read_at=_READ_BUILDER),
+    _build("_common.py", "default_trtnet", read_at="commit 0fccc5b9"),
+    _build("network.py", "Network.trt_network", read_at="commit 138f96d4"),
+    _build("plugin/plugin.py", "PluginConfig.remove_input_padding", read_at="commit 035b99e0; " + _READ_BUILDER),
+    _build("plugin/plugin.py", "PluginConfig.paged_kv_cache", read_at="commit 035b99e0; " + _READ_BUILDER),
+    _build("plugin/plugin.py", "PluginConfig.use_paged_context_fmha", read_at="commit 035b99e0; " + _READ_BUILDER),
+)
 EXECUTOR: tuple[Name, ...] = ()
 # What PackedLooseAccept takes for given of a step: which rows there are, what last_token_ids and context_lengths count,
 # that both are in device memory, and that a request with drafts ends with its step. The versions of
