@@ -14,6 +14,7 @@ from fly_trt.integrations.tensorrt_llm.modes import Release, check_mode
 
 YAML_FILE, SERVE_FILE = "tensorrt_llm.yaml", "serve.sh"
 TRITON_YAML_FILE, TRITON_FILE = "triton.yaml", "triton.sh"
+HOOK = "fly_trt.integrations.tensorrt_llm.import_hook"
 FREE_GPU_MEMORY_FRACTION = 0.9  # TensorRT-LLM's own default
 TOKENS_PER_BLOCK = 32  # of the paged KV cache, in both releases
 # Beside the LLM API's own keys; the model file refuses to batch, and streams only where it is decoupled.
@@ -145,16 +146,19 @@ def triton_script(acceptance: Acceptance | None) -> str:
 
 
 def _script(usage: str, name: str, program: str, acceptance: Acceptance | None, run: str) -> str:
+    """The rule is put into processes by a file of fly-trt's wheel, which Python runs at each start where the variable is
+    set: without it the server would be exact without a word."""
     variables = {} if acceptance is None else acceptance.to_environment()
-    exported = "".join(f"export {variable}={shlex.quote(value)}\n" for variable, value in variables.items())
-    checked = (
-        f'program=$(command -v {program}) || {{ echo "{name}: {program} is not on the PATH" >&2; exit 1; }}\n'
-        'python=$(dirname "$program")/python3\n'
-        '[ -x "$python" ] || python=python3\n'
-        'if ! "$python" -c "import fly_trt.integrations.tensorrt_llm"; then\n'
-        f'    echo "{name}: $python has no fly_trt: $python -m pip install --no-deps fly-trt" >&2\n'
-        "    exit 1\n"
-        "fi\n"
-    )
+    set_up = "".join(f"export {variable}={shlex.quote(value)}\n" for variable, value in variables.items())
+    set_up += f'program=$(command -v {program}) || {{ echo "{name}: {program} is not on the PATH" >&2; exit 1; }}\n'
+    if acceptance is not None:
+        set_up += (
+            'python=$(dirname "$program")/python3\n'
+            '[ -x "$python" ] || python=python3\n'
+            f'if ! "$python" -c \'import sys; sys.exit("{HOOK}" not in sys.modules)\'; then\n'
+            f'    echo "{name}: $python starts without fly-trt: $python -m pip install --no-deps fly-trt" >&2\n'
+            "    exit 1\n"
+            "fi\n"
+        )
     here = 'here=$(CDPATH="" cd -- "$(dirname -- "$0")" && pwd)\n'
-    return f"#!/bin/sh\n# {usage}\nset -eu\n{here}{exported}{checked}{run}"
+    return f"#!/bin/sh\n# {usage}\nset -eu\n{here}{set_up}{run}"

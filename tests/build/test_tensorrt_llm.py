@@ -22,7 +22,7 @@ from fly_build.cli import main
 from fly_build.pipeline import build, make_plan
 from fly_build.recipe import load_recipe
 from fly_build.schema import SpeculativeMode
-from fly_build.tensorrt_llm_files import MODES_WITHOUT_DRAFT, TRITON_CONFIG
+from fly_build.tensorrt_llm_files import HOOK, MODES_WITHOUT_DRAFT, TRITON_CONFIG
 from fly_trt.errors import CheckpointError, ConfigError
 from fly_trt.integrations.tensorrt_llm.environment import Acceptance
 from fly_trt.integrations.tensorrt_llm.modes import check_mode
@@ -31,7 +31,6 @@ from fly_trt.manifest import Manifest, read_manifest
 from fly_trt.params import SpeculativeConfig
 from tiny_models import PAIR, TinyPair, add_demo_tokenizer
 
-ROOT = Path(__file__).parents[2]
 # Which classes of llm_args.py the mappings of the YAML are.
 TOP = ("BaseLlmArgs", "TorchLlmArgs")
 CLASSES = {
@@ -49,10 +48,10 @@ CLASSES = {
     ),
 }
 PROGRAM = '#!/bin/sh\nenv | grep -e FLY_TRT -e LLM_CONFIG | sort\nfor argument in "$@"; do echo "$argument"; done\n'
-WITHOUT_GRAPHS = (
-    "import sys; sys.modules.update(dict.fromkeys(['onnx', 'onnx_ir', 'onnxscript', 'tensorrt', 'tensorrt_llm'])); "
-    "from fly_build.cli import main; main()"
-)
+# As the wheel's .pth file does where the variable is set.
+AS_INSTALLED = f"import os, sys; os.environ.get('FLY_TRT_TRTLLM') and sys.modules.setdefault({HOOK!r}, sys)\n"
+ABSENT = ["onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_llm"]
+WITHOUT_GRAPHS = f"import sys; sys.modules.update(dict.fromkeys({ABSENT})); from fly_build.cli import main; main()"
 GB = 1e9
 
 
@@ -152,7 +151,8 @@ def _programs(folder: Path, *names: str) -> dict[str, str]:
         (folder / name).chmod(0o755)
     (folder / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n', encoding="utf-8")
     (folder / "python3").chmod(0o755)
-    return {**os.environ, "PATH": f"{folder}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    (folder / "sitecustomize.py").write_text(AS_INSTALLED, encoding="utf-8")
+    return {**os.environ, "PATH": f"{folder}:/usr/bin:/bin", "PYTHONPATH": str(folder)}
 
 
 def test_the_start_script_sets_the_rule_and_starts_the_server(tmp_path: Path) -> None:
@@ -185,12 +185,12 @@ def test_triton_reads_the_same_arguments_beside_models_of_its_own(tmp_path: Path
     assert lines[-4:] == ["--model-repository", str(tmp_path / "llmapi"), "--http-port", "1"]
 
 
-@pytest.mark.parametrize("missing", ["trtllm-serve", "fly_trt"])
+@pytest.mark.parametrize("missing", ["trtllm-serve", "fly-trt"])
 def test_the_start_script_says_what_is_missing(missing: str, tmp_path: Path) -> None:
     _build(tmp_path / "engine")
     environment = _programs(tmp_path / "bin", *({"trtllm-serve"} - {missing}))
-    if missing == "fly_trt":
-        (tmp_path / "bin" / "python3").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    if missing == "fly-trt":
+        (tmp_path / "bin" / "sitecustomize.py").unlink()
     finished = subprocess.run(
         [tmp_path / "engine" / "serve.sh"], env=environment, capture_output=True, text=True, check=False
     )
@@ -201,7 +201,11 @@ def test_the_start_script_says_what_is_missing(missing: str, tmp_path: Path) -> 
 
 def test_exact_acceptance_leaves_the_server_as_it_is(tmp_path: Path) -> None:
     _build(tmp_path / "engine", speculative={"acceptance": "exact"})
-    assert "FLY_TRT" not in (tmp_path / "engine" / "serve.sh").read_text(encoding="utf-8")
+    environment = _programs(tmp_path / "bin", "trtllm-serve")
+    (tmp_path / "bin" / "sitecustomize.py").unlink()
+    command = [tmp_path / "engine" / "serve.sh"]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "FLY_TRT" not in finished.stdout
 
 
 def test_it_needs_none_of_the_libraries_that_make_graphs(tmp_path: Path) -> None:
