@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fly_trt.errors import ConfigError
-from fly_trt.integrations.tensorrt_llm.environment import Acceptance
+from fly_trt.integrations.tensorrt_llm.environment import NO_ACCEPTANCE, Acceptance
 from fly_trt.integrations.tensorrt_llm.modes import Release, check_mode
 
 YAML_FILE, SERVE_FILE = "tensorrt_llm.yaml", "serve.sh"
@@ -146,9 +146,9 @@ def triton_script(acceptance: Acceptance | None) -> str:
 
 
 def _script(usage: str, name: str, program: str, acceptance: Acceptance | None, run: str) -> str:
-    """The rule is put into processes by a file of fly-trt's wheel, which Python runs at each start where the variable is
-    set: without it the server would be exact without a word."""
-    variables = {} if acceptance is None else acceptance.to_environment()
+    """The rule is put into processes by a file of fly-trt's wheel, which Python runs at each start where the variable
+    is set: without it the server would be exact without a word. One that shall be exact is so in any environment."""
+    variables = NO_ACCEPTANCE if acceptance is None else acceptance.to_environment()
     set_up = "".join(f"export {variable}={shlex.quote(value)}\n" for variable, value in variables.items())
     set_up += f'program=$(command -v {program}) || {{ echo "{name}: {program} is not on the PATH" >&2; exit 1; }}\n'
     if acceptance is not None:

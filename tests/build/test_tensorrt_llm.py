@@ -201,11 +201,13 @@ def test_the_start_script_says_what_is_missing(missing: str, tmp_path: Path) -> 
 
 def test_exact_acceptance_leaves_the_server_as_it_is(tmp_path: Path) -> None:
     _build(tmp_path / "engine", speculative={"acceptance": "exact"})
-    environment = _programs(tmp_path / "bin", "trtllm-serve")
+    environment = _programs(tmp_path / "bin", "trtllm-serve") | Acceptance("vllm").to_environment()
     (tmp_path / "bin" / "sitecustomize.py").unlink()
     command = [tmp_path / "engine" / "serve.sh"]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "FLY_TRT" not in finished.stdout
+    variables = dict(line.split("=", 1) for line in finished.stdout.splitlines() if "=" in line)
+    assert "FLY_TRT_TRTLLM" in variables
+    assert Acceptance.from_environment(variables) is None
 
 
 def test_it_needs_none_of_the_libraries_that_make_graphs(tmp_path: Path) -> None:
