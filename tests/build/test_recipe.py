@@ -21,8 +21,8 @@ REFUSED = {
     "unknown-field-of-a-model": ("target: {checkpoint: org/a, rev: x}", "target.rev: Extra inputs"),
     "wrong-choice": ("target: org/a\ndtype: float8", "dtype: Input should be 'float32'.*got 'float8'"),
     "unknown-backend": (
-        "target: org/a\nbackend: tensorrt-llm",
-        "backend: Input should be 'onnxruntime' or 'tensorrt', got 'tensorrt-llm'",
+        "target: org/a\nbackend: openvino",
+        "backend: Input should be 'onnxruntime' or 'tensorrt' or 'tensorrt-llm' or 'tensorrt-llm-engine', got 'openv",
     ),
     "wrong-type": ("target: org/a\nmax_seq_len: long", "max_seq_len: .*got 'long'"),
     "out-of-range": ("target: org/a\nmax_batch_size: 0", "max_batch_size: .*greater than 0, got 0"),
