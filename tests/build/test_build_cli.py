@@ -136,7 +136,7 @@ def test_backend_that_cannot_be_built_is_an_error(tiny_pair: TinyPair) -> None:
     result = _fly_build("--target", tiny_pair.target, "--backend", "openvino")
     assert result.exit_code == 2
     assert "'openvino' is not one of 'onnxruntime', 'tensorrt'" in result.stderr
-    assert "[onnxruntime|tensorrt]" in _fly_build("--help").stdout
+    assert "[onnxruntime|tensorrt|tensorrt-llm|tensorrt-llm-engine]" in _fly_build("--help").stdout
 
 
 def test_existing_output_is_an_error_and_stays_as_it_is(tiny_pair: TinyPair, working_directory: Path) -> None:
