@@ -222,7 +222,125 @@ BUILD: tuple[Name, ...] = (
     _build("plugin/plugin.py", "PluginConfig.paged_kv_cache", read_at="commit 035b99e0; " + _READ_BUILDER),
     _build("plugin/plugin.py", "PluginConfig.use_paged_context_fmha", read_at="commit 035b99e0; " + _READ_BUILDER),
 )
-EXECUTOR: tuple[Name, ...] = ()
+_BINDINGS = "cpp/tensorrt_llm/nanobind/executor"
+_CPP_TESTS = "tests/unittest/bindings/test_executor_bindings.py"
+# Text of about 1.1 (2025), whose keywords 1.2.0rc2's own tests of the bindings (_CPP_TESTS) use too.
+_READ_REQUEST = "commit 008b2b8d"
+_READ_EXECUTOR = "1.2.0rc5 (commit f0c873f5)"
+_READ_LOOP = "1.2.0rc2 (commit b35ac1b6)"
+
+
+def _executor(file: str, name: str, *parameters: str, read_at: str) -> Name:
+    return Name("executor", f"{_BINDINGS}/{file}", name, parameters, releases=("1.2",), read_at=read_at)
+
+
+EXECUTOR: tuple[Name, ...] = (
+    _executor("executor.cpp", "Executor", "model_path", "model_type", "executor_config", read_at=_READ_EXECUTOR),
+    _executor("executor.cpp", "Executor.enqueue_requests", "requests", read_at=_READ_EXECUTOR),
+    _executor("executor.cpp", "Executor.await_responses", "timeout", read_at=_READ_EXECUTOR),
+    _executor("executor.cpp", "Executor.cancel_request", "id", read_at=_READ_EXECUTOR),
+    _executor("executor.cpp", "Executor.get_latest_iteration_stats", read_at=_READ_EXECUTOR),
+    _executor("executor.cpp", "Executor.shutdown", read_at=_READ_EXECUTOR),
+    _executor("bindings.cpp", "ModelType.DECODER_ONLY", read_at="commit 01315fdb"),
+    _executor("bindings.cpp", "CommunicationType.MPI", read_at="commit 01315fdb"),
+    _executor("bindings.cpp", "CommunicationMode.ORCHESTRATOR", read_at="commit 01315fdb"),
+    _executor("bindings.cpp", "IterationStats.kv_cache_stats", read_at="commit 01315fdb"),
+    _executor("bindings.cpp", "KvCacheStats.max_num_blocks", read_at="commit 01315fdb"),
+    _executor("bindings.cpp", "KvCacheStats.used_num_blocks", read_at="commit 01315fdb"),
+    _executor("bindings.cpp", "KvCacheStats.tokens_per_block", read_at="commit 01315fdb"),
+    _executor(
+        "executorConfig.cpp",
+        "ExecutorConfig",
+        "max_beam_width",
+        "kv_cache_config",
+        "iter_stats_max_iterations",
+        "max_batch_size",
+        "parallel_config",
+        read_at=_READ_REQUEST,
+    ),
+    _executor(
+        "executorConfig.cpp",
+        "KvCacheConfig",
+        "enable_block_reuse",
+        "max_tokens",
+        "free_gpu_memory_fraction",
+        read_at=_READ_REQUEST,
+    ),
+    _executor(
+        "executorConfig.cpp",
+        "ParallelConfig",
+        "communication_type",
+        "communication_mode",
+        "device_ids",
+        "orchestrator_config",
+        read_at=_READ_REQUEST,
+    ),
+    _executor(
+        "executorConfig.cpp",
+        "OrchestratorConfig",
+        "is_orchestrator",
+        "worker_executable_path",
+        "spawn_processes",
+        read_at=_READ_REQUEST,
+    ),
+    _executor("request.cpp", "SamplingConfig", "top_k", "top_p", "seed", "temperature", "min_p", read_at=_READ_REQUEST),
+    _executor("request.cpp", "OutputConfig", "exclude_input_from_output", "return_perf_metrics", read_at=_READ_REQUEST),
+    _executor("request.cpp", "ExternalDraftTokensConfig", "tokens", read_at=_READ_REQUEST),
+    _executor(
+        "request.cpp",
+        "Request",
+        "input_token_ids",
+        "max_tokens",
+        "streaming",
+        "sampling_config",
+        "output_config",
+        "external_draft_tokens_config",
+        read_at=_READ_REQUEST,
+    ),
+    _executor("request.cpp", "Response.request_id", read_at=_READ_REQUEST),
+    _executor("request.cpp", "Response.has_error", read_at=_READ_REQUEST),
+    _executor("request.cpp", "Response.error_msg", read_at=_READ_REQUEST),
+    _executor("request.cpp", "Response.result", read_at=_READ_REQUEST),
+    _executor("request.cpp", "Result.is_final", read_at=_READ_REQUEST),
+    _executor("request.cpp", "Result.output_token_ids", read_at=_READ_REQUEST),
+    _executor("request.cpp", "Result.finish_reasons", read_at=_READ_REQUEST),
+    _executor("request.cpp", "Result.request_perf_metrics", read_at=_READ_REQUEST),
+    _executor("request.cpp", "RequestPerfMetrics.kv_cache_metrics", read_at=_READ_REQUEST),
+    _executor("request.cpp", "KvCacheMetrics.num_reused_blocks", read_at=_READ_REQUEST),
+    _executor("request.cpp", "FinishReason.CANCELLED", read_at=_READ_REQUEST),
+    _executor("request.cpp", "FinishReason.TIMED_OUT", read_at=_READ_REQUEST),
+    # What the loop counts on, beside names: the texts that say it.
+    Name("executor", _CPP_TESTS, "", releases=("1.2",), read_at=_READ_LOOP),
+    Name(
+        "executor",
+        "cpp/tensorrt_llm/batch_manager/trtGptModelInflightBatching.cpp",
+        "TrtGptModelInflightBatching::updateRequests",  # a request with draft tokens ends after one step
+        releases=("1.2",),
+        read_at=_READ_LOOP,
+    ),
+    Name(
+        "executor",
+        "cpp/tensorrt_llm/executor/executorImpl.cpp",
+        "Executor::Impl::awaitResponses",  # it returns at once, with nothing, when the executor has ended
+        releases=("1.2",),
+        read_at=_READ_LOOP,
+    ),
+    Name(
+        "executor",
+        "cpp/tensorrt_llm/executor/executorImpl.cpp",
+        "Executor::Impl::initializeOrchestrator",  # workers are spawned, one for each rank
+        releases=("1.2",),
+        read_at=_READ_LOOP,
+    ),
+    Name(
+        "executor",
+        "cpp/tensorrt_llm/executor_worker/executorWorker.cpp",
+        "initTrtLlmPlugins",  # no other plugins are registered by it
+        releases=("1.2",),
+        read_at="commit 06c0e9b1",
+    ),
+    Name("executor", "setup.py", "bin/executorWorker", releases=("1.2",), read_at="a text of 1.x, of unknown date"),
+)
 # What PackedLooseAccept takes for given of a step: which rows there are, what last_token_ids and context_lengths count,
 # that both are in device memory, and that a request with drafts ends with its step. The versions of
 # most commits are not known.

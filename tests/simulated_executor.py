@@ -1,0 +1,626 @@
+"""`tensorrt_llm.bindings.executor` without TensorRT-LLM, as far as fly_trt calls it: ONNX Runtime computes its engines.
+
+Names, keywords and their order are those of cpp/tensorrt_llm/nanobind/executor/{request,executorConfig,executor,
+bindings}.cpp, what they do that of cpp/tensorrt_llm/executor/executorImpl.cpp and cpp/tensorrt_llm/batch_manager/
+{trtGptModelInflightBatching.cpp,trtGptModel.h} of 1.2.0rc2 (commit b35ac1b6), and of include/tensorrt_llm/
+batch_manager/llmRequest.h: one thread runs all active requests, a step each at a time; a request with draft tokens ends
+after one step, with those that equal the sampled token and one more; whole blocks of what other requests left are
+reused; what is wrong with a request is an error response; a cancelled one answers once more.
+
+It promises no more than those: responses come late and in any order, of a cancelled one with tokens that nobody needs,
+results have garbage where nothing was asked for, and unknown or missing keywords are TypeErrors. An engine file is a
+text that says which ONNX engine computes it, and by which rule its logits are rewritten, as the plugin does.
+"""
+
+import enum
+import json
+import math
+import random
+import sys
+import threading
+import time
+import types
+from collections import deque
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from fly_trt.engines import load_engine
+from fly_trt.manifest import read_manifest
+
+TOKENS_PER_BLOCK = 32
+GARBAGE = -12345
+MILLISECONDS = 0.004  # that a response is late, at most
+
+ModelType = enum.Enum("ModelType", ["DECODER_ONLY", "ENCODER_ONLY", "ENCODER_DECODER"])
+CommunicationType = enum.Enum("CommunicationType", ["MPI"])
+CommunicationMode = enum.Enum("CommunicationMode", ["LEADER", "ORCHESTRATOR"])
+FinishReason = enum.Enum(
+    "FinishReason", ["NOT_FINISHED", "END_ID", "STOP_WORDS", "LENGTH", "TIMED_OUT", "CANCELLED"], start=0
+)
+
+
+def _check_all(is_right: bool, what: str) -> None:
+    """TLLM_CHECK, as Python sees it."""
+    if not is_right:
+        raise RuntimeError(f"[TensorRT-LLM][ERROR] Assertion failed: {what}")
+
+
+class SamplingConfig:
+    """nanobind/executor/request.cpp; the checks are cpp/tensorrt_llm/executor/samplingConfig.cpp."""
+
+    def __init__(
+        self,
+        beam_width: int = 1,
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        top_p_min: float | None = None,
+        top_p_reset_ids: int | None = None,
+        top_p_decay: float | None = None,
+        seed: int | None = None,
+        temperature: float | None = None,
+        min_tokens: int | None = None,
+        beam_search_diversity_rate: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        length_penalty: float | None = None,
+        early_stopping: int | None = None,
+        no_repeat_ngram_size: int | None = None,
+        num_return_sequences: int | None = None,
+        min_p: float | None = None,
+        beam_width_array: list[int] | None = None,
+    ) -> None:
+        _check_all(beam_width == 1, "one beam")
+        _check_all(top_k is None or top_k >= 0, "topK >= 0")
+        _check_all(top_p is None or 0 < top_p <= 1, "0 < topP <= 1")
+        _check_all(temperature is None or temperature >= 0, "temperature >= 0")
+        _check_all(min_p is None or 0 <= min_p <= 1, "0 <= minP <= 1")
+        if seed is not None and not (isinstance(seed, int) and 0 <= seed < 1 << 64):
+            raise TypeError("seed: an unsigned number of 64 bits")
+        self.top_k, self.top_p, self.temperature, self.min_p, self.seed = top_k, top_p, temperature, min_p, seed
+
+    def sample(self, logits: np.ndarray, random_numbers: np.random.Generator) -> int:
+        if self.top_k == 1 or (not self.top_k and not self.top_p):
+            return int(logits.argmax())
+        scaled = logits.astype(np.float64) / (self.temperature or 1.0)
+        probabilities = np.exp(scaled - scaled.max())
+        probabilities /= probabilities.sum()
+        order = np.argsort(-probabilities, kind="stable")
+        kept = order[: self.top_k] if self.top_k else order
+        before = np.cumsum(probabilities[kept]) - probabilities[kept]
+        kept = kept[before < (self.top_p or 1.0)]
+        kept = kept[probabilities[kept] >= (self.min_p or 0.0) * probabilities.max()]
+        left = probabilities[kept] / probabilities[kept].sum()
+        return int(kept[min(np.searchsorted(np.cumsum(left), random_numbers.random(), "right"), len(kept) - 1)])
+
+
+class OutputConfig:
+    """nanobind/executor/request.cpp."""
+
+    def __init__(
+        self,
+        return_log_probs: bool = False,
+        return_context_logits: bool = False,
+        return_generation_logits: bool = False,
+        exclude_input_from_output: bool = False,
+        return_encoder_output: bool = False,
+        return_perf_metrics: bool = False,
+        additional_model_outputs: list[Any] | None = None,
+    ) -> None:
+        unused = return_log_probs, return_context_logits, return_generation_logits, additional_model_outputs
+        assert not any(unused), "not simulated"
+        self.exclude_input_from_output = exclude_input_from_output
+        self.return_perf_metrics = return_perf_metrics
+
+
+class ExternalDraftTokensConfig:
+    """nanobind/executor/request.cpp."""
+
+    def __init__(
+        self,
+        tokens: list[int],
+        logits: Any = None,
+        acceptance_threshold: float | None = None,
+        fast_logits: bool | None = None,
+    ) -> None:
+        _check_tokens(tokens)
+        _check_all(len(tokens) > 0, "!mTokens.empty()")
+        assert (logits, acceptance_threshold, fast_logits) == (None, None, None), "not simulated"
+        self.tokens = tokens
+
+
+class Request:
+    """nanobind/executor/request.cpp: the keywords that are known there; those that are not UNUSED are computed."""
+
+    UNUSED = frozenset(
+        """pad_id position_ids bad_words stop_words embedding_bias prompt_tuning_config multimodal_input
+        multimodal_embedding mrope_config lora_config lookahead_config kv_cache_retention_config
+        logits_post_processor_name logits_post_processor encoder_input_token_ids client_id return_all_generated_tokens
+        priority type context_phase_params encoder_input_features encoder_output_length cross_attention_mask
+        num_return_sequences eagle_config skip_cross_attn_blocks guided_decoding_params language_adapter_uid
+        allotted_time_ms""".split()  # noqa: SIM905
+    )
+
+    def __init__(
+        self,
+        input_token_ids: list[int],
+        max_tokens: int,
+        *,
+        streaming: bool = False,
+        sampling_config: SamplingConfig | None = None,
+        output_config: OutputConfig | None = None,
+        end_id: int | None = None,
+        external_draft_tokens_config: ExternalDraftTokensConfig | None = None,
+        **others: Any,
+    ) -> None:
+        assert not others.keys() & self.UNUSED, f"{sorted(others)}: not simulated"
+        if others:
+            raise TypeError(f"__init__(): incompatible function arguments: {sorted(others)}")
+        _check_tokens(input_token_ids)
+        _check_all(len(input_token_ids) > 0, "!mInputTokenIds.empty()")
+        _check_all(isinstance(max_tokens, int) and max_tokens > 0, "mMaxNewTokens > 0")
+        self.input_token_ids = input_token_ids
+        self.max_tokens = max_tokens
+        self.streaming = streaming
+        self.sampling_config = sampling_config or SamplingConfig()
+        self.output_config = output_config or OutputConfig()
+        self.end_id = end_id
+        self.external_draft_tokens_config = external_draft_tokens_config
+
+
+def _check_tokens(tokens: Any) -> None:
+    if not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):
+        raise TypeError("incompatible function arguments: a list of int")
+
+
+class KvCacheConfig:
+    """nanobind/executor/executorConfig.cpp."""
+
+    def __init__(
+        self,
+        enable_block_reuse: bool = True,
+        max_tokens: int | None = None,
+        max_attention_window: list[int] | None = None,
+        sink_token_length: int | None = None,
+        free_gpu_memory_fraction: float | None = None,
+        host_cache_size: int | None = None,
+        onboard_blocks: bool = True,
+        cross_kv_cache_fraction: float | None = None,
+        secondary_offload_min_priority: int | None = None,
+        event_buffer_max_size: int = 0,
+        *,
+        enable_partial_reuse: bool = True,
+        copy_on_partial_reuse: bool = True,
+        use_uvm: bool = False,
+        runtime_defaults: Any = None,
+    ) -> None:
+        _check_all(free_gpu_memory_fraction is None or 0 < free_gpu_memory_fraction < 1, "a fraction")
+        self.enable_block_reuse, self.max_tokens = enable_block_reuse, max_tokens
+
+
+class OrchestratorConfig:
+    """nanobind/executor/executorConfig.cpp."""
+
+    def __init__(
+        self,
+        is_orchestrator: bool = True,
+        worker_executable_path: str = "",
+        orch_leader_comm: Any = None,
+        spawn_processes: bool = True,
+    ) -> None:
+        self.is_orchestrator, self.spawn_processes = is_orchestrator, spawn_processes
+        self.worker_executable_path = worker_executable_path
+
+
+class ParallelConfig:
+    """nanobind/executor/executorConfig.cpp."""
+
+    def __init__(
+        self,
+        communication_type: CommunicationType = CommunicationType.MPI,
+        communication_mode: CommunicationMode = CommunicationMode.LEADER,
+        device_ids: list[int] | None = None,
+        participant_ids: list[int] | None = None,
+        orchestrator_config: OrchestratorConfig | None = None,
+        num_nodes: int | None = None,
+    ) -> None:
+        self.communication_mode, self.device_ids = communication_mode, device_ids
+        self.participant_ids, self.orchestrator_config = participant_ids, orchestrator_config
+
+
+class ExecutorConfig:
+    """nanobind/executor/executorConfig.cpp."""
+
+    def __init__(
+        self,
+        max_beam_width: int = 1,
+        scheduler_config: Any = None,
+        kv_cache_config: KvCacheConfig | None = None,
+        enable_chunked_context: bool = False,
+        normalize_log_probs: bool = True,
+        iter_stats_max_iterations: int = 1000,
+        request_stats_max_iterations: int = 0,
+        batching_type: Any = None,
+        max_batch_size: int | None = None,
+        max_num_tokens: int | None = None,
+        parallel_config: ParallelConfig | None = None,
+    ) -> None:
+        assert (scheduler_config, batching_type, enable_chunked_context) == (None, None, False), "not simulated"
+        self.kv_cache_config = kv_cache_config or KvCacheConfig()
+        self.iter_stats_max_iterations = iter_stats_max_iterations
+        self.max_batch_size, self.parallel_config = max_batch_size, parallel_config
+
+
+class Result(types.SimpleNamespace):
+    """nanobind/executor/request.cpp; what was not asked for is None, as its optional fields are."""
+
+
+class Response:
+    """nanobind/executor/request.cpp; the other half of it cannot be had."""
+
+    def __init__(self, request_id: int, *, result: Result | None = None, error_msg: str | None = None) -> None:
+        self.request_id = request_id
+        self.client_id = None
+        self._result, self._error = result, error_msg
+
+    def has_error(self) -> bool:
+        return self._error is not None
+
+    @property
+    def error_msg(self) -> str:
+        _check_all(self._error is not None, "hasError()")
+        return str(self._error)
+
+    @property
+    def result(self) -> Result:
+        _check_all(self._error is None, "!hasError()")
+        assert self._result is not None
+        return self._result
+
+
+class _Active:
+    """A request that runs. `tokens` are its prompt and what was generated."""
+
+    def __init__(self, request_id: int, request: Request) -> None:
+        self.id, self.request = request_id, request
+        self.tokens = list(request.input_token_ids)
+        drafts = request.external_draft_tokens_config
+        self.draft = list(drafts.tokens) if drafts else []
+        self.max_new = request.max_tokens
+        self.num_new = self.num_said = self.num_reused = 0
+        self.slot = -1
+        seed = request.sampling_config.seed
+        self.random = np.random.default_rng(seed or 0)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.input_token_ids)
+
+
+class Executor:
+    """Of a folder with config.json and rank0.engine. For tests: `alive` are all that were not shut down, `failing` are
+    prompts whose requests fail, `num_active`, `num_computed` and `num_reused` count requests and tokens."""
+
+    alive: ClassVar[list["Executor"]] = []
+
+    def __init__(self, model_path: Path, model_type: ModelType, executor_config: ExecutorConfig) -> None:
+        assert model_type is ModelType.DECODER_ONLY
+        config = json.loads((Path(model_path) / "config.json").read_text())
+        self.built = config["build_config"]
+        plan = json.loads((Path(model_path) / "rank0.engine").read_text())
+        self.role, self.rule = plan["role"], plan["rule"]
+        self.places = executor_config.parallel_config
+        _check_places(self.places, config["pretrained_config"]["mapping"]["tp_size"])
+        manifest = read_manifest(Path(plan["onnx"]))
+        self.max_batch_size = min(executor_config.max_batch_size or math.inf, self.built["max_batch_size"])
+        model = manifest.target if self.role == "target" else manifest.draft
+        assert model is not None
+        self.cache = executor_config.kv_cache_config
+        self.num_slots = manifest.limits.max_batch_size
+        self._engine = load_engine(Path(plan["onnx"]), manifest, model, num_slots=self.num_slots)
+        self._stats_limit = executor_config.iter_stats_max_iterations
+        self._held: list[list[int]] = [[] for _ in range(self.num_slots)]  # tokens in each slot's cache
+        self._lock = threading.Condition()
+        self._queue: deque[_Active] = deque()
+        self._active: list[_Active] = []
+        self._cancelled: set[int] = set()
+        self._terminated: set[int] = set()
+        self._ready: list[Response] = []
+        self._late: list[tuple[float, Response]] = []
+        self._stats: deque[Any] = deque()
+        self._next_id = 1
+        self._is_over = self._was_shut_down = False
+        self._random = random.Random(0)
+        self.failing: set[tuple[int, ...]] = set()
+        self.num_computed = self.num_reused = self.num_requests = 0
+        self.fault: str | None = None
+        self.is_dumb = False  # it takes requests and answers none
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._thread.start()
+        Executor.alive.append(self)
+
+    @property
+    def num_active(self) -> int:
+        with self._lock:
+            return len(self._active) + len(self._queue)
+
+    def enqueue_request(self, request: Request) -> int:
+        return self.enqueue_requests([request])[0]
+
+    def enqueue_requests(self, requests: list[Request]) -> list[int]:
+        assert isinstance(requests, list)
+        with self._lock:
+            self._check_open()
+            ids = list(range(self._next_id, self._next_id + len(requests)))
+            self._next_id += len(requests)
+            self.num_requests += len(requests)
+            for request_id, request in zip(ids, requests, strict=True):
+                assert isinstance(request, Request)
+                self._queue.append(_Active(request_id, request))
+            self._lock.notify_all()
+        return ids
+
+    def await_responses(self, timeout: timedelta | None = None) -> list[Response]:
+        assert isinstance(timeout, timedelta), "a wait has an end"
+        if self.fault:
+            raise RuntimeError(self.fault)
+        with self._lock:
+            self._check_open()
+            self._lock.wait_for(lambda: self._ready or self._is_over or self.fault, timeout.total_seconds())
+            ready, self._ready = self._ready, []
+            self._random.shuffle(ready)  # it keeps them by id; those of one id are in order
+            order: dict[int, int] = {}
+            for response in ready:
+                order.setdefault(response.request_id, len(order))
+        return sorted(ready, key=lambda response: (order[response.request_id], response.at))
+
+    def cancel_request(self, id: int | None = None) -> None:
+        assert isinstance(id, int)
+        with self._lock:
+            self._check_open()
+            if id not in self._terminated:
+                self._cancelled.add(id)
+
+    def get_latest_iteration_stats(self) -> deque[Any]:
+        with self._lock:
+            self._check_open()
+            stats, self._stats = self._stats, deque()
+        return stats
+
+    def can_enqueue_requests(self) -> bool:
+        return not self._was_shut_down
+
+    def shutdown(self) -> None:
+        with self._lock:
+            self._was_shut_down = self._is_over = True
+            self._lock.notify_all()
+        self._thread.join()
+        self._engine.close()
+        if self in Executor.alive:
+            Executor.alive.remove(self)
+
+    def die(self) -> None:
+        """As its loop does when it is over: nothing is waited for any more (executorImpl.cpp, awaitResponses)."""
+        with self._lock:
+            self._is_over = True
+            self._lock.notify_all()
+
+    def break_down(self, reason: str) -> None:
+        """Whoever waits is told."""
+        with self._lock:
+            self.fault = reason
+            self._lock.notify_all()
+
+    def _check_open(self) -> None:
+        _check_all(not self._was_shut_down, "Shutdown called")
+
+    def _loop(self) -> None:
+        while True:
+            with self._lock:
+                if not (self._queue or self._active or self._late or self._is_over):
+                    self._lock.wait()
+                if self._is_over:
+                    return
+                self._deliver()
+                if self.is_dumb:
+                    self._lock.wait(0.01)
+                    continue
+                while self._queue and len(self._active) < self.max_batch_size:
+                    self._admit(self._queue.popleft())
+                for active in [active for active in self._active if active.id in self._cancelled]:
+                    self._cancelled.discard(active.id)
+                    self._end(active, FinishReason.CANCELLED, tokens=[GARBAGE])
+                batch = list(self._active)
+            for active in batch:
+                self._advance(active)
+            with self._lock:
+                self._count()
+            time.sleep(self._random.random() * 0.0005)
+
+    def _admit(self, active: _Active) -> None:
+        """llmRequest.h, validate; what it throws becomes an error response (executorImpl.cpp, fetchNewRequests)."""
+        built, num_prompt = self.built, active.num_prompt
+        max_input = min(built["max_seq_len"] - 1, built["max_num_tokens"])
+        if num_prompt > max_input:
+            return self._fail(active, f"Prompt length ({num_prompt}) exceeds maximum input length ({max_input})")
+        if len(active.draft) > built["max_draft_len"]:
+            limit = built["max_draft_len"]
+            return self._fail(active, f"Draft tokens length ({len(active.draft)}) exceeds maximum ({limit})")
+        del active.draft[max(0, max_input - num_prompt) :]
+        ahead = len(active.draft) or built["max_draft_len"]
+        active.max_new = min(active.max_new, built["max_seq_len"] - num_prompt - ahead)
+        if tuple(active.request.input_token_ids[:num_prompt]) in self.failing:
+            return self._fail(active, "Encountered an error in forwardAsync function:\nsomething is broken")
+        taken = {other.slot for other in self._active}
+        free = [slot for slot in range(self.num_slots) if slot not in taken]
+        reusable = {slot: _common(self._held[slot], active.tokens[:-1]) for slot in free}
+        active.slot = max(free, key=lambda slot: (reusable[slot], -len(self._held[slot])))
+        if self.cache.enable_block_reuse:
+            active.num_reused = reusable[active.slot] // TOKENS_PER_BLOCK
+        del self._held[active.slot][active.num_reused * TOKENS_PER_BLOCK :]
+        self.num_reused += active.num_reused * TOKENS_PER_BLOCK
+        self._active.append(active)
+        return None
+
+    def _advance(self, active: _Active) -> None:
+        logits = self._compute(active.slot, active.tokens, active.draft)
+        rewrite(logits, active.draft, self.rule)
+        sampling = active.request.sampling_config
+        said = [sampling.sample(row, active.random) for row in logits]
+        num_accepted = next((at for at, token in enumerate(active.draft) if token != said[at]), len(active.draft))
+        new = said[: num_accepted + 1][: active.max_new - active.num_new]
+        if active.request.end_id in new:
+            new = new[: new.index(active.request.end_id) + 1]
+        with self._lock:
+            active.tokens += new
+            active.num_new += len(new)
+            del self._held[active.slot][len(active.tokens) - 1 :]  # rejected tokens are no cache of the sequence
+            if new and new[-1] == active.request.end_id:
+                self._end(active, FinishReason.END_ID)
+            elif active.num_new >= active.max_new:
+                self._end(active, FinishReason.LENGTH)
+            elif active.draft:
+                self._end(active, FinishReason.NOT_FINISHED)
+            elif active.request.streaming:
+                self._say(active, self._new_tokens(active), FinishReason.NOT_FINISHED, is_final=False)
+
+    def _compute(self, slot: int, tokens: list[int], draft: list[int]) -> np.ndarray:
+        """Logits float32 [k + 1, V] after the tokens and after each of k draft tokens."""
+        held, engine = self._held[slot], self._engine
+        assert held == tokens[: len(held)], "the cache holds the sequence"
+        assert len(held) < len(tokens), "the last token is computed anew"
+        limit = engine.info.max_num_tokens
+        context, first = tokens[len(held) : -1], tokens[-1]
+        for at in range(0, len(context), limit):
+            part = context[at : at + limit]
+            step = engine.step(slot, 1, len(part))
+            step.set_row(0, len(held), np.array(part))
+            engine.run(step)
+            held += part
+        row = [first, *draft]
+        step = engine.step(slot, 1, len(row), with_logits=True)
+        step.set_row(0, len(held), np.array(row))
+        engine.run(step)
+        assert step.logits is not None
+        held += row
+        self.num_computed += len(context) + len(row)
+        return step.logits[0, : len(row)].copy()
+
+    def _new_tokens(self, active: _Active) -> list[int]:
+        start, active.num_said = active.num_said, active.num_new
+        before = active.num_prompt if active.request.output_config.exclude_input_from_output else 0
+        return active.tokens[before + start :]
+
+    def _fail(self, active: _Active, reason: str) -> None:
+        self._terminated.add(active.id)
+        self._respond(Response(active.id, error_msg=reason))
+
+    def _end(self, active: _Active, reason: FinishReason, tokens: list[int] | None = None) -> None:
+        self._active.remove(active)
+        self._terminated.add(active.id)
+        self._say(active, self._new_tokens(active) if tokens is None else tokens, reason, is_final=True)
+
+    def _say(self, active: _Active, tokens: list[int], reason: FinishReason, *, is_final: bool) -> None:
+        blocks = types.SimpleNamespace(num_reused_blocks=active.num_reused)
+        wants_metrics = active.request.output_config.return_perf_metrics and is_final
+        result = Result(
+            is_final=is_final,
+            output_token_ids=[tokens],
+            finish_reasons=[reason],
+            request_perf_metrics=types.SimpleNamespace(kv_cache_metrics=blocks) if wants_metrics else None,
+            sequence_index=0,
+            is_sequence_final=is_final,
+            additional_outputs=[],
+            log_probs=None,
+            cum_log_probs=None,
+            generation_logits=None,
+            context_logits=None,
+        )
+        self._respond(Response(active.id, result=result))
+
+    def _respond(self, response: Response) -> None:
+        due = time.monotonic() + self._random.random() * MILLISECONDS
+        before = [at for at, late in self._late if late.request_id == response.request_id]
+        self._late.append((max([due, *before]), response))
+
+    def _deliver(self) -> None:
+        now = time.monotonic()
+        for due, response in sorted(self._late, key=lambda late: late[0]):
+            if due <= now:
+                response.at = due
+                self._ready.append(response)
+        self._late = [late for late in self._late if late[0] > now]
+        if self._ready:
+            self._lock.notify_all()
+
+    def _count(self) -> None:
+        total = self.num_slots * self.built["max_seq_len"] // TOKENS_PER_BLOCK
+        used = sum(-(-len(active.tokens) // TOKENS_PER_BLOCK) for active in self._active)
+        cache = types.SimpleNamespace(
+            max_num_blocks=total, used_num_blocks=used, free_num_blocks=total - used, tokens_per_block=TOKENS_PER_BLOCK
+        )
+        self._stats.append(types.SimpleNamespace(kv_cache_stats=cache))
+        while len(self._stats) > self._stats_limit:
+            self._stats.popleft()
+
+
+def rewrite(logits: np.ndarray, draft: list[int], rule: dict[str, Any] | None) -> None:
+    """What the plugin does to a target's logits float32 [k + 1, V]: where a draft token of k is let pass, its logit
+    becomes the largest. rule: FLy's numbers, and the tokens that are never loosened."""
+    if rule is None or not draft:
+        return
+    choices, length = logits.argmax(1), len(draft)
+    agrees = [token == choice for token, choice in zip(draft, choices[:length], strict=True)]
+    scaled = logits[:length].astype(np.float64)
+    probabilities = np.exp(scaled - scaled.max(1, keepdims=True))
+    probabilities /= probabilities.sum(1, keepdims=True)
+    if not rule["full"]:
+        probabilities = -np.sort(-probabilities, 1)[:, : rule["top_k"]]
+    entropy = -(probabilities * np.log(np.maximum(probabilities, 1e-300))).sum(1)
+    ahead = rule["lookahead"]
+    for at, (token, choice) in enumerate(zip(draft, choices[:length], strict=True)):
+        fits = at + max(rule["window"], ahead) < length
+        is_open = not agrees[at] and entropy[at] >= rule["threshold"] and not {token, int(choice)} & set(rule["stops"])
+        if is_open and fits and all(agrees[at + 1 : at + 1 + ahead]):
+            logits[at, token] = np.nextafter(logits[at].max(), np.float32(np.inf), dtype=np.float32)
+
+
+def _check_places(places: ParallelConfig | None, tp_size: int) -> None:
+    """executorImpl.cpp, initializeOrchestrator and initializeWorkers, in a process that MPI did not start."""
+    if places is None or places.communication_mode is CommunicationMode.LEADER:
+        _check_all(tp_size == 1, "With communicationMode kLEADER, MPI worldSize is expected to be equal to tp*pp*cp")
+        return
+    orchestrator = places.orchestrator_config
+    _check_all(orchestrator is not None and orchestrator.is_orchestrator, "OrchestratorConfig must be set")
+    _check_all(places.participant_ids is None, "Participant ids should not be set when spawning processes")
+    _check_all(places.device_ids is None or len(places.device_ids) == tp_size, "deviceIds")
+    assert orchestrator is not None
+    _check_all(orchestrator.spawn_processes and Path(orchestrator.worker_executable_path).is_file(), "a worker")
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    return next(
+        (at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+
+
+NAMES = """CommunicationMode CommunicationType
+    Executor ExecutorConfig ExternalDraftTokensConfig FinishReason KvCacheConfig
+    ModelType OrchestratorConfig OutputConfig ParallelConfig Request Response Result SamplingConfig""".split()  # noqa: SIM905
+
+
+def install(patch: pytest.MonkeyPatch, package: Path) -> types.ModuleType:
+    """Makes `tensorrt_llm`, in the folder `package`, importable; its executor module is returned."""
+    modules = {name: types.ModuleType(name) for name in ("tensorrt_llm", "tensorrt_llm.bindings")}
+    bindings = types.ModuleType("tensorrt_llm.bindings.executor")
+    modules["tensorrt_llm"].__file__ = str(package / "__init__.py")
+    for name in NAMES:
+        setattr(bindings, name, globals()[name])
+    for name, module in (modules | {bindings.__name__: bindings}).items():
+        patch.setitem(sys.modules, name, module)
+    return bindings
