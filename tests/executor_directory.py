@@ -2,9 +2,13 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+from simulated_executor import Executor
+
+from fly_trt import LLM, AsyncLLM
 from fly_trt.acceptance import AcceptanceParams
 from fly_trt.manifest import ModelEngine, hash_directory, read_manifest, write_manifest
 from fly_trt.params import SpeculativeConfig
@@ -14,7 +18,13 @@ BACKEND = "tensorrt-llm-engine"
 
 
 def write_directory(
-    path: Path, onnx: Path, *, tp_size: int = 1, files: dict[str, bytes] | None = None, **speculative: Any
+    path: Path,
+    onnx: Path,
+    *,
+    tp_size: int = 1,
+    max_num_tokens: int | None = None,
+    files: dict[str, bytes] | None = None,
+    **speculative: Any,
 ) -> Path:
     """As fly-build would write it of the pair that the directory `onnx` was built of, with these settings and the rule
     that they say in the target."""
@@ -33,7 +43,7 @@ def write_directory(
             "stops": built.head.stop_token_ids,
         }
     # A prompt is read as a whole, and a round's draft comes on top of a sequence (tensorrt_llm.builder.build).
-    limits = built.limits.model_copy(update={"max_num_tokens": built.limits.max_seq_len})
+    limits = built.limits.model_copy(update={"max_num_tokens": max_num_tokens or built.limits.max_seq_len})
     shutil.copytree(onnx / "tokenizer", path / "tokenizer")
     models: dict[str, ModelEngine] = {}
     for role, model in (("target", built.target), ("draft", built.draft)):
@@ -77,3 +87,16 @@ def of_golden(config: dict[str, Any]) -> dict[str, Any]:
         names = ("fly_window_size", "fly_entropy_threshold", "preset")
         settings |= {name: getattr(fly, name) for name in names}
     return settings
+
+
+def executor_of(role: str) -> Executor:
+    return next(executor for executor in Executor.alive if executor.role == role)
+
+
+def wait_until_ended(llm: LLM | AsyncLLM, seconds: float = 30.0) -> None:
+    """Until no request is served, and none runs on any executor: a cancelled one ends when its step does."""
+    deadline = time.monotonic() + seconds
+    gauges = [f"fly_trt:num_requests_{state}" for state in ("running", "waiting")]
+    while any(llm.metrics()[gauge] for gauge in gauges) or any(executor.num_active for executor in Executor.alive):
+        assert time.monotonic() < deadline, "a request still runs"
+        time.sleep(0.002)

@@ -303,8 +303,9 @@ class _Active:
 
 
 class Executor:
-    """Of a folder with config.json and rank0.engine. For tests: `alive` are all that were not shut down, `failing` are
-    prompts whose requests fail, `num_active`, `num_computed` and `num_reused` count requests and tokens."""
+    """Of a folder with config.json and rank0.engine. For tests: `alive` are all that were not shut down; requests that
+    begin with one of the `failing` sequences of tokens fail; `num_active`, `num_requests`, `num_steps` of one request,
+    tokens that were `num_computed` and `num_reused` are counted."""
 
     alive: ClassVar[list["Executor"]] = []
 
@@ -337,7 +338,7 @@ class Executor:
         self._is_over = self._was_shut_down = False
         self._random = random.Random(0)
         self.failing: set[tuple[int, ...]] = set()
-        self.num_computed = self.num_reused = self.num_requests = 0
+        self.num_computed = self.num_reused = self.num_requests = self.num_steps = 0
         self.fault: str | None = None
         self.is_dumb = False  # it takes requests and answers none
         self._thread = threading.Thread(target=self._loop, daemon=True)
@@ -367,11 +368,11 @@ class Executor:
 
     def await_responses(self, timeout: timedelta | None = None) -> list[Response]:
         assert isinstance(timeout, timedelta), "a wait has an end"
-        if self.fault:
-            raise RuntimeError(self.fault)
         with self._lock:
             self._check_open()
             self._lock.wait_for(lambda: self._ready or self._is_over or self.fault, timeout.total_seconds())
+            if self.fault:
+                raise RuntimeError(self.fault)
             ready, self._ready = self._ready, []
             self._random.shuffle(ready)  # it keeps them by id; those of one id are in order
             order: dict[int, int] = {}
@@ -436,10 +437,11 @@ class Executor:
                     self._cancelled.discard(active.id)
                     self._end(active, FinishReason.CANCELLED, tokens=[GARBAGE])
                 batch = list(self._active)
+            if batch:
+                with self._lock:
+                    self._count()  # after forwardAsync, when those that end in this step still run
             for active in batch:
                 self._advance(active)
-            with self._lock:
-                self._count()
             time.sleep(self._random.random() * 0.0005)
 
     def _admit(self, active: _Active) -> None:
@@ -454,7 +456,7 @@ class Executor:
         del active.draft[max(0, max_input - num_prompt) :]
         ahead = len(active.draft) or built["max_draft_len"]
         active.max_new = min(active.max_new, built["max_seq_len"] - num_prompt - ahead)
-        if tuple(active.request.input_token_ids[:num_prompt]) in self.failing:
+        if any(tuple(active.tokens[: len(tokens)]) == tokens for tokens in self.failing):
             return self._fail(active, "Encountered an error in forwardAsync function:\nsomething is broken")
         taken = {other.slot for other in self._active}
         free = [slot for slot in range(self.num_slots) if slot not in taken]
@@ -509,6 +511,7 @@ class Executor:
         assert step.logits is not None
         held += row
         self.num_computed += len(context) + len(row)
+        self.num_steps += 1
         return step.logits[0, : len(row)].copy()
 
     def _new_tokens(self, active: _Active) -> list[int]:

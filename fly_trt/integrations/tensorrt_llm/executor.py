@@ -16,7 +16,7 @@ from fly_trt.engines.tensorrt_library import import_library
 from fly_trt.errors import ConfigError, EngineError, one_line
 from fly_trt.integrations.tensorrt_llm.executor_client import ExecutorClient, Mailbox
 from fly_trt.integrations.tensorrt_llm.executor_loop import ExecutorLoop
-from fly_trt.integrations.tensorrt_llm.executor_requests import RequestForms, exact_or
+from fly_trt.integrations.tensorrt_llm.executor_requests import RequestForms, exact_or, rule_name
 from fly_trt.integrations.tensorrt_llm.executor_rounds import RoundSettings
 from fly_trt.manifest import Manifest, ModelEngine
 from fly_trt.params import SpeculativeConfig
@@ -164,7 +164,8 @@ def _check(parts: ExecutorParts) -> AcceptancePolicy:
     asked = exact_or(config.policy(head))
     if config.method is not None and asked != built:
         raise ConfigError(
-            f"acceptance {asked!r}: {manifest.name} was built with {built!r}: leave it out, or rebuild with that rule"
+            f"acceptance {rule_name(asked)}: {manifest.name} was built with {rule_name(built)}: leave it out, or "
+            "rebuild with that rule"
         )
     if not config.guard_settings().is_empty:
         raise ConfigError(

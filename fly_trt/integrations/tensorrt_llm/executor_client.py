@@ -91,11 +91,13 @@ class ExecutorClient:
         self._call(lambda: self._executor.cancel_request(request_id))
 
     def cache_usage(self) -> float:
-        """The part of its cache that requests have, as it said last."""
+        """The largest part of its cache that requests had, since it was asked last or when it said so last."""
+        usages = []
         for stats in self._call(self._executor.get_latest_iteration_stats):
             if (cache := stats.kv_cache_stats) is not None and cache.max_num_blocks:
-                self._usage = cache.used_num_blocks / cache.max_num_blocks
+                usages.append(cache.used_num_blocks / cache.max_num_blocks)
                 self.tokens_per_block = cache.tokens_per_block
+        self._usage = max(usages, default=self._usage)
         return self._usage
 
     def close(self) -> None:

@@ -101,6 +101,7 @@ class ExecutorLoop:
         if not request.is_finished:
             request.finish("abort")
             self._remove(request)
+            self._set_load()
 
     def fail_running(self, reason: str) -> list[Request]:
         """After a step that raised: ends the requests that run, each with an EngineError. Those that wait go on

@@ -63,8 +63,8 @@ class RequestForms:
             return  # without drafts no rule has anything to decide
         if exact_or(request.policy) != self._policy:
             raise RequestError(
-                f"acceptance {request.policy!r}: the engine was built with {self._policy!r}: leave it out, rebuild "
-                "with that rule, or ask for num_speculative_tokens=0, which is exact"
+                f"acceptance {rule_name(request.policy)}: the engine was built with {rule_name(self._policy)}: leave "
+                "it out, rebuild with that rule, or ask for num_speculative_tokens=0, which is exact"
             )
         if self._policy.is_loose and (unknown := sorted(request.stop_token_ids - self._stop_token_ids)):
             raise RequestError(
@@ -128,3 +128,8 @@ def seed_of(request: Request) -> int:
 def exact_or(policy: AcceptancePolicy) -> AcceptancePolicy:
     """A rule that lets nothing pass is the exact one, whatever its name."""
     return policy if policy.is_loose else EXACT
+
+
+def rule_name(policy: AcceptancePolicy) -> str:
+    """For errors: its numbers, where it has some."""
+    return repr(policy) if policy.is_loose else EXACT.name
