@@ -253,9 +253,10 @@ def _aliases(value: ast.expr | None) -> Iterator[str]:
 
 def _bound_blocks(text: str, class_name: str) -> Iterator[str]:
     """The statements in which C++ binds this class or enumeration for Python."""
-    for start in re.finditer(rf"(?:class_|enum_)<[^;]*?>\s*(\w*)\s*\(\s*\w+,\s*\"{re.escape(class_name)}\"", text):
+    declared = rf"(?:(\w+)\s*=\s*\w+::)?(?:class_|enum_)<[^;]*?>\s*(\w*)\s*\(\s*\w+,\s*\"{re.escape(class_name)}\""
+    for start in re.finditer(declared, text):
         yield text[start.start() : _end(text, start.start(), ";")]
-        if variable := start[1]:
+        if variable := start[1] or start[2]:
             for more in re.finditer(rf"\b{variable}\s*\.\w+\(", text):
                 yield text[more.start() : _end(text, more.start(), ";")]
 

@@ -66,8 +66,10 @@ void bind(nb::module_& m)
     named
         // What "comes; next" is (not code
         .def("__init__", [](Named* self, int size) { new (self) Named(size); }, nb::arg("size"));
+    auto later = nb::class_<Later>(m, "Later");
     named.def_rw("rate", &Named::rate)
         .def("cancel", &Named::cancel, nb::arg("id"));
+    later.def(nb::init<>()).def_rw("share", &Later::share);
 }
 """
 FILES = {
@@ -121,6 +123,7 @@ def outcome(root: Path, file: str, name: str, parameters: Sequence[str] = (), **
         (BOUND, "Named", ["size"]),
         (BOUND, "Named.rate", []),
         (BOUND, "Named.cancel", ["id"]),
+        (BOUND, "Later.share", []),
         ("cpp/tensorrt_llm/layout.h", "last_token_ids", []),
     ],
 )
@@ -147,6 +150,7 @@ def test_what_is_there_is_found(file: str, name: str, parameters: list[str], tre
         (BOUND, "Plain.send", ["id"]),
         (BOUND, "Named.send", []),
         (BOUND, "Named", ["tokens"]),
+        (BOUND, "Later.rate", []),
         ("cpp/tensorrt_llm/layout.h", "last_token", []),
     ],
 )

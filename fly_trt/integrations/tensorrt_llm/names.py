@@ -339,7 +339,7 @@ EXECUTOR: tuple[Name, ...] = (
         releases=("1.2",),
         read_at="commit 06c0e9b1",
     ),
-    Name("executor", "setup.py", "bin/executorWorker", releases=("1.2",), read_at="a text of 1.x, of unknown date"),
+    Name("executor", "setup.py", "", releases=("1.2",), read_at="a text of 1.x"),  # it packs bin/executorWorker
 )
 # What PackedLooseAccept takes for given of a step: which rows there are, what last_token_ids and context_lengths count,
 # that both are in device memory, and that a request with drafts ends with its step. The versions of
