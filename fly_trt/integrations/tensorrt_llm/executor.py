@@ -7,6 +7,7 @@ order that nobody keeps. It knows files, sizes and devices; the loop is beside i
 
 import contextlib
 import importlib
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,8 @@ class _Loader:
         )
 
     def _worker_program(self) -> Path:
-        """TensorRT-LLM's worker, with the plugins loaded before its main function: it loads no others by itself."""
+        """TensorRT-LLM's worker, which by itself registers no plugins but its own: a script that has it begin with
+        these (plugins/preload.cpp)."""
         if self._worker is not None:
             return self._worker
         worker = Path(importlib.import_module("tensorrt_llm").__file__ or "").parent / WORKER
@@ -137,10 +139,13 @@ class _Loader:
         if self._plugins is None:
             self._worker = worker
             return worker
-        folder = self._release.enter_context(tempfile.TemporaryDirectory(prefix="fly-trt-"))
-        self._worker = Path(folder) / "worker.sh"
-        preload = f"{self._plugins.resolve()}${{LD_PRELOAD:+:$LD_PRELOAD}}"
-        self._worker.write_text(f'#!/bin/sh\nexport LD_PRELOAD="{preload}"\nexec "{worker}" "$@"\n', encoding="utf-8")
+        folder = Path(self._release.enter_context(tempfile.TemporaryDirectory(prefix="fly-trt-")))
+        library = folder / PLUGIN_LIBRARY  # a path of its own: the variable cannot hold one with a space or a colon
+        library.symlink_to(self._plugins.resolve())
+        preload = f'"{library}${{LD_PRELOAD:+:$LD_PRELOAD}}"'
+        lines = f"export FLY_PLUGINS_REGISTER=1 LD_PRELOAD={preload}", f'exec {shlex.quote(str(worker))} "$@"'
+        self._worker = folder / "worker.sh"
+        self._worker.write_text("\n".join(("#!/bin/sh", *lines, "")), encoding="utf-8")
         self._worker.chmod(0o700)
         return self._worker
 
