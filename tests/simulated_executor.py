@@ -307,6 +307,7 @@ class Executor:
     begin with one of the `failing` sequences of tokens fail; `num_active`, `num_requests`, `num_steps` of one request,
     tokens that were `num_computed` and `num_reused` are counted."""
 
+    ends_each_step: ClassVar[bool] = False  # also without draft tokens, as releases before 1.0 did
     alive: ClassVar[list["Executor"]] = []
 
     def __init__(self, model_path: Path, model_type: ModelType, executor_config: ExecutorConfig) -> None:
@@ -370,7 +371,9 @@ class Executor:
         assert isinstance(timeout, timedelta), "a wait has an end"
         with self._lock:
             self._check_open()
-            self._lock.wait_for(lambda: self._ready or self._is_over or self.fault, timeout.total_seconds())
+            self._lock.wait_for(
+                lambda: self._ready or self._is_over or self._was_shut_down or self.fault, timeout.total_seconds()
+            )
             if self.fault:
                 raise RuntimeError(self.fault)
             ready, self._ready = self._ready, []
@@ -398,7 +401,7 @@ class Executor:
 
     def shutdown(self) -> None:
         with self._lock:
-            self._was_shut_down = self._is_over = True
+            self._was_shut_down = True
             self._lock.notify_all()
         self._thread.join()
         self._engine.close()
@@ -417,16 +420,20 @@ class Executor:
             self.fault = reason
             self._lock.notify_all()
 
+    @property
+    def _has_ended(self) -> bool:
+        return self._is_over or self._was_shut_down
+
     def _check_open(self) -> None:
         _check_all(not self._was_shut_down, "Shutdown called")
 
     def _loop(self) -> None:
         while True:
             with self._lock:
-                if not (self._queue or self._active or self._late or self._is_over):
+                if not (self._queue or self._active or self._late or self._has_ended):
                     self._lock.wait()
-                if self._is_over:
-                    return
+                if self._is_over or (self._was_shut_down and not self._active):
+                    return  # after shutdown() what runs runs to its end
                 self._deliver()
                 if self.is_dumb:
                     self._lock.wait(0.01)
@@ -486,7 +493,7 @@ class Executor:
                 self._end(active, FinishReason.END_ID)
             elif active.num_new >= active.max_new:
                 self._end(active, FinishReason.LENGTH)
-            elif active.draft:
+            elif active.draft or self.ends_each_step:
                 self._end(active, FinishReason.NOT_FINISHED)
             elif active.request.streaming:
                 self._say(active, self._new_tokens(active), FinishReason.NOT_FINISHED, is_final=False)

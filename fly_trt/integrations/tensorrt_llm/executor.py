@@ -63,7 +63,7 @@ def load_executor(parts: ExecutorParts) -> ExecutorLoop:
             parts.metrics,
             num_slots=parts.num_slots,
             max_queue_size=parts.max_queue_size,
-            close=clients.pop_all().close,
+            release=clients.pop_all().close,
         )
 
 

@@ -103,7 +103,10 @@ class ExecutorClient:
     def close(self) -> None:
         self._is_closing = True  # nobody may wait for responses of an executor that was shut down
         self._thread.join(CLOSE_SECONDS)
-        self._executor.shutdown()
+        try:
+            self._executor.shutdown()
+        except Exception as error:
+            logger.warning("TensorRT-LLM's executor of the %s did not shut down: %s", self.name, one_line(error))
 
     def _call(self, call: Callable[[], Any]) -> Any:
         try:

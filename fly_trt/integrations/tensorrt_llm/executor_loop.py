@@ -4,6 +4,7 @@ TensorRT-LLM batches what runs at the same time; so all running requests have a 
 each on its own, and none waits for another. It knows requests and rounds, and nothing of how engines are loaded.
 """
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -26,7 +27,7 @@ LOST = ("CANCELLED", "TIMED_OUT")
 
 class ExecutorLoop:
     """An OwnExecutor over the target's executor and, where a model drafts, the draft's. `mailbox` is that of both.
-    num_slots: requests that run at once; max_queue_size: those that may wait; close: shuts the executors down."""
+    num_slots: requests that run at once; max_queue_size: those that may wait; release: shuts the executors down."""
 
     def __init__(
         self,
@@ -39,10 +40,10 @@ class ExecutorLoop:
         *,
         num_slots: int,
         max_queue_size: int,
-        close: Callable[[], None],
+        release: Callable[[], None],
     ) -> None:
         self.is_admitting = True
-        self.close = close
+        self._release = release
         self._target = target
         self._draft = draft
         self._mailbox = mailbox
@@ -129,6 +130,13 @@ class ExecutorLoop:
                 raise EngineDeadError(
                     f"TensorRT-LLM's executor of the {client.name} did not answer for {PROBE_SECONDS:g} s"
                 )
+
+    def close(self) -> None:
+        """Shuts the executors down. Each goes on until what it runs has ended: so that is cancelled."""
+        for client, request_id in self._asked:
+            with contextlib.suppress(EngineDeadError):
+                client.cancel(request_id)
+        self._release()
 
     def _num_draft(self, request: Request) -> int:
         asked, limit = request.params.num_speculative_tokens, self._settings.num_draft_tokens

@@ -142,6 +142,16 @@ def test_copies_alone_may_draft(bindings: Any, demo_engine: Path, tmp_path: Path
     assert sum(output.metrics.num_accepted_tokens_by_source.get("lookup", 0) for output in outputs) > 0
 
 
+def test_requests_that_end_sooner_than_asked_change_nothing(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answer is a beginning, and the rest is asked for."""
+    params = [SamplingParams(max_tokens=50), SamplingParams(max_tokens=50, num_speculative_tokens=0)] * 2
+    with LLM(directory) as llm:
+        expected = llm.generate(prompts_of(ROWS[:4]), params)
+    monkeypatch.setattr(simulated_executor.Executor, "ends_each_step", True)
+    with LLM(directory) as llm:
+        assert said(llm.generate(prompts_of(ROWS[:4]), params)) == said(expected)
+
+
 @pytest.mark.parametrize("kind", RequestOutputKind)
 def test_chunks_of_a_stream_add_up(kind: RequestOutputKind, directory: Path) -> None:
     with LLM(directory) as llm:

@@ -131,6 +131,34 @@ def test_an_executor_that_dies_ends_the_service_with_one_line(role: str, how: st
             llm.generate(PROMPTS[:1], PARAMS)
 
 
+def test_when_one_executor_dies_the_other_does_not_run_to_the_end(directory: Path) -> None:
+    """As it would: an executor that is shut down goes on until its requests have ended."""
+    with LLM(directory) as llm:
+        stream = llm.stream(PROMPTS[0], SamplingParams(max_tokens=1500, ignore_eos=True, num_speculative_tokens=0))
+        next(stream)
+        target = executor_of("target")
+        executor_of("draft").die()
+        with pytest.raises(EngineDeadError):
+            list(stream)
+    assert target.num_steps < 1000
+
+
+def test_an_executor_that_does_not_shut_down_is_said(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutdown = simulated_executor.Executor.shutdown
+
+    def failing(executor: simulated_executor.Executor) -> None:
+        shutdown(executor)
+        if executor.role == "target":
+            raise RuntimeError("MPI is\nover")
+
+    monkeypatch.setattr(simulated_executor.Executor, "shutdown", failing)
+    with LLM(directory):
+        pass
+    assert "TensorRT-LLM's executor of the target did not shut down: MPI is over" in caplog.text
+
+
 def test_what_an_executor_gives_up_is_an_error_of_its_request(directory: Path, expected: list[list[int]]) -> None:
     with LLM(directory) as llm:
         target = executor_of("target")
