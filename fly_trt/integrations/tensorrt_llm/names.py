@@ -320,6 +320,20 @@ EXECUTOR: tuple[Name, ...] = (
     ),
     Name(
         "executor",
+        "cpp/tensorrt_llm/kernels/speculativeDecoding/externalDraftTokensKernels.cu",
+        "acceptDraftTokensKernel",  # without draft logits a draft token stands iff it is the sampled one, step by step
+        releases=("1.2",),
+        read_at="a text of 1.x",
+    ),
+    Name(
+        "executor",
+        "cpp/include/tensorrt_llm/batch_manager/kvCacheManager.h",
+        "storeContextBlocks",  # blocks become reusable from the next step
+        releases=("1.2",),
+        read_at="a text of 1.x, with pinned blocks",
+    ),
+    Name(
+        "executor",
         "cpp/tensorrt_llm/executor/executorImpl.cpp",
         "Executor::Impl::awaitResponses",  # it returns at once, with nothing, when the executor has ended
         releases=("1.2",),
