@@ -33,7 +33,7 @@ from fly_trt.manifest import read_manifest
 
 TOKENS_PER_BLOCK = 32
 GARBAGE = -12345
-MILLISECONDS = 0.004  # that a response is late, at most
+LATE_SECONDS = 0.002  # that a response is late, at most
 
 ModelType = enum.Enum("ModelType", ["DECODER_ONLY", "ENCODER_ONLY", "ENCODER_DECODER"])
 CommunicationType = enum.Enum("CommunicationType", ["MPI"])
@@ -554,7 +554,7 @@ class Executor:
         self._respond(Response(active.id, result=result))
 
     def _respond(self, response: Response) -> None:
-        due = time.monotonic() + self._random.random() * MILLISECONDS
+        due = time.monotonic() + self._random.random() * LATE_SECONDS
         before = [at for at, late in self._late if late.request_id == response.request_id]
         self._late.append((max([due, *before]), response))
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fly_trt.drafting import DRAFTERS
+from fly_trt.drafting import DRAFTERS, NO_STOP
 from fly_trt.engines.tensorrt_library import import_library
 from fly_trt.errors import ConfigError, EngineError, one_line
 from fly_trt.integrations.tensorrt_llm.executor_client import ExecutorClient, Mailbox
@@ -156,7 +156,7 @@ def _check(parts: ExecutorParts) -> AcceptancePolicy:
     if config.method not in METHODS:
         known = ", ".join(str(method) for method in METHODS)
         raise ConfigError(f"method {config.method!r}: TensorRT-LLM engines are served with one of {known}")
-    if config.draft_stop not in (None, "none"):
+    if config.draft_stop not in (None, NO_STOP):
         raise ConfigError(f"draft_stop {config.draft_stop!r}: cannot be had of TensorRT-LLM engines: leave it out")
     if parts.max_seq_len > limits.max_num_tokens:
         raise ConfigError(

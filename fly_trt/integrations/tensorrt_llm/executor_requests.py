@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fly_trt.drafting import NO_STOP
 from fly_trt.errors import RequestError
 from fly_trt.runtime.request import Request
 from fly_trt.runtime.sampler import draw_seed
@@ -27,7 +28,7 @@ REFUSED: dict[str, tuple[object, str]] = {
     "repetition_penalty": (1, AFTER_THE_RULE),
     "logit_bias": (None, AFTER_THE_RULE),
     "bad_words": (None, AFTER_THE_RULE),
-    "draft_stop": (None, "a round has as many draft tokens as it asks for"),
+    "draft_stop": (NO_STOP, "a round has as many draft tokens as it asks for"),
     "draft_stop_threshold": (None, "a round has as many draft tokens as it asks for"),
 }
 SEEDS = 1 << 64

@@ -51,7 +51,7 @@ def test_token_ids_and_rounds_are_the_authors(
     assert sum(output.metrics.num_loosened_tokens for output in outputs) == 0, "nobody can tell"
 
 
-ROWS = rows_of("public.jsonl", "fly_multilevel")[:8]
+ROWS = rows_of("public.jsonl", "fly_multilevel")[:6]
 FIXED = {"adaptive_draft_length": False, "adaptive_acceptance": False}
 """How the loop over step engines does as this one: every window is opened, and rounds are as long as asked for."""
 
@@ -90,9 +90,9 @@ def test_a_request_is_served_as_by_engines_that_run_step_by_step(
 
 def test_who_shares_the_batch_changes_nothing(directory: Path) -> None:
     prompts = prompts_of(ROWS)
-    greedy = SamplingParams(max_tokens=60)
-    sampled = SamplingParams(max_tokens=40, temperature=0.8, top_p=0.9, seed=7, n=2)
-    mixed = [greedy, sampled] * 4
+    greedy = SamplingParams(max_tokens=40)
+    sampled = SamplingParams(max_tokens=30, temperature=0.8, top_p=0.9, seed=7, n=2)
+    mixed = [greedy, sampled] * 3
     with LLM(directory, max_batch_size=1) as llm:
         alone = [llm.generate([prompt], params)[0] for prompt, params in zip(prompts, mixed, strict=True)]
     with LLM(directory) as llm:
@@ -103,7 +103,7 @@ def test_who_shares_the_batch_changes_nothing(directory: Path) -> None:
 
 def test_sampling_draws_anew_in_each_round_and_by_the_seed(directory: Path) -> None:
     def sampled(llm: LLM, seed: int | None) -> tuple[int, ...]:
-        params = SamplingParams(temperature=1.5, seed=seed, max_tokens=40)
+        params = SamplingParams(temperature=1.5, seed=seed, max_tokens=20)
         return tuple(llm.generate(prompts_of(ROWS)[:1], params)[0].outputs[0].token_ids)
 
     with LLM(directory) as llm:
@@ -113,7 +113,7 @@ def test_sampling_draws_anew_in_each_round_and_by_the_seed(directory: Path) -> N
 
 def test_without_drafts_the_text_is_exact(directory: Path, demo_engine: Path) -> None:
     """The rule has nothing to let pass; one request of the target's streams its tokens, and is cancelled at a stop."""
-    rows = rows_of("public.jsonl", "exact")[:4]
+    rows = rows_of("public.jsonl", "exact")[:3]
     params = SamplingParams(max_tokens=160, num_speculative_tokens=0)
     stopped = SamplingParams(max_tokens=160, num_speculative_tokens=0, stop="the", acceptance=None)
     with LLM(demo_engine, speculative_config={"method": None}) as llm:
@@ -134,9 +134,9 @@ def test_copies_alone_may_draft(bindings: Any, demo_engine: Path, tmp_path: Path
     settings = {"method": "ngram", "acceptance": "fly", "num_speculative_tokens": 10}
     directory = write_directory(tmp_path / "engine", demo_engine, **settings)
     with LLM(demo_engine, speculative_config=settings | FIXED) as llm:
-        expected = llm.generate(prompts_of(ROWS), SamplingParams(max_tokens=60))
+        expected = llm.generate(prompts_of(ROWS), SamplingParams(max_tokens=40))
     with LLM(directory) as llm:
-        outputs = llm.generate(prompts_of(ROWS), SamplingParams(max_tokens=60))
+        outputs = llm.generate(prompts_of(ROWS), SamplingParams(max_tokens=40))
         assert [executor.role for executor in simulated_executor.Executor.alive] == ["target"]
     assert said(outputs) == said(expected)
     assert sum(output.metrics.num_accepted_tokens_by_source.get("lookup", 0) for output in outputs) > 0

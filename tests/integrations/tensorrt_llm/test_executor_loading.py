@@ -1,6 +1,9 @@
 """How engines of TensorRT-LLM 1.2 are loaded: with which configuration, on which GPUs, and what is refused before."""
 
+import ast
+import inspect
 import os
+import re
 import stat
 import sys
 import types
@@ -14,6 +17,8 @@ from executor_directory import executor_of, write_directory
 
 from fly_trt import LLM, AcceptanceParams, ConfigError, EngineError, RequestError, SamplingParams
 from fly_trt.engines.tensorrt_library import PLUGIN, PLUGIN_VERSION
+from fly_trt.integrations.tensorrt_llm import executor
+from fly_trt.integrations.tensorrt_llm.names import EXECUTOR
 from fly_trt.verification import EXACT
 
 PROMPT = {"prompt_token_ids": [0, 266, 306, 27, 200, 728, 294, 222, 20]}
@@ -198,6 +203,17 @@ def test_a_worker_that_is_not_installed_is_named(bindings: Any, demo_engine: Pat
     assert simulated_executor.Executor.alive == []
 
 
+def test_settings_that_say_what_is_so_anyway_are_taken(directory: Path) -> None:
+    taken = SamplingParams(
+        max_tokens=3, draft_stop="none", logit_bias={}, bad_words=[], repetition_penalty=1.0, stop_token_ids=[1]
+    )
+    same = AcceptanceParams(acceptance="fly", preset="reference", fly_entropy_threshold=0.3, fly_window_size=6)
+    with LLM(directory, speculative_config={"draft_stop": "none", "adaptive_acceptance": False}) as llm:
+        assert len(llm.generate([PROMPT], taken)[0].outputs[0].token_ids) == 3
+        assert len(llm.generate([PROMPT], SamplingParams(max_tokens=3, acceptance=same))[0].outputs[0].token_ids) == 3
+        assert llm.generate([PROMPT], SamplingParams(num_speculative_tokens=0, acceptance=EXACT, max_tokens=3))
+
+
 def test_the_simulated_library_is_as_strict_as_the_real_one(bindings: Any) -> None:
     with pytest.raises(TypeError):
         bindings.Request(input_token_ids=[1], max_tokens=1, draft_tokens=[1])
@@ -209,3 +225,19 @@ def test_the_simulated_library_is_as_strict_as_the_real_one(bindings: Any) -> No
         bindings.KvCacheConfig(block_reuse=True)
     with pytest.raises(RuntimeError):
         bindings.ExternalDraftTokensConfig(tokens=[])
+
+
+def test_the_table_of_names_has_every_keyword_that_is_passed() -> None:
+    """And no other, of what the bindings are called with; the stand-in takes each."""
+    passed: dict[str, set[str]] = {}
+    for path in Path(executor.__file__).parent.glob("executor*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if isinstance(node, ast.Call) and re.fullmatch(r"(self\._)?bindings\.[A-Z]\w+", called):
+                assert not node.args, called
+                passed.setdefault(called.rpartition(".")[2], set()).update(str(k.arg) for k in node.keywords)
+    table = {name.name: set(name.parameters) for name in EXECUTOR if name.name in simulated_executor.NAMES}
+    assert {name: keywords for name, keywords in table.items() if keywords} == passed
+    for name, keywords in passed.items():
+        signature = inspect.signature(getattr(simulated_executor, name))
+        assert keywords <= signature.parameters.keys(), name
