@@ -432,7 +432,7 @@ class Executor:
             with self._lock:
                 if not (self._queue or self._active or self._late or self._has_ended):
                     self._lock.wait()
-                if self._is_over or (self._was_shut_down and not self._active):
+                if self._is_over or (self._was_shut_down and (self.is_dumb or not self._active)):
                     return  # after shutdown() what runs runs to its end
                 self._deliver()
                 if self.is_dumb:
