@@ -234,6 +234,10 @@ def _executor(file: str, name: str, *parameters: str, read_at: str) -> Name:
     return Name("executor", f"{_BINDINGS}/{file}", name, parameters, releases=("1.2",), read_at=read_at)
 
 
+def _text(file: str, name: str, read_at: str = _READ_LOOP) -> Name:
+    return Name("executor", file, name, releases=("1.2",), read_at=read_at)
+
+
 EXECUTOR: tuple[Name, ...] = (
     _executor("executor.cpp", "Executor", "model_path", "model_type", "executor_config", read_at=_READ_EXECUTOR),
     _executor("executor.cpp", "Executor.enqueue_requests", "requests", read_at=_READ_EXECUTOR),
@@ -310,50 +314,22 @@ EXECUTOR: tuple[Name, ...] = (
     _executor("request.cpp", "FinishReason.CANCELLED", read_at=_READ_REQUEST),
     _executor("request.cpp", "FinishReason.TIMED_OUT", read_at=_READ_REQUEST),
     # What the loop counts on, beside names: the texts that say it.
-    Name("executor", _CPP_TESTS, "", releases=("1.2",), read_at=_READ_LOOP),
-    Name(
-        "executor",
-        "cpp/tensorrt_llm/batch_manager/trtGptModelInflightBatching.cpp",
-        "TrtGptModelInflightBatching::updateRequests",  # a request with draft tokens ends after one step
-        releases=("1.2",),
-        read_at=_READ_LOOP,
-    ),
-    Name(
-        "executor",
+    _text(_CPP_TESTS, ""),
+    # A request with draft tokens ends after one step, and one stands iff it is the token sampled there.
+    _text("cpp/tensorrt_llm/batch_manager/trtGptModelInflightBatching.cpp", "updateRequests"),
+    _text(
         "cpp/tensorrt_llm/kernels/speculativeDecoding/externalDraftTokensKernels.cu",
-        "acceptDraftTokensKernel",  # without draft logits a draft token stands iff it is the sampled one, step by step
-        releases=("1.2",),
+        "acceptDraftTokensKernel",
         read_at="a text of 1.x",
     ),
-    Name(
-        "executor",
-        "cpp/include/tensorrt_llm/batch_manager/kvCacheManager.h",
-        "storeContextBlocks",  # blocks become reusable from the next step
-        releases=("1.2",),
-        read_at="a text of 1.x, with pinned blocks",
-    ),
-    Name(
-        "executor",
-        "cpp/tensorrt_llm/executor/executorImpl.cpp",
-        "Executor::Impl::awaitResponses",  # it returns at once, with nothing, when the executor has ended
-        releases=("1.2",),
-        read_at=_READ_LOOP,
-    ),
-    Name(
-        "executor",
-        "cpp/tensorrt_llm/executor/executorImpl.cpp",
-        "Executor::Impl::initializeOrchestrator",  # workers are spawned, one for each rank
-        releases=("1.2",),
-        read_at=_READ_LOOP,
-    ),
-    Name(
-        "executor",
-        "cpp/tensorrt_llm/executor_worker/executorWorker.cpp",
-        "initTrtLlmPlugins",  # no other plugins are registered by it
-        releases=("1.2",),
-        read_at="commit 06c0e9b1",
-    ),
-    Name("executor", "setup.py", "", releases=("1.2",), read_at="a text of 1.x"),  # it packs bin/executorWorker
+    # Blocks become reusable from the next step.
+    _text("cpp/include/tensorrt_llm/batch_manager/kvCacheManager.h", "storeContextBlocks", read_at="a text of 1.x"),
+    # Waiting returns at once, with nothing, when the executor has ended; workers are spawned, one for each rank.
+    _text("cpp/tensorrt_llm/executor/executorImpl.cpp", "awaitResponses"),
+    _text("cpp/tensorrt_llm/executor/executorImpl.cpp", "initializeOrchestrator"),
+    # The worker registers no other plugins, and setup.py packs it as bin/executorWorker.
+    _text("cpp/tensorrt_llm/executor_worker/executorWorker.cpp", "initTrtLlmPlugins", read_at="commit 06c0e9b1"),
+    _text("setup.py", "", read_at="a text of 1.x"),
 )
 # What PackedLooseAccept takes for given of a step: which rows there are, what last_token_ids and context_lengths count,
 # that both are in device memory, and that a request with drafts ends with its step. The versions of
