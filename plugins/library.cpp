@@ -12,6 +12,7 @@
 
 #include <dlfcn.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -61,7 +62,9 @@ __attribute__((constructor)) void registerWhereAsked() {
     int32_t count = 0;
     nvinfer1::IPluginCreatorInterface* const* const creators = getCreators(count);
     for (int32_t i = 0; registry != nullptr && i < count; ++i) {
-        registry->registerCreator(*creators[i], kNamespace);
+        if (!registry->registerCreator(*creators[i], kNamespace)) {
+            std::fputs("libfly_plugins.so: TensorRT's registry does not take its plugins\n", stderr);
+        }
     }
 }
 

@@ -130,7 +130,7 @@ class _Loader:
 
     def _worker_program(self) -> Path:
         """TensorRT-LLM's worker, which by itself registers no plugins but its own: a script that has it begin with
-        these (plugins/preload.cpp)."""
+        these (plugins/library.cpp)."""
         if self._worker is not None:
             return self._worker
         worker = Path(importlib.import_module("tensorrt_llm").__file__ or "").parent / WORKER
@@ -143,7 +143,7 @@ class _Loader:
         library = folder / PLUGIN_LIBRARY  # a path of its own: the variable cannot hold one with a space or a colon
         library.symlink_to(self._plugins.resolve())
         preload = f'"{library}${{LD_PRELOAD:+:$LD_PRELOAD}}"'
-        lines = f"export FLY_PLUGINS_REGISTER=1 LD_PRELOAD={preload}", f'exec {shlex.quote(str(worker))} "$@"'
+        lines = f"export FLY_TRT_REGISTER_PLUGINS=1 LD_PRELOAD={preload}", f'exec {shlex.quote(str(worker))} "$@"'
         self._worker = folder / "worker.sh"
         self._worker.write_text("\n".join(("#!/bin/sh", *lines, "")), encoding="utf-8")
         self._worker.chmod(0o700)

@@ -182,7 +182,7 @@ def test_engines_of_several_gpus_run_in_workers_that_have_the_plugins(
             program = Path(places.orchestrator_config.worker_executable_path)
         assert os.access(program, os.X_OK)
         # What the program starts, with what loaded before its main function.
-        worker.write_text('#!/bin/sh\necho "$LD_PRELOAD|$FLY_PLUGINS_REGISTER|$1"\n')
+        worker.write_text('#!/bin/sh\necho "$LD_PRELOAD|$FLY_TRT_REGISTER_PLUGINS|$1"\n')
         worker.chmod(0o700)
         shown = os.popen(f"LD_PRELOAD= '{program}' x 2>/dev/null").read().strip()
         preloaded, *others = shown.split("|")
