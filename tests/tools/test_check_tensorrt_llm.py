@@ -1,5 +1,6 @@
 """tools/check_tensorrt_llm.py, on small trees with one thing of each kind in them."""
 
+import ast
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import check_tensorrt_llm
 from check_tensorrt_llm import NoTreeError, Tree, check
 from fly_trt.integrations.tensorrt_llm.names import NAMES, Name
 
+ROOT = Path(__file__).parents[2]
 WORKERS = """
 from .base import Shared as Base
 
@@ -223,3 +225,17 @@ def test_each_name_is_in_the_table_once_and_says_where_it_was_read() -> None:
     assert len(set(keys)) == len(keys)
     for name in NAMES:
         assert name.sureness == "unverified" or name.read_at, dataclasses.asdict(name)
+
+
+def test_what_is_imported_of_it_is_in_the_table() -> None:
+    imported = {
+        (node.module.replace(".", "/"), alias.name)
+        for folder in (ROOT / "fly_trt", ROOT / "build" / "fly_build")
+        for path in folder.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tensorrt_llm"
+        for alias in node.names
+    }
+    assert imported
+    for module, wanted in imported:  # which the package may have from a module of its own
+        assert any(name.file.startswith(module) and name.name.split(".")[0] == wanted for name in NAMES), wanted
