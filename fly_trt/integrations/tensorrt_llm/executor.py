@@ -164,6 +164,16 @@ def _check(parts: ExecutorParts) -> AcceptancePolicy:
             f"built for prompts of max_num_tokens {limits.max_num_tokens}: serve with a smaller max_seq_len, or "
             f"rebuild with --max-num-tokens {parts.max_seq_len}"
         )
+    if not parts.prefix_caching:
+        raise ConfigError(
+            "enable_prefix_caching False: each round is a prompt that begins with the one before, and would be read "
+            "anew: leave it out"
+        )
+    if parts.max_num_tokens not in (None, limits.max_num_tokens):
+        raise ConfigError(
+            f"max_num_tokens {parts.max_num_tokens}: TensorRT-LLM's engine has {limits.max_num_tokens}: leave it out, "
+            f"or rebuild with --max-num-tokens {parts.max_num_tokens}"
+        )
     head = HeadInfo(manifest.target.vocab_size, manifest.head.entropy_top_k, manifest.head.top_tokens)
     built = exact_or(SpeculativeConfig.from_dict(dict(manifest.speculative)).policy(head))
     asked = exact_or(config.policy(head))

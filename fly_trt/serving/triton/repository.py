@@ -90,8 +90,8 @@ def make_plan(
     backend = find_backend(engine_dir, manifest)
     if backend.schedules:
         script = engine_dir / OWN_SCRIPT
-        way = f"run {script}" if script.is_file() else "serve it with AsyncLLM"
-        raise ConfigError(f"{engine_dir}: {manifest.backend} has Triton models of its own: {way}")
+        way = f"run {script}, with NVIDIA's models" if script.is_file() else "serve it with AsyncLLM"
+        raise ConfigError(f"{engine_dir}: fly-trt's Triton model does not serve {manifest.backend}: {way}")
     is_gpu = backend.is_gpu
     _check_gpus(gpus, manifest, is_gpu)
     settings = dict(settings or {})

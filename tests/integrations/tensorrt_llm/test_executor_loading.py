@@ -91,6 +91,22 @@ def test_settings_that_the_engines_were_not_built_for_are_refused_before_they_ar
         LLM(directory, speculative_config=settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"enable_prefix_caching": False}, "enable_prefix_caching False: each round is a prompt that begins with"),
+        ({"max_num_tokens": 64}, "max_num_tokens 64: TensorRT-LLM's engine has"),
+    ],
+    ids=str,
+)
+def test_settings_of_serving_without_effect_are_refused(
+    settings: dict[str, Any], said: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulated_executor.Executor, "__init__", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(ConfigError, match=said):
+        LLM(directory, **settings)
+
+
 def test_a_sequence_is_never_longer_than_a_prompt_may_be(bindings: Any, demo_engine: Path, tmp_path: Path) -> None:
     directory = write_directory(tmp_path / "engine", demo_engine, max_num_tokens=512)
     with pytest.raises(ConfigError, match=r"max_seq_len 2048: .* max_num_tokens 512: serve with a smaller max_seq_len"):

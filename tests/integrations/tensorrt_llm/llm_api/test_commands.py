@@ -87,7 +87,7 @@ def test_fly_triton_refuses_it_in_one_line(make_directory: Any, tmp_path: Path) 
     for way in ("serve it with AsyncLLM", f"run {directory}/triton.sh"):
         result = run(fly_trt.cli.triton.main, str(directory), "-o", str(tmp_path / "models"))
         assert result.exit_code == 2
-        assert f"tensorrt-llm has Triton models of its own: {way}" in result.stderr
+        assert f"fly-trt's Triton model does not serve tensorrt-llm: {way}" in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1
         (directory / "triton.sh").write_text("#!/bin/sh")
     assert not (tmp_path / "models").exists()
