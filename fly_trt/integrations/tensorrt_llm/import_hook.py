@@ -21,7 +21,7 @@ class _Watcher:
     ) -> ModuleSpec | None:
         if fullname != INTERFACE:
             return None
-        finders = (finder for finder in sys.meta_path if finder is not self)
+        finders = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         specs = (finder.find_spec(fullname, path, target) for finder in finders)
         spec = next((spec for spec in specs if spec is not None), None)
         if spec is None or spec.loader is None:
@@ -30,9 +30,13 @@ class _Watcher:
 
         def execute_and_install(module: ModuleType) -> None:
             execute(module)
-            from fly_trt.integrations.tensorrt_llm.install import install_into
+            from fly_trt.integrations.tensorrt_llm.environment import Acceptance
 
-            install_into(module)
+            # Since this process began it may have been told to accept exactly, as an LLM with such a rule tells it.
+            if module.__name__ == INTERFACE and Acceptance.from_environment() is not None:
+                from fly_trt.integrations.tensorrt_llm.install import install_into
+
+                install_into(module)
 
         spec.loader.exec_module = execute_and_install  # type: ignore[method-assign]
         return spec

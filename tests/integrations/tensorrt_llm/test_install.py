@@ -114,6 +114,57 @@ def test_without_the_variable_nothing_of_it_is_loaded(run: Run, tmp_path: Path) 
     assert (answer["with"], answer["without"]) == (1, 1)
 
 
+def test_a_process_that_is_told_later_to_accept_exactly_does(run: Run, tmp_path: Path) -> None:
+    """As an LLM that is exact tells it before it loads the package, whatever the shell has exported."""
+    write_package(tmp_path, "1.2")
+    program = """
+import os
+from fly_trt.integrations.tensorrt_llm.environment import NO_ACCEPTANCE
+os.environ.update(NO_ACCEPTANCE)
+from tensorrt_llm._torch.speculative.interface import SpecWorkerBase
+print(hasattr(SpecWorkerBase._sample_and_accept_draft_tokens_base, "fly_acceptance"))
+"""
+    result = run("-c", program, **{VARIABLE: "reference"})
+    assert (result.returncode, result.stdout.strip()) == (0, "False"), result.stderr
+    assert "lossy" not in result.stderr
+
+
+def test_what_finds_or_loads_modules_otherwise_is_left_alone(run: Run, tmp_path: Path) -> None:
+    """A finder of the old kind, and a loader that has other modules to load too."""
+    write_package(tmp_path, "1.2")
+    program = """
+import importlib.machinery, importlib.util, sys
+
+
+class OldFinder:
+    def find_module(self, fullname, path=None):
+        return None
+
+
+class Shared:
+    def find_spec(self, name, path, target=None):
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if name.startswith("tensorrt_llm._torch.speculative."):
+            self.files = getattr(self, "files", {}) | {name: spec.origin}
+            spec = importlib.util.spec_from_loader(name, self)
+        return spec
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        exec(open(self.files[module.__name__]).read(), module.__dict__)
+
+
+sys.meta_path[1:1] = [OldFinder(), Shared()]
+from tensorrt_llm._torch.speculative import interface, other
+print(hasattr(interface.SpecWorkerBase._sample_and_accept_draft_tokens_base, "fly_acceptance"), other.NUMBER)
+"""
+    (tmp_path / "tensorrt_llm/_torch/speculative/other.py").write_text("NUMBER = 3\n")
+    result = run("-c", program, **{VARIABLE: "reference"})
+    assert (result.returncode, result.stdout.strip()) == (0, "True 3"), result.stderr
+
+
 def test_with_the_variable_nothing_heavy_is_loaded_before_its_time(run: Run) -> None:
     loaded = "import sys; print(sorted({name.split('.')[0] for name in sys.modules} & {'fly_trt', 'numpy', 'torch'}))"
     assert run("-c", loaded, **{VARIABLE: "reference"}).stdout.strip() == "['fly_trt']"
