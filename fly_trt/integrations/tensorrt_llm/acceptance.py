@@ -100,7 +100,8 @@ class FlyAcceptance:
         if device not in self._counts:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return  # zeros made there would be zeros again at each replay
-            self._counts[device] = torch.zeros(2, dtype=torch.int64, device=device)
+            with torch.inference_mode(False):  # one made in that mode is not to be written outside of it
+                self._counts[device] = torch.zeros(2, dtype=torch.int64, device=device)
         self._counts[device] += torch.stack([num_accepted.sum(), loosened.sum()])
 
 

@@ -78,6 +78,7 @@ class LlmExecutor:
         self._lock = threading.Lock()
         self._waiting: deque[Request] = deque()
         self._running: dict[Request, None] = {}
+        self._changed: dict[Request, None] = {}  # since somebody was told
         # Each response is then one iteration: one token, and the draft tokens that were accepted before it.
         self._counts_rounds = settings.speculates and settings.arguments.get("stream_interval", 1) == 1
 
@@ -108,15 +109,14 @@ class LlmExecutor:
 
     def step(self) -> list[Request]:
         self._admit()
-        changed: dict[Request, None] = {}
         for event in self._streams.events(STEP_SECONDS):
             if (request := event.key) not in self._running:
                 continue  # it ended here while this was on its way
             assert isinstance(request, Request)
             self._take(request, event)
-            changed[request] = None
+            self._changed[request] = None
         self._set_load()
-        return list(changed)
+        return self._take_changed()
 
     def abort(self, request: Request) -> None:
         if request.is_finished:
@@ -128,14 +128,14 @@ class LlmExecutor:
         self._set_load()
 
     def fail_running(self, reason: str) -> list[Request]:
-        failed = list(self._running)
-        for request in failed:
+        for request in list(self._running):
             self._streams.abort(request)
             if not request.is_finished:
                 name = f"request {request.request_id}"
                 request.fail(EngineError(f"{name}: the step that it was in failed ({reason}): send it again"))
+            self._changed[request] = None  # beside those that had ended in it
             self._remove(request)
-        return failed
+        return self._take_changed()
 
     def probe(self) -> None:
         key = object()
@@ -218,6 +218,11 @@ class LlmExecutor:
             else:
                 self._waiting.remove(request)
         self._metrics.record_end(request.finish_reason or "abort", request.metrics.latency or 0.0)
+
+    def _take_changed(self) -> list[Request]:
+        changed = list(self._changed)
+        self._changed.clear()
+        return changed
 
     def _set_load(self) -> None:
         self._metrics.set_load(len(self._running), len(self._waiting), 0.0)

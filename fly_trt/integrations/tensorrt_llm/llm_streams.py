@@ -116,7 +116,7 @@ class TokenStreams:
                 result.abort()
         except self._refusals as error:
             self._events.put(Failure(key, one_line(error), is_fatal=False))
-        except Exception as error:
+        except BaseException as error:  # also what is meant to end a thread: nobody else would tell who waits
             self._events.put(Failure(key, one_line(error), is_fatal=True))
 
     async def _shut_down(self) -> None:

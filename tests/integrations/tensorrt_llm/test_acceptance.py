@@ -232,6 +232,15 @@ def test_the_compiler_of_torch_takes_it_whole(preset: str) -> None:
     torch.compiler.reset()
 
 
+def test_it_counts_in_and_out_of_inference_mode() -> None:
+    module = AsAModule("main", "reference")
+    logits, draft = loosened_batch(40)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            module(logits.clone(), draft)
+    assert module.fly.counts() == (3 * 3 * NUM_DRAFT, 3 * 3)
+
+
 def change_worker(module: AsAModule) -> None:
     module.worker.force_num_accepted_tokens = 2
 

@@ -150,3 +150,27 @@ def test_a_step_that_fails_costs_the_requests_in_it(
     wait_until(lambda: executor.num_open == 0)
     assert [params.max_tokens for params in executor.sent[num_sent:]] == [1]
     assert llm.generate(PROMPTS[5], SamplingParams(max_tokens=3))
+
+
+def test_a_request_that_ended_in_a_step_that_then_failed_is_told_its_end(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last token, and something odd of the other one, come in one step."""
+    events, held = TokenStreams.events, []
+    stream = llm.stream(PROMPTS[5], LONG)
+    next(stream)
+
+    def hold_back(self: TokenStreams, timeout: float) -> Any:
+        held.extend(events(self, timeout))
+        ended = [event.key for event in held if getattr(event, "finish_reason", None) is not None]
+        if not ended or held[-1].key in ended:
+            return []
+        monkeypatch.setattr(TokenStreams, "events", events)
+        monkeypatch.setattr(held[-1].key.detokenizer, "push", None)
+        return [event for event in held if event.key in ended] + held[-1:]
+
+    monkeypatch.setattr(TokenStreams, "events", hold_back)
+    (output,) = llm.generate(PROMPTS[4], SamplingParams(max_tokens=3, ignore_eos=True))
+    assert (len(output.outputs[0].token_ids), output.outputs[0].finish_reason) == (3, "length")
+    with pytest.raises(EngineError, match="the step that it was in failed"):
+        list(stream)

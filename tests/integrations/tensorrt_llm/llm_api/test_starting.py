@@ -79,6 +79,18 @@ def test_a_worker_that_dies_ends_the_llm_with_one_line(
             llm.generate("later")
 
 
+def test_what_would_end_the_thread_of_its_loop_ends_the_llm(
+    directory: Path, stand_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(*args: Any, **kwargs: Any) -> Any:
+        raise SystemExit("no more")
+
+    with LLM(directory) as llm:
+        monkeypatch.setattr(type(stand_in().STARTED[-1]), "generate_async", leave)
+        with pytest.raises(EngineDeadError, match="no more"):
+            llm.generate(PROMPTS[0])
+
+
 def test_who_waits_too_long_for_a_slot_is_told(directory: Path, stand_in: Any) -> None:
     async def wait(llm: AsyncLLM) -> None:
         async for _ in llm.generate(PROMPTS[0], LONG):
