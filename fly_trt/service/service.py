@@ -4,6 +4,7 @@ It wires engines, admission of requests, generation loop and engine thread toget
 no requests; an inbox is the way in.
 """
 
+import atexit
 import importlib
 import os
 import weakref
@@ -100,14 +101,17 @@ class Service:
     def _start(self, executor: Executor, release: Callable[[], None], engines: LoadedEngines) -> None:
         self._thread = EngineThread(executor, release, engines.turn)
         engines.when_failed(self._thread.fail)
-        # Also when the interpreter ends without a shutdown(): the thread must not run into a library's teardown.
+        # Also when the interpreter ends without a shutdown(): the thread must not run into a library's teardown. By
+        # itself a finalizer would come after what libraries have registered when they were loaded.
         self._finalizer = weakref.finalize(self, self._thread.shutdown)
+        atexit.register(self._finalizer)
 
     def shutdown(self) -> None:
         """Aborts what is served and releases the engines, unless they are shared. Safe to call twice. Raises
         EngineError when a step does not end."""
         self._thread.shutdown()
         self._finalizer.detach()
+        atexit.unregister(self._finalizer)
 
     def check_running(self) -> None:
         """Raises EngineDeadError after a failure, ConfigError after shutdown and in a forked process."""

@@ -319,6 +319,17 @@ def test_stop_tokens_are_not_loosened(stops: tuple[int, ...]) -> None:
     assert module(logits.clone(), draft)[1].tolist() == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_threshold_of_nothing_is_no_gate(preset: str) -> None:
+    """Where the target is as certain as float32 can be, its entropy is 0."""
+    module = AsAModule("main", preset)
+    module.fly = FlyAcceptance(Acceptance(preset, threshold=0.0), pytest.fail)
+    logits, draft = loosened_batch(40)
+    logits[[1, 10, 19], 9] = 1000.0
+    draft[:, 0] = 4
+    assert module(logits, draft)[1].tolist() == [1] + [NUM_DRAFT + 1] * 3
+
+
 @pytest.mark.parametrize("token", [-1, 40])
 def test_a_draft_token_that_is_none_is_not_loosened(token: int) -> None:
     module = AsAModule("main", "vllm")

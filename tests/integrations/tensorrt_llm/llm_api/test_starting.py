@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,23 @@ def test_shutdown_while_requests_run(directory: Path, stand_in: Any) -> None:
     assert last.outputs[0].finish_reason == "abort"
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
+
+
+def test_a_program_that_ends_without_a_shutdown_ends_in_order(directory: Path, stand_in: Any) -> None:
+    """tensorrt_llm has itself shut down then too, by the main thread: it must find that done."""
+    program = f"""
+from fly_trt import LLM, SamplingParams
+llm = LLM({str(directory)!r})
+stream = llm.stream("Hello", SamplingParams(max_tokens=1500, ignore_eos=True))
+next(stream)
+print("running")
+"""
+    paths = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "stand_in"), os.environ["PYTHONPATH"]])}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | paths, capture_output=True, text=True, timeout=120
+    )
+    assert (run.returncode, run.stdout.strip()) == (0, "running"), run.stderr
+    assert "Error" not in run.stderr
 
 
 def test_several_sequences_of_a_prompt_are_several_requests(make_directory: Any, stand_in: Any) -> None:

@@ -1,5 +1,8 @@
 """LLM and RequestOutput."""
 
+import atexit
+import weakref
+
 from ..executor.executor import GenerationExecutor
 from ..executor.result import GenerationResult
 from ..sampling_params import SamplingParams
@@ -66,6 +69,7 @@ class LLM:
             }
         )
         STARTED.append(self)
+        atexit.register(LLM._shutdown_wrapper, weakref.ref(self))
 
     def generate_async(
         self,
@@ -93,6 +97,11 @@ class LLM:
         if limit and not self.kwargs.get("enable_chunked_prefill") and len(prompt) > limit:
             raise ValueError(f"The sum of prompt length ({len(prompt)}) should not exceed max_num_tokens ({limit})")
         return RequestOutput._from_generation_result(self._executor.submit(list(prompt), sampling_params))
+
+    @staticmethod
+    def _shutdown_wrapper(self_ref: "weakref.ref[LLM]") -> None:
+        if (llm := self_ref()) is not None:
+            llm.shutdown()
 
     def shutdown(self) -> None:
         if self._executor is not None:
