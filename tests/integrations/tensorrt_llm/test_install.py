@@ -18,7 +18,7 @@ import hatchling.build
 import pytest
 
 import check_tensorrt_llm
-from fly_trt.integrations.tensorrt_llm.environment import STOP_TOKENS_VARIABLE, VARIABLE
+from fly_trt.integrations.tensorrt_llm.environment import FORWARDED, STOP_TOKENS_VARIABLE, VARIABLE
 from tensorrt_llm_stand_in import INTERFACES, write_package
 
 ROOT = Path(__file__).parents[3]
@@ -165,9 +165,10 @@ print(hasattr(interface.SpecWorkerBase._sample_and_accept_draft_tokens_base, "fl
     assert (result.returncode, result.stdout.strip()) == (0, "True 3"), result.stderr
 
 
-def test_with_the_variable_nothing_heavy_is_loaded_before_its_time(run: Run) -> None:
+@pytest.mark.parametrize("variable", [VARIABLE, FORWARDED[VARIABLE]])
+def test_with_the_variable_nothing_heavy_is_loaded_before_its_time(run: Run, variable: str) -> None:
     loaded = "import sys; print(sorted({name.split('.')[0] for name in sys.modules} & {'fly_trt', 'numpy', 'torch'}))"
-    assert run("-c", loaded, **{VARIABLE: "reference"}).stdout.strip() == "['fly_trt']"
+    assert run("-c", loaded, **{variable: "reference"}).stdout.strip() == "['fly_trt']"
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_a_step_that_fails_costs_the_requests_in_it(
     monkeypatch.setattr(TokenStreams, "events", fail_once)
     with pytest.raises(EngineError, match=r"the step that it was in failed \(something odd\): send it again"):
         list(stream)
-    wait_until(lambda: executor.num_open == 0)
+    wait_until(lambda: len(executor.sent) > num_sent and executor.num_open == 0)
     assert [params.max_tokens for params in executor.sent[num_sent:]] == [1]
     assert llm.generate(PROMPTS[5], SamplingParams(max_tokens=3))
 
