@@ -162,7 +162,14 @@ class LlmExecutor:
                 request = self._waiting.popleft()
                 request.enter(RequestState.PREFILL)
                 self._running[request] = None
-            self._streams.submit(request, request.prompt_token_ids, self._sampling_params(request))
+            try:
+                params = self._sampling_params(request)
+            except Exception as error:  # the library refuses a value: it is this request's
+                request.fail(EngineError(f"request {request.request_id}: tensorrt_llm refuses it: {one_line(error)}"))
+                self._changed[request] = None
+                self._remove(request)
+                continue
+            self._streams.submit(request, request.prompt_token_ids, params)
 
     def _take(self, request: Request, event: Event) -> None:
         if isinstance(event, Failure):

@@ -1,5 +1,6 @@
 """LLM over tensorrt_llm.LLM: the outputs are those of fly-trt's own loop by the same rule."""
 
+import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -130,6 +131,24 @@ def test_an_error_of_one_request_is_its_own(llm: LLM) -> None:
     for output in stream:
         last = output
     assert len(last.outputs[0].token_ids) == 200
+
+
+def test_what_a_release_refuses_is_that_requests_own(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = importlib.import_module("tensorrt_llm.sampling_params").SamplingParams
+    check = params.__post_init__
+
+    def refuse_77(self: Any) -> None:
+        check(self)
+        if self.max_tokens == 77:
+            raise ValueError("max_tokens 77 is\nnot taken")
+
+    stream = llm.stream(PROMPTS[4], SamplingParams(max_tokens=200, ignore_eos=True))
+    next(stream)
+    monkeypatch.setattr(params, "__post_init__", refuse_77)
+    with pytest.raises(EngineError, match="tensorrt_llm refuses it: max_tokens 77 is not taken"):
+        llm.generate(PROMPTS[3], SamplingParams(max_tokens=77))
+    assert len(list(stream)[-1].outputs[0].token_ids) == 200
+    assert llm.metrics()["fly_trt:num_requests_running"] == 0
 
 
 def test_a_step_that_fails_costs_the_requests_in_it(
