@@ -30,6 +30,14 @@ QUANTIZED_CONFIG = "hf_quant_config.json"
 QUANTIZED_FIELDS = ("group_size", "has_zero_point", "pre_quant_scale", "exclude_modules")
 
 
+def find_creator(trt: Any) -> Any:
+    """Of the plugin. Raises EngineError where the library that was loaded does not have it."""
+    creator = trt.get_plugin_registry().get_creator(PLUGIN, PLUGIN_VERSION, PLUGIN_NAMESPACE)
+    if creator is None:
+        raise EngineError(f"{PLUGIN}: not among TensorRT's plugins: build libfly_plugins.so of this fly-trt")
+    return creator
+
+
 @dataclass(frozen=True)
 class LoosePlugin:
     """FLy as the plugin's fields have it: baked into the engine. vocab_size: columns that are tokens, since the logits
@@ -42,9 +50,7 @@ class LoosePlugin:
 
     def make(self, trt: Any) -> Any:
         """The plugin; its library must be loaded. Raises EngineError where it is not."""
-        creator = trt.get_plugin_registry().get_creator(PLUGIN, PLUGIN_VERSION, PLUGIN_NAMESPACE)
-        if creator is None:
-            raise EngineError(f"{PLUGIN}: not among TensorRT's plugins: build libfly_plugins.so of this fly-trt")
+        creator = find_creator(trt)
         policy = self.policy
         numbers: dict[str, Any] = {
             "entropy_threshold": np.array([policy.entropy_threshold], np.float64),
