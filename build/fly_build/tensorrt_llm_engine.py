@@ -90,6 +90,14 @@ def put_behind_logits(network: Any, plugin: Any) -> None:
     network.mark_output(rewritten)
 
 
+def let_pass_rewriting(trt: Any) -> None:
+    """TensorRT-LLM rewrites a network before it is compiled, and there looks at each layer as one of the kinds in a
+    table; it raises NotImplementedError for any other, which plugins of version 3 are: its own are of version 2."""
+    from tensorrt_llm.graph_rewriting import Layer
+
+    Layer.TRT_LAYER_TYPE_TO_LAYER.setdefault(trt.LayerType.PLUGIN_V3, trt.IPluginV3Layer)
+
+
 def _named(get: Callable[[int], Any], count: int) -> dict[str, Any]:
     return {tensor.name: tensor for tensor in map(get, range(count))}
 
@@ -104,6 +112,7 @@ def with_plugin(model_class: Any, plugin: LoosePlugin) -> Any:
             from tensorrt_llm._common import default_trtnet
 
             result = super().forward(*arguments, **keywords)
+            let_pass_rewriting(trt)
             put_behind_logits(default_trtnet(), plugin.make(trt))
             return result
 

@@ -205,6 +205,27 @@ def test_a_quantised_checkpoint_says_how(
     assert [record["quant_config"] for record in built] == [expected, QuantConfig()]
 
 
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        (
+            {"quant_algo": "W4A16_AWQ", "group_size": 32, "kv_cache_quant_algo": "FP8"},
+            "int4 weights with a KV cache of FP8",
+        ),
+        ({"quant_algo": "FP8", "kv_cache_quant_algo": "INT8"}, "fp8 weights with a KV cache of INT8"),
+    ],
+)
+def test_a_cache_that_blocks_cannot_be_reused_of_is_refused(
+    described: dict[str, Any], message: str, tiny_pair: TinyPair, tmp_path: Path
+) -> None:
+    """TensorRT-LLM's builder raises RuntimeError, after the weights have been read."""
+    target = Path(shutil.copytree(tiny_pair.target, tmp_path / "target"))
+    (target / "hf_quant_config.json").write_text(json.dumps({"quantization": described}), encoding="utf-8")
+    flags = {"target": str(target), "backend": "tensorrt-llm", "engine": True}
+    with pytest.raises(CheckpointError, match=message):
+        make_plan(load_recipe(None, flags), tmp_path / "engine", to_build=False)
+
+
 @pytest.mark.parametrize("found", [None, "1.1.0", "1.3.0rc4", "1.20.0"])
 def test_another_release_is_refused_before_anything_is_read(
     found: str | None, tiny_pair: TinyPair, versions: dict[str, str], tmp_path: Path

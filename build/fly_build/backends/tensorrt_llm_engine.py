@@ -119,6 +119,11 @@ class TensorRTLlmEngineBackend(Backend):
                     f"{checkpoint.name}: quantised by {scheme.method}, and TensorRT-LLM's engines are built from what "
                     "ModelOpt quantised: give such a checkpoint, or the original with --quantization int8 or int4"
                 )
+            if scheme is not None and (cache := scheme.kv_cache_algorithm) and (cache, scheme.kind) != ("FP8", "fp8"):
+                raise CheckpointError(
+                    f"{checkpoint.name}: {scheme.kind} weights with a KV cache of {cache}: TensorRT-LLM reuses blocks "
+                    "of a quantised cache only where weights and cache are fp8: export it without kv_cache_quant_algo"
+                )
             if scheme is None and self.recipe.quantization == "fp8":
                 raise ConfigError(
                     f"quantization 'fp8': TensorRT-LLM calibrates it, and {checkpoint.name} is not quantised: quantise "
