@@ -149,14 +149,15 @@ class EngineBuild:
                 f"{self.name}: TensorRT-LLM has no engine of a {self.architecture}: leave --engine out, or choose "
                 "another model"
             )
-        if self.plugin is not None:
-            model_class = with_plugin(model_class, self.plugin)
         mapping = Mapping(world_size=self.num_ranks, rank=rank, tp_size=self.num_ranks)
         # Each rank has its part of the embeddings, as of everything else.
         parts = {"use_parallel_embedding": True, "embedding_sharding_dim": 0} if self.num_ranks > 1 else {}
         model = model_class.from_hugging_face(
             str(self.folder), dtype=self.dtype, mapping=mapping, quant_config=self._quant_config(), **parts
         )
+        if self.plugin is not None:
+            # Not before: from_hugging_face may make an object of the class that it names, whatever it was called on.
+            model.__class__ = with_plugin(type(model), self.plugin)
         engine = build(model, self._build_config(model))
         engine.save(str(folder))
 

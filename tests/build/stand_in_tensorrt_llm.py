@@ -156,7 +156,10 @@ class Model:
         assert (Path(hf_model_or_dir) / "config.json").is_file()
         assert mapping is not None
         assert quant_config is not None
-        return cls(hf_model_or_dir, dtype, mapping, quant_config, kwargs)
+        # Where the unified loader is off, models/{llama,qwen}/model.py make one of the class that they name, not of
+        # `cls` (texts of 2024 and 2025).
+        named = {known.__name__: known for known in (Model, Unplugged)}
+        return named[cls.__name__](hf_model_or_dir, dtype, mapping, quant_config, kwargs)
 
     def default_plugin_config(self, **kwargs: Any) -> PluginConfig:
         return PluginConfig()
