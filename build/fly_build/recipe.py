@@ -27,7 +27,8 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
 
     Raises ConfigError with the field that is wrong.
     """
-    content: dict[str, Any] = _read(path) if path else {}
+    file = _find(path) if path else None
+    content: dict[str, Any] = _read(file) if file else {}
     for role in ROLES:
         if overrides.get(role) is not None:
             content[role] = {"checkpoint": overrides[role], "revision": overrides.get(f"{role}_revision")}
@@ -54,6 +55,8 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
         field = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{path or 'flags'}: {field}: {first['msg']}, got {first['input']!r}") from None
     recipe = recipe.model_copy(update={"device": _device(recipe, path or "flags")})
+    if file is not None:
+        recipe = recipe.read_from(str(file.resolve()))
     if recipe.self_draft is not None and recipe.draft is not None:
         raise ConfigError("self_draft: the target drafts for itself where there is no draft: leave out one of the two")
     if recipe.inner_draft is not None and recipe.draft is None:
@@ -156,12 +159,16 @@ def _check_ranks(recipe: Recipe) -> None:
         raise ConfigError(f"draft_tp_size {recipe.draft_tp_size}: there is no draft: add --draft, or leave it out")
 
 
-def _read(path: str) -> dict[str, Any]:
+def _find(path: str) -> Path:
     candidates = (Path(path), RECIPES / path, RECIPES / f"{path}.yaml")
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
         known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
         raise ConfigError(f"{path}: no such recipe: give a YAML file or one of {known}")
+    return file
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

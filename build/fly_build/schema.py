@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from fly_trt.manifest import Device, Dtype, Quantization, TensorRTLibrary
 
@@ -93,3 +93,15 @@ class Recipe(BaseModel):
     max_num_tokens: int = Field(default=512, gt=0)
     entropy_top_k: int = Field(default=3, gt=0)
     speculative: dict[str, Any] = Field(default_factory=dict)
+    _file: str | None = PrivateAttr(default=None)
+
+    @property
+    def file(self) -> str | None:
+        """The YAML file that it was read from; None where it was made of flags alone."""
+        return self._file
+
+    def read_from(self, file: str) -> "Recipe":
+        """The same recipe, of this file."""
+        copy = self.model_copy()
+        copy._file = file
+        return copy

@@ -30,6 +30,14 @@ QUANTIZED_CONFIG = "hf_quant_config.json"
 QUANTIZED_FIELDS = ("group_size", "has_zero_point", "pre_quant_scale", "exclude_modules")
 
 
+def find_creator(trt: Any) -> Any:
+    """Of the plugin. Raises EngineError where the library that was loaded does not have it."""
+    creator = trt.get_plugin_registry().get_creator(PLUGIN, PLUGIN_VERSION, PLUGIN_NAMESPACE)
+    if creator is None:
+        raise EngineError(f"{PLUGIN}: not among TensorRT's plugins: build libfly_plugins.so of this fly-trt")
+    return creator
+
+
 @dataclass(frozen=True)
 class LoosePlugin:
     """FLy as the plugin's fields have it: baked into the engine. vocab_size: columns that are tokens, since the logits
@@ -42,9 +50,7 @@ class LoosePlugin:
 
     def make(self, trt: Any) -> Any:
         """The plugin; its library must be loaded. Raises EngineError where it is not."""
-        creator = trt.get_plugin_registry().get_creator(PLUGIN, PLUGIN_VERSION, PLUGIN_NAMESPACE)
-        if creator is None:
-            raise EngineError(f"{PLUGIN}: not among TensorRT's plugins: build libfly_plugins.so of this fly-trt")
+        creator = find_creator(trt)
         policy = self.policy
         numbers: dict[str, Any] = {
             "entropy_threshold": np.array([policy.entropy_threshold], np.float64),
@@ -84,6 +90,14 @@ def put_behind_logits(network: Any, plugin: Any) -> None:
     network.mark_output(rewritten)
 
 
+def let_pass_rewriting(trt: Any) -> None:
+    """TensorRT-LLM rewrites a network before it is compiled, and there looks at each layer as one of the kinds in a
+    table; it raises NotImplementedError for any other, which plugins of version 3 are: its own are of version 2."""
+    from tensorrt_llm.graph_rewriting import Layer
+
+    Layer.TRT_LAYER_TYPE_TO_LAYER.setdefault(trt.LayerType.PLUGIN_V3, trt.IPluginV3Layer)
+
+
 def _named(get: Callable[[int], Any], count: int) -> dict[str, Any]:
     return {tensor.name: tensor for tensor in map(get, range(count))}
 
@@ -98,6 +112,7 @@ def with_plugin(model_class: Any, plugin: LoosePlugin) -> Any:
             from tensorrt_llm._common import default_trtnet
 
             result = super().forward(*arguments, **keywords)
+            let_pass_rewriting(trt)
             put_behind_logits(default_trtnet(), plugin.make(trt))
             return result
 
@@ -134,14 +149,15 @@ class EngineBuild:
                 f"{self.name}: TensorRT-LLM has no engine of a {self.architecture}: leave --engine out, or choose "
                 "another model"
             )
-        if self.plugin is not None:
-            model_class = with_plugin(model_class, self.plugin)
         mapping = Mapping(world_size=self.num_ranks, rank=rank, tp_size=self.num_ranks)
         # Each rank has its part of the embeddings, as of everything else.
         parts = {"use_parallel_embedding": True, "embedding_sharding_dim": 0} if self.num_ranks > 1 else {}
         model = model_class.from_hugging_face(
             str(self.folder), dtype=self.dtype, mapping=mapping, quant_config=self._quant_config(), **parts
         )
+        if self.plugin is not None:
+            # Not before: from_hugging_face may make an object of the class that it names, whatever it was called on.
+            model.__class__ = with_plugin(type(model), self.plugin)
         engine = build(model, self._build_config(model))
         engine.save(str(folder))
 

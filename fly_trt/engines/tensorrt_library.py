@@ -67,7 +67,9 @@ class Library:
             raise EngineError(f"{path}: not a library of this system ({error}): {fix}") from None
         if not has_entry:
             raise EngineError(f"{path}: a library without TensorRT plugins, it exports no getCreators: {fix}")
-        if registry.load_library(str(path.resolve())) is None:
+        # With FLY_TRT_REGISTER_PLUGINS=1 it may have registered itself, and TensorRT loads no library twice.
+        registered = registry.get_creator(*wanted) is not None
+        if not registered and registry.load_library(str(path.resolve())) is None:
             raise EngineError(
                 f"{path}: {self.name} {self.version} cannot load it ({self.take_errors()}): {fix} against the headers "
                 "of this version"

@@ -10,6 +10,7 @@ import enum
 import json
 import sys
 import types
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,7 +88,7 @@ class Network:
     """tensorrt_llm/network.py keeps TensorRT's network as trt_network. This one is it, with plugin layers."""
 
     def __init__(self, real: Any) -> None:
-        self.real, self.plugins = real, []
+        self.real, self.plugins, self.plugin_layers = real, [], set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
@@ -95,7 +96,30 @@ class Network:
     def add_plugin_v3(self, inputs: list[Any], shape_inputs: list[Any], plugin: Any) -> Any:
         assert shape_inputs == []
         self.plugins.append(([tensor.name for tensor in inputs], plugin))
+        self.plugin_layers.add(self.real.num_layers)
         return self.real.add_identity(inputs[0])
+
+
+class Layer:
+    """tensorrt_llm/graph_rewriting.py (commit 138f96d4): kinds of layers, no plugin of version 3 among them."""
+
+    TRT_LAYER_TYPE_TO_LAYER: typing.ClassVar = {
+        trt.LayerType.CAST: trt.ICastLayer,
+        trt.LayerType.CONSTANT: trt.IConstantLayer,
+        trt.LayerType.IDENTITY: trt.IIdentityLayer,
+        trt.LayerType.MATRIX_MULTIPLY: trt.IMatrixMultiplyLayer,
+        trt.LayerType.PLUGIN_V2: trt.IPluginV2Layer,
+        trt.LayerType.SHUFFLE: trt.IShuffleLayer,
+    }
+
+
+def optimize(network: Network) -> None:
+    """The same file: a pattern of attention plugins, for which every layer is looked at as its own class."""
+    for index in range(network.num_layers):
+        is_plugin = index in network.plugin_layers
+        kind = trt.LayerType.PLUGIN_V3 if is_plugin else network.get_layer(index).type
+        if kind not in Layer.TRT_LAYER_TYPE_TO_LAYER:
+            raise NotImplementedError(f"Unknown layer type: {kind}")
 
 
 _current: list[Network] = []
@@ -132,7 +156,10 @@ class Model:
         assert (Path(hf_model_or_dir) / "config.json").is_file()
         assert mapping is not None
         assert quant_config is not None
-        return cls(hf_model_or_dir, dtype, mapping, quant_config, kwargs)
+        # Where the unified loader is off, models/{llama,qwen}/model.py make one of the class that they name, not of
+        # `cls` (texts of 2024 and 2025).
+        named = {known.__name__: known for known in (Model, Unplugged)}
+        return named[cls.__name__](hf_model_or_dir, dtype, mapping, quant_config, kwargs)
 
     def default_plugin_config(self, **kwargs: Any) -> PluginConfig:
         return PluginConfig()
@@ -189,6 +216,7 @@ def build(model: Model, build_config: BuildConfig) -> Engine:
         model(**inputs)
     finally:
         _current.pop()
+    optimize(network)
     config = builder.create_builder_config()
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network.real, config)
@@ -245,14 +273,18 @@ def installed(creators: dict[tuple[str, str, str], Any]) -> Iterator[list[dict[s
             QuantConfig=QuantConfig, SpeculativeDecodingMode=SpeculativeDecodingMode
         ),
         "tensorrt_llm.quantization": _module(QuantAlgo=QuantAlgo),
+        "tensorrt_llm.graph_rewriting": _module(Layer=Layer),
         "tensorrt_llm._common": _module(default_trtnet=default_trtnet),
     }
     before = {name: sys.modules.get(name) for name in modules}
     sys.modules.update(modules)
     built.clear()
+    kinds = dict(Layer.TRT_LAYER_TYPE_TO_LAYER)
     try:
         yield built
     finally:
+        Layer.TRT_LAYER_TYPE_TO_LAYER.clear()
+        Layer.TRT_LAYER_TYPE_TO_LAYER.update(kinds)
         for name, module in before.items():
             if module is None:
                 del sys.modules[name]

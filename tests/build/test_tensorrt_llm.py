@@ -268,6 +268,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a library": ({"tensorrt_library": "tensorrt"}, "tensorrt_library: belongs to backend tensorrt, got"),
     "a CPU": ({"device": "cpu"}, "device 'cpu': engines of backend tensorrt-llm run on cuda"),
     "float32": ({"dtype": "float32"}, "dtype 'float32': TensorRT-LLM's kernels have 16 bits"),
+    "no drafts": ({"max_draft_len": 0}, "max_draft_len 0: backend tensorrt-llm has no steps without drafts"),
+    "a draft on one GPU": (
+        {"tp_size": 2, "draft_tp_size": 1},
+        "draft_tp_size 1: the draft is a part of the target's model",
+    ),
     "three ranks": ({"tp_size": 3}, "tp_size 3: expected 1, or 2, 4, 8"),
 }
 

@@ -1,10 +1,12 @@
 """`--backend tensorrt-llm --engine`: TensorRT-LLM 1.2's builder, of which a stand-in is called, and the plugin behind
 the logits of networks that TensorRT-RTX really builds."""
 
+import importlib
 import importlib.metadata
 import json
 import math
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from fly_trt.manifest import Manifest, read_manifest
 from stand_in_tensorrt_llm import BuildConfig, Creator, Mapping, QuantAlgo, QuantConfig, SpeculativeDecodingMode, trt
 from tiny_models import PAIR, TinyPair
 
+PROGRAMS = ("fly-build", "fly-generate")
 FP8 = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"], "producer": {"name": "x"}}
 
 
@@ -58,6 +61,10 @@ class _Library:
 
     def __init__(self, loaded: list[Path]) -> None:
         self.load_plugins = loaded.append
+
+    @property
+    def trt(self) -> Any:
+        return importlib.import_module("tensorrt")
 
 
 @pytest.fixture
@@ -198,6 +205,27 @@ def test_a_quantised_checkpoint_says_how(
     assert [record["quant_config"] for record in built] == [expected, QuantConfig()]
 
 
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        (
+            {"quant_algo": "W4A16_AWQ", "group_size": 32, "kv_cache_quant_algo": "FP8"},
+            "int4 weights with a KV cache of FP8",
+        ),
+        ({"quant_algo": "FP8", "kv_cache_quant_algo": "INT8"}, "fp8 weights with a KV cache of INT8"),
+    ],
+)
+def test_a_cache_that_blocks_cannot_be_reused_of_is_refused(
+    described: dict[str, Any], message: str, tiny_pair: TinyPair, tmp_path: Path
+) -> None:
+    """TensorRT-LLM's builder raises RuntimeError, after the weights have been read."""
+    target = Path(shutil.copytree(tiny_pair.target, tmp_path / "target"))
+    (target / "hf_quant_config.json").write_text(json.dumps({"quantization": described}), encoding="utf-8")
+    flags = {"target": str(target), "backend": "tensorrt-llm", "engine": True}
+    with pytest.raises(CheckpointError, match=message):
+        make_plan(load_recipe(None, flags), tmp_path / "engine", to_build=False)
+
+
 @pytest.mark.parametrize("found", [None, "1.1.0", "1.3.0rc4", "1.20.0"])
 def test_another_release_is_refused_before_anything_is_read(
     found: str | None, tiny_pair: TinyPair, versions: dict[str, str], tmp_path: Path
@@ -217,8 +245,9 @@ def test_a_loose_target_needs_the_plugin(tiny_pair: TinyPair, versions: dict[str
 def test_a_library_without_the_plugin_is_an_error(
     tiny_pair: TinyPair, versions: dict[str, str], library: Path, tmp_path: Path
 ) -> None:
+    """As one of an older fly-trt: before a checkpoint is looked for, and weights are read for an hour."""
     with stand_in.installed({}), pytest.raises(EngineError, match="PackedLooseAccept: not among TensorRT's plugins"):
-        _build(tiny_pair, tmp_path / "engine", plugin_library=str(library))
+        _build(tiny_pair, tmp_path / "engine", target="./gone", plugin_library=str(library))
     assert not (tmp_path / "engine").exists()
 
 
@@ -253,6 +282,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a guard": ({"speculative": {"exact_first": 2}}, "speculative.exact_first: TensorRT-LLM drafts by itself"),
     "many probabilities": ({"entropy_top_k": 9}, "entropy_top_k 9: the plugin looks at 8 at most"),
     "float32": ({"dtype": "float32"}, "dtype 'float32': TensorRT-LLM's attention has 16 bits"),
+    "no drafts": ({"max_draft_len": 0}, "max_draft_len 0: backend tensorrt-llm-engine has no steps without drafts"),
+    "a plugin for nothing": (
+        {"plugin_library": "a", "speculative": {"fly_entropy_threshold": math.inf}},
+        "plugin_library 'a': acceptance is exact, which needs no plugin",
+    ),
     "a CPU": ({"device": "cpu"}, "device 'cpu': engines of backend tensorrt-llm-engine run on cuda"),
 }
 
@@ -281,7 +315,56 @@ def test_engine_belongs_to_tensorrt_llm() -> None:
 
 def test_exact_match_needs_no_plugin(tiny_pair: TinyPair, tmp_path: Path) -> None:
     flags = {"target": str(tiny_pair.target), "backend": "tensorrt-llm", "engine": True}
-    for threshold, has_plugin in ((math.inf, False), (0.3, True)):
-        speculative = {"acceptance": "exact"} if math.isinf(threshold) else {"fly_entropy_threshold": threshold}
+    cases: tuple[tuple[dict[str, Any], bool], ...] = (
+        ({"acceptance": "exact"}, False),
+        ({"fly_entropy_threshold": math.inf}, False),
+        ({"fly_entropy_threshold": 0.3}, True),
+    )
+    for speculative, has_plugin in cases:
         plan = make_plan(load_recipe(None, flags | {"speculative": speculative}), tmp_path / "engine", to_build=False)
         assert ("--plugin-library $FLY_PLUGINS" in plan.commands[1]) == has_plugin
+
+
+def test_the_commands_of_a_plan_build_what_was_planned(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    """Through two shells, with names that mean something to both, and what a recipe has and no flag."""
+    folder = Path(shutil.copytree(tiny_pair.target, tmp_path / "it's $HOME"))
+    recipe = tmp_path / "a recipe.yaml"
+    content = {"target": str(folder), "backend": "tensorrt-llm", "entropy_top_k": 4, "max_batch_size": 3}
+    recipe.write_text(json.dumps(content | {"speculative": {"preset": "vllm", "fly_entropy_threshold": 0.5}}))
+    flags = {"engine": True, "max_draft_len": 9}
+    planned = load_recipe(str(recipe), flags)
+    plan = make_plan(planned, Path("an engine"), to_build=False)
+    (tmp_path / "tools").mkdir()
+    environment = tmp_path / "tools" / "tensorrt_llm_env.sh"
+    environment.write_text('#!/bin/bash\n[ "$1" = make ] || exec bash -c "${*:2}"\n', encoding="utf-8")
+    program = '#!/bin/bash\nfor word in "$@"; do echo "$word"; done >>"$SEEN"\n'
+    for path, text in ((environment, environment.read_text()), *((tmp_path / n, program) for n in PROGRAMS)):
+        path.write_text(text, encoding="utf-8")
+        path.chmod(0o755)
+    seen = tmp_path / "seen"
+    variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SEEN": str(seen), "FLY_PLUGINS": "/plugins/libfly_plugins.so"}
+    for command in plan.commands:
+        subprocess.run(["sh", "-c", command], cwd=tmp_path, env=variables, check=True)
+    words = seen.read_text(encoding="utf-8").splitlines()
+    assert words[-2:] == ["an engine", "Tell me"]
+    built, given = words[:-2], {}
+    assert built[:3] == ["--backend", "tensorrt-llm", "--engine"]
+    *pairs, file = built[3:]
+    for name, value in zip(pairs[::2], pairs[1::2], strict=True):
+        given[name.removeprefix("--").replace("-", "_")] = value
+    assert (given.pop("_o"), given.pop("plugin_library")) == ("an engine", "/plugins/libfly_plugins.so")
+    repeated = load_recipe(file, flags | given)
+    assert repeated.speculative == planned.speculative
+    assert (repeated.target, repeated.entropy_top_k) == (planned.target, planned.entropy_top_k)
+    assert (repeated.max_batch_size, repeated.max_draft_len) == (3, 9)
+
+
+def test_drafts_too_short_for_the_window_are_warned_of(
+    tiny_pair: TinyPair, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = {"target": str(tiny_pair.target), "backend": "tensorrt-llm", "engine": True}
+    for length, speculative, warned in ((7, {}, False), (6, {}, True), (6, {"acceptance": "exact"}, False)):
+        caplog.clear()
+        fields = {"max_draft_len": length, "speculative": speculative}
+        make_plan(load_recipe(None, flags | fields), tmp_path / "engine", to_build=False)
+        assert ("max_draft_len 6: FLy loosens a token that 6 more of its draft follow" in caplog.text) == warned

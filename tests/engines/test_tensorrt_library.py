@@ -72,6 +72,28 @@ def test_a_library_of_another_version_of_the_plugins_is_refused(
         library.load_plugins(path)
 
 
+def test_a_library_that_registers_itself_is_not_loaded_again(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With FLY_TRT_REGISTER_PLUGINS=1, where all can see TensorRT's symbols. TensorRT refuses what it has already."""
+    creators: list[object] = []
+    registry = SimpleNamespace(
+        get_creator=lambda *_: creators[0] if creators else None,
+        load_library=lambda path: None if creators else object(),
+    )
+    monkeypatch.setattr(library.trt, "get_plugin_registry", lambda: registry)
+
+    def load(path: str) -> SimpleNamespace:
+        creators.append(object())
+        return SimpleNamespace(getCreators=None)
+
+    monkeypatch.setattr("ctypes.CDLL", load)
+    path = tmp_path / "libfly_plugins.so"
+    path.touch()
+    library.load_plugins(path)
+    assert creators
+
+
 def test_files_are_kept_in_the_users_cache_or_where_there_is_no_home_in_the_temporary_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -1,6 +1,8 @@
 """PackedLooseAccept's kernels, run on the CPU: which logits they raise, and what a runtime then accepts."""
 
+import ctypes
 import itertools
+import mmap
 from collections import Counter
 from typing import Any
 
@@ -145,6 +147,15 @@ def test_nothing_after_the_first_rejected_draft_is_rewritten(kernels: library.Ke
     assert loosened_rows(kernels, step_of(values, [9, 2, 9, 4, 5, 6]), EAGER) == [0, 2]
 
 
+def test_an_entropy_at_the_threshold_loosens(kernels: library.Kernels) -> None:
+    """Of a row whose choice is certain it is 0, exactly."""
+    values = uncertain_rows([1, 2, 3, 4])
+    values[0] = np.where(np.arange(50) == 1, 0, -np.inf)
+    step = step_of(values, [7, 2, 3])
+    assert loosened_rows(kernels, step, PackedPolicy(0.0, window=2, lookahead=1)) == [0]
+    assert loosened_rows(kernels, step, PackedPolicy(1e-30, window=2, lookahead=1)) == []
+
+
 def test_stop_tokens_and_what_is_no_token_are_not_loosened(kernels: library.Kernels) -> None:
     values = uncertain_rows([1, 2, 3, 4])
     assert loosened_rows(kernels, step_of(values, [7, 2, 3]), EAGER) == [0]
@@ -208,6 +219,48 @@ def test_whatever_the_tensors_say_no_read_or_write_leaves_them(kernels: library.
         found = kernels.packed_loose_accept(step, PackedPolicy(0.0, window=0, lookahead=0))
         assert ((found == logits) | (found > logits)).all()
         assert np.isfinite(found).all()
+
+
+class GuardedMemory(library.CpuMemory):
+    """Pages that nothing may touch end what is uploaded, or begin it: such a read or write ends the process. Logits and
+    the workspace are aligned, so that up to 255 bytes behind them are not guarded."""
+
+    def __init__(self) -> None:
+        self.protect = ctypes.CDLL(None).mprotect
+        self.protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        self.is_at_end = True
+
+    def upload(self, array: library.Array, offset: int = 0) -> library.Array:
+        page, alignment = mmap.PAGESIZE, 4 if array.dtype == np.int32 else 256
+        pages = -(-array.nbytes // page)
+        whole = np.frombuffer(mmap.mmap(-1, (pages + 2) * page), np.uint8)
+        begin = page + ((pages * page - array.nbytes) // alignment * alignment if self.is_at_end else 0)
+        for guard in (0, (pages + 1) * page):
+            assert self.protect(whole.ctypes.data + guard, page, 0) == 0
+        buffer = whole[begin : begin + array.nbytes]
+        buffer[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        return buffer
+
+
+def test_steps_that_contradict_themselves_stay_inside_their_tensors(
+    kernels: library.Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real steps with a few numbers changed, or tensors cut: far into the kernels they look like steps."""
+    memory, rng, has_loosened = GuardedMemory(), np.random.default_rng(11), 0
+    monkeypatch.setattr(kernels, "memory", memory)
+    for turn in range(600):
+        memory.is_at_end = turn % 2 == 0
+        step, _ = packed.random_step(rng, 9, 9, "float32", max_contexts=4, max_drafts=6)
+        ids, lengths = step.last_token_ids.copy(), step.context_lengths.copy()
+        for _ in range(rng.integers(0, 4)):
+            changed = (ids, lengths)[rng.integers(2)]
+            changed[rng.integers(len(changed))] += rng.integers(-3, 4)
+        tokens = step.input_ids[: max(1, len(step.input_ids) - rng.choice([0, 0, 1, 3]))]
+        lengths = lengths[: max(1, len(lengths) - rng.choice([0, 0, 0, 1]))]
+        changed_step = PackedStep(step.logits, ids, tokens, lengths)
+        found = kernels.packed_loose_accept(changed_step, PackedPolicy(0.0, window=0, lookahead=0))
+        has_loosened += found.tobytes() != step.logits.tobytes()
+    assert has_loosened > 50
 
 
 def test_the_workspace_for_many_rows_suffices_for_fewer(kernels: library.Kernels) -> None:

@@ -19,6 +19,7 @@ from fly_trt.integrations.tensorrt_llm.environment import Acceptance
 from fly_trt.integrations.tensorrt_llm.modes import RELEASES, Release, release_of
 from fly_trt.manifest import Dtype, Head, Limits, Manifest, ModelEngine, Quantization
 from fly_trt.params import SpeculativeConfig
+from fly_trt.verification import FlyPolicy
 
 if TYPE_CHECKING:
     from fly_build.checkpoint import Checkpoint
@@ -85,6 +86,27 @@ def check_models(recipe: Recipe) -> None:
         raise ConfigError(f"self_draft: backend {recipe.backend} makes none: leave it out, and add --draft")
 
 
+def check_drafts(recipe: Recipe) -> None:
+    """Raises ConfigError for steps without drafts, which TensorRT-LLM refuses when it is started or built."""
+    if recipe.max_draft_len == 0:
+        raise ConfigError(
+            f"max_draft_len 0: backend {recipe.backend} has no steps without drafts, and FLy nothing to accept there: "
+            "use --max-draft-len 1 or more"
+        )
+
+
+def warn_of_short_drafts(name: str, num_draft_tokens: int, policy: FlyPolicy | None) -> None:
+    if policy is not None and num_draft_tokens <= (least := max(policy.window, policy.lookahead)):
+        logger.warning(
+            "%s %d: FLy loosens a token that %d more of its draft follow, so here it never will: draft at least %d, or "
+            "choose another window",
+            name,
+            num_draft_tokens,
+            least,
+            least + 1,
+        )
+
+
 def location(checkpoint: "Checkpoint") -> str:
     """Where TensorRT-LLM finds it, whatever its working directory is: an absolute folder, or a hub id."""
     folder = Path(checkpoint.name).expanduser()
@@ -102,6 +124,7 @@ class TensorRTLlmBackend(Backend):
     @classmethod
     def check(cls, recipe: Recipe) -> None:
         check_models(recipe)
+        check_drafts(recipe)
         check_acceptance(recipe, SPECULATIVE_FIELDS, ("draft_model",))
         mode = recipe.speculative_mode or "draft_target"
         files.check_drafting(mode, recipe.draft.checkpoint if recipe.draft else None)
@@ -109,6 +132,11 @@ class TensorRTLlmBackend(Backend):
             raise ConfigError(
                 f"draft_revision {recipe.draft.revision!r}: TensorRT-LLM's speculative_config has no revision: give a "
                 "folder that holds it"
+            )
+        if "draft_tp_size" in recipe.model_fields_set and recipe.draft_tp_size != recipe.tp_size:
+            raise ConfigError(
+                f"draft_tp_size {recipe.draft_tp_size}: the draft is a part of the target's model in TensorRT-LLM's "
+                f"PyTorch backend, on all of its {recipe.tp_size} GPUs: leave it out"
             )
         if recipe.entropy_top_k != PRESET_TOP_K:
             raise ConfigError(
@@ -191,14 +219,7 @@ class TensorRTLlmBackend(Backend):
 
     def fit_limits(self, limits: Limits) -> Limits:
         policy = None if (rule := _acceptance_of(self.recipe, [])) is None else rule.policy(2)
-        if policy is not None and self.num_draft_tokens <= (least := max(policy.window, policy.lookahead)):
-            logger.warning(
-                "num_speculative_tokens %d: FLy loosens a token that %d more of its draft follow, so here it never "
-                "will: draft at least %d, or choose another window",
-                self.num_draft_tokens,
-                least,
-                least + 1,
-            )
+        warn_of_short_drafts("num_speculative_tokens", self.num_draft_tokens, policy)
         given = "max_num_tokens" in self.recipe.model_fields_set
         least = limits.max_batch_size * (self.num_draft_tokens + 1)
         if not files.chunks_prompts(self.release):

@@ -14,17 +14,19 @@ from fly_build.backends.tensorrt_llm import (
     DEFAULT_MAX_NUM_TOKENS,
     at_location,
     check_acceptance,
+    check_drafts,
     check_models,
     follows_checkpoint,
     installed_version,
     location,
     paged_tokens,
     plan_paged,
+    warn_of_short_drafts,
 )
 from fly_build.measure import estimate_costs
 from fly_build.schema import Recipe
 from fly_build.tensorrt_builder import MAX_PLUGIN_TOP_K, PLUGIN_LIBRARY
-from fly_build.tensorrt_llm_engine import MAX_STOP_TOKENS, EngineBuild, LoosePlugin
+from fly_build.tensorrt_llm_engine import MAX_STOP_TOKENS, EngineBuild, LoosePlugin, find_creator
 from fly_trt.engines.tensorrt_library import import_library
 from fly_trt.errors import CheckpointError, ConfigError
 from fly_trt.manifest import Dtype, Head, Limits, Manifest, ModelEngine, Quantization
@@ -58,6 +60,7 @@ class TensorRTLlmEngineBackend(Backend):
     @classmethod
     def check(cls, recipe: Recipe) -> None:
         check_models(recipe)
+        check_drafts(recipe)
         check_acceptance(recipe, SPECULATIVE_FIELDS, METHODS)
         if recipe.entropy_top_k > MAX_PLUGIN_TOP_K:
             raise ConfigError(
@@ -65,6 +68,10 @@ class TensorRTLlmEngineBackend(Backend):
             )
         if recipe.dtype == "float32":
             raise ConfigError("dtype 'float32': TensorRT-LLM's attention has 16 bits: use bfloat16 or float16")
+        if recipe.plugin_library is not None and cls._policy_of(recipe, 2) is None:
+            raise ConfigError(
+                f"plugin_library {recipe.plugin_library!r}: acceptance is exact, which needs no plugin: leave it out"
+            )
 
     def prepare(self) -> None:
         version = installed_version()
@@ -80,12 +87,18 @@ class TensorRTLlmEngineBackend(Backend):
                 f"plugin_library: FLy in TensorRT-LLM's engines is a plugin: add --plugin-library {PLUGIN_LIBRARY} (in "
                 f"the environment of {ENVIRONMENT}: $FLY_PLUGINS), or say acceptance exact in the recipe's speculative"
             )
-        import_library("tensorrt").load_plugins(Path(self.recipe.plugin_library))
+        library = import_library("tensorrt")
+        library.load_plugins(Path(self.recipe.plugin_library))
+        find_creator(library.trt)
 
     def _policy(self, vocab_size: int) -> FlyPolicy | None:
+        return self._policy_of(self.recipe, vocab_size)
+
+    @staticmethod
+    def _policy_of(recipe: Recipe, vocab_size: int) -> FlyPolicy | None:
         """FLy as the recipe has it; None for exact acceptance."""
-        head = HeadInfo(vocab_size, self.recipe.entropy_top_k, has_top_tokens=True)
-        policy = SpeculativeConfig.from_dict(self.recipe.speculative).policy(head)
+        head = HeadInfo(vocab_size, recipe.entropy_top_k, has_top_tokens=True)
+        policy = SpeculativeConfig.from_dict(recipe.speculative).policy(head)
         return policy if isinstance(policy, FlyPolicy) and policy.is_loose else None
 
     @property
@@ -106,6 +119,11 @@ class TensorRTLlmEngineBackend(Backend):
                     f"{checkpoint.name}: quantised by {scheme.method}, and TensorRT-LLM's engines are built from what "
                     "ModelOpt quantised: give such a checkpoint, or the original with --quantization int8 or int4"
                 )
+            if scheme is not None and (cache := scheme.kv_cache_algorithm) and (cache, scheme.kind) != ("FP8", "fp8"):
+                raise CheckpointError(
+                    f"{checkpoint.name}: {scheme.kind} weights with a KV cache of {cache}: TensorRT-LLM reuses blocks "
+                    "of a quantised cache only where weights and cache are fp8: export it without kv_cache_quant_algo"
+                )
             if scheme is None and self.recipe.quantization == "fp8":
                 raise ConfigError(
                     f"quantization 'fp8': TensorRT-LLM calibrates it, and {checkpoint.name} is not quantised: quantise "
@@ -117,6 +135,7 @@ class TensorRTLlmEngineBackend(Backend):
 
     def fit_limits(self, limits: Limits) -> Limits:
         """Every round is read as one prompt with its drafts: there are no chunks."""
+        warn_of_short_drafts("max_draft_len", limits.max_draft_len, self._policy(2))
         given = "max_num_tokens" in self.recipe.model_fields_set
         asked = limits.max_num_tokens if given else DEFAULT_MAX_NUM_TOKENS
         rounds = limits.max_batch_size * (limits.max_draft_len + 1)
@@ -148,15 +167,20 @@ class TensorRTLlmEngineBackend(Backend):
             "max-seq-len": limits.max_seq_len,
             "max-draft-len": limits.max_draft_len,
             "max-num-tokens": limits.max_num_tokens,
+            "entropy-top-k": recipe.entropy_top_k,
         }
-        given = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None)
-        plugin = "" if self._policy(2) is None else f" --plugin-library {recipe.plugin_library or '$FLY_PLUGINS'}"
-        folder = shlex.quote(str(output))
-        return [
-            f"{ENVIRONMENT} make",
-            f"{ENVIRONMENT} run 'fly-build --backend tensorrt-llm --engine {given}{plugin} -o {folder}'",
-            f"{ENVIRONMENT} run 'fly-generate {folder} \"Tell me\"'",
-        ]
+        words = ["fly-build", "--backend", "tensorrt-llm", "--engine"]
+        for name, value in flags.items():
+            words += [] if value is None else [f"--{name}", str(value)]
+        build = shlex.join(words)
+        if self._policy(2) is not None:
+            library = recipe.plugin_library
+            build += f" --plugin-library {'$FLY_PLUGINS' if library is None else shlex.quote(library)}"
+        build += f" -o {shlex.quote(str(output))}"
+        if recipe.file is not None:  # `speculative` has no flags
+            build += f" {shlex.quote(recipe.file)}"
+        generate = shlex.join(["fly-generate", str(output), "Tell me"])
+        return [f"{ENVIRONMENT} make", *(f"{ENVIRONMENT} run {shlex.quote(command)}" for command in (build, generate))]
 
     def build_models(
         self, models: "list[ModelPlan]", limits: Limits, head: Head, workspace: Path, report: "Report"

@@ -218,6 +218,7 @@ BUILD: tuple[Name, ...] = (
     _build("models/modeling_utils.py", "DecoderModelForCausalLM.forward", read_at=_READ_BUILDER),
     _build("_common.py", "default_trtnet", read_at="commit 0fccc5b9"),
     _build("network.py", "Network.trt_network", read_at="commit 138f96d4"),
+    _build("graph_rewriting.py", "Layer.TRT_LAYER_TYPE_TO_LAYER", read_at="commit 138f96d4, and a text before it"),
     _build("plugin/plugin.py", "PluginConfig.remove_input_padding", read_at="commit 035b99e0; " + _READ_BUILDER),
     _build("plugin/plugin.py", "PluginConfig.paged_kv_cache", read_at="commit 035b99e0; " + _READ_BUILDER),
     _build("plugin/plugin.py", "PluginConfig.use_paged_context_fmha", read_at="commit 035b99e0; " + _READ_BUILDER),
