@@ -5,7 +5,9 @@ says in which source it was read. The releases differ in their keys, and so does
 """
 
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fly_trt.errors import ConfigError
@@ -116,20 +118,21 @@ def serve_command(target: str, yaml_file: str) -> str:
     return f"trtllm-serve {shlex.quote(target)} --extra_llm_api_options {yaml_file}"
 
 
-def serve_script(target: str, acceptance: Acceptance | None) -> str:
-    """serve.sh: an OpenAI-compatible server."""
+def serve_script(target: str, draft: str | None, acceptance: Acceptance | None) -> str:
+    """serve.sh: an OpenAI-compatible server. target, draft: folders or hub ids, as the YAML has them."""
     served = serve_command(target, f'"$here/{YAML_FILE}"')
     return _script(
         "An OpenAI-compatible server of TensorRT-LLM with FLy: serve.sh [FLAGS OF trtllm-serve]",
         SERVE_FILE,
         "trtllm-serve",
+        (target, draft),
         acceptance,
         f'exec {served} "$@"\n',
     )
 
 
-def triton_script(acceptance: Acceptance | None) -> str:
-    """triton.sh: NVIDIA's model files are not part of it."""
+def triton_script(target: str, draft: str | None, acceptance: Acceptance | None) -> str:
+    """triton.sh, for the same models: NVIDIA's model files are not part of it."""
     run = (
         'if [ "$#" -eq 0 ] || [ ! -f "$1/tensorrt_llm/1/model.py" ]; then\n'
         f'    echo "{TRITON_FILE}: expected a copy of TensorRT-LLM\'s triton_backend/all_models/llmapi" >&2\n'
@@ -142,15 +145,21 @@ def triton_script(acceptance: Acceptance | None) -> str:
         'exec tritonserver --model-repository "$repository" "$@"\n'
     )
     usage = f"Triton with TensorRT-LLM and FLy: {TRITON_FILE} LLMAPI_MODELS [FLAGS OF tritonserver]"
-    return _script(usage, TRITON_FILE, "tritonserver", acceptance, run)
+    return _script(usage, TRITON_FILE, "tritonserver", (target, draft), acceptance, run)
 
 
-def _script(usage: str, name: str, program: str, acceptance: Acceptance | None, run: str) -> str:
+def _script(
+    usage: str, name: str, program: str, models: Iterable[str | None], acceptance: Acceptance | None, run: str
+) -> str:
     """The rule is put into processes by a file of fly-trt's wheel, which Python runs at each start where the variable
-    is set: without it the server would be exact without a word. One that shall be exact is so in any environment."""
+    is set: without it the server would be exact without a word. One that shall be exact is so in any environment. A
+    folder that has moved would be taken for a hub id."""
     variables = NO_ACCEPTANCE if acceptance is None else acceptance.to_environment()
     set_up = "".join(f"export {variable}={shlex.quote(value)}\n" for variable, value in variables.items())
     set_up += f'program=$(command -v {program}) || {{ echo "{name}: {program} is not on the PATH" >&2; exit 1; }}\n'
+    for folder in (shlex.quote(model) for model in models if model is not None and Path(model).is_absolute()):
+        said = f'echo "{name}: no such folder, build it again where it is now:" {folder} >&2'
+        set_up += f"[ -d {folder} ] || {{ {said}; exit 1; }}\n"
     if acceptance is not None:
         set_up += (
             'python=$(dirname "$program")/python3\n'

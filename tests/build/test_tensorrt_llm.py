@@ -199,6 +199,21 @@ def test_the_start_script_says_what_is_missing(missing: str, tmp_path: Path) -> 
     assert missing in finished.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize(("script", "program"), [("serve.sh", "trtllm-serve"), ("triton.sh", "tritonserver")])
+def test_a_checkpoint_that_has_moved_is_named(script: str, program: str, tmp_path: Path) -> None:
+    """TensorRT-LLM would take its folder for a hub id."""
+    shutil.copytree(PAIR / "draft", tmp_path / "a draft")
+    _build(tmp_path / "engine", draft=str(tmp_path / "a draft"))
+    environment = _programs(tmp_path / "bin", program)
+    (tmp_path / "a draft").rename(tmp_path / "elsewhere")
+    finished = subprocess.run(
+        [tmp_path / "engine" / script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 1
+    said = f"{script}: no such folder, build it again where it is now: {tmp_path / 'a draft'}\n"
+    assert (finished.stdout, finished.stderr) == ("", said)
+
+
 def test_exact_acceptance_leaves_the_server_as_it_is(tmp_path: Path) -> None:
     _build(tmp_path / "engine", speculative={"acceptance": "exact"})
     environment = _programs(tmp_path / "bin", "trtllm-serve") | Acceptance("vllm").to_environment()

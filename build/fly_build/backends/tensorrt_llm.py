@@ -260,8 +260,8 @@ class TensorRTLlmBackend(Backend):
         texts = {
             files.YAML_FILE: files.to_yaml(arguments),
             files.TRITON_YAML_FILE: files.to_yaml(arguments | {"triton_config": files.TRITON_CONFIG}),
-            files.SERVE_FILE: files.serve_script(names["target"], acceptance),
-            files.TRITON_FILE: files.triton_script(acceptance),
+            files.SERVE_FILE: files.serve_script(names["target"], names.get("draft"), acceptance),
+            files.TRITON_FILE: files.triton_script(names["target"], names.get("draft"), acceptance),
         }
         for name, text in texts.items():
             (workspace / name).write_text(text, encoding="utf-8")

@@ -44,6 +44,12 @@ def read_arguments(directory: Path, manifest: Manifest) -> Arguments:
         raise EngineError(f"{path}: not YAML ({error}): rebuild it with fly-build".replace("\n", " ")) from None
     if not isinstance(read, dict):
         raise EngineError(f"{path}: a {type(read).__name__}, expected settings of tensorrt_llm.LLM by name: rebuild it")
+    for role, engine in (("target", manifest.target), ("draft", manifest.draft)):
+        folder = Path(engine.source.checkpoint) if engine is not None else Path()
+        if folder.is_absolute() and not folder.is_dir():  # TensorRT-LLM would take it for a hub id
+            raise EngineError(
+                f"{directory}: the {role}, {folder}, is no folder here: put it there, or rebuild where it is now"
+            )
     model = {"model": source.checkpoint} | ({} if source.revision is None else {"revision": source.revision})
     return model | read
 

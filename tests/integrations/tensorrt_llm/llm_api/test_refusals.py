@@ -1,5 +1,6 @@
 """What a directory for TensorRT-LLM cannot be asked for is refused by name, when it is loaded and by each request."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,14 @@ def test_a_file_that_is_no_yaml_is_one_line(make_directory: Any, stand_in: Any) 
         with pytest.raises(EngineError, match=said) as raised:
             LLM(directory)
         assert "\n" not in str(raised.value)
+
+
+def test_a_checkpoint_that_has_moved_is_named(make_directory: Any, stand_in: Any) -> None:
+    """TensorRT-LLM would take its folder for a hub id."""
+    directory = make_directory()
+    path = directory / "fly.json"
+    content = json.loads(path.read_text())
+    content["draft"]["source"]["checkpoint"] = "/no/such/draft"
+    path.write_text(json.dumps(content))
+    with pytest.raises(EngineError, match=r"pair: the draft, /no/such/draft, is no folder here: put it there"):
+        LLM(directory)
