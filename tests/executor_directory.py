@@ -6,13 +6,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from simulated_executor import Executor
-
 from fly_trt import LLM, AsyncLLM
 from fly_trt.acceptance import AcceptanceParams
 from fly_trt.manifest import ModelEngine, hash_directory, read_manifest, write_manifest
 from fly_trt.params import SpeculativeConfig
 from fly_trt.verification import FlyPolicy, HeadInfo
+from simulated_executor import Executor
 
 BACKEND = "tensorrt-llm-engine"
 

@@ -12,7 +12,6 @@ results have garbage where nothing was asked for, and unknown or missing keyword
 text that says which ONNX engine computes it, and by which rule its logits are rewritten, as the plugin does.
 """
 
-import enum
 import json
 import math
 import random
@@ -30,257 +29,27 @@ import pytest
 
 from fly_trt.engines import load_engine
 from fly_trt.manifest import read_manifest
+from simulated_executor_records import (
+    CommunicationMode,
+    CommunicationType,
+    ExecutorConfig,
+    ExternalDraftTokensConfig,
+    FinishReason,
+    KvCacheConfig,
+    ModelType,
+    OrchestratorConfig,
+    OutputConfig,
+    ParallelConfig,
+    Request,
+    Response,
+    Result,
+    SamplingConfig,
+    check_all,
+)
 
 TOKENS_PER_BLOCK = 32
 GARBAGE = -12345
 LATE_SECONDS = 0.002  # that a response is late, at most
-
-ModelType = enum.Enum("ModelType", ["DECODER_ONLY", "ENCODER_ONLY", "ENCODER_DECODER"])
-CommunicationType = enum.Enum("CommunicationType", ["MPI"])
-CommunicationMode = enum.Enum("CommunicationMode", ["LEADER", "ORCHESTRATOR"])
-FinishReason = enum.Enum(
-    "FinishReason", ["NOT_FINISHED", "END_ID", "STOP_WORDS", "LENGTH", "TIMED_OUT", "CANCELLED"], start=0
-)
-
-
-def _check_all(is_right: bool, what: str) -> None:
-    """TLLM_CHECK, as Python sees it."""
-    if not is_right:
-        raise RuntimeError(f"[TensorRT-LLM][ERROR] Assertion failed: {what}")
-
-
-class SamplingConfig:
-    """nanobind/executor/request.cpp; the checks are cpp/tensorrt_llm/executor/samplingConfig.cpp."""
-
-    def __init__(
-        self,
-        beam_width: int = 1,
-        *,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        top_p_min: float | None = None,
-        top_p_reset_ids: int | None = None,
-        top_p_decay: float | None = None,
-        seed: int | None = None,
-        temperature: float | None = None,
-        min_tokens: int | None = None,
-        beam_search_diversity_rate: float | None = None,
-        repetition_penalty: float | None = None,
-        presence_penalty: float | None = None,
-        frequency_penalty: float | None = None,
-        length_penalty: float | None = None,
-        early_stopping: int | None = None,
-        no_repeat_ngram_size: int | None = None,
-        num_return_sequences: int | None = None,
-        min_p: float | None = None,
-        beam_width_array: list[int] | None = None,
-    ) -> None:
-        _check_all(beam_width == 1, "one beam")
-        _check_all(top_k is None or top_k >= 0, "topK >= 0")
-        _check_all(top_p is None or 0 < top_p <= 1, "0 < topP <= 1")
-        _check_all(temperature is None or temperature >= 0, "temperature >= 0")
-        _check_all(min_p is None or 0 <= min_p <= 1, "0 <= minP <= 1")
-        if seed is not None and not (isinstance(seed, int) and 0 <= seed < 1 << 64):
-            raise TypeError("seed: an unsigned number of 64 bits")
-        self.top_k, self.top_p, self.temperature, self.min_p, self.seed = top_k, top_p, temperature, min_p, seed
-
-    def sample(self, logits: np.ndarray, random_numbers: np.random.Generator) -> int:
-        if self.top_k == 1 or (not self.top_k and not self.top_p):
-            return int(logits.argmax())
-        scaled = logits.astype(np.float64) / (self.temperature or 1.0)
-        probabilities = np.exp(scaled - scaled.max())
-        probabilities /= probabilities.sum()
-        order = np.argsort(-probabilities, kind="stable")
-        kept = order[: self.top_k] if self.top_k else order
-        before = np.cumsum(probabilities[kept]) - probabilities[kept]
-        kept = kept[before < (self.top_p or 1.0)]
-        kept = kept[probabilities[kept] >= (self.min_p or 0.0) * probabilities.max()]
-        left = probabilities[kept] / probabilities[kept].sum()
-        return int(kept[min(np.searchsorted(np.cumsum(left), random_numbers.random(), "right"), len(kept) - 1)])
-
-
-class OutputConfig:
-    """nanobind/executor/request.cpp."""
-
-    def __init__(
-        self,
-        return_log_probs: bool = False,
-        return_context_logits: bool = False,
-        return_generation_logits: bool = False,
-        exclude_input_from_output: bool = False,
-        return_encoder_output: bool = False,
-        return_perf_metrics: bool = False,
-        additional_model_outputs: list[Any] | None = None,
-    ) -> None:
-        unused = return_log_probs, return_context_logits, return_generation_logits, additional_model_outputs
-        assert not any(unused), "not simulated"
-        self.exclude_input_from_output = exclude_input_from_output
-        self.return_perf_metrics = return_perf_metrics
-
-
-class ExternalDraftTokensConfig:
-    """nanobind/executor/request.cpp."""
-
-    def __init__(
-        self,
-        tokens: list[int],
-        logits: Any = None,
-        acceptance_threshold: float | None = None,
-        fast_logits: bool | None = None,
-    ) -> None:
-        _check_tokens(tokens)
-        _check_all(len(tokens) > 0, "!mTokens.empty()")
-        assert (logits, acceptance_threshold, fast_logits) == (None, None, None), "not simulated"
-        self.tokens = tokens
-
-
-class Request:
-    """nanobind/executor/request.cpp: the keywords that are known there; those that are not UNUSED are computed."""
-
-    UNUSED = frozenset(
-        """pad_id position_ids bad_words stop_words embedding_bias prompt_tuning_config multimodal_input
-        multimodal_embedding mrope_config lora_config lookahead_config kv_cache_retention_config
-        logits_post_processor_name logits_post_processor encoder_input_token_ids client_id return_all_generated_tokens
-        priority type context_phase_params encoder_input_features encoder_output_length cross_attention_mask
-        num_return_sequences eagle_config skip_cross_attn_blocks guided_decoding_params language_adapter_uid
-        allotted_time_ms""".split()  # noqa: SIM905
-    )
-
-    def __init__(
-        self,
-        input_token_ids: list[int],
-        max_tokens: int,
-        *,
-        streaming: bool = False,
-        sampling_config: SamplingConfig | None = None,
-        output_config: OutputConfig | None = None,
-        end_id: int | None = None,
-        external_draft_tokens_config: ExternalDraftTokensConfig | None = None,
-        **others: Any,
-    ) -> None:
-        assert not others.keys() & self.UNUSED, f"{sorted(others)}: not simulated"
-        if others:
-            raise TypeError(f"__init__(): incompatible function arguments: {sorted(others)}")
-        _check_tokens(input_token_ids)
-        _check_all(len(input_token_ids) > 0, "!mInputTokenIds.empty()")
-        _check_all(isinstance(max_tokens, int) and max_tokens > 0, "mMaxNewTokens > 0")
-        self.input_token_ids = input_token_ids
-        self.max_tokens = max_tokens
-        self.streaming = streaming
-        self.sampling_config = sampling_config or SamplingConfig()
-        self.output_config = output_config or OutputConfig()
-        self.end_id = end_id
-        self.external_draft_tokens_config = external_draft_tokens_config
-
-
-def _check_tokens(tokens: Any) -> None:
-    if not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):
-        raise TypeError("incompatible function arguments: a list of int")
-
-
-class KvCacheConfig:
-    """nanobind/executor/executorConfig.cpp."""
-
-    def __init__(
-        self,
-        enable_block_reuse: bool = True,
-        max_tokens: int | None = None,
-        max_attention_window: list[int] | None = None,
-        sink_token_length: int | None = None,
-        free_gpu_memory_fraction: float | None = None,
-        host_cache_size: int | None = None,
-        onboard_blocks: bool = True,
-        cross_kv_cache_fraction: float | None = None,
-        secondary_offload_min_priority: int | None = None,
-        event_buffer_max_size: int = 0,
-        *,
-        enable_partial_reuse: bool = True,
-        copy_on_partial_reuse: bool = True,
-        use_uvm: bool = False,
-        runtime_defaults: Any = None,
-    ) -> None:
-        _check_all(free_gpu_memory_fraction is None or 0 < free_gpu_memory_fraction < 1, "a fraction")
-        self.enable_block_reuse, self.max_tokens = enable_block_reuse, max_tokens
-
-
-class OrchestratorConfig:
-    """nanobind/executor/executorConfig.cpp."""
-
-    def __init__(
-        self,
-        is_orchestrator: bool = True,
-        worker_executable_path: str = "",
-        orch_leader_comm: Any = None,
-        spawn_processes: bool = True,
-    ) -> None:
-        self.is_orchestrator, self.spawn_processes = is_orchestrator, spawn_processes
-        self.worker_executable_path = worker_executable_path
-
-
-class ParallelConfig:
-    """nanobind/executor/executorConfig.cpp."""
-
-    def __init__(
-        self,
-        communication_type: CommunicationType = CommunicationType.MPI,
-        communication_mode: CommunicationMode = CommunicationMode.LEADER,
-        device_ids: list[int] | None = None,
-        participant_ids: list[int] | None = None,
-        orchestrator_config: OrchestratorConfig | None = None,
-        num_nodes: int | None = None,
-    ) -> None:
-        self.communication_mode, self.device_ids = communication_mode, device_ids
-        self.participant_ids, self.orchestrator_config = participant_ids, orchestrator_config
-
-
-class ExecutorConfig:
-    """nanobind/executor/executorConfig.cpp."""
-
-    def __init__(
-        self,
-        max_beam_width: int = 1,
-        scheduler_config: Any = None,
-        kv_cache_config: KvCacheConfig | None = None,
-        enable_chunked_context: bool = False,
-        normalize_log_probs: bool = True,
-        iter_stats_max_iterations: int = 1000,
-        request_stats_max_iterations: int = 0,
-        batching_type: Any = None,
-        max_batch_size: int | None = None,
-        max_num_tokens: int | None = None,
-        parallel_config: ParallelConfig | None = None,
-    ) -> None:
-        assert (scheduler_config, batching_type, enable_chunked_context) == (None, None, False), "not simulated"
-        self.kv_cache_config = kv_cache_config or KvCacheConfig()
-        self.iter_stats_max_iterations = iter_stats_max_iterations
-        self.max_batch_size, self.parallel_config = max_batch_size, parallel_config
-
-
-class Result(types.SimpleNamespace):
-    """nanobind/executor/request.cpp; what was not asked for is None, as its optional fields are."""
-
-
-class Response:
-    """nanobind/executor/request.cpp; the other half of it cannot be had."""
-
-    def __init__(self, request_id: int, *, result: Result | None = None, error_msg: str | None = None) -> None:
-        self.request_id = request_id
-        self.client_id = None
-        self._result, self._error = result, error_msg
-
-    def has_error(self) -> bool:
-        return self._error is not None
-
-    @property
-    def error_msg(self) -> str:
-        _check_all(self._error is not None, "hasError()")
-        return str(self._error)
-
-    @property
-    def result(self) -> Result:
-        _check_all(self._error is None, "!hasError()")
-        assert self._result is not None
-        return self._result
 
 
 class _Active:
@@ -425,7 +194,7 @@ class Executor:
         return self._is_over or self._was_shut_down
 
     def _check_open(self) -> None:
-        _check_all(not self._was_shut_down, "Shutdown called")
+        check_all(not self._was_shut_down, "Shutdown called")
 
     def _loop(self) -> None:
         while True:
@@ -603,14 +372,14 @@ def rewrite(logits: np.ndarray, draft: list[int], rule: dict[str, Any] | None) -
 def _check_places(places: ParallelConfig | None, tp_size: int) -> None:
     """executorImpl.cpp, initializeOrchestrator and initializeWorkers, in a process that MPI did not start."""
     if places is None or places.communication_mode is CommunicationMode.LEADER:
-        _check_all(tp_size == 1, "With communicationMode kLEADER, MPI worldSize is expected to be equal to tp*pp*cp")
+        check_all(tp_size == 1, "With communicationMode kLEADER, MPI worldSize is expected to be equal to tp*pp*cp")
         return
     orchestrator = places.orchestrator_config
-    _check_all(orchestrator is not None and orchestrator.is_orchestrator, "OrchestratorConfig must be set")
-    _check_all(places.participant_ids is None, "Participant ids should not be set when spawning processes")
-    _check_all(places.device_ids is None or len(places.device_ids) == tp_size, "deviceIds")
+    check_all(orchestrator is not None and orchestrator.is_orchestrator, "OrchestratorConfig must be set")
+    check_all(places.participant_ids is None, "Participant ids should not be set when spawning processes")
+    check_all(places.device_ids is None or len(places.device_ids) == tp_size, "deviceIds")
     assert orchestrator is not None
-    _check_all(orchestrator.spawn_processes and Path(orchestrator.worker_executable_path).is_file(), "a worker")
+    check_all(orchestrator.spawn_processes and Path(orchestrator.worker_executable_path).is_file(), "a worker")
 
 
 def _common(first: list[int], second: list[int]) -> int:
@@ -619,9 +388,12 @@ def _common(first: list[int], second: list[int]) -> int:
     )
 
 
-NAMES = """CommunicationMode CommunicationType
-    Executor ExecutorConfig ExternalDraftTokensConfig FinishReason KvCacheConfig
-    ModelType OrchestratorConfig OutputConfig ParallelConfig Request Response Result SamplingConfig""".split()  # noqa: SIM905
+BOUND = (
+    *(CommunicationMode, CommunicationType, Executor, ExecutorConfig, ExternalDraftTokensConfig, FinishReason),
+    *(KvCacheConfig, ModelType, OrchestratorConfig, OutputConfig, ParallelConfig, Request, Response, Result),
+    SamplingConfig,
+)
+NAMES = [bound.__name__ for bound in BOUND]
 
 
 def install(patch: pytest.MonkeyPatch, package: Path) -> types.ModuleType:
@@ -629,8 +401,8 @@ def install(patch: pytest.MonkeyPatch, package: Path) -> types.ModuleType:
     modules = {name: types.ModuleType(name) for name in ("tensorrt_llm", "tensorrt_llm.bindings")}
     bindings = types.ModuleType("tensorrt_llm.bindings.executor")
     modules["tensorrt_llm"].__file__ = str(package / "__init__.py")
-    for name in NAMES:
-        setattr(bindings, name, globals()[name])
+    for bound in BOUND:
+        setattr(bindings, bound.__name__, bound)
     for name, module in (modules | {bindings.__name__: bindings}).items():
         patch.setitem(sys.modules, name, module)
     return bindings

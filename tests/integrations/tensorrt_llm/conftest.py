@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import simulated_executor
 from executor_directory import write_directory
 

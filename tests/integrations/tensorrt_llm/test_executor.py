@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import simulated_executor
 from executor_directory import executor_of, of_golden, wait_until_ended, write_directory
-
 from fly_trt import LLM, RequestOutput, RequestOutputKind, SamplingParams
 
 GOLDEN = Path(__file__).parents[2] / "assets" / "golden"

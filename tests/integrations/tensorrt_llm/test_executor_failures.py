@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import simulated_executor
 from executor_directory import executor_of, wait_until_ended, write_directory
-
 from fly_trt import LLM, AsyncLLM, EngineDeadError, EngineError, QueueFullError, RequestError, SamplingParams
 from fly_trt.integrations.tensorrt_llm import executor_loop
 from fly_trt.integrations.tensorrt_llm.executor_loop import ExecutorLoop

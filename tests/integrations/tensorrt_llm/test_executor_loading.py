@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 import simulated_executor
 from executor_directory import executor_of, write_directory
-
 from fly_trt import LLM, AcceptanceParams, ConfigError, EngineError, RequestError, SamplingParams
 from fly_trt.engines.tensorrt_library import PLUGIN, PLUGIN_VERSION
 from fly_trt.integrations.tensorrt_llm import executor
