@@ -190,7 +190,8 @@ def test_the_start_script_says_what_is_missing(missing: str, tmp_path: Path) -> 
     _build(tmp_path / "engine")
     environment = _programs(tmp_path / "bin", *({"trtllm-serve"} - {missing}))
     if missing == "fly-trt":
-        (tmp_path / "bin" / "sitecustomize.py").unlink()
+        # Without site-packages, where fly-trt's .pth may be.
+        (tmp_path / "bin" / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n', encoding="utf-8")
     finished = subprocess.run(
         [tmp_path / "engine" / "serve.sh"], env=environment, capture_output=True, text=True, check=False
     )

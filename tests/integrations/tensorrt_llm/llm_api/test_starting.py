@@ -233,11 +233,16 @@ def test_the_stand_in_has_every_name_that_is_used() -> None:
 
 
 def test_processes_that_would_start_without_fly_are_refused(
-    directory: Path, stand_in: Any, monkeypatch: pytest.MonkeyPatch
+    directory: Path, stand_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("PYTHONPATH")
+    python = sys.executable
+    without = tmp_path / "python"
+    without.write_text(f'#!/bin/sh\nexec {python} -S "$@"\n')  # without site-packages, where fly-trt's .pth may be
+    without.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(without))
     with pytest.raises(EngineError, match=r"starts processes without FLy in them: .* pip install --no-deps fly-trt"):
         LLM(directory)
+    monkeypatch.setattr(sys, "executable", python)
     with LLM(directory, speculative_config={"acceptance": "exact"}) as llm:
         assert llm.generate(PROMPTS[0], SamplingParams(max_tokens=2))
 
