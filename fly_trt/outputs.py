@@ -19,6 +19,23 @@ TokenLogprobs = dict[int, Logprob]
 """By token id: the token at one position and the most probable ones."""
 
 
+class TokenTrace(NamedTuple):
+    """How one output token came to be, where a request asked for its `speculation_trace`.
+
+    kind: "matched", a draft token that is the target's own choice; "loosened", one that stands although it is not;
+    "correction", the target's token in place of a rejected draft token; "bonus", its token after a draft that stood as
+    a whole; "plain", where nothing was drafted. source: where a draft token came from, "model", "lookup", "corpus" or
+    "grammar"; None for the target's own. round: the number of the round, from 0, which is one step of the target but
+    where a round was cut. entropy: of the target there, in nats, over what the gate looks at; None where it is not
+    known. choice: the target's own choice, a token id, which differs from the token only where it is loosened."""
+
+    kind: Literal["matched", "loosened", "correction", "bonus", "plain"]
+    source: str | None
+    round: int
+    entropy: float | None
+    choice: int
+
+
 class RoundCounts(NamedTuple):
     """Draft tokens of one round: verified, emitted, and emitted although the target had chosen another; the first two
     also by source."""
@@ -107,7 +124,8 @@ class RequestMetrics:
 @dataclass(slots=True)
 class CompletionOutput:
     """One completion. finish_reason None means that it still runs; stop_reason is the stop string or stop token id
-    that ended it, None for the model's own end-of-sequence. logprobs has one entry per token where asked for."""
+    that ended it, None for the model's own end-of-sequence. logprobs and trace have one entry per token
+    where asked for."""
 
     index: int
     text: str
@@ -115,6 +133,7 @@ class CompletionOutput:
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    trace: list[TokenTrace] | None = None
 
     @property
     def cumulative_logprob(self) -> float | None:

@@ -15,6 +15,7 @@ from fly_trt.acceptance import DEFAULT_ACCEPTANCE, AcceptanceParams, AcceptanceS
 from fly_trt.checks import check_at_least, check_choice, check_flag, is_number, is_whole
 from fly_trt.drafting import ALIGNMENT_MODES, DRAFT_STOPS, DRAFTERS, INNER_ACCEPTANCE, NO_STOP, DraftStop
 from fly_trt.errors import ConfigError, RequestError
+from fly_trt.grammar import StructuredOutputs
 from fly_trt.settings import Setting, check_settings, setting, settings_of
 from fly_trt.text.surrogates import check_text
 from fly_trt.verification import DEFAULT_PRESET, PRESETS, AcceptancePolicy, DraftSource
@@ -226,6 +227,8 @@ class SamplingParams:
     num_speculative_tokens: int | None = None
     draft_stop: str | None = _draft_stop()
     draft_stop_threshold: float | None = _draft_stop_threshold()
+    structured_outputs: StructuredOutputs | None = None
+    speculation_trace: bool = False
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     stop_strings: tuple[str, ...] = field(init=False, repr=False)
 
@@ -264,7 +267,7 @@ class SamplingParams:
             raise RequestError(f"stop_token_ids: {len(token_ids)} tokens, at most {MAX_TOKEN_IDS}: leave some out")
         if token_ids is not None and not (isinstance(token_ids, Sequence) and all(map(is_whole, token_ids))):
             raise RequestError(f"stop_token_ids {token_ids!r}: expected a list of token ids")
-        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "speculation_trace"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} {getattr(self, name)!r}: expected True or False")
         if self.acceptance is not None and not isinstance(self.acceptance, (AcceptanceParams, AcceptancePolicy)):
@@ -273,6 +276,8 @@ class SamplingParams:
             check_settings(self)
         except ConfigError as error:
             raise RequestError(str(error)) from None
+        if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputs):
+            raise RequestError(f"structured_outputs {self.structured_outputs!r}: expected StructuredOutputs or None")
         if not isinstance(self.output_kind, RequestOutputKind):
             raise RequestError(f"output_kind {self.output_kind!r}: expected a RequestOutputKind")
         self._check_logit_bias()

@@ -14,7 +14,7 @@ FLOORS = (
     ("errors", "tokens", "files"),
     ("checks", "outputs", "manifest"),
     ("text", "settings"),
-    ("verification",),
+    ("verification", "grammar"),
     ("engines",),
     ("drafting",),
     ("acceptance",),

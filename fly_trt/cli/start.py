@@ -17,6 +17,10 @@ def generate() -> None:
     start("fly-generate", "fly_trt.cli.generate")
 
 
+def serve() -> None:
+    start("fly-serve", "fly_trt.cli.serve")
+
+
 def triton() -> None:
     start("fly-triton", "fly_trt.cli.triton")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
+from fly_trt.grammar import GrammarMatcher
 from fly_trt.outputs import Logprob, TokenLogprobs
 from fly_trt.params import SamplingParams
 from fly_trt.runtime.rounds import NO_CHOICE
@@ -23,6 +24,7 @@ class Sampler:
     uniforms: sampling.UniformStream
     policy: AcceptancePolicy
     entropy_top_k: int
+    grammar: GrammarMatcher | None = None
 
     def choose(self, logits: FloatArray, output: IntArray, undecided: IntArray, draft: IntArray) -> Positions:
         """What the target says of m positions, or of those before the first one that no token is left for or whose
@@ -38,6 +40,8 @@ class Sampler:
             ahead = len(undecided)
             padded = np.concatenate([np.zeros((ahead, logits.shape[1]), np.float32), logits]) if ahead else logits
             logits = self.processor.process(padded, output, np.concatenate([undecided, draft]))[ahead:]
+        if self.grammar is not None:
+            logits = self._follow_grammar(logits, output, undecided, draft)
         logits, is_dead = _before_dead_end(logits)
         if is_dead and len(undecided):
             return self._unsaid(np.array([NO_CHOICE]))
@@ -52,6 +56,12 @@ class Sampler:
         choices = sampling.sample(probabilities, self.uniforms.at(*at))
         said = self._positions(choices, logits, probabilities, draft)
         return said._replace(uniforms=self.uniforms.others().at(*at)) if self.policy.needs_uniforms else said
+
+    def _follow_grammar(self, scores: FloatArray, output: IntArray, undecided: IntArray, draft: IntArray) -> FloatArray:
+        assert self.grammar is not None
+        ahead = np.concatenate([undecided, draft])[: len(undecided) + len(scores) - 1]
+        allowed = self.grammar.allowed(output, ahead)[len(undecided) :]
+        return np.where(allowed, scores, np.float32(-np.inf))
 
     def _unsaid(self, choices: IntArray) -> Positions:
         """Choices alone: the rest is not a number, or no token."""

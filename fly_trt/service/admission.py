@@ -12,6 +12,7 @@ from fly_trt.acceptance import AcceptanceParams
 from fly_trt.checks import is_number
 from fly_trt.engines.directory import LoadedEngines
 from fly_trt.errors import RequestError
+from fly_trt.grammar import CompiledGrammar, GrammarCompiler
 from fly_trt.params import RequestOutputKind, SamplingParams, SpeculativeConfig
 from fly_trt.runtime.group import RequestGroup, Sink
 from fly_trt.runtime.request import Request
@@ -52,6 +53,7 @@ class Admission:
             vocab_size=self._info.vocab_size,
             max_seq_len=sizes.max_seq_len,
         )
+        self._grammars = GrammarCompiler(engines.tokenizer, self._info.vocab_size, self._info.stop_token_ids)
         self._request_ids = itertools.count()
         self._piece = piece_reader(engines.tokenizer)
 
@@ -90,8 +92,11 @@ class Admission:
             )
         seed = draw_seed() if params.seed is None else params.seed
         bad_words = self._prompts.bad_words(params.bad_words or ())
+        wanted = params.structured_outputs
+        grammar = None if wanted is None else self._grammars.compile(wanted)
         requests = [
-            self._make_request(token_ids, params, bad_words, request_id, room, seed, i) for i in range(params.n)
+            self._make_request(token_ids, params, bad_words, grammar, request_id, room, seed, i)
+            for i in range(params.n)
         ]
         return RequestGroup(
             request_id=request_id,
@@ -108,6 +113,7 @@ class Admission:
         token_ids: list[int],
         params: SamplingParams,
         bad_words: list[list[int]],
+        grammar: CompiledGrammar | None,
         request_id: str,
         room: int,
         seed: int,
@@ -137,7 +143,7 @@ class Admission:
                 skip_special_tokens=params.skip_special_tokens,
             ),
             sequence=TokenSequence(token_ids),
-            sampler=self._make_sampler(params, bad_words, policy, token_ids, ends, seed, index),
+            sampler=self._make_sampler(params, bad_words, grammar, policy, token_ids, ends, seed, index),
             guards=self._make_guards(acceptance) if policy.is_loose else None,
             draft_stop=self._speculative_config.make_draft_stop(params.draft_stop, params.draft_stop_threshold),
             index=index,
@@ -156,6 +162,7 @@ class Admission:
         self,
         params: SamplingParams,
         bad_words: list[list[int]],
+        grammar: CompiledGrammar | None,
         policy: AcceptancePolicy,
         token_ids: list[int],
         end_token_ids: frozenset[int],
@@ -163,7 +170,7 @@ class Admission:
         index: int,
     ) -> Sampler | None:
         """None where the engine's argmax is the choice."""
-        if not (params.temperature > 0 or params.changes_scores):
+        if not (params.temperature > 0 or params.changes_scores or grammar is not None):
             return None
         processor = LogitsProcessor(
             vocab_size=self._info.vocab_size,
@@ -176,7 +183,8 @@ class Admission:
             min_tokens=params.min_tokens,
             end_token_ids=end_token_ids,
         )
-        return Sampler(params, processor, UniformStream(seed, index), policy, self._info.entropy_top_k)
+        matcher = None if grammar is None else grammar.new_matcher()
+        return Sampler(params, processor, UniformStream(seed, index), policy, self._info.entropy_top_k, matcher)
 
     def _check_num_draft_tokens(self, asked: int) -> None:
         limit, built_for = self._speculative_config.num_speculative_tokens, self._max_draft_len

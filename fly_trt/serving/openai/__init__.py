@@ -1,0 +1,1 @@
+"""The OpenAI API over the runtime: what `fly-serve` runs."""
