@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         QueueTimeoutError,
         RequestError,
     )
+    from fly_trt.grammar import StructuredOutputs
     from fly_trt.llm import LLM
     from fly_trt.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from fly_trt.params import RequestOutputKind, SamplingParams, SpeculativeConfig
@@ -43,6 +44,7 @@ __all__ = [
     "RequestOutputKind",
     "SamplingParams",
     "SpeculativeConfig",
+    "StructuredOutputs",
 ]
 
 _HOMES = ("errors", "outputs", "acceptance", "params", "engines.directory", "llm", "async_llm")

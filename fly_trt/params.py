@@ -227,7 +227,7 @@ class SamplingParams:
     num_speculative_tokens: int | None = None
     draft_stop: str | None = _draft_stop()
     draft_stop_threshold: float | None = _draft_stop_threshold()
-    structured_outputs: StructuredOutputs | None = None
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
     speculation_trace: bool = False
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     stop_strings: tuple[str, ...] = field(init=False, repr=False)
@@ -276,8 +276,7 @@ class SamplingParams:
             check_settings(self)
         except ConfigError as error:
             raise RequestError(str(error)) from None
-        if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputs):
-            raise RequestError(f"structured_outputs {self.structured_outputs!r}: expected StructuredOutputs or None")
+        self._read_structured_outputs()
         if not isinstance(self.output_kind, RequestOutputKind):
             raise RequestError(f"output_kind {self.output_kind!r}: expected a RequestOutputKind")
         self._check_logit_bias()
@@ -294,10 +293,23 @@ class SamplingParams:
         return self.acceptance or AcceptanceParams()
 
     @property
+    def output_form(self) -> StructuredOutputs | None:
+        """`structured_outputs`, as read."""
+        assert self.structured_outputs is None or isinstance(self.structured_outputs, StructuredOutputs)
+        return self.structured_outputs
+
+    @property
     def changes_scores(self) -> bool:
         """Whether anything but temperature and truncation changes which token is the most probable."""
         penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
         return bool(penalties or self.logit_bias or self.bad_words or self.min_tokens)
+
+    def _read_structured_outputs(self) -> None:
+        asked = self.structured_outputs
+        if isinstance(asked, Mapping):
+            object.__setattr__(self, "structured_outputs", StructuredOutputs.from_dict(asked))
+        elif asked is not None and not isinstance(asked, StructuredOutputs):
+            raise RequestError(f"structured_outputs {asked!r}: expected StructuredOutputs, a mapping or None")
 
     def _check_whole(self, name: str, least: int, or_else: str = "") -> None:
         value = getattr(self, name)

@@ -12,6 +12,7 @@ from fly_trt import (
     RequestOutputKind,
     SamplingParams,
     SpeculativeConfig,
+    StructuredOutputs,
 )
 from fly_trt.drafting import DRAFT_STOPS
 from fly_trt.verification import EXACT, PRESETS, HeadInfo
@@ -41,6 +42,8 @@ GOOD_VALUES = {
     "num_speculative_tokens": [None, 0, 1, 25],
     "draft_stop": [None, *DRAFT_STOPS],
     "draft_stop_threshold": [None, 0, 0.7, 3],
+    "structured_outputs": [None, StructuredOutputs(regex="a+"), StructuredOutputs(json={"type": "integer"})],
+    "speculation_trace": [False, True],
     "output_kind": list(RequestOutputKind),
 }
 
@@ -75,6 +78,8 @@ BAD_VALUES = {
     "num_speculative_tokens": ([-1, 1.5, "1", True], "expected a whole number, at least 0 or None"),
     "draft_stop": (["entropy", 3, ["adasd"]], "expected one of None, none, adasd, confidence, adaedl"),
     "draft_stop_threshold": ([-1, "0.7", math.nan, True], "expected a number >= 0"),
+    "structured_outputs": (["[0-9]+", 5, True, ["a", "b"]], "expected StructuredOutputs, a mapping or None"),
+    "speculation_trace": (["no", 0, None], "expected True or False"),
     "output_kind": (["delta", None, 1], "expected a RequestOutputKind"),
 }
 
@@ -136,6 +141,13 @@ def test_the_default_is_greedy_and_cumulative() -> None:
     params = SamplingParams()
     assert (params.temperature, params.n, params.max_tokens) == (0, 1, 256)
     assert params.output_kind is RequestOutputKind.CUMULATIVE
+
+
+def test_structured_outputs_may_be_given_as_a_mapping() -> None:
+    asked = SamplingParams(structured_outputs={"choice": ["yes", "no"]}).structured_outputs
+    assert asked == StructuredOutputs(choice=["yes", "no"])
+    with pytest.raises(RequestError, match="structured_outputs: unknown field 'xml': expected one of json, "):
+        SamplingParams(structured_outputs={"xml": "<a/>"})
 
 
 def test_params_cannot_be_changed_after_they_were_checked() -> None:

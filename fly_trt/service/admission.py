@@ -92,7 +92,7 @@ class Admission:
             )
         seed = draw_seed() if params.seed is None else params.seed
         bad_words = self._prompts.bad_words(params.bad_words or ())
-        wanted = params.structured_outputs
+        wanted = params.output_form
         grammar = None if wanted is None else self._grammars.compile(wanted)
         requests = [
             self._make_request(token_ids, params, bad_words, grammar, request_id, room, seed, i)
