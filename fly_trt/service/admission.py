@@ -63,6 +63,9 @@ class Admission:
     def render_chat(self, messages: Sequence[ChatMessage], **variables: Any) -> TokensPrompt:
         return self._prompts.render_chat(messages, **variables)
 
+    def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
+        return self._prompts.tokenize(prompt, add_special_tokens=add_special_tokens)
+
     def make_group(
         self,
         prompt: Prompt,

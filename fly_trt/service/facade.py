@@ -10,7 +10,7 @@ from fly_trt.params import SpeculativeConfig
 from fly_trt.service.config import ServiceConfig
 from fly_trt.service.service import Service
 from fly_trt.text.chat import ChatMessage
-from fly_trt.text.prompts import TokensPrompt
+from fly_trt.text.prompts import Prompt, TokensPrompt
 
 
 class Facade:
@@ -35,12 +35,17 @@ class Facade:
         self.manifest = self._service.manifest
         self.speculative_config = self._service.speculative_config
         self.tokenizer = self._service.tokenizer
+        self.sizes = self._service.sizes
 
     def render_chat(self, messages: Sequence[ChatMessage], **template_variables: Any) -> TokensPrompt:
         """A conversation as a prompt for `generate`, by the model's own chat template: of several the one named by
         chat_template, else "tool_use" where there are tools (JSON schemas), else "default". Other `template_variables`
         go to the template (add_generation_prompt is True by default). Raises RequestError for what it refuses."""
         return self._service.render_chat(messages, **template_variables)
+
+    def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids that `generate` would read. Raises RequestError for a prompt that cannot be read."""
+        return self._service.tokenize(prompt, add_special_tokens=add_special_tokens)
 
     def metrics(self) -> dict[str, float]:
         """Counters, gauges and histogram buckets since the start, by Prometheus name."""

@@ -24,7 +24,7 @@ from fly_trt.service.admission import Admission
 from fly_trt.service.config import ServiceConfig, fit_to_shared, resolve_sizes, resolve_speculative_config, step_costs
 from fly_trt.service.inbox import AsyncInbox, Inbox
 from fly_trt.text.chat import ChatMessage
-from fly_trt.text.prompts import TokensPrompt
+from fly_trt.text.prompts import Prompt, TokensPrompt
 
 
 class Service:
@@ -119,6 +119,9 @@ class Service:
 
     def render_chat(self, messages: Sequence[ChatMessage], **variables: Any) -> TokensPrompt:
         return self._admission.render_chat(messages, **variables)
+
+    def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
+        return self._admission.tokenize(prompt, add_special_tokens=add_special_tokens)
 
     def open_inbox(self) -> Inbox:
         """For requests of a caller that blocks; used in a `with` statement."""

@@ -38,13 +38,16 @@ class PromptReader:
         self._max_seq_len = max_seq_len
         self._longest_token = max(map(len, tokenizer.get_vocab()))  # in characters
 
-    def tokenize(self, prompt: Prompt) -> list[int]:
+    def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a prompt, each one a row of the embedding table.
 
         The tokenizer adds its special tokens to a text, but none that the text begins with already: a conversation
         that was rendered elsewhere gets no second beginning-of-sequence token. Ids stay as they are.
         """
-        token_ids = self._encode("the prompt", prompt) if isinstance(prompt, str) else _given_ids(prompt)
+        if isinstance(prompt, str):
+            token_ids = self._encode("the prompt", prompt, add_special_tokens=add_special_tokens)
+        else:
+            token_ids = _given_ids(prompt)
         _check_not_empty("the prompt", token_ids)
         self._check_ids(token_ids)
         return token_ids

@@ -3,27 +3,29 @@
 import secrets
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
 
-from fly_trt.errors import FlyError
+from fly_trt.serving.openai.bodies import JsonRoute
 from fly_trt.serving.openai.completions import complete
 from fly_trt.serving.openai.config import ServerConfig
-from fly_trt.serving.openai.errors import fly_error_response
+from fly_trt.serving.openai.errors import add_handlers
+from fly_trt.serving.openai.lifecycle import Lifecycle
+from fly_trt.serving.openai.operations import make_operations_router
 from fly_trt.serving.openai.pool import EnginePool
 from fly_trt.serving.openai.protocol import CompletionRequest
 
 
 def make_app(pool: EnginePool, config: ServerConfig) -> FastAPI:
-    """The application that an ASGI server runs."""
-    app = FastAPI(title="fly-serve", root_path=config.root_path, docs_url=None, redoc_url=None)
-
-    @app.exception_handler(FlyError)
-    async def answer(_: Request, error: FlyError) -> JSONResponse:
-        return fly_error_response(error)
+    """The application that an ASGI server runs. `app.state.lifecycle` is how that one says that it stops."""
+    app = FastAPI(title="fly-serve", root_path=config.root_path, docs_url=None, redoc_url=None, openapi_url=None)
+    app.router.route_class = JsonRoute
+    app.state.lifecycle = lifecycle = Lifecycle(config.drain_timeout)
+    add_handlers(app)
+    app.include_router(make_operations_router(pool, config, lifecycle))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest) -> dict[str, Any]:
-        return await complete(pool.choose(), body, f"cmpl-{secrets.token_hex(12)}", config.model_names[0])
+        model = config.check_model(body.model)
+        return await complete(pool.choose(), body, f"cmpl-{secrets.token_hex(12)}", model)
 
     return app

@@ -3,12 +3,12 @@
 import time
 from typing import Any
 
-from fly_trt.async_llm import AsyncLLM
 from fly_trt.params import RequestOutputKind, SamplingParams
+from fly_trt.serving.openai.pool import PooledEngine
 from fly_trt.serving.openai.protocol import CompletionRequest
 
 
-async def complete(llm: AsyncLLM, body: CompletionRequest, request_id: str, model: str) -> dict[str, Any]:
+async def complete(llm: PooledEngine, body: CompletionRequest, request_id: str, model: str) -> dict[str, Any]:
     params = SamplingParams(
         max_tokens=body.max_tokens or 16,
         temperature=1.0 if body.temperature is None else body.temperature,

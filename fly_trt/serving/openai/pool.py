@@ -1,16 +1,151 @@
-"""The engines behind one server: a request goes to those with the least to do."""
+"""The engines behind one server: a request goes to those with the least to do, and never to dead ones.
 
-from collections.abc import Sequence
+The pool counts the requests that it has given to each. It knows nothing of HTTP.
+"""
+
+import functools
+import math
+import secrets
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from typing import Any
 
 from fly_trt.async_llm import AsyncLLM
+from fly_trt.errors import ConfigError, EngineDeadError, FlyError, RequestError, one_line
+from fly_trt.manifest import Manifest
+from fly_trt.outputs import RequestOutput
+from fly_trt.params import SamplingParams
+from fly_trt.serving.openai.errors import ApiError
+from fly_trt.text.prompts import Prompt
+
+Observer = Callable[[Prompt, SamplingParams, RequestOutput | None], None]
+"""Is told of every prompt that is sent to an engine, and again of the last output of each."""
+
+
+class PooledEngine:
+    """One AsyncLLM whose requests are counted. What else it has is AsyncLLM's."""
+
+    def __init__(self, llm: AsyncLLM, pool: "EnginePool") -> None:
+        self.llm = llm
+        self.request_ids: set[str] = set()
+        self._pool = pool
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.llm, name)
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.request_ids)
+
+    @property
+    def is_alive(self) -> bool:
+        try:
+            self.llm.check_health()
+        except FlyError:
+            return False
+        return True
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """As AsyncLLM's, with the pool's queue_timeout. Raises ApiError in place of an output that was cut short
+        because the server stops."""
+        params = sampling_params or SamplingParams()
+        request_id = request_id or f"req-{secrets.token_hex(12)}"
+        if request_id in self.request_ids:
+            raise RequestError(f"request_id {request_id!r}: already in use: give each request its own")
+        self._pool.observe(prompt, params, None)
+        outputs = self.llm.generate(prompt, params, request_id, queue_timeout=self._pool.queue_timeout)
+        self.request_ids.add(request_id)
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    if output.finished:
+                        self._pool.check_not_cut(output)
+                        self._pool.observe(prompt, params, output)
+                    yield output
+        except ConfigError as error:  # this LLM was shut down: no fault of the caller
+            raise EngineDeadError(one_line(error)) from None
+        finally:
+            self.request_ids.discard(request_id)
 
 
 class EnginePool:
     """One AsyncLLM or several of the same engine directory, each on devices of its own."""
 
-    def __init__(self, llms: Sequence[AsyncLLM]) -> None:
+    def __init__(self, llms: Sequence[AsyncLLM], *, queue_timeout: float | None = None) -> None:
         self.llms = tuple(llms)
+        self.engines = tuple(PooledEngine(llm, self) for llm in llms)
+        self.queue_timeout = queue_timeout
+        self.observe: Observer = lambda prompt, params, output: None
+        self._is_cut_short = False
 
-    def choose(self) -> AsyncLLM:
-        """The one with the fewest requests."""
-        return self.llms[0]
+    @property
+    def manifest(self) -> Manifest:
+        return self.llms[0].manifest
+
+    @property
+    def num_requests(self) -> int:
+        return sum(engine.num_requests for engine in self.engines)
+
+    @property
+    def num_alive(self) -> int:
+        return sum(engine.is_alive for engine in self.engines)
+
+    def choose(self) -> PooledEngine:
+        """The one with the fewest requests. Raises EngineDeadError when none is left."""
+        best = min(self.engines, key=lambda engine: engine.num_requests if engine.is_alive else math.inf)
+        if not best.is_alive:
+            best.llm.check_health()
+        return best
+
+    async def cut_short(self) -> None:
+        """Ends the requests that are served: their callers get an error, as do those of later ones. One whose prompt is
+        being read now needs another call."""
+        self._is_cut_short = True
+        for engine in self.engines:
+            for request_id in list(engine.request_ids):
+                await engine.llm.abort(request_id)
+
+    def check_not_cut(self, output: RequestOutput) -> None:
+        if self._is_cut_short and any(completion.finish_reason == "abort" for completion in output.outputs):
+            raise ApiError(503, "the server stops: send the request again", code="server_stopping")
+
+    def shutdown(self) -> None:
+        """Ends the engines of all, also when one does not end well."""
+        failures = []
+        for llm in self.llms:
+            try:
+                llm.shutdown()
+            except FlyError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+
+def split_devices(devices: Sequence[int] | None, num_ranks: int, name: str) -> list[list[int] | None]:
+    """What each engine is loaded on: as many of the devices as it has ranks. None leaves it to the engine. Raises
+    ConfigError where they do not go up."""
+    if devices is None:
+        return [None]
+    if len(set(devices)) < len(devices):
+        raise ConfigError(f"devices {','.join(map(str, devices))}: one comes twice: name each once")
+    if not devices or len(devices) % num_ranks:
+        raise ConfigError(
+            f"devices {','.join(map(str, devices))}: {name} was built for {num_ranks} ranks, so that {num_ranks} "
+            "devices, or a multiple of it, are needed"
+        )
+    return [list(devices[start : start + num_ranks]) for start in range(0, len(devices), num_ranks)]
+
+
+def load_pool(load: Sequence[functools.partial[AsyncLLM]], *, queue_timeout: float | None) -> EnginePool:
+    """Loads one engine after the other; where one fails, those before it end."""
+    llms: list[AsyncLLM] = []
+    try:
+        for load_one in load:
+            llms.append(load_one())
+    except BaseException:
+        for llm in llms:
+            llm.shutdown()
+        raise
+    return EnginePool(llms, queue_timeout=queue_timeout)

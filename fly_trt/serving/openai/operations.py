@@ -1,0 +1,150 @@
+"""What is not generation: health, readiness, version, metrics, the model's card, text to tokens and back."""
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from prometheus_client.exposition import choose_encoder
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.responses import Response
+
+from fly_trt import __version__
+from fly_trt.errors import RequestError
+from fly_trt.serving.openai.bodies import JsonRoute
+from fly_trt.serving.openai.config import ServerConfig
+from fly_trt.serving.openai.errors import ApiError
+from fly_trt.serving.openai.lifecycle import Lifecycle
+from fly_trt.serving.openai.metrics import pool_registry
+from fly_trt.serving.openai.pool import EnginePool
+
+LONG_TEXT = 20_000  # characters; more are tokenised beside the event loop
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str | None = None
+
+
+class TokenizeRequest(_Body):
+    """vLLM's: either a prompt or messages."""
+
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+    tools: list[dict[str, Any]] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _has_one_of_both(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        if self.messages is not None and self.add_special_tokens:
+            raise ValueError("add_special_tokens goes with prompt: a chat template writes its own")
+        return self
+
+
+class DetokenizeRequest(_Body):
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+def make_operations_router(pool: EnginePool, config: ServerConfig, lifecycle: Lifecycle) -> APIRouter:
+    router = APIRouter(route_class=JsonRoute)
+    registry = pool_registry(pool)
+    card = {
+        "object": "model",
+        "created": int(lifecycle.started_at),
+        "owned_by": "fly-trt",
+        "root": pool.manifest.name,
+        "parent": None,
+        "max_model_len": pool.llms[0].sizes.max_seq_len,
+    }
+
+    @router.get("/health")
+    async def health() -> Response:
+        """Whether the process does its work: it may be restarted when it does not."""
+        if not pool.num_alive:
+            pool.choose()  # raises what has ended them
+        return JSONResponse({"status": "ok", "engines": pool.num_alive})
+
+    @router.get("/ready")
+    async def ready() -> Response:
+        """Whether requests should be sent here."""
+        lifecycle.check_open()
+        pool.choose()
+        return JSONResponse({"status": "ready"})
+
+    @router.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @router.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(registry), media_type=None, headers={"Content-Type": content_type})
+
+    @router.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": name, **card} for name in config.model_names]}
+
+    @router.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        return {"id": config.check_model(name), **card}
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        config.check_model(body.model)
+        llm = pool.llms[0]
+        token_ids = await _beside_the_loop(_size(body), lambda: _token_ids(pool, body))
+        strings = [llm.tokenizer.id_to_token(token) for token in token_ids] if body.return_token_strs else None
+        return {
+            "count": len(token_ids),
+            "max_model_len": llm.sizes.max_seq_len,
+            "tokens": token_ids,
+            "token_strs": strings,
+        }
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        config.check_model(body.model)
+        tokenizer = pool.llms[0].tokenizer
+        size = tokenizer.get_vocab_size()
+        if (most := max(body.tokens, default=0)) >= size:
+            raise ApiError(400, f"tokens: {most} is not a token id, expected 0 to {size - 1}", param="tokens")
+        decode = tokenizer.decode
+        text = await _beside_the_loop(len(body.tokens), lambda: decode(body.tokens, skip_special_tokens=False))
+        return {"prompt": text}
+
+    return router
+
+
+def _token_ids(pool: EnginePool, body: TokenizeRequest) -> list[int]:
+    llm = pool.llms[0]
+    if body.messages is None:
+        adds = body.add_special_tokens is not False
+        return llm.tokenize(body.prompt or "", add_special_tokens=adds)
+    if taken := body.chat_template_kwargs.keys() & {"messages", "add_generation_prompt", "chat_template", "tools"}:
+        raise RequestError(f"chat_template_kwargs: {min(taken)} is a field of its own: give it there")
+    messages: Any = body.messages
+    rendered = llm.render_chat(
+        messages,
+        add_generation_prompt=body.add_generation_prompt,
+        chat_template=body.chat_template,
+        tools=body.tools,
+        **body.chat_template_kwargs,
+    )
+    return rendered["prompt_token_ids"]
+
+
+def _size(body: TokenizeRequest) -> int:
+    """About how much there is to read, in characters."""
+    if body.prompt is not None:
+        return len(body.prompt)
+    return sum(len(str(message.get("content", ""))) for message in body.messages or ())
+
+
+async def _beside_the_loop(size: int, work: Any) -> Any:
+    return await asyncio.to_thread(work) if size > LONG_TEXT else work()
