@@ -19,17 +19,28 @@ TokenLogprobs = dict[int, Logprob]
 """By token id: the token at one position and the most probable ones."""
 
 
+TokenKind = Literal["matched", "loosened", "correction", "bonus", "plain"]
+
+
 class TokenTrace(NamedTuple):
     """How one output token came to be, where a request asked for its `speculation_trace`.
 
     kind: "matched", a draft token that is the target's own choice; "loosened", one that stands although it is not;
     "correction", the target's token in place of a rejected draft token; "bonus", its token after a draft that stood as
-    a whole; "plain", where nothing was drafted. source: where a draft token came from, "model", "lookup", "corpus" or
-    "grammar"; None for the target's own. round: the number of the round, from 0, which is one step of the target but
-    where a round was cut. entropy: of the target there, in nats, over what the gate looks at; None where it is not
-    known. choice: the target's own choice, a token id, which differs from the token only where it is loosened."""
+    a whole; "plain", where nothing was drafted. source: where a draft token came from, as in
+    RequestMetrics.num_accepted_tokens_by_source; None for the target's own. round: the number of the round, from 0,
+    also of rounds without a draft; a round is one step of the target, but where the load cut it into several.
 
-    kind: Literal["matched", "loosened", "correction", "bonus", "plain"]
+    entropy: of the target's distribution there, after penalties, temperature and truncation where the request has
+    them, in nats: of its entropy_top_k most probable tokens (the engine's number, not renormalised), or of the whole
+    vocabulary under a policy whose gate looks at that. None where the draft token there was one that must not come, or
+    the target said nothing that is a number. choice: the target's own choice, a
+    token id, which differs from the token exactly where that is loosened.
+
+    Of a request that ends, tokens matched and loosened are what its metrics count as accepted, also by source; an abort
+    in the middle of a round leaves that round out of the metrics."""
+
+    kind: TokenKind
     source: str | None
     round: int
     entropy: float | None
@@ -56,10 +67,12 @@ def add_counts(counts: dict[str, int], more: Mapping[str, int]) -> None:
 class RequestMetrics:
     """Counts of one request, over all its sequences; times in seconds. Only tokens that were emitted count as accepted.
 
-    A spec step is one round: a draft, and what became of it. acceptance_histogram[a] is the number of rounds that
-    emitted `a` draft tokens. num_draft_tokens_by_source, num_accepted_tokens_by_source: of those that a "model" chose
-    and of copies, by "lookup" of the sequence's own text or from the "corpus" of others' outputs. num_cached_tokens:
-    prompt tokens whose cache was reused.
+    A spec step is one round: a draft, and what became of it; a round without a draft is none. acceptance_histogram[a]
+    is the number of rounds that emitted `a` draft tokens, acceptance_by_draft_length[k][a] the same of those that had
+    `k` verified. per_step_drafted, per_step_accepted: both numbers by round, where a request of one sequence asked for
+    detailed_metrics. num_draft_tokens_by_source, num_accepted_tokens_by_source: of those that a "model" chose and
+    of copies, by "lookup" of the sequence's own text or from the "corpus" of others' outputs. num_cached_tokens: prompt
+    tokens whose cache was reused.
     """
 
     num_draft_tokens: int = 0
@@ -67,6 +80,9 @@ class RequestMetrics:
     num_loosened_tokens: int = 0
     num_spec_steps: int = 0
     acceptance_histogram: list[int] = field(default_factory=list)
+    acceptance_by_draft_length: dict[int, list[int]] = field(default_factory=dict)
+    per_step_drafted: list[int] | None = None
+    per_step_accepted: list[int] | None = None
     num_draft_tokens_by_source: dict[str, int] = field(default_factory=dict)
     num_accepted_tokens_by_source: dict[str, int] = field(default_factory=dict)
     num_prompt_tokens: int = 0
@@ -92,6 +108,11 @@ class RequestMetrics:
         missing = num_accepted + 1 - len(self.acceptance_histogram)
         self.acceptance_histogram.extend([0] * missing)
         self.acceptance_histogram[num_accepted] += 1
+        of_length = self.acceptance_by_draft_length.setdefault(counts.num_draft, [0] * (counts.num_draft + 1))
+        of_length[num_accepted] += 1
+        if self.per_step_drafted is not None and self.per_step_accepted is not None:
+            self.per_step_drafted.append(counts.num_draft)
+            self.per_step_accepted.append(num_accepted)
 
     def merged(self, others: "list[RequestMetrics]") -> "RequestMetrics":
         """A copy that includes the other sequences of the same prompt; times are the first token's and the last
@@ -99,6 +120,9 @@ class RequestMetrics:
         total = replace(
             self,
             acceptance_histogram=list(self.acceptance_histogram),
+            acceptance_by_draft_length={k: list(rounds) for k, rounds in self.acceptance_by_draft_length.items()},
+            per_step_drafted=None if others or self.per_step_drafted is None else list(self.per_step_drafted),
+            per_step_accepted=None if others or self.per_step_accepted is None else list(self.per_step_accepted),
             num_draft_tokens_by_source=dict(self.num_draft_tokens_by_source),
             num_accepted_tokens_by_source=dict(self.num_accepted_tokens_by_source),
         )
@@ -114,6 +138,10 @@ class RequestMetrics:
             total.acceptance_histogram.extend([0] * missing)
             for accepted, count in enumerate(other.acceptance_histogram):
                 total.acceptance_histogram[accepted] += count
+            for length, rounds in other.acceptance_by_draft_length.items():
+                of_length = total.acceptance_by_draft_length.setdefault(length, [0] * (length + 1))
+                for accepted, count in enumerate(rounds):
+                    of_length[accepted] += count
             firsts = [t for t in (total.time_to_first_token, other.time_to_first_token) if t is not None]
             total.time_to_first_token = min(firsts, default=None)
             if total.latency is not None:

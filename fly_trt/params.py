@@ -30,6 +30,7 @@ MAX_WORDS = 256
 MAX_WORD_CHARACTERS = 1000
 MAX_LOGPROBS = 20
 MAX_TOKEN_IDS = 1024
+TOLD = ("speculation_trace", "detailed_metrics")  # what a request wants to know of its speculation
 
 
 def _draft_stop() -> Any:
@@ -200,7 +201,9 @@ class SamplingParams:
     num_speculative_tokens: draft tokens per round of this request, at most the SpeculativeConfig's, which None means; 0
     decodes without drafts. With "fly" it is part of the rule: a token is loosened only where its window lies inside the
     round, so that other numbers may give other tokens. draft_stop, draft_stop_threshold: as in SpeculativeConfig, for
-    this request; "none" for no rule. output_kind: what a stream yields.
+    this request; "none" for no rule. speculation_trace: outputs say of each token how it came to be, see TokenTrace; it
+    changes none. detailed_metrics: the metrics also list what each round drafted and accepted. output_kind: what a
+    stream yields.
     """
 
     n: int = 1
@@ -229,6 +232,7 @@ class SamplingParams:
     draft_stop_threshold: float | None = _draft_stop_threshold()
     structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
     speculation_trace: bool = False
+    detailed_metrics: bool = False
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     stop_strings: tuple[str, ...] = field(init=False, repr=False)
 
@@ -267,7 +271,7 @@ class SamplingParams:
             raise RequestError(f"stop_token_ids: {len(token_ids)} tokens, at most {MAX_TOKEN_IDS}: leave some out")
         if token_ids is not None and not (isinstance(token_ids, Sequence) and all(map(is_whole, token_ids))):
             raise RequestError(f"stop_token_ids {token_ids!r}: expected a list of token ids")
-        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "speculation_trace"):
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", *TOLD):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} {getattr(self, name)!r}: expected True or False")
         if self.acceptance is not None and not isinstance(self.acceptance, (AcceptanceParams, AcceptancePolicy)):

@@ -49,6 +49,7 @@ Examples:
 @options.num_threads()
 @options.devices()
 @click.option("--verify", "verify_hashes", is_flag=True, help="Check every engine file against its sha256 first.")
+@click.option("--trace", is_flag=True, help="With --json: say of each token how it came to be.")
 @options.as_json("Print one JSON object instead of streaming.")
 def main(engine_dir: Path, prompt: str | None, prompt_file: Any, escape: bool, as_json: bool, **flags: Any) -> None:
     """Completes PROMPT (or standard input, with -) with the engines in ENGINE_DIR."""
@@ -75,9 +76,12 @@ def _read_prompt(prompt: str | None, file: Any, escape: bool) -> str:
 def _run(engine_dir: Path, prompt: str, as_json: bool, flags: dict[str, Any]) -> None:
     from fly_trt import LLM, RequestOutputKind, SamplingParams
 
+    if flags["trace"] and not as_json:
+        raise RequestError("--trace: goes into the JSON object: add --json")
     params = SamplingParams(
         **{name: flags[name] for name in SAMPLING_FLAGS},
         stop=list(flags["stop"]),
+        speculation_trace=flags["trace"],
         output_kind=RequestOutputKind.DELTA if not as_json else RequestOutputKind.FINAL_ONLY,
     )
     with LLM(
@@ -102,7 +106,10 @@ def _run(engine_dir: Path, prompt: str, as_json: bool, flags: dict[str, Any]) ->
 
 
 def _as_record(output: RequestOutput) -> dict[str, Any]:
-    record = dataclasses.asdict(output.outputs[0])
+    completion = output.outputs[0]
+    record = dataclasses.asdict(completion)
+    if completion.trace is not None:
+        record["trace"] = [of_token._asdict() for of_token in completion.trace]
     metrics = {**dataclasses.asdict(output.metrics), "mean_acceptance_length": output.metrics.mean_acceptance_length}
     return {**record, "prompt_token_ids": output.prompt_token_ids, "metrics": metrics}
 

@@ -245,6 +245,8 @@ class GenerationLoop:
             logprobs = token_logprobs(rows, request.params.logprobs, np.array(tokens), self._tokenizer)
         is_first = not request.output_token_ids
         num_emitted = request.commit(tokens, logprobs)
+        if request.params.speculation_trace:
+            request.record_traces(round_, verdict, num_emitted)
         self._metrics.record_tokens(num_emitted, request.seconds_since_tokens(), is_first=is_first)
         self._changed[request] = None
         return num_emitted

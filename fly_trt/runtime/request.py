@@ -8,7 +8,7 @@ import numpy as np
 
 from fly_trt.drafting import DraftStop
 from fly_trt.errors import FlyError
-from fly_trt.outputs import CompletionOutput, FinishReason, RequestMetrics, TokenLogprobs
+from fly_trt.outputs import CompletionOutput, FinishReason, RequestMetrics, TokenLogprobs, TokenTrace
 from fly_trt.params import SamplingParams
 from fly_trt.runtime.draft_length import AcceptanceRate
 from fly_trt.runtime.loosening import Loosening
@@ -16,7 +16,7 @@ from fly_trt.runtime.rounds import Round
 from fly_trt.runtime.sampler import Sampler
 from fly_trt.text.tokenizer import Detokenizer
 from fly_trt.tokens import FloatArray, IntArray, TokenSequence
-from fly_trt.verification import AcceptancePolicy, Guards, Limits, Positions
+from fly_trt.verification import AcceptancePolicy, Guards, Limits, Positions, Verdict
 
 
 class RequestState(Enum):
@@ -61,6 +61,7 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    trace: list[TokenTrace] = field(default_factory=list)
     error: FlyError | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -70,6 +71,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self._asked_at = self.arrival
+        if self.params.detailed_metrics:
+            self.metrics.per_step_drafted, self.metrics.per_step_accepted = [], []
 
     @property
     def is_finished(self) -> bool:
@@ -91,6 +94,11 @@ class Request:
     @property
     def needs_prompt_logits(self) -> bool:
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt_token_ids)
+
+    @property
+    def traces_full_entropy(self) -> bool:
+        """Whether a trace was asked for under a policy whose gate looks at the whole vocabulary."""
+        return self.params.speculation_trace and self.policy.use_full_entropy
 
     @property
     def num_context(self) -> int:
@@ -139,6 +147,12 @@ class Request:
                 return count
         return len(tokens)
 
+    def record_traces(self, round_: Round, verdict: Verdict, num_tokens: int) -> None:
+        """How the `num_tokens` came to be that were committed of what a verdict adds to its round."""
+        last = self.trace[-1].round if self.trace else -1
+        number = last if round_.num_committed else last + 1
+        self.trace += round_.traces(verdict, num_tokens, number, of_vocabulary=self.traces_full_entropy)
+
     def seconds_since_tokens(self) -> float:
         """Seconds since this was asked last, which is where tokens are emitted, or since the request came."""
         before, self._asked_at = self._asked_at, time.perf_counter()
@@ -166,6 +180,7 @@ class Request:
             text=self.detokenizer.text[first_character:end],
             token_ids=self.output_token_ids[first_token:],
             logprobs=logprobs,
+            trace=self.trace[first_token:] if self.params.speculation_trace else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )

@@ -6,6 +6,7 @@ round owns it: it says what it feeds next and takes what a step says of that. It
 requests or drafters.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from fly_trt.drafting import Draft
 from fly_trt.engines.base import Step
-from fly_trt.outputs import RoundCounts
+from fly_trt.outputs import RoundCounts, TokenKind, TokenTrace
 from fly_trt.runtime.loosening import WindowCounts
 from fly_trt.tokens import NO_TOKENS, FloatArray, IntArray
 from fly_trt.verification import NO_SCORES, AcceptancePolicy, DraftSource, Evidence, Limits, Positions, Verdict
@@ -215,6 +216,27 @@ class Round:
         num_verified = evidence.num_known
         by_source = [_by_source(evidence.sources[:count]) for count in (num_verified, num_kept)]
         return RoundCounts(num_verified, num_kept, evidence.num_loosened(num_kept), *by_source)
+
+    def traces(self, verdict: Verdict, num_tokens: int, number: int, *, of_vocabulary: bool) -> list[TokenTrace]:
+        """How the first `num_tokens` tokens came to be that a verdict adds to what is committed. number: the round's.
+        of_vocabulary: whether the entropy is that of the whole vocabulary."""
+        evidence, first = self.evidence, self.num_committed
+        said = evidence.target
+        gate = said.entropy if of_vocabulary else said.entropy_topk
+        traces = []
+        for at in range(first, first + num_tokens):
+            choice, entropy = int(evidence.choices[at]), float(gate[at])
+            kind: TokenKind
+            source = None
+            if at < verdict.num_accepted:
+                kind = "matched" if evidence.draft[at] == choice else "loosened"
+                source = SOURCE_NAMES[evidence.sources[at]]
+            elif at < evidence.num_known:
+                kind = "correction"
+            else:
+                kind = "bonus" if at else "plain"
+            traces.append(TokenTrace(kind, source, number, entropy if math.isfinite(entropy) else None, choice))
+        return traces
 
     def _head_decides(self, head_stops: frozenset[int]) -> bool:
         """Whether the verdict of the engine's head is the policy's, and nothing is forbidden that it does not know."""

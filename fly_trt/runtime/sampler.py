@@ -17,7 +17,8 @@ from fly_trt.verification import AcceptancePolicy, Positions, sampling
 @dataclass(slots=True, eq=False)
 class Sampler:
     """One sequence's way from logits to choices, and to what its `policy` reads of the processed distribution: nothing
-    where it is exact, the log-probabilities only where the host decides. `entropy_top_k` is the engine's."""
+    where it is exact (but entropies for a trace), the log-probabilities only where the host decides. `entropy_top_k`
+    is the engine's."""
 
     params: SamplingParams
     processor: sampling.LogitsProcessor
@@ -47,7 +48,8 @@ class Sampler:
             return self._unsaid(np.array([NO_CHOICE]))
         params = self.params
         if params.temperature < sampling.MIN_TEMPERATURE:
-            probabilities = sampling.distribution(logits) if self.policy.is_loose else None
+            is_asked = self.policy.is_loose or params.speculation_trace
+            probabilities = sampling.distribution(logits) if is_asked else None
             return self._positions(sampling.greedy(logits), logits, probabilities, draft)
         probabilities = sampling.distribution(
             logits, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p
@@ -77,9 +79,11 @@ class Sampler:
         """Entropies of -inf, and so below whatever threshold, where the draft token is one that must not come: a bad
         word."""
         said = self._unsaid(choices)
-        if probabilities is None or not self.policy.is_loose:
+        if probabilities is None or not (self.policy.is_loose or self.params.speculation_trace):
             return said
         entropy, entropy_topk = sampling.gate_entropy(probabilities, self.entropy_top_k)
+        if not self.policy.is_loose:
+            return said._replace(entropy=entropy, entropy_topk=entropy_topk)
         num_drafts = min(len(draft), len(scores))
         at = np.arange(num_drafts), draft[:num_drafts]
         is_banned = probabilities[at] == 0  # masked, or left out by truncation

@@ -13,7 +13,7 @@ from fly_trt.runtime.loosening import Loosening, StepCosts
 from fly_trt.runtime.request import Request
 from fly_trt.runtime.rounds import Round
 from fly_trt.tokens import IntArray
-from fly_trt.verification import EXACT, DraftSource, Evidence, Limits
+from fly_trt.verification import EXACT, EXACT_WITH_ENTROPY, DraftSource, Evidence, Limits
 
 MAX_USUAL_CONTEXT = 2  # committed tokens that a round starts with, but for the first after a prompt
 
@@ -78,10 +78,11 @@ class Speculation:
         else:
             if request.loosening is None:
                 request.loosening = Loosening(self._step_costs, policy.lookahead, limit, length)
+            closed = EXACT_WITH_ENTROPY if request.traces_full_entropy else EXACT
             if (pause := request.loosening.resume_at - length) > 0:
-                num_draft, policy = min(num_draft, limit, pause - 1), EXACT
+                num_draft, policy = min(num_draft, limit, pause - 1), closed
             else:
-                num_draft, policy, is_observed = limit, policy if request.loosening.is_open else EXACT, True
+                num_draft, policy, is_observed = limit, policy if request.loosening.is_open else closed, True
         if request.limits is None:
             request.limits = self._limits(request)
         request.round = Round(length, Evidence(num_draft), policy, request.limits, is_observed)

@@ -46,6 +46,19 @@ def test_json_holds_tokens_and_metrics(demo_engine: Path) -> None:
     assert plain["metrics"]["num_spec_steps"] == 0
 
 
+def test_json_says_of_each_token_how_it_came_to_be_where_that_is_asked_for(demo_engine: Path) -> None:
+    record = json.loads(run(str(demo_engine), PROMPT, "--json", "--trace").stdout)
+    plain = json.loads(run(str(demo_engine), PROMPT, "--json").stdout)
+    assert plain["trace"] is None
+    assert record["token_ids"] == plain["token_ids"]
+    kinds = [of_token["kind"] for of_token in record["trace"]]
+    assert len(kinds) == len(record["token_ids"])
+    assert kinds.count("loosened") == record["metrics"]["num_loosened_tokens"]
+    assert set(record["trace"][0]) == {"kind", "source", "round", "entropy", "choice"}
+    refused = run(str(demo_engine), PROMPT, "--trace")
+    assert (refused.exit_code, refused.stderr.strip().splitlines()[-1].endswith("add --json")) == (2, True)
+
+
 def test_a_stop_text_and_a_token_limit_are_honoured(demo_engine: Path) -> None:
     assert "####" not in run(str(demo_engine), PROMPT, "--stop", "####").stdout
     assert len(json.loads(run(str(demo_engine), PROMPT, "--json", "--max-tokens", "3").stdout)["token_ids"]) == 3

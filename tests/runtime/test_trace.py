@@ -1,0 +1,271 @@
+"""speculation_trace: how each output token came to be. It agrees with the tokens, with the metrics and with what the
+target says by itself, under every policy and cut, and it changes no token."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from examples import examples
+from fly_trt.acceptance import AcceptanceSettings
+from fly_trt.outputs import RequestOutput, TokenTrace
+from fly_trt.params import RequestOutputKind, SamplingParams
+from fly_trt.runtime.group import RequestGroup
+from fly_trt.runtime.loosening import StepCosts
+from fly_trt.runtime.request import Request
+from fly_trt.verification import EXACT, POLICIES, PRESETS, AcceptancePolicy, HeadInfo, UniformStream, sampling
+from loop_stack import (
+    DRAFTERS,
+    NUM_DRAFT_TOKENS,
+    PROMPT,
+    SHORT_WINDOW,
+    Stack,
+    make_drafter,
+    make_request,
+    make_stack,
+)
+from table_engine import (
+    FULL_ENTROPY,
+    VOCAB_SIZE,
+    Logits,
+    greedy,
+    most_probable,
+    sometimes_differs,
+    sometimes_uncertain,
+    spread_logits,
+)
+
+TOP_K = 3
+HEAD = HeadInfo(VOCAB_SIZE, TOP_K, has_top_tokens=True)
+RULES: dict[str, AcceptancePolicy] = {"short window": SHORT_WINDOW} | {
+    f"fly {name}": policy for name, policy in PRESETS.items()
+}
+RULES |= {name: AcceptanceSettings(acceptance=name).policy(HEAD) for name in POLICIES if name != "fly"}
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"temperature": 0.9},
+    "truncated": {"temperature": 1.2, "top_k": 5, "top_p": 0.9},
+    "penalised": {"repetition_penalty": 1.5, "logit_bias": {4: 1.0}},
+}
+ENDS: list[dict[str, Any]] = [{"ignore_eos": True}, {}, {"stop": ["GE"]}, {"stop_token_ids": [4]}, {"max_tokens": 7}]
+lengths = st.lists(st.integers(0, NUM_DRAFT_TOKENS), max_size=5)
+OWN = ("correction", "bonus", "plain")
+
+
+def build(salt: int, drafter: str, cut: Sequence[int] = (), **settings: Any) -> Stack:
+    logits = spread_logits(salt)
+    language = most_probable(logits)
+    draft = make_drafter(drafter, sometimes_differs(language, salt))
+    return make_stack(language, draft, logits=logits, entropy=sometimes_uncertain(salt), draft_lengths=cut, **settings)
+
+
+def serve(stack: Stack, *others: Request, **settings: Any) -> Request:
+    request = make_request(**settings)
+    stack.run(*others, request)
+    assert request.error is None
+    return request
+
+
+def counts_of(request: Request) -> tuple[Any, ...]:
+    metrics = request.metrics
+    return (
+        request.output_token_ids,
+        request.finish_reason,
+        request.stop_reason,
+        metrics.acceptance_histogram,
+        metrics.acceptance_by_draft_length,
+        metrics.num_loosened_tokens,
+        metrics.num_accepted_tokens_by_source,
+        metrics.num_draft_tokens_by_source,
+    )
+
+
+def assert_agrees_with_metrics(trace: list[TokenTrace], tokens: list[int], request: Request) -> None:
+    metrics = request.metrics
+    assert len(trace) == len(tokens)
+    by_kind = Counter(of_token.kind for of_token in trace)
+    assert by_kind["loosened"] == metrics.num_loosened_tokens
+    assert by_kind["matched"] + by_kind["loosened"] == metrics.num_accepted_tokens
+    by_source = Counter(of_token.source for of_token in trace if of_token.source is not None)
+    assert dict(by_source) == metrics.num_accepted_tokens_by_source
+    for of_token, token in zip(trace, tokens, strict=True):
+        assert (of_token.source is None) == (of_token.kind in OWN)
+        assert (of_token.choice != token) == (of_token.kind == "loosened")
+
+
+def assert_has_the_rounds(trace: list[TokenTrace], request: Request) -> None:
+    """Each round has draft tokens and then the target's own, but perhaps the last one; rounds with a draft are those
+    that the metrics have, in order."""
+    metrics = request.metrics
+    rounds = [list(of_round) for _, of_round in groupby(trace, key=lambda of_token: of_token.round)]
+    assert [of_round[0].round for of_round in rounds] == list(range(len(rounds)))
+    for of_round in rounds[:-1]:
+        assert of_round[-1].kind in OWN
+    for of_round in rounds:
+        assert not any(of_token.kind in OWN for of_token in of_round[:-1])
+        assert len(of_round) == 1 or of_round[-1].kind != "plain"
+    drafted = [of_round for of_round in rounds if of_round[0].kind != "plain"]
+    accepted = [sum(of_token.kind not in OWN for of_token in of_round) for of_round in drafted]
+    assert accepted == metrics.per_step_accepted
+    assert metrics.per_step_drafted is not None
+    for of_round, num_accepted, num_drafted in zip(drafted, accepted, metrics.per_step_drafted, strict=True):
+        if of_round[-1].kind == "bonus":
+            assert num_accepted == num_drafted
+        if of_round[-1].kind == "correction":
+            assert num_accepted < num_drafted
+
+
+def assert_agrees_with_the_target(trace: list[TokenTrace], request: Request, salt: int) -> None:
+    """What the target says of each prefix, computed here without rounds."""
+    logits, table_entropy = spread_logits(salt), sometimes_uncertain(salt)
+    uses_full_entropy = request.policy.use_full_entropy
+    params, tokens = request.params, [*PROMPT, *request.output_token_ids]
+    uniforms = UniformStream(params.seed or 0, request.index)
+    for at, of_token in enumerate(trace):
+        prefix = tuple(tokens[: len(PROMPT) + at])
+        if request.sampler is None:
+            entropy = table_entropy(prefix) * (FULL_ENTROPY if uses_full_entropy else 1)
+            choice = int(logits(prefix).argmax())
+        else:
+            output = np.array(tokens[len(PROMPT) : len(prefix)], np.int64)
+            scores = logits(prefix)[None]
+            if request.sampler.processor.changes_scores:
+                processor = make_request(**WAYS["penalised"]).sampler.processor  # type: ignore[union-attr]
+                scores = processor.process(scores, output, np.empty(0, np.int64))
+            shares = sampling.distribution(
+                scores, temperature=params.temperature or 1.0, top_k=params.top_k, top_p=params.top_p
+            )
+            entropies = sampling.gate_entropy(shares, TOP_K)
+            entropy = float(entropies[0 if uses_full_entropy else 1][0])
+            sampled = sampling.sample(shares, uniforms.at(at, 1)) if params.temperature else sampling.greedy(scores)
+            choice = int(sampled[0])
+        assert of_token.choice == choice, (at, of_token)
+        if of_token.entropy is None:
+            assert of_token.kind == "correction", "a draft token that must not come"
+            assert request.sampler is not None
+        else:
+            assert of_token.entropy == pytest.approx(entropy, rel=1e-5, abs=1e-6), (at, of_token)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("rule", RULES)
+def test_it_agrees_with_tokens_metrics_and_target_and_changes_nothing(rule: str, way: str) -> None:
+    @examples(15)
+    @given(
+        salt=st.integers(0, 30),
+        drafter=st.sampled_from(DRAFTERS),
+        cut=lengths,
+        end=st.sampled_from(ENDS),
+        mates=st.integers(0, 2),
+    )
+    def check(salt: int, drafter: str, cut: list[int], end: dict[str, Any], mates: int) -> None:
+        settings = {"policy": RULES[rule], "seed": salt} | WAYS[way] | end
+        served = []
+        for asked in ({}, {"speculation_trace": True, "detailed_metrics": True}):
+            others = [make_request([5 + i, 3, 4], request_id=f"n{i}", max_tokens=20) for i in range(mates)]
+            stack = build(salt, drafter, cut, num_slots=1 + mates)
+            served.append(serve(stack, *others, **settings, **asked))
+        plain, traced = served
+        assert counts_of(traced) == counts_of(plain)
+        assert plain.trace == []
+        assert plain.metrics.per_step_accepted is plain.completion().trace is None
+        trace = traced.completion().trace
+        assert trace is not None
+        assert_agrees_with_metrics(trace, traced.output_token_ids, traced)
+        assert_has_the_rounds(trace, traced)
+        assert_agrees_with_the_target(trace, traced, salt)
+
+    check()
+
+
+def test_it_says_the_same_however_rounds_are_cut_and_beside_whom() -> None:
+    """Also while a request pauses its windows. Where an exact round is shorter, its tokens are the same and their kinds
+    may not be."""
+
+    @examples(20)
+    @given(salt=st.integers(0, 30), cut=lengths, preset=st.sampled_from(sorted(PRESETS)))
+    def check(salt: int, cut: list[int], preset: str) -> None:
+        traces = []
+        for lengths_, costs in (((), None), (cut, None), ((), StepCosts(0.2, 0.1)), (cut, StepCosts(0.2, 0.1))):
+            stack = build(salt, "draft_model", lengths_, num_slots=2, step_costs=costs)
+            mate = make_request([9, 8, 7], request_id="mate", policy=PRESETS["paper"] if lengths_ else EXACT)
+            request = serve(stack, mate, policy=PRESETS[preset], ignore_eos=True, speculation_trace=True)
+            assert_agrees_with_the_target(request.trace, request, salt)
+            assert all(of_token.entropy is not None for of_token in request.trace)
+            traces.append(request.trace)
+        assert traces[0] == traces[1]
+        assert [(t.choice, t.entropy) for t in traces[2]] == [(t.choice, t.entropy) for t in traces[3]]
+
+    check()
+
+
+def numbers_along(text: list[int], logits: Logits) -> Logits:
+    """Logits that are numbers only along one text."""
+
+    def spoilt(tokens: tuple[int, ...]) -> np.ndarray:
+        is_on_course = list(tokens) == [*PROMPT, *text][: len(tokens)]
+        return logits(tokens) if is_on_course else np.full(VOCAB_SIZE, np.nan, np.float32)
+
+    return spoilt
+
+
+@pytest.mark.parametrize("rule", ["fly reference", "typical"])
+def test_a_draft_token_that_spoils_its_row_leaves_no_gap(rule: str) -> None:
+    """Logits that are no numbers behind some draft tokens: such a round goes on carefully."""
+    for salt in range(8):
+        language = most_probable(spread_logits(salt))
+        text = greedy(language, PROMPT, 60)
+        draft = make_drafter("draft_model", sometimes_differs(language, salt))
+        stack = make_stack(language, draft, logits=numbers_along(text, spread_logits(salt)))
+        request = make_request(policy=RULES[rule], ignore_eos=True, speculation_trace=True, detailed_metrics=True)
+        stack.run(request)
+        assert request.error is None
+        assert request.output_token_ids == text[:40]
+        assert_agrees_with_metrics(request.trace, request.output_token_ids, request)
+        assert_has_the_rounds(request.trace, request)
+        assert all(of_token.entropy is not None and math.isfinite(of_token.entropy) for of_token in request.trace)
+
+
+@pytest.mark.parametrize("is_traced", [True, False])
+def test_deltas_put_together_are_the_whole_trace(is_traced: bool) -> None:
+    def outputs(kind: RequestOutputKind) -> list[RequestOutput]:
+        stack, seen = build(3, "multi_level", (2, 0, 5), num_slots=2), []
+        requests = [
+            make_request(index=i, temperature=0.8, policy=SHORT_WINDOW, speculation_trace=is_traced) for i in range(2)
+        ]
+        group = RequestGroup("0", None, PROMPT, kind, requests, seen.append)  # type: ignore[arg-type]
+        stack.loop.add(requests)
+        while stack.loop.has_requests():
+            group.update(stack.loop.step())
+        return [output for output in seen if isinstance(output, RequestOutput)]
+
+    (whole,) = outputs(RequestOutputKind.FINAL_ONLY)
+    for kind in (RequestOutputKind.CUMULATIVE, RequestOutputKind.DELTA):
+        for index, want in enumerate(whole.outputs):
+            parts = [c for output in outputs(kind) for c in output.outputs if c.index == index]
+            if not is_traced:
+                assert all(part.trace is None for part in [*parts, want])
+                continue
+            assert want.trace is not None
+            for part in parts:
+                assert part.trace is not None
+                assert len(part.trace) == len(part.token_ids)
+            last = [parts[-1]] if kind is RequestOutputKind.CUMULATIVE else parts
+            assert [of_token for part in last for of_token in part.trace or ()] == want.trace
+
+
+def test_a_request_that_does_not_ask_never_makes_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> list[TokenTrace]:
+        raise AssertionError("nobody asked")
+
+    monkeypatch.setattr("fly_trt.runtime.rounds.Round.traces", never)
+    monkeypatch.setattr("fly_trt.verification.sampling.gate_entropy", never)
+    for way in ({}, {"temperature": 0.9}):
+        assert serve(build(1, "multi_level"), policy=EXACT, **way).output_token_ids
+    assert SamplingParams().speculation_trace is False
