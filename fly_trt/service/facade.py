@@ -36,6 +36,7 @@ class Facade:
         self.speculative_config = self._service.speculative_config
         self.tokenizer = self._service.tokenizer
         self.sizes = self._service.sizes
+        self.engine_dir = self._service.engine_dir
 
     def render_chat(self, messages: Sequence[ChatMessage], **template_variables: Any) -> TokensPrompt:
         """A conversation as a prompt for `generate`, by the model's own chat template: of several the one named by

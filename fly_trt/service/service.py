@@ -9,6 +9,7 @@ import importlib
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fly_trt.drafting import DRAFTERS, Drafter, DraftParts, MakeDrafter
@@ -64,6 +65,7 @@ class Service:
         """`release` is the engine thread's to call from its start on."""
         self._engines = engines  # those that are shared may be held by nobody else
         self.manifest: Manifest = engines.manifest
+        self.engine_dir: Path = engines.directory
         if not isinstance(speculative_config, SpeculativeConfig):
             speculative_config = resolve_speculative_config(self.manifest, speculative_config or {})
         self.speculative_config: SpeculativeConfig = speculative_config

@@ -1,18 +1,14 @@
 """The routes of the server, and what answers them."""
 
-import secrets
-from typing import Any
-
 from fastapi import FastAPI
 
+from fly_trt.serving.openai.api import make_api_router
 from fly_trt.serving.openai.bodies import JsonRoute
-from fly_trt.serving.openai.completions import complete
 from fly_trt.serving.openai.config import ServerConfig
 from fly_trt.serving.openai.errors import add_handlers
 from fly_trt.serving.openai.lifecycle import Lifecycle
 from fly_trt.serving.openai.operations import make_operations_router
 from fly_trt.serving.openai.pool import EnginePool
-from fly_trt.serving.openai.protocol import CompletionRequest
 
 
 def make_app(pool: EnginePool, config: ServerConfig) -> FastAPI:
@@ -22,10 +18,5 @@ def make_app(pool: EnginePool, config: ServerConfig) -> FastAPI:
     app.state.lifecycle = lifecycle = Lifecycle(config.drain_timeout)
     add_handlers(app)
     app.include_router(make_operations_router(pool, config, lifecycle))
-
-    @app.post("/v1/completions")
-    async def completions(body: CompletionRequest) -> dict[str, Any]:
-        model = config.check_model(body.model)
-        return await complete(pool.choose(), body, f"cmpl-{secrets.token_hex(12)}", model)
-
+    app.include_router(make_api_router(pool, config))
     return app

@@ -19,9 +19,9 @@ class ServerConfig:
     where there are any. max_body_bytes: of a request. body_timeout: seconds in which a request must have arrived.
     write_timeout: seconds that a client may leave an answer unread. drain_timeout: seconds in which running answers
     may end after SIGTERM. queue_timeout: seconds that a request may wait for a slot, None is for ever. log_requests:
-    one line of parameters for each prompt; log_texts: with its texts. default_sampling_params: where a request leaves
-    them out, by SamplingParams' names. spec_decode_metrics: how much answers say of speculation. tool_call_parser: its
-    name, None for the chat template's own."""
+    one line of parameters for each prompt; log_texts: with its texts. generation_config: where the defaults of sampling
+    come from, as Defaults.read has it; override_generation_config: what goes over it. spec_decode_metrics: how much
+    answers say of speculation. tool_call_parser: its name, None for the chat template's own."""
 
     model_names: tuple[str, ...]
     api_keys: tuple[str, ...] = ()
@@ -34,7 +34,8 @@ class ServerConfig:
     queue_timeout: float | None = None
     log_requests: bool = False
     log_texts: bool = False
-    default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
+    generation_config: str = "auto"
+    override_generation_config: Mapping[str, Any] = field(default_factory=dict)
     spec_decode_metrics: SpecDecodeMetrics = "summary"
     tool_call_parser: str | None = None
 
