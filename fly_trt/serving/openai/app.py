@@ -1,12 +1,16 @@
-"""The routes of the server, and what answers them."""
+"""The routes of the server, and what stands before them."""
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from fly_trt.serving.openai.api import make_api_router
 from fly_trt.serving.openai.bodies import JsonRoute
 from fly_trt.serving.openai.config import ServerConfig
 from fly_trt.serving.openai.errors import add_handlers
+from fly_trt.serving.openai.exchange import REQUEST_ID, ExchangeMiddleware, RequestLog
+from fly_trt.serving.openai.gate import GateMiddleware
 from fly_trt.serving.openai.lifecycle import Lifecycle
+from fly_trt.serving.openai.limits import LimitsMiddleware
 from fly_trt.serving.openai.operations import make_operations_router
 from fly_trt.serving.openai.pool import EnginePool
 
@@ -16,7 +20,24 @@ def make_app(pool: EnginePool, config: ServerConfig) -> FastAPI:
     app = FastAPI(title="fly-serve", root_path=config.root_path, docs_url=None, redoc_url=None, openapi_url=None)
     app.router.route_class = JsonRoute
     app.state.lifecycle = lifecycle = Lifecycle(config.drain_timeout)
+    pool.observe = RequestLog(log_requests=config.log_requests, log_texts=config.log_texts)
     add_handlers(app)
+    _add_middleware(app, config, lifecycle)
     app.include_router(make_operations_router(pool, config, lifecycle))
     app.include_router(make_api_router(pool, config))
     return app
+
+
+def _add_middleware(app: FastAPI, config: ServerConfig, lifecycle: Lifecycle) -> None:
+    """The last one that is added is the first that sees a request."""
+    app.add_middleware(LimitsMiddleware, max_body_bytes=config.max_body_bytes, body_timeout=config.body_timeout)
+    app.add_middleware(GateMiddleware, lifecycle=lifecycle, api_keys=config.api_keys)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID, "Retry-After"],
+        )
+    app.add_middleware(ExchangeMiddleware, lifecycle=lifecycle, log_texts=config.log_texts)

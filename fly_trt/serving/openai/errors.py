@@ -80,7 +80,7 @@ def body_of(error: FlyError) -> dict[str, Any]:
     return error_body(one_line(known), known.kind, param=known.param, code=known.code)
 
 
-def response_of(error: FlyError) -> JSONResponse:
+def fly_error_response(error: FlyError) -> JSONResponse:
     known = as_api_error(error)
     headers = {} if known.retry_after is None else {"Retry-After": str(known.retry_after)}
     if known.status == 401:
@@ -108,16 +108,16 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(FlyError)
     async def answer_fly_error(request: Request, error: FlyError) -> Response:
         request.state.error = log_line(error)
-        return response_of(error)
+        return fly_error_response(error)
 
     @app.exception_handler(RequestValidationError)
     async def answer_validation_error(request: Request, error: RequestValidationError) -> Response:
         request.state.error = "validation"
-        return response_of(_validation_error(error.errors()))
+        return fly_error_response(_validation_error(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def answer_http_exception(request: Request, error: HTTPException) -> Response:
-        response = response_of(_http_error(request, error))
+        response = fly_error_response(_http_error(request, error))
         response.headers.update(error.headers or {})
         return response
 

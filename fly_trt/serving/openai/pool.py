@@ -3,16 +3,19 @@
 The pool counts the requests that it has given to each. It knows nothing of HTTP.
 """
 
-import functools
+import contextlib
 import math
+import os
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 from fly_trt.async_llm import AsyncLLM
+from fly_trt.engines import find_backend
+from fly_trt.engines.directory import num_ranks
 from fly_trt.errors import ConfigError, EngineDeadError, FlyError, RequestError, one_line
-from fly_trt.manifest import Manifest
+from fly_trt.manifest import Manifest, read_manifest
 from fly_trt.outputs import RequestOutput
 from fly_trt.params import SamplingParams
 from fly_trt.serving.openai.errors import ApiError
@@ -58,7 +61,7 @@ class PooledEngine:
         outputs = self.llm.generate(prompt, params, request_id, queue_timeout=self._pool.queue_timeout)
         self.request_ids.add(request_id)
         try:
-            async with aclosing(outputs):
+            async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     if output.finished:
                         self._pool.check_not_cut(output)
@@ -123,29 +126,27 @@ class EnginePool:
             raise failures[0]
 
 
-def split_devices(devices: Sequence[int] | None, num_ranks: int, name: str) -> list[list[int] | None]:
-    """What each engine is loaded on: as many of the devices as it has ranks. None leaves it to the engine. Raises
-    ConfigError where they do not go up."""
+def device_groups(engine_dir: str | os.PathLike[str], devices: Sequence[int] | None) -> list[list[int] | None]:
+    """The devices of each engine: as many as it has ranks, or what it has to say of them. None leaves them open."""
     if devices is None:
         return [None]
-    if len(set(devices)) < len(devices):
-        raise ConfigError(f"devices {','.join(map(str, devices))}: one comes twice: name each once")
-    if not devices or len(devices) % num_ranks:
-        raise ConfigError(
-            f"devices {','.join(map(str, devices))}: {name} was built for {num_ranks} ranks, so that {num_ranks} "
-            "devices, or a multiple of it, are needed"
-        )
-    return [list(devices[start : start + num_ranks]) for start in range(0, len(devices), num_ranks)]
+    directory = Path(engine_dir).expanduser()
+    manifest = read_manifest(directory)
+    count = num_ranks(manifest)
+    is_divisible = bool(devices) and len(devices) % count == 0 and len(set(devices)) == len(devices)
+    if not (is_divisible and find_backend(directory, manifest).is_gpu):
+        return [list(devices)]  # the engine says what is wrong
+    return [list(devices[start : start + count]) for start in range(0, len(devices), count)]
 
 
-def load_pool(load: Sequence[functools.partial[AsyncLLM]], *, queue_timeout: float | None) -> EnginePool:
+def load_pool(load: Sequence[Callable[[], AsyncLLM]], queue_timeout: float | None) -> EnginePool:
     """Loads one engine after the other; where one fails, those before it end."""
-    llms: list[AsyncLLM] = []
-    try:
+    if queue_timeout is not None and not queue_timeout > 0:
+        raise ConfigError(f"queue_timeout {queue_timeout!r}: expected seconds, above 0")
+    with contextlib.ExitStack() as stack:
+        llms = []
         for load_one in load:
             llms.append(load_one())
-    except BaseException:
-        for llm in llms:
-            llm.shutdown()
-        raise
+            stack.callback(llms[-1].shutdown)
+        stack.pop_all()
     return EnginePool(llms, queue_timeout=queue_timeout)

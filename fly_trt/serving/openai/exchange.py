@@ -1,0 +1,178 @@
+"""One HTTP request and its answer: its id, what a log says of it, and what happens when a route breaks.
+
+The outermost middleware. Texts come into no log but where `log_texts` says so: not in the line of a request, not in the
+parameters of a prompt, not in that of an error.
+"""
+
+import dataclasses
+import logging
+import re
+import secrets
+import time
+import traceback
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fly_trt.outputs import RequestOutput
+from fly_trt.params import SamplingParams
+from fly_trt.serving.openai.errors import ApiError, fly_error_response
+from fly_trt.serving.openai.lifecycle import Lifecycle
+from fly_trt.text.prompts import Prompt
+
+access_logger = logging.getLogger("fly_trt.access")
+logger = logging.getLogger(__name__)
+
+REQUEST_ID = "X-Request-Id"
+SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+MAX_PATH = 200  # characters of one in a log
+
+
+@dataclass(slots=True)
+class Exchange:
+    """What is known of it so far."""
+
+    request_id: str
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    status: int | None = None
+    is_complete: bool = False
+
+
+CURRENT: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
+
+
+class ExchangeMiddleware:
+    """Gives each request an id, counts it, answers what broke with 500, and writes its line."""
+
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle, *, log_texts: bool) -> None:
+        self.app = app
+        self._lifecycle = lifecycle
+        self._log_texts = log_texts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        exchange = Exchange(_request_id(Headers(scope=scope).get(REQUEST_ID)))
+        scope.setdefault("state", {})["exchange"] = exchange
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[REQUEST_ID] = exchange.request_id
+                exchange.status = message["status"]
+            elif not message.get("more_body", False):
+                exchange.is_complete = True
+            await send(message)
+
+        CURRENT.set(exchange)
+        self._lifecycle.num_active += 1
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception as error:
+            self._log_failure(exchange, error)
+            if exchange.status is None:
+                await fly_error_response(_internal_error(exchange.request_id))(scope, receive, send_with_id)
+        finally:
+            self._lifecycle.num_active -= 1
+            _log_access(scope, exchange, time.perf_counter() - started)
+
+    def _log_failure(self, exchange: Exchange, error: Exception) -> None:
+        """Where it broke, without its message: that may repeat what was sent."""
+        what = repr(error) if self._log_texts else type(error).__name__
+        lines = "".join(traceback.format_tb(error.__traceback__))
+        logger.error("request %s broke: %s\n%s", exchange.request_id, what, lines.rstrip())
+
+
+class RequestLog:
+    """Notes of each prompt how long it was, and writes its parameters where `log_requests`. Is EnginePool.observe."""
+
+    def __init__(self, *, log_requests: bool, log_texts: bool) -> None:
+        self._log_requests = log_requests or log_texts
+        self._log_texts = log_texts
+
+    def __call__(self, prompt: Prompt, params: SamplingParams, output: RequestOutput | None) -> None:
+        exchange = CURRENT.get()
+        if output is not None and exchange is not None:
+            exchange.num_prompt_tokens += len(output.prompt_token_ids)
+            exchange.num_output_tokens += output.metrics.num_output_tokens
+        if not self._log_requests:
+            return
+        request_id = None if exchange is None else exchange.request_id
+        if output is None:
+            logger.info("request %s: %s", request_id, describe_request(prompt, params, with_texts=self._log_texts))
+        elif self._log_texts:
+            texts = [completion.text for completion in output.outputs]
+            logger.info("request %s: answered %r", request_id, texts)
+
+
+def describe_request(prompt: Prompt, params: SamplingParams, *, with_texts: bool) -> str:
+    """The prompt's size and what was asked for; of texts, schemas and words nothing but how many there are."""
+    if with_texts:
+        size = f"prompt {prompt!r}"
+    elif isinstance(prompt, str):
+        size = f"prompt of {len(prompt)} characters"
+    else:
+        size = f"prompt of {len(prompt['prompt_token_ids'])} tokens"
+    parts = [f"{name}={_shown(value, with_texts)}" for name, value in _given(params).items()]
+    return ", ".join([size, *parts])
+
+
+def _given(params: SamplingParams) -> dict[str, Any]:
+    fields = [field for field in dataclasses.fields(params) if field.init]
+    values = {field.name: getattr(params, field.name) for field in fields}
+    return {field.name: values[field.name] for field in fields if values[field.name] != field.default}
+
+
+def _shown(value: Any, with_texts: bool) -> str:
+    if with_texts or value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    if isinstance(value, Enum):
+        return str(value.value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        given = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        kept = {name: _named(name, one) for name, one in given.items() if one is not None}
+        return "{" + ", ".join(f"{name}={one}" for name, one in kept.items()) + "}"
+    if isinstance(value, (list, tuple, set, frozenset, Mapping)):
+        return f"[{len(value)}]"
+    return f"<{type(value).__name__}>"
+
+
+def _named(name: str, value: Any) -> str:
+    """Of settings that are names of rules the name; they were checked against the table of those that there are."""
+    return str(value) if name in ("acceptance", "preset") and isinstance(value, str) else _shown(value, False)
+
+
+def _request_id(given: str | None) -> str:
+    """The client's where it can stand in a log and a header."""
+    return given if given and SANE_ID.fullmatch(given) else secrets.token_hex(12)
+
+
+def _internal_error(request_id: str) -> ApiError:
+    message = f"the server broke at this request; its log says more under {request_id}"
+    return ApiError(500, message, code="internal_error")
+
+
+def _log_access(scope: Scope, exchange: Exchange, seconds: float) -> None:
+    """One line. The path as it was sent, which is ASCII, and not its query."""
+    path = scope.get("raw_path", b"").partition(b"?")[0].decode("ascii", "backslashreplace")[:MAX_PATH]
+    client = scope.get("client")
+    notes = [note for note in (scope["state"].get("error"), "" if exchange.is_complete else "client gone") if note]
+    access_logger.info(
+        "%s %s %s %s %.0f ms, %d+%d tokens, id %s%s",
+        f"{client[0]}:{client[1]}" if client else "-",
+        scope["method"],
+        path,
+        exchange.status or "-",
+        1e3 * seconds,
+        exchange.num_prompt_tokens,
+        exchange.num_output_tokens,
+        exchange.request_id,
+        f" ({'; '.join(notes)})" if notes else "",
+    )

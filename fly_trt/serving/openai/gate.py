@@ -1,0 +1,76 @@
+"""Who may come in: whoever has a key, as long as the server takes requests.
+
+What an orchestrator, a scraper or a browser's first look needs is open to all, and stays open while a server drains.
+"""
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fly_trt.errors import FlyError
+from fly_trt.serving.openai.errors import ApiError, fly_error_response, log_line
+from fly_trt.serving.openai.lifecycle import Lifecycle
+
+OPEN_PATHS = ("/", "/health", "/ready", "/version", "/metrics", "/favicon.ico")
+OPEN_FOLDERS = ("/page/",)  # files of the playground, which are the same for everybody
+
+
+class GateMiddleware:
+    """Refuses requests without one of `api_keys`, where there are any, and all but the open paths during a drain."""
+
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle, *, api_keys: Sequence[str]) -> None:
+        self.app = app
+        self._lifecycle = lifecycle
+        self._digests = [_digest(key) for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not _is_open(route_path(scope)):
+            try:
+                self._lifecycle.check_open()
+                self._check_key(Headers(scope=scope).get("authorization"))
+            except FlyError as error:
+                scope["state"]["error"] = log_line(error)
+                await refuse(error, scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _check_key(self, given: str | None) -> None:
+        if not self._digests:
+            return
+        scheme, _, key = (given or "").partition(" ")
+        digest = _digest(key.strip())
+        # All of them, each in constant time: how long it takes says nothing of a key.
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        if scheme.lower() != "bearer" or not any(matches):
+            what = "no API key" if given is None else "a wrong API key"
+            raise ApiError(401, f"{what}: send Authorization: Bearer KEY", code="invalid_api_key")
+
+
+async def refuse(error: FlyError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers and ends the connection: what is left of the body is not read."""
+
+    async def send_and_close(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message)["Connection"] = "close"
+        await send(message)
+
+    await fly_error_response(error)(scope, receive, send_and_close)
+
+
+def route_path(scope: Scope) -> str:
+    """The path without the prefix that a proxy may have left on it."""
+    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    if root and (path == root or path.startswith(f"{root}/")):
+        return path[len(root) :] or "/"
+    return path
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
