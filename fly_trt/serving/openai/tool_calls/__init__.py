@@ -5,8 +5,10 @@ from fly_trt.serving.openai.tool_calls.deltas import Delta, ToolCall, ToolParser
 from fly_trt.serving.openai.tool_calls.parser import CallFormat, CallParser
 
 PARSERS = {
-    "hermes": CallFormat(begin="<tool_call>", end="</tool_call>"),
-    "llama3_json": CallFormat(begin="<|python_tag|>", is_bare=True, begin_is_text=False),
+    "hermes": CallFormat(begin="<tool_call>", end="</tool_call>", arguments="arguments", between="\n"),
+    "llama3_json": CallFormat(
+        begin="<|python_tag|>", arguments="parameters", between="; ", is_bare=True, begin_is_text=False
+    ),
 }
 """Formats by the name that `--tool-call-parser` takes."""
 

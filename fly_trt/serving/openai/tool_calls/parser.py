@@ -25,7 +25,8 @@ SCALAR = re.compile(r'[^ \t\r\n,:"{}\[\]]+')
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallFormat:
-    """How a model marks its calls. begin, end: markers around one call, end "" for none.
+    """How a model writes calls. begin, end: markers around one, end "" for none. arguments: what it calls them.
+    between: what it writes between two.
 
     is_bare: an answer that begins with a call needs no marker, and calls may follow each other, separated by
     semicolons or white space. begin_is_text: a marker that no call follows is content; else it is a special token,
@@ -34,8 +35,14 @@ class CallFormat:
 
     begin: str
     end: str = ""
+    arguments: str
+    between: str
     is_bare: bool = False
     begin_is_text: bool = True
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        return (self.begin, self.end) if self.end else (self.begin,)
 
 
 class CallParser:
