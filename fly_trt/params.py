@@ -196,8 +196,9 @@ class SamplingParams:
     model's own distribution. prompt_logprobs: the same for prompt tokens. max_tokens: output tokens at most, exactly
     kept; None means up to the engine's max_seq_len. stop: strings that end the text; it is cut before the string unless
     include_stop_str_in_output. stop_token_ids: tokens that end the sequence besides the model's own. ignore_eos: the
-    model's own end tokens do not end it. acceptance: overrides the engine's SpeculativeConfig for this request; a
-    policy of your own may stand for AcceptanceParams(acceptance=policy).
+    model's own end tokens do not end it. shown_special_tokens: special tokens, as the tokenizer writes them, that are
+    text even though skip_special_tokens leaves out the others. acceptance: overrides the engine's SpeculativeConfig for
+    this request; a policy of your own may stand for AcceptanceParams(acceptance=policy).
     num_speculative_tokens: draft tokens per round of this request, at most the SpeculativeConfig's, which None means; 0
     decodes without drafts. With "fly" it is part of the rule: a token is loosened only where its window lies inside the
     round, so that other numbers may give other tokens. draft_stop, draft_stop_threshold: as in SpeculativeConfig, for
@@ -224,6 +225,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    shown_special_tokens: Sequence[str] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     acceptance: AcceptanceParams | AcceptancePolicy | None = None
@@ -243,6 +245,10 @@ class SamplingParams:
         object.__setattr__(self, "stop_strings", tuple(stop or ()))
         if not _are_strings(self.bad_words):
             raise RequestError(f"bad_words {self.bad_words!r}: expected a list of non-empty strings")
+        if not _are_strings(self.shown_special_tokens):
+            raise RequestError(
+                f"shown_special_tokens {self.shown_special_tokens!r}: expected a list of non-empty strings"
+            )
         for name, words in (("stop", self.stop_strings), ("bad_words", self.bad_words or ())):
             _check_words(name, words)
         if self.max_tokens is not None:

@@ -37,6 +37,7 @@ GOOD_VALUES = {
     "ignore_eos": [False, True],
     "skip_special_tokens": [False, True],
     "detailed_metrics": [False, True],
+    "shown_special_tokens": [None, [], ["<|python_tag|>"]],
     "logprobs": [None, 0, 5],
     "prompt_logprobs": [None, 0, 5],
     "acceptance": [None, AcceptanceParams(), AcceptanceParams(acceptance="exact")],
@@ -71,6 +72,7 @@ BAD_VALUES = {
     "ignore_eos": (["no", 0, None], "expected True or False"),
     "skip_special_tokens": (["no", 0, None], "expected True or False"),
     "detailed_metrics": (["yes", 1, None], "expected True or False"),
+    "shown_special_tokens": (["<s>", [""], [7], 5], "expected a list of non-empty strings"),
     "logprobs": ([-1, 1.5, "1", True], "expected a whole number, at least 0 or None"),
     "prompt_logprobs": ([-1, 1.5, "1", True], "expected a whole number, at least 0 or None"),
     "acceptance": (

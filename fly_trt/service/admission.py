@@ -144,6 +144,7 @@ class Admission:
                 stop_strings=params.stop_strings,
                 include_stop_string=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
+                shown_special_tokens=params.shown_special_tokens or (),
             ),
             sequence=TokenSequence(token_ids),
             sampler=self._make_sampler(params, bad_words, grammar, policy, token_ids, ends, seed, index),

@@ -79,6 +79,13 @@ class ChatTemplate:
         except Exception as error:  # a template can raise anything
             raise RequestError(f"the chat template refuses these messages: {one_line(error)}") from None
 
+    def source(self, *, has_tools: bool) -> str:
+        """The text of the template that messages are rendered with by default; "" where there is none."""
+        try:
+            return self._sources[self._name(None, has_tools=has_tools)]
+        except RequestError:
+            return ""
+
     def _name(self, asked: str | None, *, has_tools: bool) -> str:
         if not self._sources:
             raise RequestError("this model has no chat template: use generate() with a prompt")

@@ -7,7 +7,7 @@ stop strings it finds the first one even when it spans tokens or ends inside one
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 from weakref import WeakKeyDictionary
@@ -80,7 +80,7 @@ def piece_reader(tokenizer: Tokenizer) -> Callable[[int], str]:
 
 class Detokenizer:
     """The growing text of one sequence: what its tokens add to the prompt's text. `text` never contains a stop string
-    unless include_stop_string."""
+    unless include_stop_string. shown_special_tokens: those that are text although special tokens are skipped."""
 
     def __init__(
         self,
@@ -90,14 +90,16 @@ class Detokenizer:
         stop_strings: tuple[str, ...] = (),
         include_stop_string: bool = False,
         skip_special_tokens: bool = True,
+        shown_special_tokens: Sequence[str] = (),
     ) -> None:
         self.text = ""
         self.stop_string: str | None = None
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
         kinds = _TokenKinds.of(tokenizer)
         self._bytes = kinds.bytes
         self._skipped = kinds.special if skip_special_tokens else frozenset()
+        if shown_special_tokens and self._skipped:
+            self._skipped -= {tokenizer.token_to_id(token) for token in shown_special_tokens}
         self._stop_strings = stop_strings
         self._include_stop_string = include_stop_string
         self._longest_stop = max((len(string) for string in stop_strings), default=0)
@@ -155,7 +157,8 @@ class Detokenizer:
         return context[::-1]
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+        """None of them is one that is left out."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
     def _is_left_out(self, token_id: int) -> bool:
         """Whether decoding passes over it: a special token that is not shown, or an id without a token."""

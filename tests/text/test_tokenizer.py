@@ -194,6 +194,25 @@ def test_the_streamed_text_is_what_all_tokens_decode_to(
     assert detokenizer.text == text_after(STYLED[name], prompt, output, skip_special_tokens=skip_special_tokens)
 
 
+@pytest.mark.parametrize("name", STYLES)
+@pytest.mark.parametrize("prompt", [[], ["<end>"], ["<begin>"] * 20])
+def test_a_special_token_can_be_shown_where_others_are_skipped(name: str, prompt: list[str]) -> None:
+    styled = STYLED[name]
+    word = STYLES[name][1][-2]
+    output = ["<begin>", word, "<end>", word, "<begin>", "<end>", "<end>", word]
+    ids, shown = (
+        [styled.token_to_id(token) for token in tokens if keep(token)]
+        for tokens, keep in ((output, lambda token: True), (output, lambda token: token != "<begin>"))
+    )
+    detokenizer = Detokenizer(styled, [styled.token_to_id(token) for token in prompt], shown_special_tokens=["<end>"])
+    for token in ids:
+        detokenizer.push(token)
+    detokenizer.finish()
+    before = [styled.token_to_id(token) for token in prompt if token != "<begin>"]
+    assert detokenizer.text == text_after(styled, before, shown, skip_special_tokens=False)
+    assert detokenizer.text.count("<end>") == 3
+
+
 def test_a_word_after_bytes_that_are_no_text_keeps_its_space() -> None:
     styled = STYLED["Llama 2"]
     output = [styled.token_to_id(token) for token in ("<0xC3>", "<0xA9>", "<0xFF>", "▁hello", "▁world")]

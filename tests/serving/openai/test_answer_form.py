@@ -1,0 +1,133 @@
+"""What one request asks of the form of its answer."""
+
+import re
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models
+
+from fly_trt.errors import ConfigError, RequestError
+from fly_trt.serving.openai.answer_form import ToolCalling
+from fly_trt.serving.openai.errors import ApiError
+
+TOKENIZER = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+HERMES = ToolCalling("hermes", "", TOKENIZER)
+TOOLS: list[dict[str, Any]] = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
+NAMED = {"type": "function", "function": {"name": "g"}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}}
+
+
+def test_without_tools_a_text_is_all_content() -> None:
+    form = HERMES.read()
+    assert form.new_parser() is None
+    assert form.template_variables == form.sampling == {}
+
+
+def test_tools_that_are_not_to_be_called_are_not_shown_to_the_model() -> None:
+    form = HERMES.read(tools=TOOLS, tool_choice="none")
+    assert form.new_parser() is None
+    assert form.template_variables == form.sampling == {}
+
+
+def test_the_template_is_told_of_all_tools_also_where_one_is_named() -> None:
+    for choice in (None, "auto", "required", NAMED):
+        names = [
+            tool["function"]["name"]
+            for tool in HERMES.read(tools=TOOLS, tool_choice=choice).template_variables["tools"]
+        ]
+        assert names == ["f", "g"]
+
+
+def test_what_the_model_decides_is_not_held_to_a_grammar() -> None:
+    assert HERMES.read(tools=TOOLS).sampling == {}
+
+
+def test_a_response_format_is_structured_output() -> None:
+    assert HERMES.read(response_format={"type": "text"}).sampling == {}
+    any_object = HERMES.read(response_format={"type": "json_object"}).sampling["structured_outputs"]
+    assert any_object.kind == "json_object"
+    for more in ({}, {"tools": TOOLS, "tool_choice": "none"}):
+        schema = HERMES.read(response_format=SCHEMA, **more).sampling["structured_outputs"]
+        assert (schema.kind, schema.json) == ("json", {"type": "integer"})
+
+
+@pytest.mark.parametrize(
+    ("choice", "has_calls", "reason", "said"),
+    [
+        (None, True, "stop", "tool_calls"),
+        (None, False, "stop", "stop"),
+        (None, True, "length", "length"),
+        (None, True, None, None),
+        (None, True, "abort", "abort"),
+        ("required", True, "stop", "tool_calls"),
+        ("required", False, "length", "length"),
+        (NAMED, True, "stop", "stop"),
+        (NAMED, True, "length", "length"),
+    ],
+)
+def test_the_reason_is_openais(choice: Any, has_calls: bool, reason: str | None, said: str | None) -> None:
+    assert HERMES.read(tools=TOOLS, tool_choice=choice).finish_reason(reason, has_calls=has_calls) == said
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            {"response_format": SCHEMA, "has_structured_outputs": True},
+            "response_format: cannot be combined with structured_outputs: an answer has one form",
+        ),
+        (
+            {"response_format": SCHEMA, "tools": TOOLS, "tool_choice": "required"},
+            "response_format: cannot be combined with a tool_choice that forces a call",
+        ),
+        (
+            {"has_structured_outputs": True, "tools": TOOLS, "tool_choice": NAMED},
+            "structured_outputs: cannot be combined with a tool_choice that forces a call",
+        ),
+    ],
+)
+def test_two_forms_at_once_are_refused_by_name(body: Any, message: str) -> None:
+    with pytest.raises(ApiError, match=re.escape(message)):
+        HERMES.read(**body)
+
+
+def test_what_says_nothing_of_the_form_can_be_combined() -> None:
+    HERMES.read(response_format={"type": "text"}, has_structured_outputs=True)
+    HERMES.read(response_format={"type": "text"}, tools=TOOLS, tool_choice="required")
+    assert HERMES.read(tools=TOOLS, has_structured_outputs=True).new_parser() is not None
+
+
+def test_the_template_says_which_parser_it_is_unless_the_operator_does() -> None:
+    template = '<tool_call>\n{"name": ...}'
+    assert ToolCalling(None, template, TOKENIZER).read(tools=TOOLS).parser == "hermes"
+    assert ToolCalling("llama3_json", template, TOKENIZER).read(tools=TOOLS).parser == "llama3_json"
+    with pytest.raises(ConfigError, match="expected one of hermes, llama3_json"):
+        ToolCalling("mistral", template, TOKENIZER)
+
+
+def test_a_model_without_a_known_format_takes_no_tools() -> None:
+    unknown = ToolCalling(None, "{{ messages }}", TOKENIZER)
+    with pytest.raises(ApiError, match=r"^tools: .* start the server with --tool-call-parser hermes or llama3_json"):
+        unknown.read(tools=TOOLS)
+    assert unknown.read(tools=TOOLS, tool_choice="none").parser is None
+
+
+def test_a_schema_that_cannot_be_compiled_is_named() -> None:
+    bad = {"type": "object", "properties": {"a": {"type": "strng"}}}
+    tools = [*TOOLS, {"type": "function", "function": {"name": "h", "parameters": bad}}]
+    error = RequestError("structured_outputs.grammar: no")
+    explained = HERMES.read(tools=tools, tool_choice="required").explain(error)
+    assert isinstance(explained, ApiError)
+    assert str(explained) == "tools[2].function.parameters: of 'h': Invalid type: strng: mend them"
+    assert explained.param == "tools[2].function.parameters"
+    schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": bad}}
+    for more in ({}, {"tools": TOOLS}):
+        explained = HERMES.read(response_format=schema, **more).explain(error)
+        assert str(explained) == "response_format.json_schema.schema: Invalid type: strng: mend it"
+
+
+def test_an_error_of_another_cause_stays_what_it_is() -> None:
+    error = RequestError("the prompt is too long")
+    for form in (HERMES.read(), HERMES.read(tools=TOOLS), HERMES.read(tools=TOOLS, tool_choice="required")):
+        assert form.explain(error) is error
+    assert HERMES.read(response_format=SCHEMA).explain(error) is error
