@@ -71,8 +71,8 @@ class RequestMetrics:
     is the number of rounds that emitted `a` draft tokens, acceptance_by_draft_length[k][a] the same of those that had
     `k` verified. per_step_drafted, per_step_accepted: both numbers by round, where a request of one sequence asked for
     detailed_metrics. num_draft_tokens_by_source, num_accepted_tokens_by_source: of those that a "model" chose and
-    of copies, by "lookup" of the sequence's own text or from the "corpus" of others' outputs. num_cached_tokens: prompt
-    tokens whose cache was reused.
+    of copies, by "lookup" of the sequence's own text or from the "corpus" of others' outputs, and of those that a
+    "grammar" forced. num_cached_tokens: prompt tokens whose cache was reused.
     """
 
     num_draft_tokens: int = 0

@@ -94,7 +94,7 @@ def random_rounds(seed: int, num: int, *, is_sampled: bool = False, k: int = TOP
         is_id = arrays[name].dtype == np.int64
         arrays[name][says_nothing] = -1 if is_id else np.nan
         arrays[name] = arrays[name].astype(np.int64 if is_id else np.float32)
-    source = rng.choice([*DraftSource], (num, m), p=[0.6, 0.3, 0.1]).astype(np.uint8)
+    source = rng.choice([*DraftSource], (num, m), p=[0.6, 0.3, 0.05, 0.05]).astype(np.uint8)
     said = [entropy_of(theirs), of_draft(theirs, draft), their_ids, their_logprobs]
     for array in said:
         array[source != DraftSource.MODEL] = -1 if array.dtype == np.int64 else np.nan
@@ -144,7 +144,7 @@ def is_guarded(evidence: Evidence, j: int) -> bool:
     """Whether draft token j is never loosened, whatever the policy says."""
     is_stop = {int(evidence.draft[j]), int(evidence.choices[j])} & STOPS
     is_impossible = evidence.target.draft_logprob[j] == -math.inf
-    return bool(is_stop) or bool(is_impossible) or evidence.sources[j] == DraftSource.CORPUS
+    return bool(is_stop) or bool(is_impossible) or evidence.sources[j] in (DraftSource.CORPUS, DraftSource.GRAMMAR)
 
 
 def stands(evidence: Evidence, rule: Sequence[Answer]) -> list[Answer]:

@@ -94,7 +94,9 @@ class AlignmentDrafter(NgramDrafter):
 
     def propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
         self.prepare(rows)
-        return [Draft.of(self._aligned(row), DraftSource.LOOKUP) for row in rows]
+        drafts = [Draft.of(self._aligned(row), DraftSource.LOOKUP) for row in rows]
+        self._forget_ahead(rows)
+        return drafts
 
     def swap(self, first: int, second: int) -> None:
         super().swap(first, second)

@@ -21,7 +21,8 @@ class DraftRow(NamedTuple):
 
     stop: where a draft model's tokens end. wants_scores: what it says of them is wanted. is_private: the draft must
     rest on the sequence alone, because tokens may depend on it. round_start: the length of the sequence when the round
-    began that the draft is for, None where it begins now. num_prompt: of the tokens, how many are the prompt."""
+    began that the draft is for, None where it begins now. num_prompt: of the tokens, how many are the prompt.
+    num_ahead: how many of the last tokens are not committed: a draft already, which the target may not take."""
 
     slot: int
     tokens: IntArray
@@ -31,11 +32,21 @@ class DraftRow(NamedTuple):
     is_private: bool = False
     round_start: int | None = None
     num_prompt: int = 0
+    num_ahead: int = 0
+
+    @property
+    def num_committed(self) -> int:
+        return len(self.tokens) - self.num_ahead
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether anybody looks at what a draft model says of its tokens."""
+        return self.wants_scores or self.stop is not None
 
     @property
     def begins_at(self) -> int:
         """Tokens of the sequence when the round began."""
-        return len(self.tokens) if self.round_start is None else self.round_start
+        return self.num_committed if self.round_start is None else self.round_start
 
 
 class Draft(NamedTuple):

@@ -74,8 +74,7 @@ class HybridDrafter:
 
     def _copy(self, row: DraftRow) -> Draft:
         tokens, source = self._copies.draft(row)
-        is_scored = row.wants_scores or row.stop is not None
-        return Draft.of(tokens, source, DraftScores.none(len(tokens)) if is_scored else NO_DRAFT_SCORES)
+        return Draft.of(tokens, source, DraftScores.none(len(tokens)) if row.is_scored else NO_DRAFT_SCORES)
 
 
 def hybrid(settings: DraftSettings, parts: DraftParts) -> HybridDrafter:

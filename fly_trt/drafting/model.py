@@ -40,8 +40,8 @@ IDLE_CONTEXT: IntArray = np.zeros(1, np.int64)
 
 @dataclass(slots=True)
 class _Slot:
-    """`held` is committed tokens and the drafts after them, of which the engine's cache has the first `num_cached`;
-    the first `num_committed` were committed when last seen; `wanted` is how long `held` shall become. Reading its first
+    """`held` is committed tokens and the drafts after them, of which the engine's cache has the first `num_cached`; the
+    first `num_committed` were committed when last seen; `wanted` is how long `held` shall become. Reading its first
     `lost_at` tokens came to something that is not a number, so that nothing follows them; one that `may_guess` no more
     had a guess that did. `stop` says where the draft ends, and has said it where it `has_stopped`. Where the row
     `wants_scores`, `scores` has what the model said of the tokens of `held` from `first_scored` on. The draft of a row
@@ -119,7 +119,7 @@ class ModelDrafter:
             if state is None:
                 state = self._slots[row.slot] = _Slot()
             state.stop, state.wants_scores, state.is_private = row.stop, row.wants_scores, row.is_private
-            self._follow(row.slot, state, row.tokens)
+            self._follow(row.slot, state, row.tokens, row.num_committed)
             state.wanted = len(row.tokens) + row.num_tokens
             if state.is_pending:
                 self._prefill(row.slot, state)
@@ -186,8 +186,8 @@ class ModelDrafter:
             scores = DraftScores._make(array[first : first + len(tokens)] for array in state.scores)
         return Draft.of(tokens, DraftSource.MODEL, scores, is_whole=False)
 
-    def _follow(self, slot: int, state: _Slot, tokens: IntArray) -> None:
-        """Drops the drafts that the target did not take and adds what it committed instead. What a former sequence
+    def _follow(self, slot: int, state: _Slot, tokens: IntArray, num_committed: int) -> None:
+        """Drops the drafts that the target did not take and adds what follows instead. What a former sequence
         left behind is kept as cache only: its tokens are no drafts."""
         is_new = state.num_committed == 0
         kept = common_prefix(state.held.tokens, tokens, state.num_committed)
@@ -203,7 +203,7 @@ class ModelDrafter:
             state.has_stopped = state.has_loosened = False
             state.first_scored = len(tokens)
             state.scores = DraftScores.none(0, self._top_k) if state.is_scored else NO_DRAFT_SCORES
-        state.num_committed = len(tokens)
+        state.num_committed = num_committed
         state.may_guess = True
         state.num_cached = min(state.num_cached, len(state.held) - 1)
 

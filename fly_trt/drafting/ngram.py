@@ -88,7 +88,9 @@ class NgramDrafter(FreeDrafter):
 
     def propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
         self.prepare(rows)
-        return [Draft.of(self._indexes[row.slot].propose(row.num_tokens), DraftSource.LOOKUP) for row in rows]
+        drafts = [Draft.of(self._indexes[row.slot].propose(row.num_tokens), DraftSource.LOOKUP) for row in rows]
+        self._forget_ahead(rows)
+        return drafts
 
     def release(self, slot: int) -> None:
         self._indexes.pop(slot, None)
@@ -103,6 +105,12 @@ class NgramDrafter(FreeDrafter):
 
     def reset(self) -> None:
         self._indexes.clear()
+
+    def _forget_ahead(self, rows: Sequence[DraftRow]) -> None:
+        """Keeps what is committed: the rest need not become part of the sequences."""
+        for row in rows:
+            if row.num_ahead:
+                self.rewind(row.slot, row.num_committed)
 
 
 def ngram(settings: DraftSettings, parts: DraftParts) -> NgramDrafter:

@@ -11,9 +11,11 @@ emits never rests on it. A corpus of 0 tokens switches that off.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from fly_trt.drafting.base import Draft, DraftParts, DraftRow, DraftSettings, FreeDrafter, exchange
 from fly_trt.drafting.matches import NO_MATCH, Match, SuffixCorpus, SuffixIndex
-from fly_trt.tokens import IntArray
+from fly_trt.tokens import NO_TOKENS, IntArray
 from fly_trt.verification import DraftSource
 
 
@@ -41,9 +43,13 @@ class Copies:
         return self._decided(row).match
 
     def draft(self, row: DraftRow) -> tuple[IntArray, DraftSource]:
-        """The part of the round's match that follows the row's tokens."""
+        """The part of the round's match that follows the row's tokens: none where these are not those of the match,
+        because a grammar had its say."""
         state = self._decided(row)
-        start = len(row.tokens) - row.begins_at
+        since = row.tokens[row.begins_at :]
+        start = len(since)
+        if not np.array_equal(state.match.tokens[:start], since):
+            return NO_TOKENS, state.source
         return state.match.tokens[start : start + row.num_tokens], state.source
 
     def read_output(self, tokens: IntArray) -> None:

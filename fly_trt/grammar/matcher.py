@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fly_trt.tokens import IntArray
+from fly_trt.tokens import NO_TOKENS, IntArray
 
 
 class GrammarMatcher:
@@ -31,9 +31,11 @@ class GrammarMatcher:
         self._read(output)
         num_words = (self._vocab_size + 31) // 32
         masks = np.zeros((len(ahead) + 1, num_words), np.int32)
-        LLExecutor(1).unsafe_compute_mask_ptr_with_draft_token(
-            [(self._matcher, 0, ahead.tolist())], masks.ctypes.data, num_words * 4, len(masks)
-        )
+        to = masks.ctypes.data, num_words * 4, len(masks)
+        if len(ahead):
+            LLExecutor(1).unsafe_compute_mask_ptr_with_draft_token([(self._matcher, 0, ahead.tolist())], *to)
+        else:
+            LLExecutor(1).unsafe_compute_mask_ptr([(self._matcher, 0)], *to)
         bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")
         return bits[:, : self._vocab_size].astype(np.bool_)
 
@@ -42,11 +44,15 @@ class GrammarMatcher:
         self._read(output)
         return int(self._matcher.validate_tokens(ahead.tolist()))
 
-    def forced(self, output: IntArray) -> IntArray:
-        """The tokens int64 [n] that spell what the grammar leaves no choice about after `output`. Others may spell the
-        same, so that they are drafts like any other."""
+    def forced(self, output: IntArray, ahead: IntArray = NO_TOKENS) -> IntArray:
+        """The tokens int64 [n] that spell what the grammar leaves no choice about after `output` and `ahead`, which it
+        allows. Others may spell the same, so that they are drafts like any other."""
         self._read(output)
-        return np.array(self._matcher.compute_ff_tokens(), np.int64)
+        num_ahead = self._matcher.try_consume_tokens(ahead.tolist()) if len(ahead) else 0
+        tokens = self._matcher.compute_ff_tokens()
+        if num_ahead:
+            self._matcher.rollback(num_ahead)
+        return np.array(tokens, np.int64)
 
     def _read(self, output: IntArray) -> None:
         new = output[self._num_read :].tolist()

@@ -170,6 +170,21 @@ class DraftLength:
             self._wait = FIRST_WAIT
         return best
 
+    def choose_forced(
+        self, forced: Sequence[int], rates: Sequence[float], num_rows: int, num_draft: int, num_context: int
+    ) -> int:
+        """How many draft tokens that stand for sure pay in a step of `num_rows`: `forced` of each row that decodes,
+        where other drafts stand at its rate. At least `num_draft`, which are part of the step as it is."""
+        longest = max(forced)
+        if not self.adaptive or not len(self.target_cost) or longest <= num_draft:
+            return max(longest, num_draft)
+        lengths = np.arange(num_draft, longest + 1)
+        drafted = np.array([sum(rate**length for length in range(1, num_draft + 1)) for rate in rates])
+        expected = len(forced) + np.maximum(drafted, np.minimum(np.array(forced), lengths[:, None])).sum(axis=1)
+        drafting = self._draft_cost(len(forced)) * num_draft
+        seconds = self.target_cost(num_rows * (num_context + lengths)) + drafting
+        return int(lengths[np.argmax(expected / seconds)])
+
     def _step_seconds(self, num_rows: int, num_drafting: int, num_context: int) -> list[float]:
         """Expected seconds of drafting 0 .. max_draft_tokens tokens for `num_drafting` rows and verifying them in a
         step of `num_rows`; looked up for a few steps, because one measurement more hardly changes them."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from fly_trt.drafting import DraftStop
 from fly_trt.errors import FlyError
+from fly_trt.grammar import GrammarMatcher
 from fly_trt.outputs import CompletionOutput, FinishReason, RequestMetrics, TokenLogprobs, TokenTrace
 from fly_trt.params import SamplingParams
 from fly_trt.runtime.draft_length import AcceptanceRate
@@ -34,8 +35,9 @@ class Request:
     `end_token_ids` end the sequence; `stop_token_ids` are those of them that only this request has. `sampler` None
     means that the engine's argmax decides. `loosening` None means that every round has the request's `policy`.
     `guards`: where a loose policy is exact all the same; `limits`: these and what no request may loosen, from its first
-    round on. `draft_stop`: where drafts of its rounds end early. `index`
-    numbers the sequences of one prompt."""
+    round on. `draft_stop`: where drafts of its rounds end early. `forced`:
+    what its grammar forces next, None where nobody looked since the last round. `index` numbers the sequences of one
+    prompt."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -58,6 +60,7 @@ class Request:
     acceptance_rate: AcceptanceRate | None = None
     loosening: Loosening | None = None
     limits: Limits | None = None
+    forced: IntArray | None = None
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
@@ -77,6 +80,11 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return self.state is RequestState.FINISHED
+
+    @property
+    def grammar(self) -> GrammarMatcher | None:
+        """Where its output stands in the grammar that it must follow, if there is one."""
+        return self.sampler.grammar if self.sampler is not None else None
 
     @property
     def is_waiting(self) -> bool:

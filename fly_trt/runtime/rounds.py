@@ -54,6 +54,8 @@ class Round:
     rule's and not the load's, so that the request's windows may be judged by it. `is_careful`: a step came to something
     that is not a number, so that one draft token at a time is fed, or as few as there must be, and none spoils those
     before it; where even those few do, the next step `is_alone`, and a draft token that spoils its row is not loosened.
+    Where a grammar has a say it `is_guided`: the draft begins with the `num_forced` tokens that the grammar forces, and
+    `is_cut` where the grammar forbids the drafter's next one and forces none instead.
     """
 
     start: int
@@ -65,6 +67,9 @@ class Round:
     num_committed: int = 0
     is_careful: bool = False
     is_alone: bool = False
+    is_guided: bool = False
+    num_forced: int = 0
+    is_cut: bool = False
 
     @property
     def draft(self) -> IntArray:
@@ -111,6 +116,17 @@ class Round:
         if self.policy.is_decided_by_head or not self.policy.is_loose:
             return 0
         return 2 if self.has_begun else 1
+
+    @property
+    def num_forced_left(self) -> int:
+        """Of the tokens that a grammar forces at the beginning, those that the target has not processed."""
+        return max(0, self.num_forced - self.num_fed)
+
+    def begin_draft(self, forced: Draft) -> None:
+        """The draft begins with what a grammar forces; whatever a drafter has comes behind it."""
+        self.is_guided, self.num_forced = True, len(forced.tokens)
+        evidence = self.evidence
+        evidence.draft, evidence.sources, evidence.scores = forced.tokens, forced.sources, forced.scores
 
     def take_draft(self, draft: Draft, num_asked: int) -> None:
         """Takes draft tokens that follow the committed ones; fewer than asked for mean that the draft ends there. A
@@ -199,16 +215,27 @@ class Round:
             return self.start + self.num_verified - 1
         return self.start + min(self.num_fed, verdict.num_accepted)
 
+    def counts_of_drafter(self) -> tuple[int, bool]:
+        """Of a round that is decided: the drafter's tokens that stood, and whether one did not. What a grammar forces
+        is no drafter's; where the draft ended because it forbade a token, that one would have been rejected."""
+        at, sources = self.num_committed, self.evidence.sources
+        differs = at < self.end
+        if not self.is_guided:
+            return at, differs
+        is_forced = sources == DraftSource.GRAMMAR
+        is_drafters = differs and not is_forced[at : at + 1].any()
+        return at - int(np.count_nonzero(is_forced[:at])), is_drafters or (self.is_cut and not differs)
+
     def window_counts(self) -> WindowCounts:
         """What the round shows of windows once it is decided; the same however it was cut."""
         at, stood = self.num_committed, self.evidence.num_loosened(self.num_committed)
-        differs = at < self.end
+        num_agreed, differs = self.counts_of_drafter()
         failed = (
-            differs
+            at < self.end
             and self.policy.opens_window(self.evidence, at, self.limits.never_loosened)
             and not self.limits.forbid(self.evidence, at)
         )
-        return WindowCounts(at - stood, stood + differs, stood, int(failed))
+        return WindowCounts(num_agreed - stood, stood + differs, stood, int(failed))
 
     def counts(self, num_kept: int) -> RoundCounts:
         """Of a round that is decided, of which `num_kept` draft tokens were emitted."""

@@ -135,9 +135,10 @@ class Scheduler:
 
     def _open_rounds(self, rows: list[Request], num_draft: int) -> int:
         """Starts the rounds that are due and returns the tokens of each row: what the longest decoding row needs."""
+        num_forced = self._num_forced(rows, num_draft)
         for request in rows:
             if request.state is RequestState.DECODE and request.round is None:
-                self._speculation.start_round(request, num_draft)
+                self._speculation.start_round(request, num_draft, num_forced)
         if self._speculation.drafts_are_free:
             self._speculation.draft(rows, num_draft)  # before the step is sized: there may be less to verify
         num_tokens = 1
@@ -149,18 +150,27 @@ class Scheduler:
                 window = min(request.round.num_window, fitting)
                 # After a long context it can wait: the next step has one token of it.
                 least = min(request.round.least_fed, fitting) if context > 1 else request.round.least_fed
-                wanted = max(num_draft if context else num_draft + 1, window, least)
+                forced = min(request.round.num_forced_left, num_forced)
+                wanted = max(num_draft if context else num_draft + 1, window, least, forced)
                 num_tokens = max(num_tokens, context + min(request.round.num_missing, wanted))
         for request in rows:
             remaining = len(request.uncached)
             if request.state is RequestState.PREFILL and remaining <= num_tokens:
                 request.enter(RequestState.DECODE)
-                self._speculation.start_round(request, min(num_draft, num_tokens - remaining))
+                room = num_tokens - remaining
+                self._speculation.start_round(request, min(num_draft, room), min(num_forced, room))
         return num_tokens
 
     def _draft_length(self, rows: list[Request], num_context: int, num_rows: int) -> int:
         """Draft tokens of a step of `num_rows`, of which `rows` decode."""
         return min(self._num_fitting(num_rows, num_context), self._speculation.choose_length(rows, num_context))
+
+    def _num_forced(self, rows: list[Request], num_draft: int) -> int:
+        """Tokens forced by grammars that a step over `rows` verifies of a row."""
+        decoding = [request for request in rows if request.state is RequestState.DECODE]
+        num_context = max(request.num_context for request in decoding)
+        chosen = self._speculation.choose_forced(decoding, len(rows), num_draft)
+        return min(self._num_fitting(len(rows), num_context), chosen)
 
     def _num_fitting(self, num_rows: int, num_context: int) -> int:
         """Draft tokens that a step of so many rows has room for."""

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 from fly_trt.drafting import Draft, Drafter, DraftRow, DraftStop
 from fly_trt.runtime.draft_length import SURE, AcceptanceRate, DraftLength
+from fly_trt.runtime.guided import GuidedDraft, forced_draft, propose_guided
 from fly_trt.runtime.loosening import Loosening, StepCosts
 from fly_trt.runtime.request import Request
 from fly_trt.runtime.rounds import Round
-from fly_trt.tokens import IntArray
+from fly_trt.tokens import NO_TOKENS, IntArray
 from fly_trt.verification import EXACT, EXACT_WITH_ENTROPY, DraftSource, Evidence, Limits
 
 MAX_USUAL_CONTEXT = 2  # committed tokens that a round starts with, but for the first after a prompt
@@ -62,15 +63,28 @@ class Speculation:
                 may_draft[0].forget()  # one tries: all would have to catch up
         return length
 
-    def start_round(self, request: Request, num_draft: int) -> None:
-        """Opens a round of about `num_draft` draft tokens.
+    def choose_forced(self, decoding: Sequence[Request], num_rows: int, num_draft: int) -> int:
+        """Of what grammars force after the sequences that decode, the tokens that pay for each row in a step of
+        `num_rows`, which verifies about `num_draft` draft tokens anyway. They cost no drafting and stand for sure, so
+        that they may pay where drafts do not."""
+        if all(request.grammar is None for request in decoding):
+            return 0
+        forced = [0 if request.grammar is None else self._num_forced(request) for request in decoding]
+        rates = [self._rate(request).value for request in decoding]
+        num_context = max(request.num_context for request in decoding)
+        return self.draft_length.choose_forced(forced, rates, num_rows, num_draft, num_context)
+
+    def start_round(self, request: Request, num_draft: int, num_forced: int = 0) -> None:
+        """Opens a round of about `num_draft` draft tokens, or of up to `num_forced` that a grammar forces.
 
         What an exact policy emits does not depend on the round's length. With a loose one it does, if only because the
         token after the draft is the target's own: such a round is as long as the rule says, whatever the load. A
         request that pauses its windows is decoded exactly, and the last round of the pause ends where the pause does.
         """
         length, limit, policy = len(request.sequence), self._limit(request), request.policy
-        is_observed = False
+        forced = NO_TOKENS if request.grammar is None else self._forced(request)
+        request.forced = None
+        num_draft, is_observed = max(num_draft, min(num_forced, len(forced))), False
         if not policy.is_loose:
             num_draft = min(num_draft, limit)
         elif self._step_costs is None or not policy.has_windows:
@@ -86,6 +100,9 @@ class Speculation:
         if request.limits is None:
             request.limits = self._limits(request)
         request.round = Round(length, Evidence(num_draft), policy, request.limits, is_observed)
+        if request.grammar is not None:
+            is_scored = policy.needs_draft_scores or request.draft_stop is not None
+            request.round.begin_draft(forced_draft(forced[:num_draft], is_scored=is_scored))
         if request.guards is not None:
             request.guards.start_round(request.output_token_ids)
 
@@ -103,7 +120,16 @@ class Speculation:
                 asked.append((request, round_, end - round_.num_committed))
         if not asked:
             return
-        drafts = self.propose([_row(request, round_, count) for request, round_, count in asked])
+        wanted = [_row(request, round_, count) for request, round_, count in asked]
+        guided = {
+            at: GuidedDraft(wanted[at], round_, request.grammar, request.output_tokens)
+            for at, (request, round_, _) in enumerate(asked)
+            if request.grammar is not None
+        }
+        if guided:
+            drafts = propose_guided(wanted, guided, self.propose, is_free=self.drafts_are_free)
+        else:
+            drafts = self.propose(wanted)
         for (_, round_, count), draft in zip(asked, drafts, strict=True):
             round_.take_draft(draft, count)
 
@@ -137,10 +163,10 @@ class Speculation:
 
     def end_round(self, request: Request, round_: Round, num_kept: int) -> None:
         """Learns from a round that is decided, of which `num_kept` draft tokens were emitted."""
-        was_rejected = round_.num_committed < round_.end
-        if round_.evidence.num_known:
-            self._rate(request).observe(round_.num_committed, was_rejected)
-            self.draft_length.observe_round(round_.num_committed, was_rejected)
+        num_stood, was_rejected = round_.counts_of_drafter()
+        if round_.evidence.num_known and (num_stood or was_rejected):
+            self._rate(request).observe(num_stood, was_rejected)
+            self.draft_length.observe_round(num_stood, was_rejected)
         round_.policy.observe(round_.evidence, round_.num_committed)
         if request.guards is not None:
             request.guards.end_round(round_.evidence, num_kept)
@@ -159,6 +185,19 @@ class Speculation:
         """Draft tokens that a round of the request has at most."""
         asked = request.params.num_speculative_tokens
         return self.num_draft_tokens if asked is None else min(asked, self.num_draft_tokens)
+
+    def _forced(self, request: Request) -> IntArray:
+        """What its grammar forces next, as far as a round may be long. The end of a finished output is not part of
+        it: it is the target's own token, which every round has."""
+        if request.forced is None:
+            assert request.grammar is not None
+            limit = self._limit(request)
+            request.forced = request.grammar.forced(request.output_tokens)[:limit] if limit else NO_TOKENS
+        return request.forced
+
+    def _num_forced(self, request: Request) -> int:
+        """Tokens that a step may verify next, of those that its grammar forces."""
+        return len(self._forced(request)) if request.round is None else request.round.num_forced_left
 
     def _rate(self, request: Request) -> AcceptanceRate:
         if request.acceptance_rate is None:

@@ -2,8 +2,9 @@
 
 A rule says which draft tokens stand; here the first one that differs from the target's choice where it must not ends
 the round, with the target's choice in its place. That holds for stop tokens, for tokens that may not come (bad words
-and whatever else has no probability), for copies of other sequences' text, and for what a request asks to be exact. It
-knows tokens and, by a function, their text; it knows nothing of rules.
+and whatever else has no probability), for copies of other sequences' text, for what a grammar forces, whose spelling is
+the target's to choose, and for what a request asks to be exact. It knows tokens and, by a function, their text; it
+knows nothing of rules.
 
 What is forbidden rests on the sequence alone: on what was committed before the round and on the draft up to the token.
 So it is the same however the round is cut.
@@ -20,6 +21,7 @@ from fly_trt.verification.policy import DraftSource, Evidence, Verdict
 from fly_trt.verification.regions import Region, make_region
 
 BUDGET_TOKENS = 100
+NEVER_LOOSENED = frozenset((DraftSource.CORPUS, DraftSource.GRAMMAR))
 
 Piece = Callable[[int], str]
 """The text of one token."""
@@ -127,7 +129,7 @@ class Limits:
         if not self.never_loosened.isdisjoint(tokens) or np.isneginf(evidence.target.draft_logprob[position]):
             return True
         source = evidence.sources[position]
-        if source == DraftSource.CORPUS or (self.exact_copies and source != DraftSource.MODEL):
+        if source in NEVER_LOOSENED or (self.exact_copies and source != DraftSource.MODEL):
             return True
         return self.guards is not None and self.guards.forbidden(evidence, position)
 

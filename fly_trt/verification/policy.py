@@ -24,11 +24,12 @@ NO_UNIFORMS: npt.NDArray[np.float64] = np.empty(0)
 
 class DraftSource(IntEnum):
     """Where a draft token comes from: a draft model chose it, or it is copied, from earlier text of its own sequence or
-    from another's output."""
+    from another's output, or it spells what the request's grammar forces."""
 
     MODEL = 0
     LOOKUP = 1
     CORPUS = 2
+    GRAMMAR = 3
 
 
 class HeadInfo(NamedTuple):
@@ -43,7 +44,7 @@ class HeadInfo(NamedTuple):
 class DraftScores(NamedTuple):
     """What a draft model said where it chose d draft tokens: float32 [d] in nats the entropy of its whole vocabulary
     and the token's log-probability, and its k most probable tokens, int64 [d, k], with log-probabilities float32
-    [d, k]. NaN and -1 where the token is a copy, and where nobody asked."""
+    [d, k]. NaN and -1 where no model chose the token, and where nobody asked."""
 
     entropy: FloatArray
     logprob: FloatArray
@@ -60,7 +61,18 @@ class DraftScores(NamedTuple):
         return DraftScores._make(array[:num_tokens] for array in self)
 
     def followed_by(self, others: "DraftScores") -> "DraftScores":
-        return DraftScores._make(np.concatenate([ours, more]) for ours, more in zip(self, others, strict=True))
+        """Of these tokens and those; tokens that no model scored may have been given fewer places."""
+        top_k = max(self.top_ids.shape[1], others.top_ids.shape[1])
+        pairs = zip(self._with_top(top_k), others._with_top(top_k), strict=True)
+        return DraftScores._make(np.concatenate([ours, more]) for ours, more in pairs)
+
+    def _with_top(self, top_k: int) -> "DraftScores":
+        missing = top_k - self.top_ids.shape[1]
+        if not missing:
+            return self
+        places = (0, 0), (0, missing)
+        ids, logprobs = np.pad(self.top_ids, places, constant_values=-1), self.top_logprobs
+        return self._replace(top_ids=ids, top_logprobs=np.pad(logprobs, places, constant_values=np.float32(np.nan)))
 
 
 NO_DRAFT_SCORES = DraftScores.none(0)

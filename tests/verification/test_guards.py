@@ -69,8 +69,8 @@ def test_a_token_without_probability_is_not_loosened(round_: Evidence) -> None:
     assert limited(round_, Limits(frozenset())).num_accepted == NUM_DRAFT
 
 
-@pytest.mark.parametrize(("exact_copies", "ends"), [(False, [8, 8, 3]), (True, [8, 3, 3])])
-def test_copies_of_others_are_never_loosened_and_own_copies_where_a_model_drafts_too(
+@pytest.mark.parametrize(("exact_copies", "ends"), [(False, [8, 8, 3, 3]), (True, [8, 3, 3, 3])])
+def test_copies_of_others_and_forced_tokens_are_never_loosened_and_own_copies_where_a_model_drafts_too(
     exact_copies: bool, ends: list[int]
 ) -> None:
     for source, end in zip(DraftSource, ends, strict=True):
