@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from fly_trt.errors import FlyError
 from fly_trt.grammar import StructuredOutputs
 from fly_trt.serving.openai.response_format import ANY_OBJECT, SCHEMA, read_response_format
-from fly_trt.serving.openai.tool_calls import PARSERS, ToolParser, check_parser, detect, make_parser
+from fly_trt.serving.openai.tool_calls import PARSERS, Delta, ToolParser, check_parser, detect, make_parser
 from fly_trt.serving.openai.tool_calls.forced import arguments_schema, calls_grammar, compile_error
 from fly_trt.serving.openai.tool_calls.tools import Choice, Tool, invalid, read_choice, read_tools
 
@@ -46,13 +46,10 @@ class AnswerForm:
             found["shown_special_tokens"] = self.shown_special_tokens
         return found
 
-    def new_parser(self) -> ToolParser | None:
-        """Of one completion; None where its text is all content."""
-        return None if self.parser is None else make_parser(self.parser, max_calls=self.max_calls)
-
-    def finish_reason(self, reason: str | None, *, has_calls: bool) -> str | None:
-        """OpenAI's: a call that the caller has named ends as a text does."""
-        return "tool_calls" if has_calls and reason == "stop" and self.choice != "named" else reason
+    def new_reader(self) -> "AnswerReader":
+        """Of one completion."""
+        parser = None if self.parser is None else make_parser(self.parser, max_calls=self.max_calls)
+        return AnswerReader(parser, names_calls=self.choice != "named")
 
     def explain(self, error: FlyError) -> FlyError:
         """The same error, with the name of the schema that cannot be compiled where that is why."""
@@ -67,6 +64,30 @@ class AnswerForm:
                 number = self.tools.index(tool)
                 return invalid(f"tools[{number}].function.parameters", f"of {tool.name!r}: {why}: mend them")
         return error
+
+
+class AnswerReader:
+    """The text of one completion as it comes. parser: None where all of it is content. names_calls: calls are why it
+    ends; OpenAI says so unless the caller has named the function."""
+
+    def __init__(self, parser: ToolParser | None, *, names_calls: bool) -> None:
+        self._parser = parser
+        self._names_calls = names_calls
+        self._has_calls = False
+
+    def read(self, text: str, *, is_last: bool) -> list[Delta]:
+        """What `text`, which follows what was read before, says of content and calls."""
+        if self._parser is None:
+            return [Delta(content=text)] if text else []
+        found = self._parser.feed(text)
+        if is_last:
+            found += self._parser.finish()
+        self._has_calls |= any(delta.index is not None for delta in found)
+        return found
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        """From the runtime's."""
+        return "tool_calls" if reason == "stop" and self._has_calls and self._names_calls else reason
 
 
 class ToolCalling:

@@ -5,6 +5,7 @@ from typing import Any
 from fly_trt.errors import RequestError
 from fly_trt.outputs import CompletionOutput, RequestOutput
 from fly_trt.params import SamplingParams
+from fly_trt.serving.openai.answer_form import AnswerForm, AnswerReader, ToolCalling
 from fly_trt.serving.openai.generation import Writer, output_kind
 from fly_trt.serving.openai.logprobs import ChatLogprobs, prompt_logprobs_object
 from fly_trt.serving.openai.messages import template_messages
@@ -12,13 +13,26 @@ from fly_trt.serving.openai.pool import PooledEngine
 from fly_trt.serving.openai.protocol import ChatCompletionRequest
 from fly_trt.serving.openai.sampling import Defaults, chat_params
 from fly_trt.serving.openai.token_text import TokenReader
+from fly_trt.serving.openai.tool_calls import Delta, collect
 from fly_trt.text.prompts import TokensPrompt
 
 # What the template gets from other fields of a body.
 OWN_VARIABLES = ("messages", "tools", "chat_template", "add_generation_prompt", "documents", "continue_final_message")
 
 
-def read_chat(llm: PooledEngine, body: ChatCompletionRequest) -> TokensPrompt:
+def read_form(body: ChatCompletionRequest, calling: ToolCalling) -> AnswerForm:
+    """Raises ApiError for tools and formats that are not to be had."""
+    choice = body.tool_choice
+    return calling.read(
+        tools=[tool.model_dump() for tool in body.tools or ()],
+        tool_choice=choice if choice is None or isinstance(choice, str) else choice.model_dump(),
+        parallel_tool_calls=body.parallel_tool_calls,
+        response_format=body.response_format,
+        has_structured_outputs=body.structured_outputs is not None,
+    )
+
+
+def read_chat(llm: PooledEngine, body: ChatCompletionRequest, form: AnswerForm) -> TokensPrompt:
     """The prompt. Raises RequestError for what the template refuses."""
     variables = dict(body.chat_template_kwargs or {})
     if taken := sorted(variables.keys() & set(OWN_VARIABLES)):
@@ -26,16 +40,13 @@ def read_chat(llm: PooledEngine, body: ChatCompletionRequest) -> TokensPrompt:
     for name in ("chat_template", "add_generation_prompt", "documents"):
         if getattr(body, name) is not None:
             variables[name] = getattr(body, name)
+    variables |= form.template_variables
     prompt: TokensPrompt = llm.render_chat(template_messages(body.messages), **variables)
     return prompt
 
 
-def read_params(body: ChatCompletionRequest, defaults: Defaults) -> SamplingParams:
-    for name in ("tools", "tool_choice", "response_format"):
-        value = getattr(body, name)
-        if value and value not in ("none", {"type": "text"}):
-            raise RequestError(f"{name}: not supported: leave it out")
-    return chat_params(body, defaults, output_kind=output_kind(body))
+def read_params(body: ChatCompletionRequest, defaults: Defaults, form: AnswerForm) -> SamplingParams:
+    return chat_params(body, defaults, output_kind=output_kind(body), **form.sampling)
 
 
 class ChatWriter(Writer):
@@ -51,27 +62,31 @@ class ChatWriter(Writer):
         params: SamplingParams,
         answer_id: str,
         model: str,
+        form: AnswerForm,
     ) -> None:
         super().__init__(llm, reader, body, params, answer_id, model)
+        self._form = form
+        self._readers: dict[int, AnswerReader] = {}  # by the choice's index
         self._logprobs = None
         if params.logprobs is not None:
             as_token_ids = bool(body.return_tokens_as_token_ids)
             self._logprobs = ChatLogprobs(reader, params.logprobs, as_token_ids=as_token_ids)
 
     def choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
-        message = {"role": "assistant", "content": completion.text, "refusal": None}
-        return {"index": index, "message": message} | self._details(completion)
+        deltas = self._read(index, completion)
+        message = {"role": "assistant", **_message(deltas), "refusal": None}
+        return {"index": index, "message": message} | self._details(index, completion)
 
     def chunks(
         self, index: int, output: RequestOutput, completion: CompletionOutput, *, is_first: bool
     ) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         if is_first:
-            delta = {"role": "assistant", "content": ""}
-            found.append({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
+            found.append(_chunk(index, {"role": "assistant", "content": ""}))
         if completion.token_ids or completion.text or completion.finish_reason:
-            text = {"content": completion.text} if completion.text else {}
-            found.append({"index": index, "delta": text} | self._details(completion))
+            deltas = self._read(index, completion)
+            found += [_chunk(index, _delta(delta)) for delta in deltas] or [_chunk(index, {})]
+            found[-1] |= self._details(index, completion)
         return found
 
     def extras(self, output: RequestOutput) -> dict[str, Any]:
@@ -82,12 +97,42 @@ class ChatWriter(Writer):
             found["prompt_token_ids"] = output.prompt_token_ids
         return found
 
-    def _details(self, completion: CompletionOutput) -> dict[str, Any]:
+    def _read(self, index: int, completion: CompletionOutput) -> list[Delta]:
+        """What is new in a choice."""
+        reader = self._readers.get(index) or self._readers.setdefault(index, self._form.new_reader())
+        return reader.read(completion.text, is_last=completion.finish_reason is not None)
+
+    def _details(self, index: int, completion: CompletionOutput) -> dict[str, Any]:
         logprobs = None
         if self._logprobs is not None:
             logprobs = self._logprobs.of(completion.token_ids, completion.logprobs or ())
         return {
             "logprobs": logprobs,
-            "finish_reason": completion.finish_reason,
+            "finish_reason": self._readers[index].finish_reason(completion.finish_reason),
             "stop_reason": completion.stop_reason,
         } | self.additions(completion.token_ids, completion)
+
+
+def _chunk(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _message(deltas: list[Delta]) -> dict[str, Any]:
+    content, calls = collect(deltas)
+    if not calls:
+        return {"content": content}
+    functions = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in calls
+    ]
+    return {"content": content or None, "tool_calls": functions}
+
+
+def _delta(delta: Delta) -> dict[str, Any]:
+    """As a chunk has it: a call's first piece has its id and name, later ones more of its arguments."""
+    if delta.index is None:
+        return {"content": delta.content}
+    if delta.id is None:
+        return {"tool_calls": [{"index": delta.index, "function": {"arguments": delta.arguments}}]}
+    function = {"name": delta.name, "arguments": delta.arguments}
+    return {"tool_calls": [{"index": delta.index, "id": delta.id, "type": "function", "function": function}]}

@@ -13,19 +13,20 @@ from fly_trt.serving.openai.errors import ApiError
 TOKENIZER = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
 HERMES = ToolCalling("hermes", "", TOKENIZER)
 TOOLS: list[dict[str, Any]] = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
+CALL = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
 NAMED = {"type": "function", "function": {"name": "g"}}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}}
 
 
 def test_without_tools_a_text_is_all_content() -> None:
     form = HERMES.read()
-    assert form.new_parser() is None
+    assert [delta.content for delta in form.new_reader().read(CALL, is_last=True)] == [CALL]
     assert form.template_variables == form.sampling == {}
 
 
 def test_tools_that_are_not_to_be_called_are_not_shown_to_the_model() -> None:
     form = HERMES.read(tools=TOOLS, tool_choice="none")
-    assert form.new_parser() is None
+    assert [delta.content for delta in form.new_reader().read(CALL, is_last=True)] == [CALL]
     assert form.template_variables == form.sampling == {}
 
 
@@ -52,21 +53,23 @@ def test_a_response_format_is_structured_output() -> None:
 
 
 @pytest.mark.parametrize(
-    ("choice", "has_calls", "reason", "said"),
+    ("choice", "text", "reason", "said"),
     [
-        (None, True, "stop", "tool_calls"),
-        (None, False, "stop", "stop"),
-        (None, True, "length", "length"),
-        (None, True, None, None),
-        (None, True, "abort", "abort"),
-        ("required", True, "stop", "tool_calls"),
-        ("required", False, "length", "length"),
-        (NAMED, True, "stop", "stop"),
-        (NAMED, True, "length", "length"),
+        (None, CALL, "stop", "tool_calls"),
+        (None, "Hi", "stop", "stop"),
+        (None, CALL, "length", "length"),
+        (None, CALL, None, None),
+        (None, CALL, "abort", "abort"),
+        ("required", CALL, "stop", "tool_calls"),
+        ("required", CALL[:-40], "length", "length"),
+        (NAMED, CALL, "stop", "stop"),
+        (NAMED, CALL, "length", "length"),
     ],
 )
-def test_the_reason_is_openais(choice: Any, has_calls: bool, reason: str | None, said: str | None) -> None:
-    assert HERMES.read(tools=TOOLS, tool_choice=choice).finish_reason(reason, has_calls=has_calls) == said
+def test_the_reason_is_openais(choice: Any, text: str, reason: str | None, said: str | None) -> None:
+    reader = HERMES.read(tools=TOOLS, tool_choice=choice).new_reader()
+    reader.read(text, is_last=True)
+    assert reader.finish_reason(reason) == said
 
 
 @pytest.mark.parametrize(
@@ -94,7 +97,7 @@ def test_two_forms_at_once_are_refused_by_name(body: Any, message: str) -> None:
 def test_what_says_nothing_of_the_form_can_be_combined() -> None:
     HERMES.read(response_format={"type": "text"}, has_structured_outputs=True)
     HERMES.read(response_format={"type": "text"}, tools=TOOLS, tool_choice="required")
-    assert HERMES.read(tools=TOOLS, has_structured_outputs=True).new_parser() is not None
+    assert HERMES.read(tools=TOOLS, has_structured_outputs=True).parser == "hermes"
 
 
 def test_the_template_says_which_parser_it_is_unless_the_operator_does() -> None:

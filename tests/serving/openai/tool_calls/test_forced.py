@@ -77,9 +77,7 @@ def sample(form: AnswerForm, tokenizer: str, seed: int) -> str:
 
 
 def read(form: AnswerForm, text: str) -> tuple[str, list[tuple[str, Any]]]:
-    parser = form.new_parser()
-    assert parser is not None
-    content, calls = collect(parser.feed(text) + parser.finish())
+    content, calls = collect(form.new_reader().read(text, is_last=True))
     for call in calls:
         jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name] or NOW)
     return content, [(call.name, json.loads(call.arguments)) for call in calls]
