@@ -61,6 +61,7 @@ class GenerationLoop:
         self._target = target
         self._tokenizer = tokenizer
         self._metrics = metrics or Metrics()
+        self._metrics.set_cache(config.num_slots * config.max_seq_len)
         self.speculation = Speculation(
             drafter,
             config.num_draft_tokens,

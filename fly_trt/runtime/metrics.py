@@ -25,6 +25,7 @@ PREFIX = "fly_trt:"
 LOG_SECONDS = 10.0
 FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+BLOCK_TOKENS = 16
 REQUEST_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 COUNTERS = {
@@ -87,6 +88,7 @@ class Metrics:
             "inter_token_latency_seconds", "Time between two steps' tokens, per token.", TOKEN_SECONDS
         )
         self._latency = _Histogram("e2e_request_latency_seconds", "From arrival to the last token.", REQUEST_SECONDS)
+        self._num_cache_tokens = 0
         self._window = (0.0, 0, 0, 0)  # time and counters when the last line was logged
         self.registry.register(self)
 
@@ -125,6 +127,15 @@ class Metrics:
         yield ended
         for name, text in GAUGES.items():
             yield GaugeMetricFamily(PREFIX + name, text, value=self._levels[name])
+        if self._num_cache_tokens:
+            blocks = str(BLOCK_TOKENS), str(self._num_cache_tokens // BLOCK_TOKENS)
+            info = GaugeMetricFamily(
+                PREFIX + "cache_config_info",
+                "How much the KV cache holds, in blocks as routers count it; always 1.",
+                labels=["block_size", "num_gpu_blocks"],
+            )
+            info.add_metric(blocks, 1)
+            yield info
         for histogram in (self._first_token, self._inter_token, self._latency):
             yield histogram.family()
 
@@ -167,6 +178,10 @@ class Metrics:
     def record_end(self, reason: str, seconds: float) -> None:
         self._ended[reason] += 1
         self._latency.observe(seconds)
+
+    def set_cache(self, num_tokens: int) -> None:
+        """How many tokens the KV cache of all slots holds."""
+        self._num_cache_tokens = num_tokens
 
     def set_load(self, num_running: int, num_waiting: int, cache_usage: float) -> None:
         """The gauges, and once in LOG_SECONDS one line in the log."""

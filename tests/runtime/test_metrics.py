@@ -58,7 +58,15 @@ def test_every_name_is_there_before_the_first_request(demo_engine: Path) -> None
     with LLM(demo_engine) as llm:
         values = llm.metrics()
     assert {f"fly_trt:{name}" for name in NAMES} <= values.keys()
-    assert not any(values.values()), "nothing was counted while it warmed up"
+    counted = {name: value for name, value in values.items() if not name.startswith("fly_trt:cache_config_info")}
+    assert not any(counted.values()), "nothing was counted while it warmed up"
+
+
+def test_routers_read_the_size_of_the_cache_in_blocks(demo_engine: Path) -> None:
+    """As Kubernetes' Gateway API inference extension does: in labels of a gauge that is always 1."""
+    with LLM(demo_engine, max_batch_size=2, max_seq_len=100) as llm:
+        values = values_of(llm)
+    assert values['cache_config_info{block_size="16",num_gpu_blocks="12"}'] == 1
 
 
 def test_counters_are_the_sums_of_the_requests(demo_engine: Path) -> None:

@@ -32,14 +32,18 @@ def usage_object(metrics: Sequence[RequestMetrics]) -> dict[str, Any]:
 def metrics_object(
     metrics: Sequence[RequestMetrics], params: SamplingParams, config: SpeculativeConfig
 ) -> dict[str, Any]:
-    """vLLM's object, and beside it what only a loose policy has."""
+    """vLLM's object, null for several sequences, and beside it what vLLM has no field for."""
     total = metrics[0].merged(list(metrics[1:]))
     asked = params.num_speculative_tokens
     num_spec_tokens = 0 if config.method is None else config.num_speculative_tokens if asked is None else asked
+    is_one = len(metrics) == params.n == 1
+    found = speculative_decoding_object(total, num_spec_tokens, params.detailed_metrics) if is_one else None
     return {
-        "speculative_decoding": speculative_decoding_object(total, num_spec_tokens, False),
-        "num_loosened_tokens": total.num_loosened_tokens,
+        "speculative_decoding": found,
         "acceptance": _acceptance_name(params.acceptance_params.over(config)),
+        "num_loosened_tokens": total.num_loosened_tokens,
+        "num_draft_tokens_by_source": total.num_draft_tokens_by_source,
+        "num_accepted_tokens_by_source": total.num_accepted_tokens_by_source,
     }
 
 
