@@ -17,7 +17,7 @@ from fly_trt.serving.openai.pool import EnginePool
 
 def make_app(pool: EnginePool, config: ServerConfig) -> FastAPI:
     """The application that an ASGI server runs. `app.state.lifecycle` is how that one says that it stops."""
-    app = FastAPI(title="fly-serve", root_path=config.root_path, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="fly-serve", docs_url=None, redoc_url=None, openapi_url=None)
     app.router.route_class = JsonRoute
     app.state.lifecycle = lifecycle = Lifecycle(config.drain_timeout)
     pool.observe = RequestLog(log_requests=config.log_requests, log_texts=config.log_texts)
@@ -31,7 +31,7 @@ def make_app(pool: EnginePool, config: ServerConfig) -> FastAPI:
 def _add_middleware(app: FastAPI, config: ServerConfig, lifecycle: Lifecycle) -> None:
     """The last one that is added is the first that sees a request."""
     app.add_middleware(LimitsMiddleware, max_body_bytes=config.max_body_bytes, body_timeout=config.body_timeout)
-    app.add_middleware(GateMiddleware, lifecycle=lifecycle, api_keys=config.api_keys)
+    app.add_middleware(GateMiddleware, lifecycle=lifecycle, api_keys=config.api_keys, root_path=config.root_path)
     if config.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -21,16 +21,19 @@ OPEN_FOLDERS = ("/page/",)  # files of the playground, which are the same for ev
 class GateMiddleware:
     """Refuses requests without one of `api_keys`, where there are any, and all but the open paths during a drain."""
 
-    def __init__(self, app: ASGIApp, lifecycle: Lifecycle, *, api_keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle, *, api_keys: Sequence[str], root_path: str) -> None:
         self.app = app
+        self._root_path = root_path.rstrip("/")
         self._lifecycle = lifecycle
-        self._digests = [_digest(key) for key in api_keys]
+        self._digests = [_digest(key.encode()) for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not _is_open(route_path(scope)):
+        if scope["type"] == "http":
+            scope["root_path"] = self._root_path  # which the router takes off, where a proxy has left it on
             try:
-                self._lifecycle.check_open()
-                self._check_key(Headers(scope=scope).get("authorization"))
+                if not _is_open(_without(self._root_path, scope["path"])):
+                    self._lifecycle.check_open()
+                    self._check_key(Headers(scope=scope).get("authorization"))
             except FlyError as error:
                 scope["state"]["error"] = log_line(error)
                 await refuse(error, scope, receive, send)
@@ -41,7 +44,7 @@ class GateMiddleware:
         if not self._digests:
             return
         scheme, _, key = (given or "").partition(" ")
-        digest = _digest(key.strip())
+        digest = _digest(key.strip().encode("latin-1"))  # the bytes that were sent
         # All of them, each in constant time: how long it takes says nothing of a key.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if scheme.lower() != "bearer" or not any(matches):
@@ -60,11 +63,10 @@ async def refuse(error: FlyError, scope: Scope, receive: Receive, send: Send) ->
     await fly_error_response(error)(scope, receive, send_and_close)
 
 
-def route_path(scope: Scope) -> str:
-    """The path without the prefix that a proxy may have left on it."""
-    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
-    if root and (path == root or path.startswith(f"{root}/")):
-        return path[len(root) :] or "/"
+def _without(root_path: str, path: str) -> str:
+    """As the router sees the path."""
+    if root_path and (path == root_path or path.startswith(f"{root_path}/")):
+        return path[len(root_path) :]
     return path
 
 
@@ -72,5 +74,5 @@ def _is_open(path: str) -> bool:
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

@@ -3,9 +3,9 @@
 import asyncio
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import JSONResponse
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.responses import Response
 
@@ -82,9 +82,9 @@ def make_operations_router(pool: EnginePool, config: ServerConfig, lifecycle: Li
         return {"version": __version__}
 
     @router.get("/metrics")
-    async def metrics(request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(registry), media_type=None, headers={"Content-Type": content_type})
+    async def metrics() -> Response:
+        """The text format whatever a scraper would rather have: in OpenMetrics the colon of the names is lost."""
+        return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
