@@ -12,6 +12,7 @@ from fly_trt.serving.openai.gate import GateMiddleware
 from fly_trt.serving.openai.lifecycle import Lifecycle
 from fly_trt.serving.openai.limits import LimitsMiddleware
 from fly_trt.serving.openai.operations import make_operations_router
+from fly_trt.serving.openai.page import make_page_router
 from fly_trt.serving.openai.pool import EnginePool
 
 
@@ -25,6 +26,7 @@ def make_app(pool: EnginePool, config: ServerConfig) -> FastAPI:
     _add_middleware(app, config, lifecycle)
     app.include_router(make_operations_router(pool, config, lifecycle))
     app.include_router(make_api_router(pool, config))
+    app.include_router(make_page_router())
     return app
 
 
