@@ -17,6 +17,7 @@ from fly_trt.serving.openai.errors import ApiError
 from fly_trt.serving.openai.lifecycle import Lifecycle
 from fly_trt.serving.openai.metrics import pool_registry
 from fly_trt.serving.openai.pool import EnginePool
+from fly_trt.text.chat import ChatTemplate
 
 LONG_TEXT = 20_000  # characters; more are tokenised beside the event loop
 
@@ -54,6 +55,7 @@ class DetokenizeRequest(_Body):
 def make_operations_router(pool: EnginePool, config: ServerConfig, lifecycle: Lifecycle) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
     registry = pool_registry(pool)
+    template = ChatTemplate(pool.llms[0].engine_dir / "tokenizer")
     card = {
         "object": "model",
         "created": int(lifecycle.started_at),
@@ -61,6 +63,7 @@ def make_operations_router(pool: EnginePool, config: ServerConfig, lifecycle: Li
         "root": pool.manifest.name,
         "parent": None,
         "max_model_len": pool.llms[0].sizes.max_seq_len,
+        "has_chat_template": bool(template.source(has_tools=False)),
     }
 
     @router.get("/health")

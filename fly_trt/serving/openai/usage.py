@@ -53,11 +53,13 @@ def _acceptance_name(acceptance: AcceptanceParams) -> str | None:
 
 
 def trace_object(reader: TokenReader, token_ids: Sequence[int], trace: Sequence[TokenTrace]) -> list[dict[str, Any]]:
-    """How each of the tokens came to be."""
+    """How each of the tokens came to be. bytes: as in logprobs, since a token may be a part of a character."""
+    texts = [reader.text(token) for token in token_ids]
     return [
         {
-            "token": reader.text(token),
+            "token": text,
             "token_id": token,
+            "bytes": list(reader.as_bytes(token, text)),
             "kind": how.kind,
             "source": how.source,
             "round": how.round,
@@ -65,5 +67,5 @@ def trace_object(reader: TokenReader, token_ids: Sequence[int], trace: Sequence[
             "choice": how.choice,
             "choice_token": reader.text(how.choice),
         }
-        for token, how in zip(token_ids, trace, strict=True)
+        for token, text, how in zip(token_ids, texts, trace, strict=True)
     ]

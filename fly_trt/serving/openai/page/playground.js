@@ -58,7 +58,7 @@ async function connect() {
     $("model").replaceChildren(...models.map((model) => new Option(model.id, model.id)));
     $("model").disabled = false;
     $("max_tokens").max = models[0].max_model_len;
-    allowChat(models[0].has_chat_template !== false);
+    allowChat(models[0].has_chat_template);
     $("page-error").textContent = "";
     $("key-form").hidden = true;
     $("prompt").focus();

@@ -3,10 +3,9 @@
 import difflib
 import json
 import re
-import shutil
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from eval_prompts import load_eval_prompts
 FIXED = {"speculative_config": {"adaptive_draft_length": False}}
 """What becomes of a draft so depends on nothing but the request."""
 PROMPTS = [record["prompt"] for record in load_eval_prompts()[:12]]
-MAX_TOKENS = 100
-TEMPLATE = "{% for m in messages %}### Instruction:\n{{ m['content'] }}\n{% endfor %}### Response:\n"
-INJECTED = "<img src=x onerror=\"document.title='hit'\"><script>document.title='hit'</script>"
+MAX_TOKENS = 60
+INJECTED = '<img src=x onerror=document.title="hit"><script>document.title="hit"</script>'
 # Texts of tokens that must be shown as they are, and how a test sees that they can be seen.
 ODD_TEXTS = ["  two", "\n\n", "\t", "end\n", "\u202e", "<b>", "é", "\u200d", "👩‍👩‍👧"]
 
@@ -31,12 +29,9 @@ def site(server: Any, demo_engine: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def chat_site(server: Any, demo_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The demo pair with a chat template, below a path, for those who have a key."""
-    engine = tmp_path_factory.mktemp("chat") / "demo"
-    shutil.copytree(demo_engine, engine, copy_function=lambda source, target: Path(target).symlink_to(source))
-    (engine / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
-    return server(engine, llm_settings=FIXED, root_path="/llm", api_keys=("a key",))
+def hidden_site(server: Any, demo_engine: Path) -> Any:
+    """Below a path, for those who have a key."""
+    return server(demo_engine, llm_settings=FIXED, root_path="/llm", api_keys=("a key",))
 
 
 def category(token: dict[str, Any]) -> str:
@@ -50,7 +45,11 @@ def shown(token: dict[str, Any]) -> tuple[str, str]:
 def traced(site: Any, prompt: str, **fields: Any) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
     """Trace, metrics and text of the same request, asked through the API and not streamed."""
     answer = site.client.completions.create(
-        model="demo", prompt=prompt, max_tokens=MAX_TOKENS, temperature=0, extra_body={"speculation_trace": True, **fields}
+        model="demo",
+        prompt=prompt,
+        max_tokens=MAX_TOKENS,
+        temperature=0,
+        extra_body={"speculation_trace": True, **fields},
     ).model_dump()
     return answer["choices"][0]["speculation_trace"], answer["metrics"], answer["choices"][0]["text"]
 
@@ -139,12 +138,13 @@ def wait_until(is_so: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_it_is_usable_by_keyboard_alone_and_stopping_frees_the_server(site: Any, visit: Any) -> None:
     playground = visit(site.base_url)
     page, keyboard = playground.page, playground.page.keyboard
     expect(page.locator("#prompt")).to_be_focused()
     keyboard.type("Spell out: 21.")
-    for control in ("[name=mode]", "#acceptance", "#max_tokens"):
+    for control in ("#acceptance", "#max_tokens"):
         keyboard.press("Tab")
         expect(page.locator(control).first).to_be_focused()
     keyboard.type("2000")
@@ -177,8 +177,8 @@ def test_it_is_usable_by_keyboard_alone_and_stopping_frees_the_server(site: Any,
     assert focused.get_attribute("data-at") == "0"
 
 
-def test_below_a_root_path_with_a_key_as_a_chat_in_the_dark(chat_site: Any, visit: Any, loose_prompt: str) -> None:
-    playground = visit(f"{chat_site.base_url}/llm/", color_scheme="dark")
+def test_below_a_root_path_with_a_key_as_a_chat_in_the_dark(hidden_site: Any, visit: Any, loose_prompt: str) -> None:
+    playground = visit(f"{hidden_site.base_url}/llm/", color_scheme="dark")
     page = playground.page
     key, error = page.locator("#api-key"), page.locator("#page-error")
     expect(key).to_be_focused()
@@ -195,10 +195,17 @@ def test_below_a_root_path_with_a_key_as_a_chat_in_the_dark(chat_site: Any, visi
 
     message = re.fullmatch(r"### Instruction:\n(.*)\n### Response:\n", loose_prompt, re.DOTALL)
     assert message
-    page.get_by_text("Chat", exact=True).click()
+    page.check("[value=chat]")
     playground.run(message[1], acceptance="fly", max_tokens=MAX_TOKENS)
-    assert playground.urls[-1] == f"{chat_site.base_url}/llm/v1/chat/completions"
-    assert playground.tokens() == [shown(token) for token in traced(chat_site, loose_prompt, acceptance="fly")[0]]
+    assert playground.urls[-1] == f"{hidden_site.base_url}/llm/v1/chat/completions"
+    answer = hidden_site.client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": message[1]}],
+        max_tokens=MAX_TOKENS,
+        temperature=0,
+        extra_body={"speculation_trace": True, "acceptance": "fly"},
+    ).model_dump()
+    assert playground.tokens() == [shown(token) for token in answer["choices"][0]["speculation_trace"]]
 
     colours = page.locator(".tokens .token").evaluate_all(
         "all => all.map(each => [getComputedStyle(each).color, getComputedStyle(each).backgroundColor])"
