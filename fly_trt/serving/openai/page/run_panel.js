@@ -1,7 +1,7 @@
 // One answer as it comes: its tokens, and beside them what speculation did for it. It is told of chunks, of how the
 // answer ended and of errors; it knows nothing of forms and asks no server.
 
-import { TokenView } from "./token_view.js";
+import { TokenView, make } from "./token_view.js";
 
 const STATS = [
   ["length", "Acceptance length", "Tokens a round: accepted draft tokens, and the target's own"],
@@ -164,11 +164,4 @@ function seconds(value) {
 
 function percent(share) {
   return `${(100 * share).toFixed(1)} %`;
-}
-
-function make(tag, className, text) {
-  const element = document.createElement(tag);
-  if (className) element.className = className;
-  if (text !== undefined) element.textContent = text;
-  return element;
 }

@@ -256,7 +256,8 @@ function code(character) {
   return element;
 }
 
-function make(tag, className, text) {
+/** An element with a class and a text, which is never read as HTML. */
+export function make(tag, className, text) {
   const element = document.createElement(tag);
   if (className) element.className = className;
   if (text !== undefined) element.textContent = text;

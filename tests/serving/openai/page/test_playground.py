@@ -124,6 +124,34 @@ def test_exact_and_fly_side_by_side_mark_what_differs(site: Any, visit: Any, loo
     assert f"{num_marked} differ" in panels[1].locator(".panel-note").inner_text()
 
 
+def test_every_setting_is_sent_as_the_api_has_it(site: Any, visit: Any) -> None:
+    playground = visit(site.base_url)
+    playground.page.locator("#guards summary").click()
+    numbers = {"max_tokens": 5, "temperature": 0.5, "num_speculative_tokens": 3, "seed": 7, "fly_window_size": 2}
+    numbers |= {"fly_entropy_threshold": 0.25, "exact_first": 1, "max_loosened_per_100": 50}
+    lists = {"exact_token_ids": [3, 4], "exact_within": ["code", "digits"]}
+    with playground.page.expect_request("**/v1/completions") as asked:
+        playground.run(
+            "Spell out: 21.",
+            acceptance="fly",
+            preset="vllm",
+            **numbers,
+            **{name: ", ".join(map(str, values)) for name, values in lists.items()},
+        )
+    assert asked.value.post_data_json == {
+        "model": "demo",
+        "prompt": "Spell out: 21.",
+        "acceptance": "fly",
+        "preset": "vllm",
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "speculation_trace": True,
+        **numbers,
+        **lists,
+    }
+    playground.expect_status("^Done: [1-5] tokens?$")
+
+
 def num_running(site: Any) -> float:
     with urllib.request.urlopen(f"{site.base_url}/metrics") as answer:
         found = re.search(r"^fly_trt:num_requests_running(?:\{[^}]*\})? (\S+)$", answer.read().decode(), re.MULTILINE)
