@@ -96,7 +96,7 @@ function showPanels(titles) {
 
 /** What each panel asks for: its title, and the fields of acceptance. */
 function asked(form) {
-  const chosen = { title: form.policy || "as the server is set", fields: form.values() };
+  const chosen = { title: form.policy || "server default", fields: form.values() };
   if (!$("compare").checked) return [chosen];
   const loose = form.policy === "exact" ? { title: "fly", fields: { acceptance: "fly" } } : chosen;
   return [{ title: "exact", fields: { acceptance: "exact" } }, loose];

@@ -57,7 +57,7 @@ export class AcceptanceForm {
     this._fields = fields;
     this._guards = guards;
     this._guardFields = guardFields;
-    select.add(new Option("as the server is set", ""));
+    select.add(new Option("server default", ""));
     for (const name of Object.keys(known.policies)) select.add(new Option(name, name));
     guardFields.append(...known.guards.map((name) => makeField(name, known.settings[name], "")));
     select.addEventListener("change", () => this._follow());

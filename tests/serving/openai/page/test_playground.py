@@ -69,6 +69,7 @@ def test_the_tokens_shown_are_those_of_the_trace(site: Any, visit: Any, loose_pr
     playground = visit(site.base_url)
     playground.run(loose_prompt, acceptance="fly", max_tokens=MAX_TOKENS)
     assert playground.tokens() == [shown(token) for token in trace]
+    assert bytes(byte for token in trace for byte in token["bytes"]).decode().removesuffix("<|eos|>") == text
     assert "".join(text for _, text in playground.tokens()).removesuffix("<|eos|>") == text
 
     speculation = metrics["speculative_decoding"]
