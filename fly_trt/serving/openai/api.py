@@ -10,7 +10,7 @@ from fly_trt.serving.openai import chat, completions
 from fly_trt.serving.openai.answer_form import ToolCalling
 from fly_trt.serving.openai.bodies import JsonRoute
 from fly_trt.serving.openai.config import ServerConfig
-from fly_trt.serving.openai.generation import respond
+from fly_trt.serving.openai.generation import Shared, respond
 from fly_trt.serving.openai.pool import EnginePool
 from fly_trt.serving.openai.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from fly_trt.serving.openai.sampling import Defaults
@@ -25,24 +25,28 @@ def make_api_router(pool: EnginePool, config: ServerConfig) -> APIRouter:
     template = ChatTemplate(one.engine_dir / "tokenizer").source(has_tools=True)
     calling = ToolCalling(config.tool_call_parser, template, one.tokenizer)
     router = APIRouter(route_class=JsonRoute)
-    reader = TokenReader(one.tokenizer)
-    defaults = Defaults.read(one.engine_dir, config.generation_config, config.override_generation_config)
+    shared = Shared(
+        reader=TokenReader(one.tokenizer),
+        defaults=Defaults.read(one.engine_dir, config.generation_config, config.override_generation_config),
+        spec_decode_metrics=config.spec_decode_metrics,
+    )
 
     @router.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         model, llm = config.check_model(body.model), pool.choose()
-        params = completions.read_params(body, defaults)
-        writer = completions.CompletionWriter(llm, reader, body, params, _answer_id("cmpl", body), model)
+        params = completions.read_params(body, shared)
+        writer = completions.CompletionWriter(llm, shared, body, params, _answer_id("cmpl", body), model)
         return await respond(request, completions.read_prompts(body.prompt), writer)
 
     @router.post("/v1/chat/completions")
     async def answer_chat(body: ChatCompletionRequest, request: Request) -> Response:
         model, llm = config.check_model(body.model), pool.choose()
         form = chat.read_form(body, calling)
-        params = chat.read_params(body, defaults, form)
-        writer = chat.ChatWriter(llm, reader, body, params, _answer_id("chatcmpl", body), model, form)
+        params = chat.read_params(body, shared, form)
+        writer = chat.ChatWriter(llm, shared, body, params, _answer_id("chatcmpl", body), model, form)
+        prompt = await chat.read_chat(llm, body, form)
         try:
-            return await respond(request, [chat.read_chat(llm, body, form)], writer)
+            return await respond(request, [prompt], writer)
         except RequestError as error:
             raise form.explain(error) from None
 

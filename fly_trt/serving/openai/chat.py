@@ -1,18 +1,20 @@
 """/v1/chat/completions: a conversation, by the model's own template, answered n times."""
 
+import asyncio
+import functools
 from typing import Any
 
+from fly_trt.async_llm import LONG_PROMPT
 from fly_trt.errors import RequestError
 from fly_trt.outputs import CompletionOutput, RequestOutput
 from fly_trt.params import SamplingParams
 from fly_trt.serving.openai.answer_form import AnswerForm, AnswerReader, ToolCalling
-from fly_trt.serving.openai.generation import Writer, output_kind
+from fly_trt.serving.openai.generation import Shared, Writer
 from fly_trt.serving.openai.logprobs import ChatLogprobs, prompt_logprobs_object
 from fly_trt.serving.openai.messages import template_messages
 from fly_trt.serving.openai.pool import PooledEngine
 from fly_trt.serving.openai.protocol import ChatCompletionRequest
-from fly_trt.serving.openai.sampling import Defaults, chat_params
-from fly_trt.serving.openai.token_text import TokenReader
+from fly_trt.serving.openai.sampling import chat_params
 from fly_trt.serving.openai.tool_calls import Delta, collect
 from fly_trt.text.prompts import TokensPrompt
 
@@ -32,7 +34,7 @@ def read_form(body: ChatCompletionRequest, calling: ToolCalling) -> AnswerForm:
     )
 
 
-def read_chat(llm: PooledEngine, body: ChatCompletionRequest, form: AnswerForm) -> TokensPrompt:
+async def read_chat(llm: PooledEngine, body: ChatCompletionRequest, form: AnswerForm) -> TokensPrompt:
     """The prompt. Raises RequestError for what the template refuses."""
     variables = dict(body.chat_template_kwargs or {})
     if taken := sorted(variables.keys() & set(OWN_VARIABLES)):
@@ -41,12 +43,15 @@ def read_chat(llm: PooledEngine, body: ChatCompletionRequest, form: AnswerForm) 
         if getattr(body, name) is not None:
             variables[name] = getattr(body, name)
     variables |= form.template_variables
-    prompt: TokensPrompt = llm.render_chat(template_messages(body.messages), **variables)
+    messages = template_messages(body.messages)
+    render = functools.partial(llm.render_chat, messages, **variables)
+    is_long = sum(len(message["content"]) for message in messages) > LONG_PROMPT
+    prompt: TokensPrompt = await asyncio.to_thread(render) if is_long else render()
     return prompt
 
 
-def read_params(body: ChatCompletionRequest, defaults: Defaults, form: AnswerForm) -> SamplingParams:
-    return chat_params(body, defaults, output_kind=output_kind(body), **form.sampling)
+def read_params(body: ChatCompletionRequest, shared: Shared, form: AnswerForm) -> SamplingParams:
+    return chat_params(body, shared.defaults, **shared.sampling(body), **form.sampling)
 
 
 class ChatWriter(Writer):
@@ -57,20 +62,20 @@ class ChatWriter(Writer):
     def __init__(
         self,
         llm: PooledEngine,
-        reader: TokenReader,
+        shared: Shared,
         body: ChatCompletionRequest,
         params: SamplingParams,
         answer_id: str,
         model: str,
         form: AnswerForm,
     ) -> None:
-        super().__init__(llm, reader, body, params, answer_id, model)
+        super().__init__(llm, shared, body, params, answer_id, model)
         self._form = form
         self._readers: dict[int, AnswerReader] = {}  # by the choice's index
         self._logprobs = None
         if params.logprobs is not None:
             as_token_ids = bool(body.return_tokens_as_token_ids)
-            self._logprobs = ChatLogprobs(reader, params.logprobs, as_token_ids=as_token_ids)
+            self._logprobs = ChatLogprobs(shared.reader, params.logprobs, as_token_ids=as_token_ids)
 
     def choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         deltas = self._read(index, completion)
@@ -83,6 +88,8 @@ class ChatWriter(Writer):
         found: list[dict[str, Any]] = []
         if is_first:
             found.append(_chunk(index, {"role": "assistant", "content": ""}))
+            if self.body.return_token_ids:
+                found[0]["prompt_token_ids"] = output.prompt_token_ids
         if completion.token_ids or completion.text or completion.finish_reason:
             deltas = self._read(index, completion)
             found += [_chunk(index, _delta(delta)) for delta in deltas] or [_chunk(index, {})]

@@ -5,12 +5,11 @@ from typing import Any
 from fly_trt.errors import RequestError
 from fly_trt.outputs import CompletionOutput, RequestOutput
 from fly_trt.params import SamplingParams
-from fly_trt.serving.openai.generation import Writer, output_kind
+from fly_trt.serving.openai.generation import Shared, Writer
 from fly_trt.serving.openai.logprobs import CompletionLogprobs, prompt_logprobs_object
 from fly_trt.serving.openai.pool import PooledEngine
 from fly_trt.serving.openai.protocol import CompletionRequest
-from fly_trt.serving.openai.sampling import Defaults, completion_params
-from fly_trt.serving.openai.token_text import TokenReader
+from fly_trt.serving.openai.sampling import completion_params
 from fly_trt.text.prompts import Prompt
 
 
@@ -23,16 +22,16 @@ def read_prompts(prompt: Any) -> list[Prompt]:
     return [each if isinstance(each, str) else {"prompt_token_ids": each} for each in prompt]
 
 
-def read_params(body: CompletionRequest, defaults: Defaults) -> SamplingParams:
+def read_params(body: CompletionRequest, shared: Shared) -> SamplingParams:
     """With max_tokens 0 the prompt alone is looked at, for which the runtime makes one token that nobody sees."""
-    more: dict[str, Any] = {"output_kind": output_kind(body)}
+    more = shared.sampling(body)
     if body.echo and body.logprobs is not None:
         more["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
     if body.max_tokens == 0:
         if not body.echo or body.stream:
             raise RequestError("max_tokens 0: expected at least 1, or echo without stream")
         more["max_tokens"] = 1
-    return completion_params(body, defaults, **more)
+    return completion_params(body, shared.defaults, **more)
 
 
 class CompletionWriter(Writer):
@@ -42,13 +41,13 @@ class CompletionWriter(Writer):
     def __init__(
         self,
         llm: PooledEngine,
-        reader: TokenReader,
+        shared: Shared,
         body: CompletionRequest,
         params: SamplingParams,
         answer_id: str,
         model: str,
     ) -> None:
-        super().__init__(llm, reader, body, params, answer_id, model)
+        super().__init__(llm, shared, body, params, answer_id, model)
         self._logprobs: dict[int, CompletionLogprobs] = {}
         self._is_prompt_alone = body.max_tokens == 0
 
@@ -104,7 +103,7 @@ class CompletionWriter(Writer):
             return None
         if is_first:
             self._logprobs[index] = CompletionLogprobs(
-                self.reader,
+                self.shared.reader,
                 self.params.logprobs,
                 as_token_ids=bool(self.body.return_tokens_as_token_ids),
                 skips_special=self.params.skip_special_tokens,

@@ -8,6 +8,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
@@ -17,8 +18,10 @@ from starlette.responses import Response
 from fly_trt.errors import FlyError, RequestError
 from fly_trt.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from fly_trt.params import RequestOutputKind, SamplingParams
+from fly_trt.serving.openai.config import SpecDecodeMetrics
 from fly_trt.serving.openai.pool import PooledEngine
 from fly_trt.serving.openai.protocol import GenerationRequest
+from fly_trt.serving.openai.sampling import Defaults
 from fly_trt.serving.openai.streaming import (
     CLIENT_CLOSED_REQUEST,
     ClientGoneError,
@@ -35,8 +38,18 @@ from fly_trt.text.prompts import Prompt
 Outputs = AsyncGenerator[tuple[int, RequestOutput], None]
 
 
-def output_kind(body: GenerationRequest) -> RequestOutputKind:
-    return RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the requests of a server have in common."""
+
+    reader: TokenReader
+    defaults: Defaults
+    spec_decode_metrics: SpecDecodeMetrics
+
+    def sampling(self, body: GenerationRequest) -> dict[str, Any]:
+        """Fields of SamplingParams that are no client's to choose."""
+        kind = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
+        return {"output_kind": kind, "detailed_metrics": self.spec_decode_metrics == "detailed"}
 
 
 class Writer(ABC):
@@ -49,14 +62,14 @@ class Writer(ABC):
     def __init__(
         self,
         llm: PooledEngine,
-        reader: TokenReader,
+        shared: Shared,
         body: GenerationRequest,
         params: SamplingParams,
         answer_id: str,
         model: str,
     ) -> None:
         self.llm = llm
-        self.reader = reader
+        self.shared = shared
         self.body = body
         self.params = params
         self.answer_id = answer_id
@@ -91,13 +104,10 @@ class Writer(ABC):
             for completion in output.outputs
         ]
         metrics = [output.metrics for output in outputs]
-        return {
-            **self._head,
-            "choices": choices,
-            "usage": self.usage(metrics),
-            "metrics": metrics_object(metrics, self.params, self.llm.speculative_config),
-            **self.extras(outputs[0]),
-        }
+        answer = {**self._head, "choices": choices, "usage": self.usage(metrics)}
+        if (found := self._speculation(metrics)) is not None:
+            answer["metrics"] = found
+        return answer | self.extras(outputs[0])
 
     def usage(self, metrics: Sequence[RequestMetrics]) -> dict[str, Any]:
         return usage_object(metrics)
@@ -118,10 +128,10 @@ class Writer(ABC):
         if not self._has_usage:
             return b""
         metrics = list(self._metrics.values())
-        found = metrics_object(metrics, self.params, self.llm.speculative_config)
-        return event(
-            self._chunk_head + b'],"usage":' + to_json(self.usage(metrics)) + b',"metrics":' + to_json(found) + b"}"
-        )
+        last = b'],"usage":' + to_json(self.usage(metrics))
+        if (found := self._speculation(metrics)) is not None:
+            last += b',"metrics":' + to_json(found)
+        return event(self._chunk_head + last + b"}")
 
     def additions(self, token_ids: Sequence[int], completion: CompletionOutput) -> dict[str, Any]:
         """What a choice has besides OpenAI's fields, where it was asked for."""
@@ -129,8 +139,13 @@ class Writer(ABC):
         if self.body.return_token_ids:
             found["token_ids"] = list(token_ids)
         if self.body.speculation_trace:
-            found["speculation_trace"] = trace_object(self.reader, token_ids, completion.trace or ())
+            found["speculation_trace"] = trace_object(self.shared.reader, token_ids, completion.trace or ())
         return found
+
+    def _speculation(self, metrics: Sequence[RequestMetrics]) -> dict[str, Any] | None:
+        if self.shared.spec_decode_metrics == "none":
+            return None
+        return metrics_object(metrics, self.params, self.llm.speculative_config)
 
     def _event(self, choice: dict[str, Any]) -> bytes:
         usage = b""

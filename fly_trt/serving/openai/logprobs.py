@@ -16,8 +16,8 @@ def finite(logprob: float) -> float:
 
 
 def best(entry: TokenLogprobs, count: int) -> Iterator[tuple[int, Logprob]]:
-    """The `count` most probable tokens, the first one first."""
-    yield from sorted((item for item in entry.items() if item[1].rank <= count), key=lambda item: item[1].rank)
+    """The `count` most probable tokens, the first one first. The token itself may be there besides."""
+    yield from sorted(entry.items(), key=lambda item: item[1].rank)[:count]
 
 
 def prompt_logprobs_object(entries: Sequence[TokenLogprobs | None] | None) -> list[Any] | None:

@@ -12,7 +12,6 @@ from typing import Any
 
 from fly_trt.acceptance import AcceptanceParams, acceptance_settings
 from fly_trt.errors import ConfigError, RequestError
-from fly_trt.grammar import StructuredOutputs
 from fly_trt.params import SamplingParams, request_settings
 from fly_trt.serving.openai.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 
@@ -50,6 +49,7 @@ PLAIN = (
     "prompt_logprobs",
     "num_speculative_tokens",
     "speculation_trace",
+    "structured_outputs",
     *(name for name in request_settings() if name not in ACCEPTANCE),
 )
 
@@ -119,14 +119,16 @@ def chat_params(body: ChatCompletionRequest, defaults: Defaults, **more: Any) ->
 
 
 def _params(body: GenerationRequest, fallback: Mapping[str, Any], own: Mapping[str, Any]) -> SamplingParams:
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options: has no effect without stream: add stream=true")
+    if body.stream and body.prompt_logprobs is not None:
+        raise RequestError("prompt_logprobs: not in a stream: leave out stream")
     given = {name: getattr(body, name) for name in PLAIN} | dict(own)
     acceptance = {name: value for name in ACCEPTANCE if (value := getattr(body, name)) is not None}
     if body.rejection_sample_method is not None:
         acceptance = {**REJECTION_SAMPLE_METHODS[body.rejection_sample_method], **acceptance}
     if body.logit_bias is not None:
         given["logit_bias"] = {_token_id(token): bias for token, bias in body.logit_bias.items()}
-    if body.structured_outputs is not None:
-        given["structured_outputs"] = StructuredOutputs.from_dict(body.structured_outputs)
     if acceptance:
         given["acceptance"] = AcceptanceParams(**acceptance)
     return SamplingParams(**{**fallback, **{name: value for name, value in given.items() if value is not None}})
