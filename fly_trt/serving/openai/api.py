@@ -27,12 +27,16 @@ def make_api_router(pool: EnginePool, config: ServerConfig) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
     reader = TokenReader(one.tokenizer)
     defaults = Defaults.read(one.engine_dir, config.generation_config, config.override_generation_config)
+    if config.spec_decode_metrics == "detailed":
+        defaults = Defaults({**defaults.values, "detailed_metrics": True})
+    has_metrics = config.spec_decode_metrics != "none"
 
     @router.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         model, llm = config.check_model(body.model), pool.choose()
         params = completions.read_params(body, defaults)
         writer = completions.CompletionWriter(llm, reader, body, params, _answer_id("cmpl", body), model)
+        writer.has_metrics = has_metrics
         return await respond(request, completions.read_prompts(body.prompt), writer)
 
     @router.post("/v1/chat/completions")
@@ -41,6 +45,7 @@ def make_api_router(pool: EnginePool, config: ServerConfig) -> APIRouter:
         form = chat.read_form(body, calling)
         params = chat.read_params(body, defaults, form)
         writer = chat.ChatWriter(llm, reader, body, params, _answer_id("chatcmpl", body), model, form)
+        writer.has_metrics = has_metrics
         try:
             return await respond(request, [chat.read_chat(llm, body, form)], writer)
         except RequestError as error:

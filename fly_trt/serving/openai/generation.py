@@ -45,6 +45,7 @@ class Writer(ABC):
 
     object_name: str
     chunk_name: str
+    has_metrics = True  # what speculation did, beside the usage
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ class Writer(ABC):
             **self._head,
             "choices": choices,
             "usage": self.usage(metrics),
-            "metrics": metrics_object(metrics, self.params, self.llm.speculative_config),
+            **self._speculation(metrics),
             **self.extras(outputs[0]),
         }
 
@@ -118,10 +119,8 @@ class Writer(ABC):
         if not self._has_usage:
             return b""
         metrics = list(self._metrics.values())
-        found = metrics_object(metrics, self.params, self.llm.speculative_config)
-        return event(
-            self._chunk_head + b'],"usage":' + to_json(self.usage(metrics)) + b',"metrics":' + to_json(found) + b"}"
-        )
+        found = {"usage": self.usage(metrics), **self._speculation(metrics)}
+        return event(self._chunk_head + b"]," + to_json(found)[1:])
 
     def additions(self, token_ids: Sequence[int], completion: CompletionOutput) -> dict[str, Any]:
         """What a choice has besides OpenAI's fields, where it was asked for."""
@@ -131,6 +130,11 @@ class Writer(ABC):
         if self.body.speculation_trace:
             found["speculation_trace"] = trace_object(self.reader, token_ids, completion.trace or ())
         return found
+
+    def _speculation(self, metrics: Sequence[RequestMetrics]) -> dict[str, Any]:
+        if not self.has_metrics:
+            return {}
+        return {"metrics": metrics_object(metrics, self.params, self.llm.speculative_config)}
 
     def _event(self, choice: dict[str, Any]) -> bytes:
         usage = b""
