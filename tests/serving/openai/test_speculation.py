@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from eval_prompts import load_eval_prompts
@@ -143,3 +144,29 @@ def test_sequences_of_one_prompt_are_summed_by_draft_length_and_have_no_list_of_
     one.record_round(RoundCounts(3, 0, 0, {}, {}))
     assert (alone.per_step_drafted, alone.per_step_accepted) == ([3, 2], [1, 2]), "a copy"
     assert alone.acceptance_by_draft_length[3] == [0, 1, 0, 0]
+
+
+def answers_of(server: Any, **body: Any) -> list[dict[str, Any]]:
+    """The whole answer, and the last chunk with a choice together with the usage chunk, of the same request."""
+    asked = {"model": "demo", "prompt": PROMPTS[0], "max_tokens": 60, "temperature": 0} | body
+    whole = httpx.post(f"{server.base_url}/v1/completions", json=asked, timeout=60).json()
+    streamed = asked | {"stream": True, "stream_options": {"include_usage": True}}
+    with httpx.stream("POST", f"{server.base_url}/v1/completions", json=streamed, timeout=60) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    return [whole, json.loads(lines[-2])]
+
+
+def test_answers_and_streams_have_as_much_of_it_as_the_server_says(server: Any, demo_engine: Path) -> None:
+    for level, fields in (("summary", SUMMARY), ("detailed", DETAILED)):
+        whole, last = answers_of(server(demo_engine, spec_decode_metrics=level))
+        assert last["choices"] == []
+        assert last["metrics"] == whole["metrics"]
+        assert last["usage"].keys() == whole["usage"].keys()
+        found = whole["metrics"]["speculative_decoding"]
+        assert found.keys() == fields
+        assert found["num_accepted_draft_tokens"] > 0
+        assert_is_consistent(found)
+    for answer in answers_of(server(demo_engine, spec_decode_metrics="none")):
+        assert "metrics" not in answer
+        assert answer["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] > 0

@@ -1,0 +1,352 @@
+"""What fly-serve costs over the Python runtime: throughput with several requests in flight, and time to first token.
+
+usage: tools/bench_serve.py ENGINE_DIR [--in-flight 8] [--prompts 24] [--rounds 5] [--max-tokens 160] [--client raw]
+                            [--profile FILE]
+
+The same prompts, greedy, go to AsyncLLM in a process of its own, and over HTTP to a fly-serve process, streamed and
+whole, from a client in a third process. The ways take turns round by round; figures are medians. Each way has a round
+of requests in flight together, for tokens per second, and one of requests one after another, for the time to the first
+token. The client costs too, and on a machine with few cores takes them from the server: its processor time is shown
+beside that of the process with the engine, whose rise over AsyncLLM's own is what serving costs where others' work
+makes the clock unsure. `--client openai` measures with the official package, whose own time is larger; `raw`
+reads no more of an answer than it must. --profile writes a cProfile of the server's event loop.
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from rich.console import Console
+from rich.table import Table
+
+from fly_trt.benchmark.workload import read_prompts
+
+EVAL_PROMPTS = Path(__file__).parents[1] / "tests" / "assets" / "pair" / "eval.jsonl"
+WAYS = ("AsyncLLM", "HTTP, streamed", "HTTP, whole")
+WARM_UP_TOKENS = 16
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Settings(NamedTuple):
+    engine_dir: Path
+    prompts: list[str]
+    max_tokens: int
+    in_flight: int
+
+
+class Answer(NamedTuple):
+    """Tokens of an answer, and seconds from asking to the first of them; the whole answer's where it comes as one."""
+
+    num_tokens: int
+    to_first: float
+
+
+class Round(NamedTuple):
+    """One round of one way. cpu_seconds: processor time of the process that asks."""
+
+    answers: list[Answer]
+    seconds: float
+    cpu_seconds: float
+
+    @property
+    def rate(self) -> float:
+        return sum(answer.num_tokens for answer in self.answers) / self.seconds
+
+
+Ask = Callable[[str, int], Awaitable[Answer]]
+"""From a prompt and max_tokens to an answer."""
+
+
+async def run_round(ask: Ask, prompts: Sequence[str], max_tokens: int, in_flight: int) -> Round:
+    waiting = iter(prompts)
+    answers: list[Answer] = []
+
+    async def work() -> None:
+        for prompt in waiting:
+            answers.append(await ask(prompt, max_tokens))
+
+    started, cpu_started = time.perf_counter(), time.process_time()
+    await asyncio.gather(*(work() for _ in range(in_flight)))
+    return Round(answers, time.perf_counter() - started, time.process_time() - cpu_started)
+
+
+# --- who asks: processes that are told of rounds over a pipe ----------------------------------------------------------
+
+
+def answer_over_pipe(pipe: Connection, asks: dict[str, Ask], loop: asyncio.AbstractEventLoop) -> None:
+    """Runs a round for each (way, prompts, max_tokens, in_flight) that comes, until None does."""
+    pipe.send("ready")
+    while (asked := pipe.recv()) is not None:
+        way, *what = asked
+        pipe.send(loop.run_until_complete(run_round(asks[way], *what)))
+
+
+def runtime_process(pipe: Connection, engine_dir: Path) -> None:
+    from fly_trt import AsyncLLM, RequestOutputKind, SamplingParams
+
+    llm = AsyncLLM(engine_dir)
+
+    async def ask(prompt: str, max_tokens: int) -> Answer:
+        params = SamplingParams(max_tokens=max_tokens, output_kind=RequestOutputKind.DELTA)
+        started, to_first, num_tokens = time.perf_counter(), 0.0, 0
+        async for output in llm.generate(prompt, params):
+            to_first = to_first or time.perf_counter() - started
+            num_tokens = output.metrics.num_output_tokens
+        return Answer(num_tokens, to_first)
+
+    answer_over_pipe(pipe, {"AsyncLLM": ask}, asyncio.new_event_loop())
+    llm.shutdown()
+
+
+def client_process(pipe: Connection, url: str, kind: str) -> None:
+    loop = asyncio.new_event_loop()
+    make = {"raw": RawClient, "openai": OpenAIClient}[kind]
+    client = make(url)
+    answer_over_pipe(pipe, {"HTTP, streamed": client.streamed, "HTTP, whole": client.whole}, loop)
+
+
+def body_of(prompt: str, max_tokens: int, *, is_streamed: bool) -> dict[str, Any]:
+    body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+    return body | ({"stream": True, "stream_options": {"include_usage": True}} if is_streamed else {})
+
+
+class RawClient:
+    """HTTP/1.1 on sockets that are kept: what a client costs at least."""
+
+    def __init__(self, url: str) -> None:
+        self._address = urlsplit(url)
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def streamed(self, prompt: str, max_tokens: int) -> Answer:
+        started, to_first, last = time.perf_counter(), 0.0, b""
+        reader, writer = await self._post(body_of(prompt, max_tokens, is_streamed=True))
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200"), head
+        while size := int(await reader.readuntil(b"\r\n"), 16):
+            chunk = (await reader.readexactly(size + 2))[:-2]
+            to_first = to_first or time.perf_counter() - started
+            last = (last + chunk)[-4096:]
+        await reader.readexactly(2)
+        self._idle.append((reader, writer))
+        return Answer(_num_tokens(last), to_first)
+
+    async def whole(self, prompt: str, max_tokens: int) -> Answer:
+        started = time.perf_counter()
+        reader, writer = await self._post(body_of(prompt, max_tokens, is_streamed=False))
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200"), head
+        length = re.search(rb"content-length: (\d+)", head.lower())
+        assert length is not None, head
+        answer = await reader.readexactly(int(length[1]))
+        self._idle.append((reader, writer))
+        return Answer(_num_tokens(answer), time.perf_counter() - started)
+
+    async def _post(self, body: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        host, port = self._address.hostname, self._address.port
+        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(host, port)
+        data = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+        writer.write(head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+        await writer.drain()
+        return reader, writer
+
+
+def _num_tokens(text: bytes) -> int:
+    return int(re.findall(rb'"completion_tokens": ?(\d+)', text)[-1])
+
+
+class OpenAIClient:
+    """The official package."""
+
+    def __init__(self, url: str) -> None:
+        from openai import AsyncOpenAI
+
+        self._client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+    async def streamed(self, prompt: str, max_tokens: int) -> Answer:
+        started, to_first, num_tokens = time.perf_counter(), 0.0, 0
+        body: Any = body_of(prompt, max_tokens, is_streamed=True)
+        async for chunk in await self._client.completions.create(model=await self._model(), **body):
+            to_first = to_first or time.perf_counter() - started
+            num_tokens = chunk.usage.completion_tokens if chunk.usage else num_tokens
+        return Answer(num_tokens, to_first)
+
+    async def whole(self, prompt: str, max_tokens: int) -> Answer:
+        started = time.perf_counter()
+        body: Any = body_of(prompt, max_tokens, is_streamed=False)
+        answer = await self._client.completions.create(model=await self._model(), **body)
+        return Answer(answer.usage.completion_tokens, time.perf_counter() - started)
+
+    async def _model(self) -> str:
+        if not hasattr(self, "_name"):
+            self._name = (await self._client.models.list()).data[0].id
+        return self._name
+
+
+# --- what is started --------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """A fly-serve process, which `profile` has write what its event loop did."""
+
+    def __init__(self, engine_dir: Path, profile: Path | None) -> None:
+        command = [sys.executable, "-m", "fly_trt.cli.serve"]
+        if profile is not None:
+            command[1:1] = ["-m", "cProfile", "-o", str(profile)]
+        self._process = subprocess.Popen(
+            [*command, str(engine_dir), "--port", "0", "--no-access-log"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            if found := re.search(r" at (http://\S+?):? ", line):
+                self.url = found[1]
+                return
+        raise SystemExit("fly-serve did not start")
+
+    @property
+    def cpu_seconds(self) -> float:
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+
+class Asker:
+    """A process that asks."""
+
+    def __init__(self, target: Callable[..., None], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=target, args=(theirs, *arguments))
+        self._process.start()
+        assert self._pipe.recv() == "ready"
+
+    def round(self, way: str, prompts: Sequence[str], max_tokens: int, in_flight: int) -> Round:
+        self._pipe.send((way, prompts, max_tokens, in_flight))
+        found = self._pipe.recv()
+        assert isinstance(found, Round)
+        return found
+
+    def close(self) -> None:
+        self._pipe.send(None)
+        self._process.join()
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+class Figures:
+    """Of one way, a value for each round. client_cpu and engine_cpu: processor seconds of a round in flight."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+        self.firsts: list[float] = []
+        self.firsts_in_flight: list[float] = []
+        self.client_cpu: list[float] = []
+        self.engine_cpu: list[float] = []
+        self.num_tokens: set[int] = set()
+
+
+def measure(settings: Settings, kind: str, num_rounds: int, profile: Path | None) -> dict[str, Figures]:
+    figures = {way: Figures() for way in WAYS}
+    with ExitStack() as stack:
+        server = Server(settings.engine_dir, profile)
+        stack.callback(server.close)
+        runtime, client = Asker(runtime_process, settings.engine_dir), Asker(client_process, server.url, kind)
+        for asker in (runtime, client):
+            stack.callback(asker.close)
+        askers = {way: runtime if way == "AsyncLLM" else client for way in WAYS}
+        for way, asker in askers.items():
+            asker.round(way, settings.prompts[: settings.in_flight], WARM_UP_TOKENS, settings.in_flight)
+        for number in range(num_rounds):
+            ways = WAYS[number % len(WAYS) :] + WAYS[: number % len(WAYS)]
+            for way in ways:
+                of_way, asker = figures[way], askers[way]
+                cpu_before = server.cpu_seconds
+                together = asker.round(way, settings.prompts, settings.max_tokens, settings.in_flight)
+                of_way.rates.append(together.rate)
+                if way == "AsyncLLM":
+                    of_way.engine_cpu.append(together.cpu_seconds)
+                else:
+                    of_way.client_cpu.append(together.cpu_seconds)
+                    of_way.engine_cpu.append(server.cpu_seconds - cpu_before)
+                of_way.num_tokens.add(sum(answer.num_tokens for answer in together.answers))
+                of_way.firsts_in_flight += [answer.to_first for answer in together.answers]
+            for way in ways[::-1]:
+                alone = askers[way].round(way, settings.prompts[: settings.in_flight], settings.max_tokens, 1)
+                figures[way].firsts += [answer.to_first for answer in alone.answers]
+    return figures
+
+
+def show(figures: dict[str, Figures], title: str) -> None:
+    table = Table(title=title)
+    columns = (
+        "",
+        "tokens/s",
+        "range",
+        "of AsyncLLM",
+        "first token, ms",
+        "in flight, ms",
+        "CPU asking, s",
+        "serving, s",
+    )
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    own = figures["AsyncLLM"]
+    for way, found in figures.items():
+        # Rounds of the same number are compared, since they had the same neighbours on the machine.
+        share = statistics.median(rate / ours for rate, ours in zip(found.rates, own.rates, strict=True))
+        has_first = way != "HTTP, whole"
+        table.add_row(
+            way,
+            f"{statistics.median(found.rates):.1f}",
+            f"{min(found.rates):.1f} - {max(found.rates):.1f}",
+            f"{100 * share:.1f} %",
+            f"{1e3 * statistics.median(found.firsts):.1f}" if has_first else "",
+            f"{1e3 * statistics.median(found.firsts_in_flight):.1f}" if has_first else "",
+            f"{statistics.median(found.engine_cpu):.2f}",
+            f"{statistics.median(found.client_cpu):.2f}" if found.client_cpu else "",
+        )
+    Console(width=120).print(table)
+    same = len(set.union(*(found.num_tokens for found in figures.values()))) == 1
+    print(f"{'the same' if same else 'NOT the same'} number of tokens in every round: {figures[WAYS[0]].num_tokens}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine_dir", type=Path)
+    parser.add_argument("--in-flight", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--max-tokens", type=int, default=160)
+    parser.add_argument("--client", choices=["raw", "openai"], default="raw")
+    parser.add_argument("--profile", type=Path, help="write a cProfile of the server here")
+    arguments = parser.parse_args()
+    prompts = [str(record.prompt) for record in read_prompts(EVAL_PROMPTS)[: arguments.prompts]]
+    settings = Settings(arguments.engine_dir, prompts, arguments.max_tokens, arguments.in_flight)
+    figures = measure(settings, arguments.client, arguments.rounds, arguments.profile)
+    title = (
+        f"{arguments.engine_dir}: {len(prompts)} prompts, {arguments.in_flight} in flight, client {arguments.client}"
+    )
+    show(figures, settings, f"{title}, medians of {arguments.rounds} rounds")
+
+
+if __name__ == "__main__":
+    main()
