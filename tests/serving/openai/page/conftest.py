@@ -9,20 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-
-try:
-    from playwright.sync_api import (
-        Browser,
-        BrowserContext,
-        ConsoleMessage,
-        Locator,
-        Page,
-        Route,
-        expect,
-        sync_playwright,
-    )
-except ImportError:
-    pytest.skip("playwright is not installed: pip install 'fly-trt[dev]'", allow_module_level=True)
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Locator,
+    Page,
+    Route,
+    expect,
+    sync_playwright,
+)
 
 ARGUMENTS = (
     "--no-sandbox",
