@@ -24,6 +24,8 @@ MAX_DEPTH = 64
 MAX_SCHEMA_PARTS = 5000  # objects and arrays
 MAX_GRAMMAR_PARTS = 600  # rules and brackets
 _GRAMMAR_PART = re.compile(r"::=|[:(\[]")
+_LARK_STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
+_LARK_SCHEMA = re.compile(r"%json\s*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +42,7 @@ class StructuredOutputs:
     was given, as text, schemas and choices in JSON.
     """
 
-    json: str | Mapping[str, Any] | None = field(default=None, compare=False)
+    json: str | Mapping[str, Any] | bool | None = field(default=None, compare=False)
     json_object: bool | None = field(default=None, compare=False)
     regex: str | None = field(default=None, compare=False)
     choice: Sequence[str] | None = field(default=None, compare=False)
@@ -96,7 +98,7 @@ def _check_size(name: str, size: int, most: int) -> None:
 
 
 def _read_schema(name: str, value: Any) -> str:
-    if not isinstance(value, (str, Mapping)):
+    if not isinstance(value, (str, Mapping, bool)):
         raise RequestError(f"{name} {value!r:.100}: expected a JSON Schema, as a mapping or its text")
     if isinstance(value, str):
         _check_size(name, len(value), MAX_CHARACTERS["json"])
@@ -108,8 +110,10 @@ def _read_schema(name: str, value: Any) -> str:
         raise _too_deep(name) from None
     except (TypeError, ValueError) as error:  # what json says of a text, and of what it cannot write
         raise RequestError(f"{name}: not JSON ({' '.join(str(error).split())[:200]}): mend it") from None
+    if schema is True:
+        return "{}"
     if not isinstance(schema, dict):
-        raise RequestError(f"{name}: {text[:50]}: expected a JSON object that describes one")
+        raise RequestError(f"{name}: {text[:50]}: expected an object, or true for any JSON")
     if "x-guidance" in schema:
         raise RequestError(f"{name}: 'x-guidance': use disable_any_whitespace and whitespace_pattern instead")
     _check_parts(name, num_parts)

@@ -21,10 +21,10 @@ def nested(levels: int) -> dict:
         ({}, "structured_outputs: got none of them: give one of json, json_object, regex, choice, grammar"),
         ({"regex": "a", "choice": ["a"]}, "structured_outputs: got regex and choice: give one of"),
         ({"json": 5}, "structured_outputs.json 5: expected a JSON Schema, as a mapping or its text"),
-        ({"json": True}, "structured_outputs.json True: expected a JSON Schema"),
+        ({"json": False}, "structured_outputs.json: false: expected an object, or true for any JSON"),
         ({"json": "{"}, "structured_outputs.json: not JSON (Expecting property name"),
-        ({"json": "[1]"}, "structured_outputs.json: [1]: expected a JSON object that describes one"),
-        ({"json": "true"}, "structured_outputs.json: true: expected a JSON object that describes one"),
+        ({"json": "[1]"}, "structured_outputs.json: [1]: expected an object, or true for any JSON"),
+        ({"json": "null"}, "structured_outputs.json: null: expected an object, or true for any JSON"),
         ({"json": '{"maximum": 1e999}'}, "structured_outputs.json: not JSON (Out of range float"),
         ({"json": {"enum": {1, 2}}}, "structured_outputs.json: not JSON (Object of type set"),
         ({"json": {"const": "\ud800"}}, r"structured_outputs.json: '\ud800' at character 10 is half of a surrogate"),
@@ -109,3 +109,7 @@ def test_schemas_and_strings_within_a_grammar_are_no_rules_of_it() -> None:
     schema = json.dumps({"properties": {f"p{i}": {"type": "string"} for i in range(200)}})
     lines = [f'call_{i}: "{{\\"name\\": (" ": [" args_{i}\nargs_{i}: %json {schema}' for i in range(20)]
     assert StructuredOutputs(grammar="\n".join(lines)).kind == "grammar"
+
+
+def test_the_schema_true_is_any_json() -> None:
+    assert StructuredOutputs(json=True) == StructuredOutputs(json="true") == StructuredOutputs(json={})
