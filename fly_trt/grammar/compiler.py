@@ -5,91 +5,215 @@ is ready within milliseconds, and a mask costs some ten microseconds. The compil
 grammars that were asked for last. Any thread may compile.
 """
 
+import functools
+import json
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer
+import numpy as np
+from tokenizers import AddedToken, Tokenizer
 
-from fly_trt.errors import ConfigError, RequestError, one_line
-from fly_trt.grammar.matcher import GrammarMatcher
+from fly_trt.errors import ConfigError, FlyError, RequestError
+from fly_trt.grammar.masks import num_words, words_of
+from fly_trt.grammar.matcher import Beginning, GrammarMatcher, short_error
 from fly_trt.grammar.structured_outputs import StructuredOutputs
 
 MAX_CACHED = 128
+MAX_CACHED_CHARACTERS = 2_000_000
+# A space, or a line's end and its indentation: what there is of white space has an end.
+WHITESPACE = r" |\r?\n[ \t]{0,32}"
+# Half of llguidance's own or less: a grammar that needs more would have the others of its batch wait for it.
+LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 300_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 20_000,
+    "max_lexer_states": 40_000,
+    "max_grammar_size": 100_000,
+}
+STACK_BYTES = 128 * 2**20  # of which only what is used costs memory
+_STACK_SIZE_LOCK = threading.Lock()
+END_OF_TEXT = "<|fly_trt: the end of a grammar's text|>"
+
+
+class Vocabulary(NamedTuple):
+    """`tokens`: llguidance's LLTokenizer. `size`: its tokens, at least those of the model. `end_id`: the one of them
+    that ends a text and that no text or model has."""
+
+    tokens: Any
+    size: int
+    end_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledGrammar:
-    """`matcher`: llguidance's, at the beginning, to be copied and never advanced."""
+    """Over the tokens of `vocabulary`, of which the model can choose the first `vocab_size`. `name`: of the setting."""
 
-    matcher: Any
+    beginning: Beginning
+    name: str
+    vocabulary: Vocabulary
     vocab_size: int
 
-    def new_matcher(self) -> GrammarMatcher:
-        """Of one sequence."""
-        return GrammarMatcher(self.matcher.deep_copy(), self.vocab_size)
+    def new_matcher(self, end_token_ids: Iterable[int]) -> GrammarMatcher:
+        """Of one sequence that ends with one of these tokens. Raises RequestError where the model can choose none."""
+        ends = np.array(sorted(token for token in end_token_ids if 0 <= token < self.vocab_size), np.int64)
+        if not len(ends):
+            raise RequestError(
+                "structured_outputs: no token may end the output, and nothing else may follow a finished one: leave "
+                "ignore_eos out, or give stop_token_ids"
+            )
+        ended_by = words_of(ends, self.vocabulary.size)
+        never = words_of(np.array([self.vocabulary.end_id]), self.vocabulary.size)
+        return GrammarMatcher(self.beginning, self.name, self.vocab_size, frozenset(ends.tolist()), ended_by, never)
 
 
 class GrammarCompiler:
-    """end_token_ids: the model's own ends, which are what may follow a finished output."""
+    """For one tokenizer and a model over `vocab_size` tokens, of which each may have more than the other."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_token_ids: Collection[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._end_token_ids = sorted(end_token_ids)
         self._lock = threading.Lock()
-        self._vocabulary: Any = None
-        self._compiled: OrderedDict[StructuredOutputsKey, CompiledGrammar] = OrderedDict()
+        self._vocabulary_lock = threading.Lock()
+        self._vocabulary: Vocabulary | None = None
+        self._compiled: OrderedDict[StructuredOutputs, Future[CompiledGrammar]] = OrderedDict()
 
     def is_ready(self, wanted: StructuredOutputs) -> bool:
         """Whether `compile` would take no time."""
-        return _key(wanted) in self._compiled
+        found = self._compiled.get(wanted)
+        return found is not None and found.done()
 
     def compile(self, wanted: StructuredOutputs) -> CompiledGrammar:
-        """Raises RequestError for what cannot be compiled, ConfigError without llguidance."""
-        key = _key(wanted)
-        with self._lock:
-            if (found := self._compiled.get(key)) is not None:
-                self._compiled.move_to_end(key)
-                return found
-            if self._vocabulary is None:
-                self._vocabulary = self._read_vocabulary()
-        compiled = CompiledGrammar(self._compile(wanted), self._vocab_size)
-        with self._lock:
-            self._compiled[key] = compiled
-            while len(self._compiled) > MAX_CACHED:
-                self._compiled.popitem(last=False)
-        return compiled
-
-    def _read_vocabulary(self) -> Any:
+        """Compiles it once, however many ask at once. Raises RequestError for what cannot be compiled, ConfigError
+        without llguidance, or for a tokenizer that it cannot read."""
+        while True:
+            with self._lock:
+                found = self._compiled.get(wanted)
+                if found is None:
+                    mine = self._compiled[wanted] = Future()
+                    break
+                self._compiled.move_to_end(wanted)
+            try:
+                return found.result()
+            except CancelledError:
+                continue  # whoever compiled it was interrupted
+            except FlyError as error:
+                raise type(error)(str(error)) from None
         try:
-            from llguidance import LLTokenizer
-        except ImportError:
-            raise ConfigError("structured_outputs: needs llguidance: pip install 'fly-trt[structured]'") from None
-        return LLTokenizer(self._tokenizer.to_str(), n_vocab=self._vocab_size, eos_token=self._end_token_ids)
-
-    def _compile(self, wanted: StructuredOutputs) -> Any:
-        from llguidance import LLMatcher, grammar_from
-
-        try:
-            if wanted.kind in ("json", "json_object"):
-                schema = wanted.text if wanted.kind == "json" else '{"type": "object"}'
-                options: Any = {"whitespace_flexible": not wanted.disable_any_whitespace}
-                grammar = LLMatcher.grammar_from_json_schema(schema, overrides=options)
+            mine.set_result(self._compile(wanted))
+        except BaseException as error:
+            with self._lock:
+                self._compiled.pop(wanted, None)
+            if isinstance(error, FlyError):
+                mine.set_exception(error)
             else:
-                grammar = grammar_from(wanted.kind, wanted.text)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise RequestError(f"structured_outputs.{wanted.kind}: {one_line(error)}: mend it") from None
-        matcher = LLMatcher(self._vocabulary, grammar, log_level=0)
-        if matcher.is_error():
-            raise RequestError(f"structured_outputs.{wanted.kind}: {' '.join(matcher.get_error().split())}: mend it")
-        return matcher
+                mine.cancel()
+            raise
+        with self._lock:
+            self._forget_oldest()
+        return mine.result()
+
+    def _forget_oldest(self) -> None:
+        num_characters = sum(len(wanted.text) for wanted in self._compiled)
+        while len(self._compiled) > 1 and (len(self._compiled) > MAX_CACHED or num_characters > MAX_CACHED_CHARACTERS):
+            forgotten, _ = self._compiled.popitem(last=False)
+            num_characters -= len(forgotten.text)
+
+    def _compile(self, wanted: StructuredOutputs) -> CompiledGrammar:
+        vocabulary = self._read_vocabulary()
+        make = functools.partial(_on_large_stack, functools.partial(_make_matcher, vocabulary, wanted))
+        return CompiledGrammar(Beginning(make), _name(wanted), vocabulary, self._vocab_size)
+
+    def _read_vocabulary(self) -> Vocabulary:
+        with self._vocabulary_lock:
+            if self._vocabulary is None:
+                self._vocabulary = _make_vocabulary(self._tokenizer, self._vocab_size)
+            return self._vocabulary
 
 
-StructuredOutputsKey = tuple[str, str, bool, str | None]
+def _make_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
+    try:
+        from llguidance import LLTokenizer
+    except ImportError:
+        raise ConfigError("structured_outputs: needs llguidance: pip install 'fly-trt[structured]'") from None
+    own: Tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    own.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    ids = own.get_vocab(with_added_tokens=True)
+    size, end_id = max(vocab_size, max(ids.values()) + 1), ids[END_OF_TEXT]
+    try:
+        return Vocabulary(LLTokenizer(own.to_str(), n_vocab=size, eos_token=end_id), size, end_id)
+    except ValueError as error:
+        raise ConfigError(
+            f"structured_outputs: llguidance cannot read this tokenizer ({short_error(str(error))}): leave it out"
+        ) from None
 
 
-def _key(wanted: StructuredOutputs) -> StructuredOutputsKey:
-    return wanted.kind, wanted.text, wanted.disable_any_whitespace, wanted.whitespace_pattern
+def _name(wanted: StructuredOutputs) -> str:
+    return f"structured_outputs.{wanted.kind}"
+
+
+def _on_large_stack(call: Callable[[], Any]) -> Any:
+    """In a thread of its own: llguidance follows references by recursion, and knows no limit to it."""
+    result: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    thread = threading.Thread(target=work, name="fly-grammar", daemon=True)
+    with _STACK_SIZE_LOCK:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    return result.result()
+
+
+def _make_matcher(vocabulary: Vocabulary, wanted: StructuredOutputs) -> Any:
+    """At the beginning. Raises RequestError."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    name = _name(wanted)
+    try:
+        grammar = _source(wanted)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{name}: {short_error(str(error))}: mend it") from None
+    limits = LLParserLimits(**LIMITS, verbose_errors=False)
+    matcher = LLMatcher(vocabulary.tokens, grammar, log_level=0, limits=limits)
+    if warnings := matcher.get_grammar_warnings():
+        raise RequestError(f"{name}: {short_error(warnings[0])}: it would not be enforced: leave it out")
+    if not matcher.is_error():
+        first = np.zeros(num_words(vocabulary.size), np.uint32)
+        matcher.unsafe_compute_mask_ptr(first.ctypes.data, first.nbytes)
+    if matcher.is_error():
+        reason = matcher.get_error()
+        is_empty = reason.startswith("NoExtension")
+        raise RequestError(f"{name}: {'no text has this form' if is_empty else short_error(reason)}: mend it")
+    return matcher
+
+
+def _source(wanted: StructuredOutputs) -> str:
+    """In llguidance's own form. Raises ValueError."""
+    from llguidance import LLMatcher, grammar_from
+
+    if wanted.kind in ("json", "json_object"):
+        pattern = WHITESPACE if wanted.whitespace_pattern is None else wanted.whitespace_pattern
+        options: Any = {
+            "whitespace_flexible": not wanted.disable_any_whitespace,
+            "whitespace_pattern": None if wanted.disable_any_whitespace else pattern,
+            "lenient": False,
+            "coerce_one_of": False,
+        }
+        return LLMatcher.grammar_from_json_schema(wanted.text, overrides=options)
+    if wanted.kind == "choice":
+        return LLMatcher.grammar_from_regex("|".join(map(re.escape, json.loads(wanted.text))))
+    if wanted.kind == "regex":
+        return LLMatcher.grammar_from_regex(wanted.text)
+    return grammar_from("grammar", wanted.text)

@@ -4,58 +4,162 @@ It follows the committed output, which only grows; draft tokens are looked at an
 scores, and nothing of requests or drafts.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from fly_trt.errors import RequestError
+from fly_trt.grammar.masks import TokenMasks, Words
 from fly_trt.tokens import NO_TOKENS, IntArray
+
+MAX_ERROR_CHARACTERS = 300
+MAX_RESTARTS = 8
+
+
+class Beginning:
+    """Of a grammar: llguidance's matcher, to be copied and never advanced. All copies share one lexer, so that what one
+    of them has found out is found for the others too; but once it is full, that is an error of all of them. `make`
+    compiles another one."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._matcher = make()
+
+    def copy(self) -> Any:
+        return self._matcher.deep_copy()
+
+    def renew(self) -> Any:
+        """A copy after another one is in error: with a lexer that is as good as new, for later ones too."""
+        self._matcher = matcher = self._make()
+        return matcher.deep_copy()
 
 
 class GrammarMatcher:
-    """One sequence in one grammar, over a vocabulary of `vocab_size` tokens."""
+    """One sequence in one grammar. An end token may come exactly where the grammar may end, and nothing after it; where
+    the grammar leaves one way to spell what must come, that is all that may come."""
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
-        self._matcher = matcher
+    def __init__(
+        self,
+        beginning: Beginning,
+        name: str,
+        vocab_size: int,
+        ends: frozenset[int],
+        end_words: Words,
+        never_words: Words,
+    ) -> None:
+        """name: of the setting, for errors. ends: the sequence's end tokens; end_words uint32 [w]: they as bits of
+        llguidance's vocabulary; never_words: of tokens that may never come."""
+        self._beginning = beginning
+        self._name = name
         self._vocab_size = vocab_size
+        self._ends = ends
+        self._end_words = end_words
+        self._text_words = ~(end_words | never_words)
+        self._matcher = beginning.copy()
         self._num_read = 0
+        self._num_restarts = 0
 
-    def allowed(self, output: IntArray, ahead: IntArray) -> npt.NDArray[np.bool_]:
-        """bool [a + 1, V]: row i has the tokens that may follow output + ahead[:i], none where the grammar forbids
-        one of ahead[:i] itself.
+    def masks(self, output: IntArray, ahead: IntArray, first: int = 0) -> TokenMasks:
+        """Of positions `first` to a: what may follow output + ahead[:i], nothing where the grammar forbids one of
+        ahead[:i] itself, or where it is an end token.
 
         output int64 [k]: the committed output tokens, which only grow from call to call. ahead int64 [a]: draft tokens
-        that follow them."""
-        from llguidance import LLExecutor
-
+        that follow them. Raises RequestError where the grammar's cost is beyond its limits right after `output`; behind
+        a draft token, which may not stand, nothing is allowed then."""
         self._read(output)
-        num_words = (self._vocab_size + 31) // 32
-        masks = np.zeros((len(ahead) + 1, num_words), np.int32)
-        to = masks.ctypes.data, num_words * 4, len(masks)
-        if len(ahead):
-            LLExecutor(1).unsafe_compute_mask_ptr_with_draft_token([(self._matcher, 0, ahead.tolist())], *to)
-        else:
-            LLExecutor(1).unsafe_compute_mask_ptr([(self._matcher, 0)], *to)
-        bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")
-        return bits[:, : self._vocab_size].astype(np.bool_)
+        words = np.zeros((len(ahead) + 1 - first, len(self._end_words)), np.uint32)
+        self._fill_rows(words, ahead.tolist(), first)
+        if self._restart_after_error(output):  # perhaps not of its own making
+            words[:] = 0
+            self._fill_rows(words, ahead.tolist(), first)
+            if self._matcher.is_error() and not first and not words[0].any():
+                self._raise_error()
+        return TokenMasks(words, self._vocab_size)
 
     def num_allowed(self, output: IntArray, ahead: IntArray) -> int:
-        """How many of the first tokens of `ahead` the grammar allows after `output`."""
+        """How many of the first tokens of `ahead` the grammar allows after `output`: none after an end token. Where one
+        spelling is forced, others count as allowed too."""
         self._read(output)
-        return int(self._matcher.validate_tokens(ahead.tolist()))
+        tokens = ahead.tolist()
+        end = next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))
+        count = self._matcher.try_consume_tokens(tokens[:end])
+        has_end = count == end < len(tokens) and self._matcher.is_accepting()
+        self._matcher.rollback(count)
+        self._restart_after_error(output)
+        return int(count + has_end)
 
     def forced(self, output: IntArray, ahead: IntArray = NO_TOKENS) -> IntArray:
         """The tokens int64 [n] that spell what the grammar leaves no choice about after `output` and `ahead`, which it
-        allows. Others may spell the same, so that they are drafts like any other."""
+        allows; none after an end token."""
         self._read(output)
-        num_ahead = self._matcher.try_consume_tokens(ahead.tolist()) if len(ahead) else 0
-        tokens = self._matcher.compute_ff_tokens()
-        if num_ahead:
-            self._matcher.rollback(num_ahead)
-        return np.array(tokens, np.int64)
+        tokens = ahead.tolist()
+        if not self._ends.isdisjoint(tokens):
+            return NO_TOKENS
+        count = self._matcher.try_consume_tokens(tokens) if tokens else 0
+        forced = np.array(self._matcher.compute_ff_tokens() if count == len(tokens) else (), np.int64)
+        self._matcher.rollback(count)
+        self._restart_after_error(output)
+        return forced
+
+    def _fill_rows(self, words: Words, ahead: list[int], first: int) -> None:
+        """Up to the first that is behind what is forbidden, or that costs too much."""
+        num_ahead = 0
+        for i in range(len(ahead) + 1):
+            row = words[i - first] if i >= first else None
+            if row is not None and not self._fill(row):
+                break
+            if i == len(ahead) or not self._may_follow(ahead[i], row):
+                break
+            if not self._matcher.try_consume_tokens([ahead[i]]):
+                break
+            num_ahead += 1
+        self._matcher.rollback(num_ahead)
+
+    def _may_follow(self, token: int, row: Words | None) -> bool:
+        if token in self._ends:
+            return False
+        return row is None or bool(row[token // 32] >> (token % 32) & 1)
+
+    def _fill(self, row: Words) -> bool:
+        """Writes what may come next; False, and nothing, where that costs too much."""
+        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if self._matcher.is_error():
+            row[:] = 0
+            return False
+        row &= self._text_words
+        if self._matcher.is_accepting():
+            row |= self._end_words
+        return True
+
+    def _restart_after_error(self, output: IntArray) -> bool:
+        """Forgets what went wrong behind draft tokens, or because of what other sequences and earlier drafts left in
+        the lexer; whether something did. Raises RequestError where it is the output's fault, or too frequent."""
+        if not self._matcher.is_error():
+            return False
+        if self._num_restarts == MAX_RESTARTS:
+            self._raise_error()
+        self._num_restarts += 1
+        self._matcher = self._beginning.renew()
+        if not self._matcher.consume_tokens(output.tolist()):
+            self._raise_error()
+        self._num_read = len(output)
+        return True
 
     def _read(self, output: IntArray) -> None:
+        self._restart_after_error(output)
         new = output[self._num_read :].tolist()
-        if new:
-            self._matcher.consume_tokens(new)
-            self._num_read = len(output)
+        self._num_read = len(output)
+        if new and not self._matcher.consume_tokens(new):
+            self._restart_after_error(output)
+
+    def _raise_error(self) -> None:
+        raise RequestError(f"{self._name}: {short_error(self._matcher.get_error())}: make it simpler")
+
+
+def short_error(message: str) -> str:
+    """What llguidance says, without the listings below it."""
+    lines = [line.strip() for line in message.replace("<non-verbose/>", "").splitlines() if line.strip()]
+    cause = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    text = " ".join([*lines[:1], *cause]).removesuffix(":").encode(errors="backslashreplace").decode()
+    return text if len(text) <= MAX_ERROR_CHARACTERS else text[:MAX_ERROR_CHARACTERS] + "..."

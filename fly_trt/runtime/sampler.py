@@ -37,33 +37,51 @@ class Sampler:
         them that were verified in an earlier step, so that the first position is k + u; draft int64 [m - 1 or more],
         the draft tokens at the positions.
         """
-        if self.processor.changes_scores:
-            ahead = len(undecided)
-            padded = np.concatenate([np.zeros((ahead, logits.shape[1]), np.float32), logits]) if ahead else logits
-            logits = self.processor.process(padded, output, np.concatenate([undecided, draft]))[ahead:]
-        if self.grammar is not None:
-            logits = self._follow_grammar(logits, output, undecided, draft)
-        logits, is_dead = _before_dead_end(logits)
-        if is_dead and len(undecided):
+        ahead = np.concatenate([undecided, draft])[: len(undecided) + len(logits) - 1]
+        scores = self._process(logits, output, ahead, len(undecided)) if self.processor.changes_scores else logits
+        masks = None if self.grammar is None else self.grammar.masks(output, ahead, len(undecided))
+        is_sampled = self.params.temperature >= sampling.MIN_TEMPERATURE
+        if not is_sampled and not self._needs_entropy:
+            choices, best = _argmax(scores) if masks is None else masks.argmax(scores)
+            num = self._num_alive(best, undecided)
+            return self._unsaid(choices[:num] if num else np.array([NO_CHOICE]))
+        scores = scores if masks is None else masks.apply(scores)
+        num = self._num_alive(scores.max(axis=1), undecided)
+        if not num:
             return self._unsaid(np.array([NO_CHOICE]))
-        params = self.params
-        if params.temperature < sampling.MIN_TEMPERATURE:
-            is_asked = self.policy.is_loose or params.speculation_trace
-            probabilities = sampling.distribution(logits) if is_asked else None
-            return self._positions(sampling.greedy(logits), logits, probabilities, draft)
-        probabilities = sampling.distribution(
-            logits, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p
-        )
-        at = len(output) + len(undecided), len(logits)
-        choices = sampling.sample(probabilities, self.uniforms.at(*at))
-        said = self._positions(choices, logits, probabilities, draft)
-        return said._replace(uniforms=self.uniforms.others().at(*at)) if self.policy.needs_uniforms else said
+        scores = scores[:num]
+        return self._sampled(scores, output, undecided, draft) if is_sampled else self._likeliest(scores, draft)
 
-    def _follow_grammar(self, scores: FloatArray, output: IntArray, undecided: IntArray, draft: IntArray) -> FloatArray:
-        assert self.grammar is not None
-        ahead = np.concatenate([undecided, draft])[: len(undecided) + len(scores) - 1]
-        allowed = self.grammar.allowed(output, ahead)[len(undecided) :]
-        return np.where(allowed, scores, np.float32(-np.inf))
+    @property
+    def _needs_entropy(self) -> bool:
+        return self.policy.is_loose or self.params.speculation_trace
+
+    def _process(self, logits: FloatArray, output: IntArray, ahead: IntArray, num_undecided: int) -> FloatArray:
+        if num_undecided:
+            logits = np.concatenate([np.zeros((num_undecided, logits.shape[1]), np.float32), logits])
+        return self.processor.process(logits, output, ahead)[num_undecided:]
+
+    @staticmethod
+    def _num_alive(best: FloatArray, undecided: IntArray) -> int:
+        """How many positions there are before the first one without a choice, by their largest scores; raises
+        RequestError where it is the first and the next that would be emitted."""
+        dead = np.flatnonzero(~np.isfinite(best))
+        if len(dead) and dead[0] == 0 and not len(undecided):
+            sampling.check_largest(float(best[0]))
+        return int(dead[0]) if len(dead) else len(best)
+
+    def _likeliest(self, scores: FloatArray, draft: IntArray) -> Positions:
+        return self._positions(sampling.greedy(scores), sampling.distribution(scores), draft)
+
+    def _sampled(self, scores: FloatArray, output: IntArray, undecided: IntArray, draft: IntArray) -> Positions:
+        params = self.params
+        probabilities = sampling.distribution(
+            scores, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p
+        )
+        at = len(output) + len(undecided), len(scores)
+        choices = sampling.sample(probabilities, self.uniforms.at(*at))
+        said = self._positions(choices, probabilities, draft)
+        return said._replace(uniforms=self.uniforms.others().at(*at)) if self.policy.needs_uniforms else said
 
     def _unsaid(self, choices: IntArray) -> Positions:
         """Choices alone: the rest is not a number, or no token."""
@@ -73,22 +91,18 @@ class Sampler:
             said = said._replace(top_ids=np.full(shape, NO_CHOICE), top_logprobs=np.full(shape, np.nan, np.float32))
         return said._replace(uniforms=np.full(num, np.nan)) if self.policy.needs_uniforms else said
 
-    def _positions(
-        self, choices: IntArray, scores: FloatArray, probabilities: FloatArray | None, draft: IntArray
-    ) -> Positions:
-        """Entropies of -inf, and so below whatever threshold, where the draft token is one that must not come: a bad
-        word."""
+    def _positions(self, choices: IntArray, probabilities: FloatArray, draft: IntArray) -> Positions:
+        """Entropies and a log-probability of -inf, and so below whatever threshold, where the draft token is one that
+        must not come: a bad word, or what a grammar forbids."""
         said = self._unsaid(choices)
-        if probabilities is None or not (self.policy.is_loose or self.params.speculation_trace):
+        if not self._needs_entropy:
             return said
         entropy, entropy_topk = sampling.gate_entropy(probabilities, self.entropy_top_k)
         if not self.policy.is_loose:
             return said._replace(entropy=entropy, entropy_topk=entropy_topk)
-        num_drafts = min(len(draft), len(scores))
+        num_drafts = min(len(draft), len(choices))
         at = np.arange(num_drafts), draft[:num_drafts]
         is_banned = probabilities[at] == 0  # masked, or left out by truncation
-        for gates in (entropy, entropy_topk):
-            gates[:num_drafts][is_banned] = -np.inf
         said = said._replace(entropy=entropy, entropy_topk=entropy_topk)
         if self.policy.needs_top:
             top_ids, top_logprobs = sampling.top_tokens(probabilities, self.entropy_top_k)
@@ -97,14 +111,15 @@ class Sampler:
             with np.errstate(divide="ignore"):  # a token that is left out has the log-probability -inf
                 said.argmax_logprob[:] = np.log(probabilities.max(axis=1))
                 said.draft_logprob[:num_drafts] = np.log(probabilities[at])
+        for numbers in (entropy, entropy_topk, said.draft_logprob):
+            numbers[:num_drafts][is_banned] = -np.inf
         return said
 
 
-def _before_dead_end(scores: FloatArray) -> tuple[FloatArray, bool]:
-    """The rows before the first one without a choice, or all where that is the first, and whether it is."""
-    dead = np.flatnonzero(~np.isfinite(scores.max(axis=1)))
-    is_first = len(dead) > 0 and dead[0] == 0
-    return scores[: dead[0]] if len(dead) and not is_first else scores, is_first
+def _argmax(scores: FloatArray) -> tuple[IntArray, FloatArray]:
+    """The choices int64 [m] and their scores float32 [m]."""
+    choices = np.asarray(scores.argmax(axis=1), np.int64)
+    return choices, scores[np.arange(len(scores)), choices]
 
 
 def draw_seed() -> int:

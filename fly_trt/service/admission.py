@@ -53,7 +53,7 @@ class Admission:
             vocab_size=self._info.vocab_size,
             max_seq_len=sizes.max_seq_len,
         )
-        self._grammars = GrammarCompiler(engines.tokenizer, self._info.vocab_size, self._info.stop_token_ids)
+        self._grammars = GrammarCompiler(engines.tokenizer, self._info.vocab_size)
         self._request_ids = itertools.count()
         self._piece = piece_reader(engines.tokenizer)
 
@@ -187,7 +187,7 @@ class Admission:
             min_tokens=params.min_tokens,
             end_token_ids=end_token_ids,
         )
-        matcher = None if grammar is None else grammar.new_matcher()
+        matcher = None if grammar is None else grammar.new_matcher(end_token_ids)
         return Sampler(params, processor, UniformStream(seed, index), policy, self._info.entropy_top_k, matcher)
 
     def _check_num_draft_tokens(self, asked: int) -> None:

@@ -248,13 +248,18 @@ def top_logprobs(logits: FloatArray, num: int, token_ids: IntArray) -> TopLogpro
     return TopLogprobs(ids, logprobs, chosen, ranks)
 
 
+def check_largest(score: float) -> None:
+    """Raises RequestError where the largest score of a position is none to choose by."""
+    if not math.isfinite(score):
+        raise RequestError(
+            f"the largest score of a position is {score}: expected a finite one: logit_bias, bad_words, min_tokens and "
+            "structured_outputs leave no token, or the engine's logits are not finite"
+        )
+
+
 def _largest_score(row: FloatArray) -> float:
     largest = float(row.max())
-    if not math.isfinite(largest):
-        raise RequestError(
-            f"the largest score of a position is {largest}: expected a finite one: logit_bias, bad_words and "
-            "min_tokens leave no token, or the engine's logits are not finite"
-        )
+    check_largest(largest)
     return largest
 
 
