@@ -147,7 +147,14 @@ def test_what_ordinary_clients_send_besides_is_taken(post: Any) -> None:
     assert post(nothing | PROMPT | {"temperature": 0, "max_tokens": 4}).json()["choices"] == plain
 
 
+def test_more_prompts_than_an_engine_queues_are_refused(post: Any) -> None:
+    message = post({"prompt": ["a"] * 600, "n": 2}).json()["error"]["message"]
+    assert message == "prompt: 600 with n 2 are more than max_queue_size 1024: send several requests"
+
+
 def test_a_request_may_name_itself(post: Any) -> None:
+    response = post(PROMPT)
+    assert response.json()["id"] == f"cmpl-{response.headers['x-request-id']}"
     assert post(PROMPT | {"request_id": "mine-1"}).json()["id"] == "cmpl-mine-1"
     assert post(CHAT | {"request_id": "mine-1", "max_tokens": 1}, "/v1/chat/completions").json()["id"] == (
         "chatcmpl-mine-1"

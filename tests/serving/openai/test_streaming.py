@@ -1,14 +1,18 @@
 """Server-sent events: what is on the wire, what ends a stream in the middle, and clients that go away."""
 
+import itertools
 import json
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from openai import APIError, BadRequestError, OpenAI
+
+from fly_trt.engines.onnxruntime import OnnxRuntimeEngine
 
 PROMPT = "### Instruction:\nSpell out: 21.\n### Response:\n"
 # A request that runs until somebody ends it: with slow steps for half a minute.
@@ -119,7 +123,7 @@ def test_a_client_that_leaves_its_stream_frees_its_slots(demo: Any, prompts: Any
     body = ENDLESS | {"prompt": prompts, "stream": True}
     with httpx.stream("POST", f"{demo.base_url}/v1/completions", json=body) as response:
         next(response.iter_raw())
-        assert num_running(demo) == (1 if prompts is PROMPT else 3)
+        wait_until(lambda: num_running(demo) == (1 if prompts is PROMPT else 3))
     emitted = demo.llm.metrics()["fly_trt:generation_tokens_total"]
     wait_until(lambda: num_running(demo) == 0)
     assert demo.llm.metrics()["fly_trt:generation_tokens_total"] < emitted + 100
@@ -150,3 +154,23 @@ def test_the_streams_of_others_go_on(demo: Any, client: OpenAI) -> None:
         with httpx.stream("POST", f"{demo.base_url}/v1/completions", json=ENDLESS | {"prompt": PROMPT, "stream": True}):
             text += next(mine).choices[0].text
     assert text + "".join(chunk.choices[0].text for chunk in mine) == expected
+
+
+def test_an_engine_that_breaks_in_the_middle_is_the_last_event(
+    server: Any, demo_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = server(demo_engine, model_names=("demo", "broken"))  # a server of its own: its engine does not recover
+    run = OnnxRuntimeEngine.run
+    steps = itertools.count()
+
+    def break_later(engine: Any, step: Any) -> None:
+        if next(steps) > 20:
+            raise RuntimeError("out of something")
+        run(engine, step)
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", break_later)
+    *chunks, last = events(broken, "/v1/completions", ENDLESS | {"prompt": PROMPT})
+    assert chunks
+    assert last["error"]["type"] == "service_unavailable_error"
+    response = httpx.post(f"{broken.base_url}/v1/completions", json={"prompt": PROMPT})
+    assert response.status_code == 503

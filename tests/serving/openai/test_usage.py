@@ -81,19 +81,6 @@ def test_a_request_that_drafts_less_says_so(client: OpenAI) -> None:
     assert complete(client, PROMPTS[5], extra={"num_speculative_tokens": 0}).metrics["speculative_decoding"] is None
 
 
-def test_a_server_may_say_more_or_nothing(server: Any, demo_engine: Path) -> None:
-    detailed = server(demo_engine, spec_decode_metrics="detailed").client
-    said = complete(detailed, PROMPTS[6]).metrics["speculative_decoding"]
-    assert sum(said["per_step_accepted"]) == said["num_accepted_draft_tokens"] > 0
-    assert sum(said["per_step_drafted"]) == said["num_draft_tokens"]
-    silent = server(demo_engine, spec_decode_metrics="none").client
-    assert not hasattr(complete(silent, PROMPTS[6]), "metrics")
-    options = {"include_usage": True}
-    *_, last = complete(silent, PROMPTS[6], stream=True, stream_options=options)
-    assert last.usage.completion_tokens > 0
-    assert not hasattr(last, "metrics")
-
-
 def test_a_request_may_ask_how_each_token_came_to_be(client: OpenAI, llm: LLM) -> None:
     expected = llm.generate(PROMPTS[7], SamplingParams(max_tokens=32, speculation_trace=True))[0].outputs[0]
     asked = {"speculation_trace": True}
