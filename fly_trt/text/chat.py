@@ -58,8 +58,7 @@ class ChatTemplate:
     ) -> str:
         """The prompt's text, special tokens included; `variables` are the template's own, such as documents.
 
-        chat_template: the name of one of the model's templates. tools: JSON schemas. Where the template does not know
-        the role developer, OpenAI's newer name, its messages are the system's. Raises RequestError when the model
+        chat_template: the name of one of the model's templates. tools: JSON schemas. Raises RequestError when the model
         has no template or none of that name, or when the template refuses the messages.
         """
         well_formed = isinstance(messages, Sequence) and all(isinstance(m, dict) and "role" in m for m in messages)
@@ -68,10 +67,7 @@ class ChatTemplate:
         if "continue_final_message" in variables:
             raise RequestError("continue_final_message: not supported: the template is applied to whole messages")
         _check_tools(tools)
-        name = self._name(chat_template, has_tools=tools is not None)
-        template = self._template(name)
-        if "developer" not in self._sources[name]:
-            messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+        template = self._template(self._name(chat_template, has_tools=tools is not None))
         # Templates may rely on these names being there.
         variables = {"documents": None, **self._tokens, **variables, "tools": tools}
         try:

@@ -1,7 +1,5 @@
 """The routes that generate text: /v1/completions and /v1/chat/completions."""
 
-import secrets
-
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
@@ -29,22 +27,25 @@ def make_api_router(pool: EnginePool, config: ServerConfig) -> APIRouter:
         reader=TokenReader(one.tokenizer),
         defaults=Defaults.read(one.engine_dir, config.generation_config, config.override_generation_config),
         spec_decode_metrics=config.spec_decode_metrics,
+        developer="developer" if "developer" in template else "system",
     )
 
     @router.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         model, llm = config.check_model(body.model), pool.choose()
         params = completions.read_params(body, shared)
-        writer = completions.CompletionWriter(llm, shared, body, params, _answer_id("cmpl", body), model)
-        return await respond(request, completions.read_prompts(body.prompt), writer)
+        writer = completions.CompletionWriter(llm, shared, body, params, _answer_id("cmpl", body, request), model)
+        prompts = completions.read_prompts(body.prompt)
+        completions.check_number(prompts, params, llm)
+        return await respond(request, prompts, writer)
 
     @router.post("/v1/chat/completions")
     async def answer_chat(body: ChatCompletionRequest, request: Request) -> Response:
         model, llm = config.check_model(body.model), pool.choose()
         form = chat.read_form(body, calling)
         params = chat.read_params(body, shared, form)
-        writer = chat.ChatWriter(llm, shared, body, params, _answer_id("chatcmpl", body), model, form)
-        prompt = await chat.read_chat(llm, body, form)
+        writer = chat.ChatWriter(llm, shared, body, params, _answer_id("chatcmpl", body, request), model, form)
+        prompt = await chat.read_chat(llm, body, form, shared.developer)
         try:
             return await respond(request, [prompt], writer)
         except RequestError as error:
@@ -53,5 +54,6 @@ def make_api_router(pool: EnginePool, config: ServerConfig) -> APIRouter:
     return router
 
 
-def _answer_id(kind: str, body: GenerationRequest) -> str:
-    return f"{kind}-{body.request_id or secrets.token_hex(12)}"
+def _answer_id(kind: str, body: GenerationRequest, request: Request) -> str:
+    """By which the request is found in the log."""
+    return f"{kind}-{body.request_id or request.state.exchange.request_id}"

@@ -34,7 +34,7 @@ def read_form(body: ChatCompletionRequest, calling: ToolCalling) -> AnswerForm:
     )
 
 
-async def read_chat(llm: PooledEngine, body: ChatCompletionRequest, form: AnswerForm) -> TokensPrompt:
+async def read_chat(llm: PooledEngine, body: ChatCompletionRequest, form: AnswerForm, developer: str) -> TokensPrompt:
     """The prompt. Raises RequestError for what the template refuses."""
     variables = dict(body.chat_template_kwargs or {})
     if taken := sorted(variables.keys() & set(OWN_VARIABLES)):
@@ -43,7 +43,7 @@ async def read_chat(llm: PooledEngine, body: ChatCompletionRequest, form: Answer
         if getattr(body, name) is not None:
             variables[name] = getattr(body, name)
     variables |= form.template_variables
-    messages = template_messages(body.messages)
+    messages = template_messages(body.messages, developer)
     render = functools.partial(llm.render_chat, messages, **variables)
     is_long = sum(len(message["content"]) for message in messages) > LONG_PROMPT
     prompt: TokensPrompt = await asyncio.to_thread(render) if is_long else render()

@@ -1,5 +1,6 @@
 """/v1/completions: one prompt or several, as text or tokens, each completed n times."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fly_trt.errors import RequestError
@@ -20,6 +21,15 @@ def read_prompts(prompt: Any) -> list[Prompt]:
     if isinstance(prompt[0], int):
         return [{"prompt_token_ids": prompt}]
     return [each if isinstance(each, str) else {"prompt_token_ids": each} for each in prompt]
+
+
+def check_number(prompts: Sequence[Prompt], params: SamplingParams, llm: PooledEngine) -> None:
+    """Raises RequestError for more than an idle engine has room for."""
+    limit = llm.sizes.max_queue_size
+    if len(prompts) * params.n > limit:
+        raise RequestError(
+            f"prompt: {len(prompts)} with n {params.n} are more than max_queue_size {limit}: send several requests"
+        )
 
 
 def read_params(body: CompletionRequest, shared: Shared) -> SamplingParams:

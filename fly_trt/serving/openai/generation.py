@@ -9,7 +9,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 from starlette.requests import Request
@@ -40,11 +39,13 @@ Outputs = AsyncGenerator[tuple[int, RequestOutput], None]
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What the requests of a server have in common."""
+    """What the requests of a server have in common. developer: the role that messages of that name have for the chat
+    template."""
 
     reader: TokenReader
     defaults: Defaults
     spec_decode_metrics: SpecDecodeMetrics
+    developer: str
 
     def sampling(self, body: GenerationRequest) -> dict[str, Any]:
         """Fields of SamplingParams that are no client's to choose."""
@@ -72,7 +73,6 @@ class Writer(ABC):
         self.shared = shared
         self.body = body
         self.params = params
-        self.answer_id = answer_id
         options = body.stream_options
         self._has_usage = bool(options and options.include_usage)
         self._has_all_usage = bool(options and options.continuous_usage_stats)
@@ -171,8 +171,7 @@ async def respond(request: Request, prompts: Sequence[Prompt], writer: Writer) -
 
 async def _generate(writer: Writer, prompts: Sequence[Prompt]) -> Outputs:
     """Outputs with the number of their prompt, in flight together. An error of one ends all."""
-    ids = [f"{writer.answer_id}-{number}" for number in range(len(prompts))] if len(prompts) > 1 else [writer.answer_id]
-    streams = [writer.llm.generate(*each) for each in zip(prompts, repeat(writer.params), ids, strict=False)]
+    streams = [writer.llm.generate(prompt, writer.params) for prompt in prompts]
     if len(streams) == 1:
         async with contextlib.aclosing(streams[0]) as outputs:
             async for output in outputs:

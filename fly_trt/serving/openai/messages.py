@@ -10,13 +10,18 @@ from fly_trt.serving.openai.protocol import Message, ToolCall
 TEXT_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
 
 
-def template_messages(messages: Sequence[Message]) -> list[Any]:
-    """Raises RequestError, with the message's number, for what no text model reads."""
-    return [_template_message(f"messages[{number}]", message) for number, message in enumerate(messages)]
+def template_messages(messages: Sequence[Message], developer: str) -> list[Any]:
+    """developer: the role that the template knows OpenAI's newer name of the system as. Raises RequestError, with the
+    message's number, for what no text model reads."""
+    roles = {"developer": developer}
+    return [
+        _template_message(f"messages[{number}]", message, roles.get(message.role, message.role))
+        for number, message in enumerate(messages)
+    ]
 
 
-def _template_message(name: str, message: Message) -> dict[str, Any]:
-    found: dict[str, Any] = {"role": message.role, "content": _text(name, message)}
+def _template_message(name: str, message: Message, role: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"role": role, "content": _text(name, message)}
     if message.name is not None:
         found["name"] = message.name
     if message.tool_call_id is not None:

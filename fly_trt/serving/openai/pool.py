@@ -67,8 +67,10 @@ class PooledEngine:
                         self._pool.check_not_cut(output)
                         self._pool.observe(prompt, params, output)
                     yield output
-        except ConfigError as error:  # this LLM was shut down: no fault of the caller
-            raise EngineDeadError(one_line(error)) from None
+        except ConfigError as error:
+            if self.is_alive:
+                raise
+            raise EngineDeadError(one_line(error)) from None  # this LLM was shut down: no fault of the caller
         finally:
             self.request_ids.discard(request_id)
 

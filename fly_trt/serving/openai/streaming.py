@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import logging
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
@@ -13,7 +12,6 @@ from starlette.types import Receive, Scope, Send
 from fly_trt.errors import FlyError
 from fly_trt.serving.openai.errors import body_of, error_body
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 CLIENT_CLOSED_REQUEST = 499  # nginx's number, for the access log: nobody reads it
@@ -78,10 +76,15 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self._first, "more_body": True})
+        end = {"type": "http.response.body", "body": b"", "more_body": False}
         async with contextlib.aclosing(_to_the_end(self._events)) as events:
-            async for body in events:
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            try:
+                async for body in events:
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+            except Exception:  # is logged as that of any other request
+                await send(end)
+                raise
+        await send(end)
 
 
 async def _to_the_end(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
@@ -89,8 +92,9 @@ async def _to_the_end(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[byt
         async for some in events:
             yield some
     except FlyError as error:
-        yield event(to_json(body_of(error)))
+        yield event(to_json(body_of(error))) + DONE
     except Exception:
-        logger.exception("a stream ended in the middle")
-        yield event(to_json(error_body("internal error", "server_error")))
-    yield DONE
+        yield event(to_json(error_body("the server broke at this request", "server_error"))) + DONE
+        raise
+    else:
+        yield DONE

@@ -102,3 +102,9 @@ def server() -> Iterator[StartServer]:
 def demo(server: StartServer, demo_engine: Path) -> RunningServer:
     """The demo pair, served as `fly-serve` does by default."""
     return server(demo_engine)
+
+
+@pytest.fixture(scope="module")
+def steady(server: StartServer, demo_engine: Path) -> RunningServer:
+    """The demo pair, with drafts whose lengths do not depend on how fast the machine is."""
+    return server(demo_engine, llm_settings={"speculative_config": {"adaptive_draft_length": False}})
