@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import logging
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
@@ -12,8 +11,8 @@ from starlette.types import Receive, Scope, Send
 
 from fly_trt.errors import FlyError
 from fly_trt.serving.openai.errors import body_of, error_body
+from fly_trt.serving.openai.exchange import log_failure
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 CLIENT_CLOSED_REQUEST = 499  # nginx's number, for the access log: nobody reads it
@@ -90,7 +89,7 @@ async def _to_the_end(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[byt
             yield some
     except FlyError as error:
         yield event(to_json(body_of(error)))
-    except Exception:
-        logger.exception("a stream ended in the middle")
+    except Exception as error:
+        log_failure(error)
         yield event(to_json(error_body("internal error", "server_error")))
     yield DONE
