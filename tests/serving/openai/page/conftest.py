@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 
 try:
-    from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, Route, expect, sync_playwright
+    from playwright.sync_api import (
+        Browser,
+        BrowserContext,
+        ConsoleMessage,
+        Locator,
+        Page,
+        Route,
+        expect,
+        sync_playwright,
+    )
 except ImportError:
     pytest.skip("playwright is not installed: pip install 'fly-trt[dev]'", allow_module_level=True)
 
@@ -63,14 +72,20 @@ class Playground:
 
     def tokens(self, number: int = 0) -> list[tuple[str, str]]:
         """Category and text of each token of a panel."""
-        found: list[tuple[str, str]] = self.panel(number).locator(".tokens .token").evaluate_all(
-            "all => all.map(each => [/token-(\\w+)/.exec(each.className)[1], each.textContent])"
+        found: list[tuple[str, str]] = (
+            self.panel(number)
+            .locator(".tokens .token")
+            .evaluate_all("all => all.map(each => [/token-(\\w+)/.exec(each.className)[1], each.textContent])")
         )
         return [(category, text) for category, text in found]
 
     def statistics(self, number: int = 0) -> dict[str, str]:
-        found: dict[str, str] = self.panel(number).locator("[data-stat]").evaluate_all(
-            "all => Object.fromEntries(all.map(each => [each.dataset.stat, each.querySelector('dd').textContent]))"
+        found: dict[str, str] = (
+            self.panel(number)
+            .locator("[data-stat]")
+            .evaluate_all(
+                "all => Object.fromEntries(all.map(each => [each.dataset.stat, each.querySelector('dd').textContent]))"
+            )
         )
         return found
 

@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,11 @@ def shown(token: dict[str, Any]) -> tuple[str, str]:
 def traced(site: Any, prompt: str, **fields: Any) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
     """Trace, metrics and text of the same request, asked through the API and not streamed."""
     answer = site.client.completions.create(
-        model="demo", prompt=prompt, max_tokens=MAX_TOKENS, temperature=0, extra_body={"speculation_trace": True, **fields}
+        model="demo",
+        prompt=prompt,
+        max_tokens=MAX_TOKENS,
+        temperature=0,
+        extra_body={"speculation_trace": True, **fields},
     ).model_dump()
     return answer["choices"][0]["speculation_trace"], answer["metrics"], answer["choices"][0]["text"]
 
