@@ -21,6 +21,15 @@ from fly_trt.serving.openai.server import Address, serve
 
 SECONDS = 60.0  # in which what must come has to come, on any machine
 
+SLOW = """
+import time
+from fly_trt.cli.serve import main
+from fly_trt.engines.onnxruntime import OnnxRuntimeEngine
+run = OnnxRuntimeEngine.run
+OnnxRuntimeEngine.run = lambda engine, step: (time.sleep(0.005), run(engine, step))[1]
+main()
+"""
+
 
 def wait_until(is_true: Callable[[], Any], what: str = "") -> None:
     deadline = time.monotonic() + SECONDS
@@ -125,8 +134,12 @@ class ThreadServer:
 class ServeProcess:
     """`fly-serve` with a free port; `lines` has what it said on stderr."""
 
-    def __init__(self, engine_dir: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "fly_trt.cli.serve", str(engine_dir), "--port", "0", "--num-threads", "1"]
+    def __init__(
+        self, engine_dir: Path, *flags: str, environment: dict[str, str] | None = None, is_slow: bool = False
+    ) -> None:
+        """is_slow: no step is fast, so that a long answer is still under way when something else was done."""
+        program = ["-c", SLOW] if is_slow else ["-m", "fly_trt.cli.serve"]
+        command = [sys.executable, *program, str(engine_dir), "--port", "0", "--num-threads", "1"]
         self.process = subprocess.Popen(
             [*command, *flags], stderr=subprocess.PIPE, text=True, env=os.environ | (environment or {})
         )

@@ -42,6 +42,7 @@ class Exchange:
     num_output_tokens: int = 0
     status: int | None = None
     is_complete: bool = False
+    log_texts: bool = False
 
 
 CURRENT: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
@@ -60,7 +61,7 @@ class ExchangeMiddleware:
             await self.app(scope, receive, send)
             return
         started = time.perf_counter()
-        exchange = Exchange(_request_id(Headers(scope=scope).get(REQUEST_ID)))
+        exchange = Exchange(_request_id(Headers(scope=scope).get(REQUEST_ID)), log_texts=self._log_texts)
         scope.setdefault("state", {})["exchange"] = exchange
 
         async def send_with_id(message: Message) -> None:
@@ -76,18 +77,21 @@ class ExchangeMiddleware:
         try:
             await self.app(scope, receive, send_with_id)
         except Exception as error:
-            self._log_failure(exchange, error)
+            log_failure(error)
             if exchange.status is None:
                 await fly_error_response(_internal_error(exchange.request_id))(scope, receive, send_with_id)
         finally:
             self._lifecycle.num_active -= 1
             _log_access(scope, exchange, time.perf_counter() - started)
 
-    def _log_failure(self, exchange: Exchange, error: Exception) -> None:
-        """Where it broke, without its message: that may repeat what was sent."""
-        what = repr(error) if self._log_texts else type(error).__name__
-        lines = "".join(traceback.format_tb(error.__traceback__))
-        logger.error("request %s broke: %s\n%s", exchange.request_id, what, lines.rstrip())
+
+def log_failure(error: Exception) -> None:
+    """Where the request that is being answered broke, without the error's message: that may repeat what was sent."""
+    exchange = CURRENT.get()
+    request_id, with_texts = (None, False) if exchange is None else (exchange.request_id, exchange.log_texts)
+    what = repr(error) if with_texts else type(error).__name__
+    lines = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("request %s broke: %s\n%s", request_id, what, lines.rstrip())
 
 
 class RequestLog:

@@ -4,7 +4,7 @@ The pool counts the requests that it has given to each. It knows nothing of HTTP
 """
 
 import contextlib
-import math
+import itertools
 import os
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -31,6 +31,7 @@ class PooledEngine:
     def __init__(self, llm: AsyncLLM, pool: "EnginePool") -> None:
         self.llm = llm
         self.request_ids: set[str] = set()
+        self.last_choice = -1
         self._pool = pool
 
     def __getattr__(self, name: str) -> Any:
@@ -84,6 +85,7 @@ class EnginePool:
         self.queue_timeout = queue_timeout
         self.observe: Observer = lambda prompt, params, output: None
         self._is_cut_short = False
+        self._choices = itertools.count()
 
     @property
     def manifest(self) -> Manifest:
@@ -98,10 +100,13 @@ class EnginePool:
         return sum(engine.is_alive for engine in self.engines)
 
     def choose(self) -> PooledEngine:
-        """The one with the fewest requests. Raises EngineDeadError when none is left."""
-        best = min(self.engines, key=lambda engine: engine.num_requests if engine.is_alive else math.inf)
-        if not best.is_alive:
-            best.llm.check_health()
+        """The one with the fewest requests; of several such the one that was not chosen for longest, since what was
+        chosen begins a moment later. Raises EngineDeadError when none is left."""
+        alive = [engine for engine in self.engines if engine.is_alive]
+        if not alive:
+            self.llms[0].check_health()
+        best = min(alive, key=lambda engine: (engine.num_requests, engine.last_choice))
+        best.last_choice = next(self._choices)
         return best
 
     async def cut_short(self) -> None:
@@ -134,11 +139,16 @@ def device_groups(engine_dir: str | os.PathLike[str], devices: Sequence[int] | N
         return [None]
     directory = Path(engine_dir).expanduser()
     manifest = read_manifest(directory)
-    count = num_ranks(manifest)
-    is_divisible = bool(devices) and len(devices) % count == 0 and len(set(devices)) == len(devices)
-    if not (is_divisible and find_backend(directory, manifest).is_gpu):
+    if not find_backend(directory, manifest).is_gpu:
         return [list(devices)]  # the engine says what is wrong
-    return [list(devices[start : start + count]) for start in range(0, len(devices), count)]
+    return list(group_devices(devices, num_ranks(manifest)))
+
+
+def group_devices(devices: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """In the order that they were given in. Where they do not go up they stay together, for the engine to refuse."""
+    if not devices or len(devices) % num_ranks or len(set(devices)) < len(devices):
+        return [list(devices)]
+    return [list(devices[start : start + num_ranks]) for start in range(0, len(devices), num_ranks)]
 
 
 def load_pool(load: Sequence[Callable[[], AsyncLLM]], queue_timeout: float | None) -> EnginePool:

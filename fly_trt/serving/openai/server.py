@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -45,26 +46,37 @@ class Address:
     ssl_keyfile_password: str | None = None
     ssl_ca_certs: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"):
+            if getattr(self, name) is not None and self.ssl_certfile is None:
+                raise ConfigError(f"{name}: has no effect without ssl_certfile: add it, or leave it out")
+
     def bind(self) -> socket.socket | None:
         """None for a Unix socket, which uvicorn makes. Raises OSError for what cannot be listened at."""
         if self.uds is not None:
             return None
-        infos = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, proto, _, where = infos[0]
-        bound = socket.socket(family, kind, proto)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            bound.bind(where)
+            infos = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            return _bound(*infos[0])
         except OSError as error:
-            bound.close()
             raise OSError(error.errno, error.strerror, f"{self.host}:{self.port}") from None
-        return bound
 
     def url(self, bound: socket.socket | None) -> str:
         if bound is None:
             return f"unix:{self.uds}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'https' if self.ssl_certfile else 'http'}://{host}:{bound.getsockname()[1]}"
+
+
+def _bound(family: int, kind: int, protocol: int, _: str, where: Any) -> socket.socket:
+    bound = socket.socket(family, kind, protocol)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(where)
+    except OSError:
+        bound.close()
+        raise
+    return bound
 
 
 class Server(uvicorn.Server):
