@@ -15,8 +15,11 @@ from fly_trt.serving.openai.bodies import JsonRoute
 from fly_trt.serving.openai.config import ServerConfig
 from fly_trt.serving.openai.errors import ApiError
 from fly_trt.serving.openai.lifecycle import Lifecycle
+from fly_trt.serving.openai.messages import template_messages
 from fly_trt.serving.openai.metrics import pool_registry
 from fly_trt.serving.openai.pool import EnginePool
+from fly_trt.serving.openai.protocol import Message, Tool
+from fly_trt.serving.openai.tool_calls.tools import read_tools
 from fly_trt.text.chat import ChatTemplate
 
 LONG_TEXT = 20_000  # characters; more are tokenised beside the event loop
@@ -31,11 +34,11 @@ class TokenizeRequest(_Body):
     """vLLM's: either a prompt or messages."""
 
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: list[Message] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     return_token_strs: bool = False
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Tool] | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = {}
 
@@ -131,12 +134,12 @@ def _token_ids(pool: EnginePool, body: TokenizeRequest) -> list[int]:
         return llm.tokenize(body.prompt or "", add_special_tokens=adds)
     if taken := body.chat_template_kwargs.keys() & {"messages", "add_generation_prompt", "chat_template", "tools"}:
         raise RequestError(f"chat_template_kwargs: {min(taken)} is a field of its own: give it there")
-    messages: Any = body.messages
+    tools = [tool.as_template_variable() for tool in read_tools([each.model_dump() for each in body.tools or ()])]
     rendered = llm.render_chat(
-        messages,
+        template_messages(body.messages),
         add_generation_prompt=body.add_generation_prompt,
         chat_template=body.chat_template,
-        tools=body.tools,
+        tools=tools or None,
         **body.chat_template_kwargs,
     )
     return rendered["prompt_token_ids"]
@@ -146,7 +149,7 @@ def _size(body: TokenizeRequest) -> int:
     """About how much there is to read, in characters."""
     if body.prompt is not None:
         return len(body.prompt)
-    return sum(len(str(message.get("content", ""))) for message in body.messages or ())
+    return sum(len(str(message.content)) for message in body.messages or ())
 
 
 async def _beside_the_loop(size: int, work: Any) -> Any:

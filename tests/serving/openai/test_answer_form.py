@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models
 from fly_trt.errors import ConfigError, RequestError
 from fly_trt.serving.openai.answer_form import ToolCalling
 from fly_trt.serving.openai.errors import ApiError
+from fly_trt.serving.openai.tool_calls import collect
 
 TOKENIZER = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
 HERMES = ToolCalling("hermes", "", TOKENIZER)
@@ -50,6 +51,13 @@ def test_a_response_format_is_structured_output() -> None:
     for more in ({}, {"tools": TOOLS, "tool_choice": "none"}):
         schema = HERMES.read(response_format=SCHEMA, **more).sampling["structured_outputs"]
         assert (schema.kind, schema.json) == ("json", {"type": "integer"})
+
+
+def test_without_parallel_calls_only_the_first_one_is_told() -> None:
+    for parallel, number in ((None, 2), (True, 2), (False, 1)):
+        reader = HERMES.read(tools=TOOLS, parallel_tool_calls=parallel).new_reader()
+        _, calls = collect(reader.read(f"{CALL}\n{CALL}", is_last=True))
+        assert len(calls) == number
 
 
 @pytest.mark.parametrize(
