@@ -113,8 +113,7 @@ def runtime_process(pipe: Connection, engine_dir: Path) -> None:
 
 def client_process(pipe: Connection, url: str, kind: str) -> None:
     loop = asyncio.new_event_loop()
-    make = {"raw": RawClient, "openai": OpenAIClient}[kind]
-    client = make(url)
+    client = RawClient(url) if kind == "raw" else OpenAIClient(url)
     answer_over_pipe(pipe, {"HTTP, streamed": client.streamed, "HTTP, whole": client.whole}, loop)
 
 
