@@ -113,8 +113,7 @@ def runtime_process(pipe: Connection, engine_dir: Path) -> None:
 
 def client_process(pipe: Connection, url: str, kind: str) -> None:
     loop = asyncio.new_event_loop()
-    make = {"raw": RawClient, "openai": OpenAIClient}[kind]
-    client = make(url)
+    client = RawClient(url) if kind == "raw" else OpenAIClient(url)
     answer_over_pipe(pipe, {"HTTP, streamed": client.streamed, "HTTP, whole": client.whole}, loop)
 
 
@@ -124,44 +123,30 @@ def body_of(prompt: str, max_tokens: int, *, is_streamed: bool) -> dict[str, Any
 
 
 class RawClient:
-    """HTTP/1.1 on sockets that are kept: what a client costs at least."""
+    """HTTP/1.1 on a socket for each request: what a client costs at least."""
 
     def __init__(self, url: str) -> None:
-        self._address = urlsplit(url)
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._host, self._port = urlsplit(url).hostname, urlsplit(url).port
 
     async def streamed(self, prompt: str, max_tokens: int) -> Answer:
-        started, to_first, last = time.perf_counter(), 0.0, b""
-        reader, writer = await self._post(body_of(prompt, max_tokens, is_streamed=True))
-        head = await reader.readuntil(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 200"), head
-        while size := int(await reader.readuntil(b"\r\n"), 16):
-            chunk = (await reader.readexactly(size + 2))[:-2]
-            to_first = to_first or time.perf_counter() - started
-            last = (last + chunk)[-4096:]
-        await reader.readexactly(2)
-        self._idle.append((reader, writer))
-        return Answer(_num_tokens(last), to_first)
+        return await self._ask(body_of(prompt, max_tokens, is_streamed=True), b"data: ")
 
     async def whole(self, prompt: str, max_tokens: int) -> Answer:
-        started = time.perf_counter()
-        reader, writer = await self._post(body_of(prompt, max_tokens, is_streamed=False))
-        head = await reader.readuntil(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 200"), head
-        length = re.search(rb"content-length: (\d+)", head.lower())
-        assert length is not None, head
-        answer = await reader.readexactly(int(length[1]))
-        self._idle.append((reader, writer))
-        return Answer(_num_tokens(answer), time.perf_counter() - started)
+        return await self._ask(body_of(prompt, max_tokens, is_streamed=False), b'"usage"')
 
-    async def _post(self, body: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        host, port = self._address.hostname, self._address.port
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(host, port)
+    async def _ask(self, body: dict[str, Any], sign_of_tokens: bytes) -> Answer:
+        started, to_first, text = time.perf_counter(), 0.0, b""
+        reader, writer = await asyncio.open_connection(self._host, self._port)
         data = json.dumps(body).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-        writer.write(head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data)
-        await writer.drain()
-        return reader, writer
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: application/json\r\n"
+        writer.write(head.encode() + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+        while read := await reader.read(1 << 16):
+            text += read
+            if not to_first and sign_of_tokens in text:
+                to_first = time.perf_counter() - started
+        writer.close()
+        assert text.startswith(b"HTTP/1.1 200"), text
+        return Answer(_num_tokens(text), to_first)
 
 
 def _num_tokens(text: bytes) -> int:
@@ -342,10 +327,8 @@ def main() -> None:
     prompts = [str(record.prompt) for record in read_prompts(EVAL_PROMPTS)[: arguments.prompts]]
     settings = Settings(arguments.engine_dir, prompts, arguments.max_tokens, arguments.in_flight)
     figures = measure(settings, arguments.client, arguments.rounds, arguments.profile)
-    title = (
-        f"{arguments.engine_dir}: {len(prompts)} prompts, {arguments.in_flight} in flight, client {arguments.client}"
-    )
-    show(figures, settings, f"{title}, medians of {arguments.rounds} rounds")
+    title = f"{settings.engine_dir}: {len(prompts)} prompts, {settings.in_flight} in flight, client {arguments.client}"
+    show(figures, f"{title}, medians of {arguments.rounds} rounds")
 
 
 if __name__ == "__main__":
