@@ -11,8 +11,6 @@ from fly_trt.params import SamplingParams
 from fly_trt.service.facade import Facade
 from fly_trt.text.prompts import Prompt
 
-LONG_PROMPT = 20_000  # characters; tokenising as many takes longer than the event loop may stand still
-
 
 class AsyncLLM(Facade):
     """Serves requests that arrive at any time.
@@ -44,8 +42,8 @@ class AsyncLLM(Facade):
             prepare = functools.partial(
                 inbox.prepare, prompt, sampling_params, request_id=request_id, queue_timeout=queue_timeout
             )
-            is_long = isinstance(prompt, str) and len(prompt) > LONG_PROMPT
-            inbox.submit(await asyncio.to_thread(prepare) if is_long else prepare())
+            is_quick = self._service.is_quick(prompt, sampling_params)
+            inbox.submit(prepare() if is_quick else await asyncio.to_thread(prepare))
             while inbox.num_open:
                 yield (await inbox.get()).output
 

@@ -320,6 +320,10 @@ class SamplingParams:
             object.__setattr__(self, "structured_outputs", StructuredOutputs.from_dict(asked))
         elif asked is not None and not isinstance(asked, StructuredOutputs):
             raise RequestError(f"structured_outputs {asked!r}: expected StructuredOutputs, a mapping or None")
+        if asked is not None and self.min_tokens:
+            raise RequestError(
+                f"min_tokens {self.min_tokens}: an output of structured_outputs ends where its form does: leave it out"
+            )
 
     def _check_whole(self, name: str, least: int, or_else: str = "") -> None:
         value = getattr(self, name)

@@ -33,6 +33,7 @@ from fly_trt.runtime.sampler import Sampler
 from fly_trt.text.tokenizer import Detokenizer
 from fly_trt.tokens import TokenSequence
 from fly_trt.verification import EXACT, AcceptancePolicy, FlyPolicy, LogitsProcessor, UniformStream
+from grammar_tokenizers import letter_compiler
 from table_engine import STOP_TOKEN, VOCAB_SIZE, Entropy, Logits, NextToken, TableEngine, greedy, sometimes_differs
 
 PROMPT = [3, 4, 5, 3, 4]
@@ -78,9 +79,12 @@ def make_request(
         min_tokens=params.min_tokens,
         end_token_ids=ends,
     )
+    form = params.output_form
+    grammar = None if form is None else letter_compiler(VOCAB_SIZE).compile(form).new_matcher(ends)
     sampler = None
-    if params.temperature > 0 or processor.changes_scores:
-        sampler = Sampler(params, processor, UniformStream(params.seed or 0, index), policy, entropy_top_k=3)
+    if params.temperature > 0 or processor.changes_scores or grammar is not None:
+        uniforms = UniformStream(params.seed or 0, index)
+        sampler = Sampler(params, processor, uniforms, policy, entropy_top_k=3, grammar=grammar)
     return Request(
         request_id=request_id,
         prompt_token_ids=prompt,

@@ -154,6 +154,11 @@ def test_structured_outputs_may_be_given_as_a_mapping() -> None:
         SamplingParams(structured_outputs={"xml": "<a/>"})
 
 
+def test_an_output_of_a_form_has_no_least_length() -> None:
+    with pytest.raises(RequestError, match=r"^min_tokens 3: an output of structured_outputs ends where its form does"):
+        SamplingParams(structured_outputs={"regex": "a+"}, min_tokens=3)
+
+
 def test_params_cannot_be_changed_after_they_were_checked() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         SamplingParams().temperature = -1

@@ -44,6 +44,8 @@ Examples:
 @click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1 repeats less.")
 @click.option("--seed", type=int, help="The same seed gives the same text.  [random]")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option("--json-schema", metavar="FILE|TEXT", help="The output is JSON of this schema.")
+@click.option("--regex", help="The whole output matches this regular expression.")
 @options.ignore_eos("Go on after the model's end-of-sequence token.")
 @options.speculative_options
 @options.num_threads()
@@ -82,6 +84,7 @@ def _run(engine_dir: Path, prompt: str, as_json: bool, flags: dict[str, Any]) ->
         **{name: flags[name] for name in SAMPLING_FLAGS},
         stop=list(flags["stop"]),
         speculation_trace=flags["trace"],
+        structured_outputs=_output_form(flags["json_schema"], flags["regex"]),
         output_kind=RequestOutputKind.DELTA if not as_json else RequestOutputKind.FINAL_ONLY,
     )
     with LLM(
@@ -103,6 +106,17 @@ def _run(engine_dir: Path, prompt: str, as_json: bool, flags: dict[str, Any]) ->
     else:
         click.echo()
         click.echo(_summary(output, seconds), err=True)
+
+
+def _output_form(schema: str | None, regex: str | None) -> dict[str, str] | None:
+    """Whichever is given; both are refused where they are read."""
+    if schema is not None and not schema.lstrip().startswith("{"):
+        try:
+            schema = Path(schema).read_text(encoding=ENCODING)
+        except (OSError, UnicodeError) as error:
+            raise RequestError(f"--json-schema {schema}: not readable ({error}): give a file or a schema") from None
+    given = {name: value for name, value in (("json", schema), ("regex", regex)) if value is not None}
+    return given or None
 
 
 def _as_record(output: RequestOutput) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from fly_trt.tokens import TokenSequence
 from fly_trt.verification import AcceptancePolicy, Guards, make_guards
 from fly_trt.verification.sampling import LogitsProcessor, UniformStream
 
+LONG_PROMPT = 20_000  # characters; tokenising as many takes longer than an event loop may stand still
+
 
 class Admission:
     """Checks requests for the engines of one directory and makes them. Any thread may use it."""
@@ -65,6 +67,12 @@ class Admission:
 
     def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
         return self._prompts.tokenize(prompt, add_special_tokens=add_special_tokens)
+
+    def is_quick(self, prompt: Prompt, params: SamplingParams | None) -> bool:
+        """Whether `make_group` takes no longer than an event loop may stand still."""
+        form = params.output_form if isinstance(params, SamplingParams) else None
+        is_long = isinstance(prompt, str) and len(prompt) > LONG_PROMPT
+        return not is_long and (form is None or self._grammars.is_ready(form))
 
     def make_group(
         self,

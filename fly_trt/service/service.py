@@ -16,7 +16,7 @@ from fly_trt.drafting import DRAFTERS, Drafter, DraftParts, MakeDrafter
 from fly_trt.engines.directory import LoadedEngines
 from fly_trt.errors import ConfigError
 from fly_trt.manifest import Manifest
-from fly_trt.params import SpeculativeConfig
+from fly_trt.params import SamplingParams, SpeculativeConfig
 from fly_trt.runtime.executor import Executor, ExecutorParts, LoadExecutor, OwnExecutor
 from fly_trt.runtime.loop import GenerationLoop, LoopConfig
 from fly_trt.runtime.metrics import Metrics
@@ -124,6 +124,10 @@ class Service:
 
     def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
         return self._admission.tokenize(prompt, add_special_tokens=add_special_tokens)
+
+    def is_quick(self, prompt: Prompt, params: SamplingParams | None) -> bool:
+        """Whether preparing such a request takes no longer than an event loop may stand still."""
+        return self._admission.is_quick(prompt, params)
 
     def open_inbox(self) -> Inbox:
         """For requests of a caller that blocks; used in a `with` statement."""

@@ -28,6 +28,7 @@ REFUSED: dict[str, tuple[object, str]] = {
     "repetition_penalty": (1, AFTER_THE_RULE),
     "logit_bias": (None, AFTER_THE_RULE),
     "bad_words": (None, AFTER_THE_RULE),
+    "speculation_trace": (False, "TensorRT-LLM does not say what its target chose"),
     "draft_stop": (NO_STOP, "a round has as many draft tokens as it asks for"),
     "draft_stop_threshold": (None, "a round has as many draft tokens as it asks for"),
 }
@@ -50,6 +51,11 @@ class RequestForms:
         for name, (usual, reason) in REFUSED.items():
             if (value := getattr(params, name)) not in (usual, None, {}, [], ()):
                 raise RequestError(f"{name} {value!r}: cannot be had of TensorRT-LLM engines, {reason}: leave it out")
+        if params.structured_outputs is not None:
+            raise RequestError(
+                f"structured_outputs: cannot be had of TensorRT-LLM engines, {AFTER_THE_RULE}: leave it out, or build "
+                "for backend tensorrt"
+            )
         if params.min_tokens and request.end_token_ids:
             raise RequestError(
                 f"min_tokens {params.min_tokens}: cannot be had of TensorRT-LLM engines, to which each round is a "

@@ -113,6 +113,12 @@ class ServerSettings:
         for name in ONLY_STEP_BY_STEP:
             if (value := getattr(params, name)) is not None:
                 raise _refused(name, value, "is not to be had of its one-model modes")
+        if params.structured_outputs is not None:
+            raise RequestError(
+                f"structured_outputs: is not to be had of its one-model modes (TensorRT-LLM): {OTHER_BACKENDS}"
+            )
+        if params.speculation_trace:
+            raise _refused("speculation_trace", True, "is not to be had: it says nothing of its rounds")
         for name, neutral in NEUTRAL.items():
             if (value := getattr(params, name)) != neutral:
                 raise _refused(name, value, "is not read by its one-model modes")

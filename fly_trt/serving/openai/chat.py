@@ -4,10 +4,10 @@ import asyncio
 import functools
 from typing import Any
 
-from fly_trt.async_llm import LONG_PROMPT
 from fly_trt.errors import RequestError
 from fly_trt.outputs import CompletionOutput, RequestOutput
 from fly_trt.params import SamplingParams
+from fly_trt.service.admission import LONG_PROMPT
 from fly_trt.serving.openai.answer_form import AnswerForm, AnswerReader, ToolCalling
 from fly_trt.serving.openai.generation import Shared, Writer
 from fly_trt.serving.openai.logprobs import ChatLogprobs, prompt_logprobs_object

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from fly_trt.acceptance import AcceptanceParams, acceptance_settings
 from fly_trt.errors import RequestError
+from fly_trt.grammar import StructuredOutputs
 from fly_trt.outputs import CompletionOutput, RequestOutput
 from fly_trt.params import RequestOutputKind, SamplingParams, request_settings
 from fly_trt.serving.triton.tensors import INPUTS
@@ -26,6 +27,8 @@ SAMPLING = {name: name for name in ("max_tokens", "min_tokens", "temperature", "
     "num_return_sequences": "n",
     "num_draft_tokens": "num_speculative_tokens",
 }
+# TensorRT-LLM's guided_decoding_guide_type as a field of StructuredOutputs; "json" is any JSON and has no guide.
+GUIDES = {"json": "json", "json_schema": "json", "regex": "regex", "ebnf_grammar": "grammar"}
 # What Triton's frontends put among a request's parameters themselves.
 PROTOCOL_PARAMETERS = frozenset(
     ("id", "sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "headers", "binary_data_output")
@@ -71,6 +74,9 @@ def read_request(tensors: Mapping[str, Array], parameters: str, *, exclude_input
         stop=[word for word in given.pop("stop_words", ()) if word],
         bad_words=[word for word in given.pop("bad_words", ()) if word] or None,
         logprobs=0 if given.pop("return_log_probs", False) else None,
+        structured_outputs=_guide(
+            given.pop("guided_decoding_guide_type", None), given.pop("guided_decoding_guide", None)
+        ),
         acceptance=AcceptanceParams(**acceptance) if acceptance else None,
         **own,
         output_kind=RequestOutputKind.DELTA if is_streamed else RequestOutputKind.FINAL_ONLY,
@@ -208,6 +214,18 @@ def _end(end_id: int | None) -> dict[str, Any]:
     if end_id is None:
         return {}
     return {"ignore_eos": True, "stop_token_ids": None if end_id == NO_END_ID else [end_id]}
+
+
+def _guide(guide_type: str | None, guide: str | None) -> StructuredOutputs | None:
+    guide = guide or None
+    if guide_type is None and guide is None:
+        return None
+    if guide_type not in GUIDES:
+        raise RequestError(f"guided_decoding_guide_type {guide_type!r}: expected one of {', '.join(GUIDES)}")
+    if (guide is None) != (guide_type == "json"):
+        how = "has no guide: leave it out, or use json_schema" if guide else "needs a guided_decoding_guide"
+        raise RequestError(f"guided_decoding_guide_type {guide_type!r}: {how}")
+    return StructuredOutputs.from_dict({GUIDES[guide_type]: guide or True})
 
 
 def _strings(texts: Sequence[str]) -> Array:

@@ -49,6 +49,8 @@ INPUTS = (
     TensorSpec("return_log_probs", "TYPE_BOOL"),
     TensorSpec("exclude_input_in_output", "TYPE_BOOL"),
     TensorSpec("num_draft_tokens", "TYPE_INT32"),
+    TensorSpec("guided_decoding_guide_type", "TYPE_STRING"),
+    TensorSpec("guided_decoding_guide", "TYPE_STRING"),
     *(
         TensorSpec(name, TYPES[declared.kind], (-1,) if declared.is_list else (1,))
         for name, declared in request_settings().items()

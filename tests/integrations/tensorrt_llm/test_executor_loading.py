@@ -45,6 +45,8 @@ def worker(bindings: Any, tmp_path: Path) -> Path:
         ({"repetition_penalty": 1.1}, f"repetition_penalty 1.1: cannot be had of TensorRT-LLM engines, {AFTER}"),
         ({"logit_bias": {5: 1.0}}, f"logit_bias {{5: 1.0}}: cannot be had of TensorRT-LLM engines, {AFTER}"),
         ({"bad_words": ["the"]}, f"bad_words ['the']: cannot be had of TensorRT-LLM engines, {AFTER}"),
+        ({"structured_outputs": {"regex": "a"}}, f"structured_outputs: cannot be had of TensorRT-LLM engines, {AFTER}"),
+        ({"speculation_trace": True}, "speculation_trace True: cannot be had of TensorRT-LLM engines"),
         ({"draft_stop": "adasd"}, "draft_stop 'adasd': cannot be had of TensorRT-LLM engines"),
         ({"min_tokens": 3}, "min_tokens 3: cannot be had of TensorRT-LLM engines, to which each round is a request"),
         ({"stop_token_ids": [1, 40]}, "stop_token_ids [40]: the engine was built never to loosen [1] alone"),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fly_trt import AcceptanceParams, FlyError, RequestError, RequestOutputKind, SamplingParams
+from fly_trt import AcceptanceParams, FlyError, RequestError, RequestOutputKind, SamplingParams, StructuredOutputs
 from fly_trt.serving.triton.request import ClientRequest, read_request
 from fly_trt.serving.triton.tensors import INPUTS
 
@@ -93,10 +93,25 @@ def test_a_prompt_alone_is_a_greedy_request_with_pythons_defaults() -> None:
         ("cactus_delta", 0.5, {"acceptance": AcceptanceParams(cactus_delta=0.5)}),
         ("draft_stop", "adasd", {"draft_stop": "adasd"}),
         ("draft_stop_threshold", 0.75, {"draft_stop_threshold": 0.75}),
+        ("guided_decoding_guide_type", "json", {"structured_outputs": StructuredOutputs(json=True)}),
     ],
 )
 def test_each_input_is_one_setting_and_changes_no_other(name: str, value: Any, settings: dict[str, Any]) -> None:
     assert read(**{name: value}) == ClientRequest(prompt="Tell me", params=changed(**settings))
+
+
+@pytest.mark.parametrize(
+    ("guide_type", "guide", "form"),
+    [
+        ("json", "", StructuredOutputs(json=True)),
+        ("json_schema", '{"type": "integer"}', StructuredOutputs(json={"type": "integer"})),
+        ("regex", "[0-9]+", StructuredOutputs(regex="[0-9]+")),
+        ("ebnf_grammar", 'root ::= "a"', StructuredOutputs(grammar='root ::= "a"')),
+    ],
+)
+def test_a_guide_is_read_as_its_type_says(guide_type: str, guide: str, form: StructuredOutputs) -> None:
+    asked = read(guided_decoding_guide_type=guide_type, guided_decoding_guide=guide)
+    assert asked.params == changed(structured_outputs=form)
 
 
 def test_all_inputs_together_are_all_settings() -> None:
@@ -283,6 +298,17 @@ def test_text_that_is_not_utf_8_is_refused_by_name(name: str, value: list[bytes]
         ({"preset": "strict"}, "preset 'strict': expected one of"),
         ({"fly_entropy_threshold": -1.0}, "fly_entropy_threshold -1.0: expected a number >= 0"),
         ({"fly_window_size": -1}, "fly_window_size -1"),
+        ({"guided_decoding_guide_type": "xml"}, "guided_decoding_guide_type 'xml': expected one of json, json_schema"),
+        ({"guided_decoding_guide": "a"}, "guided_decoding_guide_type None: expected one of json, json_schema, regex"),
+        ({"guided_decoding_guide_type": "regex"}, "guided_decoding_guide_type 'regex': needs a guided_decoding_guide"),
+        (
+            {"guided_decoding_guide_type": "json", "guided_decoding_guide": "{}"},
+            "guided_decoding_guide_type 'json': has no guide: leave it out, or use json_schema",
+        ),
+        (
+            {"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": "{"},
+            "structured_outputs.json: not JSON",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line(inputs: dict[str, Any], message: str) -> None:

@@ -26,6 +26,8 @@ def llm_for_refusals(directory: Path, demo_engine: Path, stand_in_of: Any) -> It
         ({"prompt_logprobs": 0}, "prompt_logprobs 0: is not to be had"),
         ({"logit_bias": {3: 1.0}}, r"logit_bias \{3: 1.0\}: is not to be had"),
         ({"bad_words": ["no"]}, r"bad_words \['no'\]: is not to be had"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs: is not to be had of its one-model modes"),
+        ({"speculation_trace": True}, "speculation_trace True: is not to be had: it says nothing of its rounds"),
         ({"min_tokens": 4}, "min_tokens 4: is not read by its one-model modes"),
         ({"presence_penalty": 0.5}, "presence_penalty 0.5: is not read"),
         ({"frequency_penalty": 0.5}, "frequency_penalty 0.5: is not read"),
