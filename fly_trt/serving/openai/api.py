@@ -9,6 +9,7 @@ from fly_trt.serving.openai.answer_form import ToolCalling
 from fly_trt.serving.openai.bodies import JsonRoute
 from fly_trt.serving.openai.config import ServerConfig
 from fly_trt.serving.openai.generation import Shared, respond
+from fly_trt.serving.openai.messages import developer_role
 from fly_trt.serving.openai.pool import EnginePool
 from fly_trt.serving.openai.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from fly_trt.serving.openai.sampling import Defaults
@@ -27,7 +28,7 @@ def make_api_router(pool: EnginePool, config: ServerConfig) -> APIRouter:
         reader=TokenReader(one.tokenizer),
         defaults=Defaults.read(one.engine_dir, config.generation_config, config.override_generation_config),
         spec_decode_metrics=config.spec_decode_metrics,
-        developer="developer" if "developer" in template else "system",
+        developer=developer_role(template),
     )
 
     @router.post("/v1/completions")

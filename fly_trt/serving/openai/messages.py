@@ -10,9 +10,13 @@ from fly_trt.serving.openai.protocol import Message, ToolCall
 TEXT_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
 
 
+def developer_role(template: str) -> str:
+    """The role that a template knows OpenAI's newer name of the system as."""
+    return "developer" if "developer" in template else "system"
+
+
 def template_messages(messages: Sequence[Message], developer: str) -> list[Any]:
-    """developer: the role that the template knows OpenAI's newer name of the system as. Raises RequestError, with the
-    message's number, for what no text model reads."""
+    """developer: see developer_role. Raises RequestError, with the message's number, for what no text model reads."""
     roles = {"developer": developer}
     return [
         _template_message(f"messages[{number}]", message, roles.get(message.role, message.role))

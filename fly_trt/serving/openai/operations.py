@@ -10,12 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.responses import Response
 
 from fly_trt import __version__
+from fly_trt.async_llm import AsyncLLM
 from fly_trt.errors import RequestError
 from fly_trt.serving.openai.bodies import JsonRoute
 from fly_trt.serving.openai.config import ServerConfig
 from fly_trt.serving.openai.errors import ApiError
 from fly_trt.serving.openai.lifecycle import Lifecycle
-from fly_trt.serving.openai.messages import template_messages
+from fly_trt.serving.openai.messages import developer_role, template_messages
 from fly_trt.serving.openai.metrics import pool_registry
 from fly_trt.serving.openai.pool import EnginePool
 from fly_trt.serving.openai.protocol import Message, Tool
@@ -58,7 +59,7 @@ class DetokenizeRequest(_Body):
 def make_operations_router(pool: EnginePool, config: ServerConfig, lifecycle: Lifecycle) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
     registry = pool_registry(pool)
-    template = ChatTemplate(pool.llms[0].engine_dir / "tokenizer")
+    template = ChatTemplate(pool.llms[0].engine_dir / "tokenizer").source(has_tools=True)
     card = {
         "object": "model",
         "created": int(lifecycle.started_at),
@@ -66,7 +67,7 @@ def make_operations_router(pool: EnginePool, config: ServerConfig, lifecycle: Li
         "root": pool.manifest.name,
         "parent": None,
         "max_model_len": pool.llms[0].sizes.max_seq_len,
-        "has_chat_template": bool(template.source(has_tools=False)),
+        "has_chat_template": bool(template),
     }
 
     @router.get("/health")
@@ -104,7 +105,7 @@ def make_operations_router(pool: EnginePool, config: ServerConfig, lifecycle: Li
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         config.check_model(body.model)
         llm = pool.llms[0]
-        token_ids = await _beside_the_loop(_size(body), lambda: _token_ids(pool, body))
+        token_ids = await _beside_the_loop(_size(body), lambda: _token_ids(llm, body, developer_role(template)))
         strings = [llm.tokenizer.id_to_token(token) for token in token_ids] if body.return_token_strs else None
         return {
             "count": len(token_ids),
@@ -127,8 +128,7 @@ def make_operations_router(pool: EnginePool, config: ServerConfig, lifecycle: Li
     return router
 
 
-def _token_ids(pool: EnginePool, body: TokenizeRequest) -> list[int]:
-    llm = pool.llms[0]
+def _token_ids(llm: AsyncLLM, body: TokenizeRequest, developer: str) -> list[int]:
     if body.messages is None:
         adds = body.add_special_tokens is not False
         return llm.tokenize(body.prompt or "", add_special_tokens=adds)
@@ -136,7 +136,7 @@ def _token_ids(pool: EnginePool, body: TokenizeRequest) -> list[int]:
         raise RequestError(f"chat_template_kwargs: {min(taken)} is a field of its own: give it there")
     tools = [tool.as_template_variable() for tool in read_tools([each.model_dump() for each in body.tools or ()])]
     rendered = llm.render_chat(
-        template_messages(body.messages),
+        template_messages(body.messages, developer),
         add_generation_prompt=body.add_generation_prompt,
         chat_template=body.chat_template,
         tools=tools or None,
