@@ -10,6 +10,7 @@ from fly_trt.tokens import FloatArray, IntArray
 Words = npt.NDArray[np.uint32]
 
 NO_TOKEN = -1
+FEW = 16  # of the vocabulary, its 1 / FEW
 WORD_BITS = 32
 
 
@@ -54,7 +55,18 @@ class TokenMasks:
         -inf where nothing is. Most positions allow what has the largest score of all, so that few are masked."""
         choices = np.asarray(scores.argmax(axis=1), np.int64)
         for row in np.flatnonzero(~self.has(choices)).tolist():
-            ids = np.flatnonzero(self.allowed(row))
-            choices[row] = ids[scores[row, ids].argmax()] if len(ids) else NO_TOKEN
+            choices[row] = _masked_argmax(scores[row], self.allowed(row))
         best = scores[np.arange(len(scores)), choices]
         return choices, np.where(choices == NO_TOKEN, np.float32(-np.inf), best)
+
+
+def _masked_argmax(scores: FloatArray, allowed: npt.NDArray[np.bool_]) -> int:
+    """Few tokens are looked up, of many none is left out one by one."""
+    count = np.count_nonzero(allowed)
+    if not count:
+        return NO_TOKEN
+    if count * FEW < len(allowed):
+        ids = np.flatnonzero(allowed)
+        return int(ids[scores[ids].argmax()])
+    choice = int(np.where(allowed, scores, np.float32(-np.inf)).argmax())
+    return choice if allowed[choice] else NO_TOKEN

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from examples import examples
 from fly_trt import RequestError, StructuredOutputs
-from fly_trt.grammar import GrammarMatcher
+from fly_trt.grammar import GrammarMatcher, TokenMasks
 from fly_trt.grammar.matcher import MAX_RESTARTS
 from grammar_tokenizers import END, KINDS, compiler_of, tokenizer_of
 
@@ -242,3 +242,23 @@ def test_json_has_no_white_space_for_ever() -> None:
     indented = json.dumps({"name": "a", "n": 1, "ok": True}, indent=4)
     ids = np.array(tokenizer.encode(indented, add_special_tokens=False).ids)
     assert matcher_of("byte level", StructuredOutputs(json=SCHEMA)).num_allowed(NO_TOKENS, ids) == len(ids)
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    share=st.sampled_from([0.0, 0.02, 0.5, 1.0]),
+    banned=st.sampled_from([0.0, 0.9, 1.0]),
+    size=st.integers(2, 200),
+)
+def test_the_argmax_under_a_mask_is_that_of_masked_scores(seed: int, share: float, banned: float, size: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores = np.round(rng.normal(size=(5, size)), 1).astype(np.float32)  # with ties
+    scores[rng.random(scores.shape) < banned] = -np.inf
+    bits = rng.random((5, 32 * -(-size // 32))) < share
+    masks = TokenMasks(np.packbits(bits, axis=1, bitorder="little").view(np.uint32), size)
+    masked = np.where(bits[:, :size], scores, -np.inf)
+    choices, best = masks.argmax(scores)
+    assert (masks.apply(scores) == masked).all()
+    assert (best == masked.max(axis=1)).all()
+    alive = best > -np.inf
+    assert (choices[alive] == masked.argmax(axis=1)[alive]).all()
