@@ -156,7 +156,7 @@ def _read_grammar(name: str, value: Any) -> str:
         try:
             schema, end = json.JSONDecoder().raw_decode(text, found.end())
         except (ValueError, RecursionError):
-            continue  # what it is, the compiler will say
+            break  # what it is, the compiler will say
         num_parts += _num_parts(name, schema, MAX_DEPTH)
         own, start = own + text[start : found.start()], end
     _check_parts(name, num_parts)

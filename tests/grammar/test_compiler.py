@@ -128,6 +128,10 @@ def test_the_grammars_that_were_asked_for_last_are_kept_within_a_number_and_a_si
         ({"grammar": "hello"}, "structured_outputs.grammar: "),
         ({"grammar": 'root ::= "a'}, "structured_outputs.grammar: "),
         ({"grammar": 'start: "a"\n' + "# " + "long " * 2000 + "\nx: ("}, "structured_outputs.grammar: "),
+        (
+            {"grammar": 'start: %json {"x-guidance": {"lenient": true}, "uniqueItems": true}'},
+            'structured_outputs.grammar: .*Unimplemented keys: ["uniqueItems"]: it would not be enforced: leave it out',
+        ),
         ({"json": {}, "whitespace_pattern": "("}, "structured_outputs.json: "),
     ],
 )

@@ -229,6 +229,15 @@ def test_a_form_changes_what_is_reported_of_no_token() -> None:
         tokens.append(token)
 
 
+@pytest.mark.parametrize("policy", [EXACT, PRESETS["reference"]], ids=["exact", "fly"])
+def test_a_trace_changes_no_token_of_a_form(policy: AcceptancePolicy) -> None:
+    for form in FORMS:
+        plain = served(build(5), ask(form, policy))
+        traced = served(build(5), ask(form, policy, speculation_trace=True))
+        assert traced.output_token_ids == plain.output_token_ids
+        assert len(traced.trace) == len(traced.output_token_ids)
+
+
 def test_a_text_token_may_end_a_request_only_where_its_form_does() -> None:
     stop = ord("C") - ord("A")
     request = served(build(2), ask("[C-F]{2,12}", stop_token_ids=[stop], ignore_eos=True))
