@@ -74,7 +74,9 @@ class CompletionWriter(Writer):
     def usage(self, metrics: Any) -> dict[str, Any]:
         found = super().usage(metrics)
         if self._is_prompt_alone:
-            found |= {"completion_tokens": 0, "total_tokens": found["prompt_tokens"]}
+            nothing = dict.fromkeys(found["completion_tokens_details"], 0)
+            found |= {"completion_tokens": 0, "completion_tokens_details": nothing}
+            found["total_tokens"] = found["prompt_tokens"]
         return found
 
     def _choice(

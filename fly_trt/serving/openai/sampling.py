@@ -12,11 +12,13 @@ from typing import Any
 
 from fly_trt.acceptance import AcceptanceParams, acceptance_settings
 from fly_trt.errors import ConfigError, RequestError
-from fly_trt.params import SamplingParams, request_settings
+from fly_trt.params import MAX_LOGPROBS, SamplingParams, request_settings
 from fly_trt.serving.openai.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 
+NO_CONFIG = "vllm"  # vLLM's name for its own defaults
 TEMPERATURE = 1.0
 COMPLETION_TOKENS = 16
+MAX_DIGITS = 10  # of a token id
 # Of a generation_config.json, by the name that they have here; everything else in it is not about sampling, or is the
 # engine's own (its end tokens).
 GENERATION_CONFIG = {
@@ -62,10 +64,10 @@ class Defaults:
 
     @classmethod
     def read(cls, engine_dir: Path, generation_config: str, override: Mapping[str, Any]) -> "Defaults":
-        """generation_config: "auto" is the engine directory's, "none" leaves it out, anything else is a folder that has
+        """generation_config: "auto" is the engine directory's, "vllm" leaves it out, anything else is a folder that has
         one. override: over it, by the same names. Raises ConfigError for what cannot be sampled with."""
         values: dict[str, Any] = {"temperature": TEMPERATURE}
-        if generation_config != "none":
+        if generation_config != NO_CONFIG:
             is_own = generation_config == "auto"
             path = (engine_dir if is_own else Path(generation_config)) / "generation_config.json"
             values |= _known(_read(path, may_be_missing=is_own), str(path))
@@ -82,7 +84,9 @@ def _read(path: Path, *, may_be_missing: bool) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable ({error}): mend it, or serve with generation_config none") from None
+        raise ConfigError(
+            f"{path}: not readable ({error}): mend it, or serve with generation_config {NO_CONFIG}"
+        ) from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(found).__name__}")
     return found
@@ -110,6 +114,8 @@ def chat_params(body: ChatCompletionRequest, defaults: Defaults, **more: Any) ->
         raise RequestError("max_tokens and max_completion_tokens: the same setting: give one of them")
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError(f"top_logprobs {body.top_logprobs}: has no effect without logprobs: add logprobs=true")
+    if not 0 <= (body.top_logprobs or 0) <= MAX_LOGPROBS:
+        raise RequestError(f"top_logprobs {body.top_logprobs}: expected 0 to {MAX_LOGPROBS}")
     fallback = {"max_tokens": None, **defaults.values}
     own = {
         "max_tokens": next(iter(limits), None),
@@ -135,7 +141,6 @@ def _params(body: GenerationRequest, fallback: Mapping[str, Any], own: Mapping[s
 
 
 def _token_id(token: str) -> int:
-    try:
-        return int(token)
-    except ValueError:
-        raise RequestError(f"logit_bias {token!r}: expected a token id, such as '42'") from None
+    if not (token.isascii() and token.isdigit() and len(token) <= MAX_DIGITS):
+        raise RequestError(f"logit_bias {token[:MAX_DIGITS]!r}: expected a token id, such as '42'")
+    return int(token)

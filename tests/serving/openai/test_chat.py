@@ -144,7 +144,7 @@ def test_the_template_gets_what_the_body_says(client: OpenAI) -> None:
         (user("a"), {"chat_template": "none"}, "chat_template 'none': expected the name of one"),
         (user("a"), {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs: 'messages' is a field"),
         (user("a"), {"top_logprobs": 2}, "top_logprobs 2: has no effect without logprobs"),
-        (user("a"), {"logprobs": True, "top_logprobs": 21}, "logprobs 21: at most 20"),
+        (user("a"), {"logprobs": True, "top_logprobs": 21}, "top_logprobs 21: expected 0 to 20"),
         (user("a"), {"max_tokens": 3}, "max_tokens and max_completion_tokens"),
         (user("a"), {"reasoning_effort": "low"}, "reasoning_effort: not supported"),
         (user("a"), {"prompt": "a"}, "unknown field prompt"),

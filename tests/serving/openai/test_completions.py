@@ -189,7 +189,7 @@ def test_the_prompt_alone_can_be_looked_at(client: OpenAI, llm: LLM) -> None:
         entry and entry[token].logprob
         for token, entry in zip(expected.prompt_token_ids, expected.prompt_logprobs, strict=True)
     ]
-    assert found.usage.completion_tokens == 0
+    assert found.usage.completion_tokens == found.usage.completion_tokens_details.accepted_prediction_tokens == 0
     assert found.usage.total_tokens == found.usage.prompt_tokens == len(expected.prompt_token_ids)
 
 

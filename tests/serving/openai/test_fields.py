@@ -99,6 +99,8 @@ def test_what_is_not_supported_is_refused_by_name(post: Any, name: str) -> None:
         ({"logprobs": 21}, "logprobs 21"),
         ({"stop": ["a", ""]}, "stop"),
         ({"logit_bias": {"x": 1}}, "logit_bias 'x': expected a token id"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias '-1': expected a token id"),
+        ({"logit_bias": {"9" * 5000: 1}}, "expected a token id"),
         ({"logit_bias": {"896": 1}}, "logit_bias: 896 is not a token id"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"stream_options": {"include_usage": True}}, "stream_options: has no effect without stream"),
@@ -204,7 +206,7 @@ def test_the_model_says_how_it_wants_to_be_sampled(tmp_path: Path) -> None:
     params = read({"temperature": 0, "top_k": 0}, defaults, "chat")
     assert (params.temperature, params.top_k, params.top_p) == (0, 0, 0.95)
     assert read({"temperature": None}, defaults).temperature == 0.6
-    assert read({}, Defaults.read(tmp_path, "none", {})).temperature == 1.0
+    assert read({}, Defaults.read(tmp_path, "vllm", {})).temperature == 1.0
     assert read({}, Defaults.read(tmp_path / "other", str(tmp_path), {})).top_k == 20
 
 

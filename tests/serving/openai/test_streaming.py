@@ -122,7 +122,8 @@ def test_what_fails_later_is_the_last_event(demo: Any, client: OpenAI) -> None:
 def test_a_client_that_leaves_its_stream_frees_its_slots(demo: Any, prompts: Any) -> None:
     body = ENDLESS | {"prompt": prompts, "stream": True}
     with httpx.stream("POST", f"{demo.base_url}/v1/completions", json=body) as response:
-        next(response.iter_raw())
+        pieces = response.iter_raw()  # kept: without it the client hangs up
+        next(pieces)
         wait_until(lambda: num_running(demo) == (1 if prompts is PROMPT else 3))
     emitted = demo.llm.metrics()["fly_trt:generation_tokens_total"]
     wait_until(lambda: num_running(demo) == 0)
