@@ -16,6 +16,8 @@ from starlette.responses import Response
 from fly_trt.serving.openai.errors import ApiError
 
 MAX_DEPTH = 100
+MAX_VALUES = 50_000
+LONG_LISTS = ("prompt", "tokens")  # whose routes look at them once, and report one error
 TOO_DEEP = f"the body is nested too deeply: at most {MAX_DEPTH} levels"
 
 
@@ -64,18 +66,26 @@ def parse_json(body: bytes) -> Any:
         raise _malformed(TOO_DEEP) from None
     except ValueError:  # an int of more digits than Python reads
         raise _malformed("the body has a number with too many digits") from None
-    if body.count(b"[") + body.count(b"{") > MAX_DEPTH:  # else it is not that deep
-        _check_depth(value)
+    has_many = body.count(b"[") + body.count(b"{") > MAX_DEPTH or body.count(b",") > MAX_VALUES // 2
+    if has_many:  # else it is neither deep nor long
+        _check_shape(value)
     return value
 
 
-def _check_depth(value: Any) -> None:
-    """Whatever reads the value later may use a frame of the stack for each level."""
-    level, depth = [value], 0
+def _check_shape(value: Any) -> None:
+    """Whatever reads the value later may use a frame of the stack for each level, and say of each part that it is
+    wrong, which takes seconds for a million of them."""
+    level = [value]
+    if isinstance(value, dict):
+        level = [{key: child for key, child in value.items() if key not in LONG_LISTS}]
+    depth = num_values = 0
     while level:
         if depth > MAX_DEPTH:
             raise _malformed(TOO_DEEP)
         containers = [item for item in level if isinstance(item, (dict, list))]
+        num_values += sum(map(len, containers))
+        if num_values > MAX_VALUES:
+            raise _malformed(f"the body has more than {MAX_VALUES} values, besides those of a prompt")
         level = [child for item in containers for child in (item.values() if isinstance(item, dict) else item)]
         depth += 1
 

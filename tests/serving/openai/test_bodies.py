@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fly_trt.serving.openai.bodies import MAX_DEPTH, parse_json
+from fly_trt.serving.openai.bodies import MAX_DEPTH, MAX_VALUES, parse_json
 from fly_trt.serving.openai.errors import ApiError
 
 BROKEN = {
@@ -58,6 +58,30 @@ def test_as_many_levels_as_are_allowed_are_read() -> None:
 def test_many_brackets_side_by_side_are_no_depth() -> None:
     wide = [{"a": [index]} for index in range(500)]
     assert parse_json(json.dumps(wide).encode()) == wide
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"messages": [{}] * (MAX_VALUES + 1)},
+        {"bad_words": list(range(MAX_VALUES + 1))},
+        {str(key): 1 for key in range(MAX_VALUES + 1)},
+        [{"a": [1] * 100}] * (MAX_VALUES // 100),
+    ],
+)
+def test_more_values_than_anybody_needs_are_refused_before_they_are_looked_at(value: object) -> None:
+    with pytest.raises(ApiError, match="the body has more than 50000 values"):
+        parse_json(json.dumps(value).encode())
+
+
+def test_a_prompt_may_have_any_number_of_tokens() -> None:
+    value = {"prompt": [5] * (2 * MAX_VALUES), "stop": ["a"]}
+    assert parse_json(json.dumps(value).encode()) == value
+
+
+def test_commas_in_a_text_are_no_values() -> None:
+    value = {"prompt": "a, " * (2 * MAX_VALUES), "messages": [{"content": "," * (2 * MAX_VALUES)}]}
+    assert parse_json(json.dumps(value).encode()) == value
 
 
 def test_brackets_in_a_text_are_no_depth() -> None:
