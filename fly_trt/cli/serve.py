@@ -14,7 +14,6 @@ from fly_trt.cli import options
 from fly_trt.cli.command import command
 from fly_trt.errors import ConfigError
 from fly_trt.service.config import DEFAULT_MAX_QUEUE_SIZE
-from fly_trt.serving.openai.tool_calls import PARSERS
 
 if TYPE_CHECKING:
     from fly_trt.serving.openai.config import ServerConfig
@@ -101,8 +100,8 @@ def _seconds(name: str, default: float | None, help: str, **more: Any) -> option
 @click.option("--override-generation-config", metavar="JSON", help='Over those: {"temperature": 0.7}.')
 @click.option(
     "--tool-call-parser",
-    type=click.Choice(list(PARSERS)),
-    help="How the model writes tool calls. [by its chat template]",
+    metavar="NAME",
+    help="How the model writes tool calls: hermes or llama3_json. [by its chat template]",
 )
 @click.option(
     "--per-request-spec-decode-metrics",

@@ -12,7 +12,7 @@ from fly_trt.acceptance import AcceptanceParams
 from fly_trt.checks import is_number
 from fly_trt.engines.directory import LoadedEngines
 from fly_trt.errors import RequestError
-from fly_trt.grammar import CompiledGrammar, GrammarCompiler
+from fly_trt.grammar import CompiledGrammar, GrammarCompiler, StructuredOutputs
 from fly_trt.params import RequestOutputKind, SamplingParams, SpeculativeConfig
 from fly_trt.runtime.group import RequestGroup, Sink
 from fly_trt.runtime.request import Request
@@ -67,6 +67,9 @@ class Admission:
 
     def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
         return self._prompts.tokenize(prompt, add_special_tokens=add_special_tokens)
+
+    def compile_grammar(self, wanted: StructuredOutputs) -> None:
+        self._grammars.compile(wanted)
 
     def is_quick(self, prompt: Prompt, params: SamplingParams | None) -> bool:
         """Whether `make_group` takes no longer than an event loop may stand still."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from fly_trt.drafting import Drafter, MakeDrafter
 from fly_trt.engines.directory import LoadedEngines
+from fly_trt.grammar import StructuredOutputs
 from fly_trt.params import SpeculativeConfig
 from fly_trt.service.config import ServiceConfig
 from fly_trt.service.service import Service
@@ -47,6 +48,11 @@ class Facade:
     def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
         """The ids that `generate` would read. Raises RequestError for a prompt that cannot be read."""
         return self._service.tokenize(prompt, add_special_tokens=add_special_tokens)
+
+    def compile_grammar(self, structured_outputs: StructuredOutputs) -> None:
+        """Has it ready for requests, or finds out why not. Raises RequestError for what cannot be compiled, ConfigError
+        without llguidance."""
+        self._service.compile_grammar(structured_outputs)
 
     def metrics(self) -> dict[str, float]:
         """Counters, gauges and histogram buckets since the start, by Prometheus name."""

@@ -15,6 +15,7 @@ from typing import Any
 from fly_trt.drafting import DRAFTERS, Drafter, DraftParts, MakeDrafter
 from fly_trt.engines.directory import LoadedEngines
 from fly_trt.errors import ConfigError
+from fly_trt.grammar import StructuredOutputs
 from fly_trt.manifest import Manifest
 from fly_trt.params import SamplingParams, SpeculativeConfig
 from fly_trt.runtime.executor import Executor, ExecutorParts, LoadExecutor, OwnExecutor
@@ -124,6 +125,9 @@ class Service:
 
     def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
         return self._admission.tokenize(prompt, add_special_tokens=add_special_tokens)
+
+    def compile_grammar(self, wanted: StructuredOutputs) -> None:
+        self._admission.compile_grammar(wanted)
 
     def is_quick(self, prompt: Prompt, params: SamplingParams | None) -> bool:
         """Whether preparing such a request takes no longer than an event loop may stand still."""

@@ -4,17 +4,17 @@
 sampling are given, and how its text is read.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from fly_trt.errors import FlyError
+from fly_trt.errors import FlyError, RequestError
 from fly_trt.grammar import StructuredOutputs
 from fly_trt.serving.openai.response_format import ANY_OBJECT, SCHEMA, read_response_format
 from fly_trt.serving.openai.tool_calls import PARSERS, Delta, ToolParser, check_parser, detect, make_parser
-from fly_trt.serving.openai.tool_calls.forced import arguments_schema, calls_grammar, compile_error
+from fly_trt.serving.openai.tool_calls.forced import arguments_schema, calls_grammar
 from fly_trt.serving.openai.tool_calls.tools import Choice, Tool, invalid, read_choice, read_tools
 
 
@@ -51,19 +51,24 @@ class AnswerForm:
         parser = None if self.parser is None else make_parser(self.parser, max_calls=self.max_calls)
         return AnswerReader(parser, names_calls=self.choice != "named")
 
-    def explain(self, error: FlyError) -> FlyError:
-        """The same error, with the name of the schema that cannot be compiled where that is why."""
-        if self.structured_outputs is None:
-            return error
-        if self.answer is not None and (why := compile_error(self.answer)):
-            return invalid(f"{SCHEMA}.schema", f"{why}: mend it")
-        if self.structured_outputs.kind != "grammar":
-            return error
-        for tool in self.callable:
-            if why := compile_error(arguments_schema(tool)):
-                number = self.tools.index(tool)
-                return invalid(f"tools[{number}].function.parameters", f"of {tool.name!r}: {why}: mend them")
+    def explain(self, error: FlyError, compile: Callable[[StructuredOutputs], object]) -> FlyError:
+        """The same error, with the name of the schema that cannot be compiled where that is why. `compile` raises
+        RequestError for such a one, and may take its time."""
+        for field, schema in self._schemas():
+            try:
+                compile(StructuredOutputs(json=schema, disable_any_whitespace=True))
+            except RequestError as why:
+                return invalid(field, _without_field(why))
         return error
+
+    def _schemas(self) -> Iterator[tuple[str, Mapping[str, Any] | bool]]:
+        """Those that the answer is held to, and where they are in the body."""
+        if self.structured_outputs is None:
+            return
+        if self.answer is not None:
+            yield f"{SCHEMA}.schema", self.answer
+        for tool in self.callable:
+            yield f"tools[{self.tools.index(tool)}].function.parameters of {tool.name!r}", arguments_schema(tool)
 
 
 class AnswerReader:
@@ -143,13 +148,28 @@ class ToolCalling:
         if self._parser is None or (choice == "auto" and answer is None):
             return None
         form = PARSERS[self._parser]
-        return StructuredOutputs(grammar=calls_grammar(form, tools, is_one=is_one, tokens=self._tokens, answer=answer))
+        grammar = calls_grammar(form, tools, is_one=is_one, tokens=self._tokens, answer=answer)
+        return _structured_outputs("tools", grammar=grammar)
 
 
 def _json(answer: Mapping[str, Any] | bool | None) -> StructuredOutputs | None:
     if answer is None:
         return None
-    return StructuredOutputs(json_object=True) if answer is ANY_OBJECT else StructuredOutputs(json=answer)
+    if answer is ANY_OBJECT:
+        return StructuredOutputs(json_object=True)
+    return _structured_outputs(f"{SCHEMA}.schema", json=answer)
+
+
+def _structured_outputs(field: str, **given: Any) -> StructuredOutputs:
+    """Of what `field` asks for."""
+    try:
+        return StructuredOutputs(**given)
+    except RequestError as error:
+        raise invalid(field, _without_field(error)) from None
+
+
+def _without_field(error: RequestError) -> str:
+    return str(error).split(": ", 1)[-1]
 
 
 def _check_one_form(choice: Choice, answer: Mapping[str, Any] | bool | None, has_structured_outputs: bool) -> None:

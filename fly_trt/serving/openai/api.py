@@ -1,5 +1,7 @@
 """The routes that generate text: /v1/completions and /v1/chat/completions."""
 
+import asyncio
+
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
@@ -50,7 +52,7 @@ def make_api_router(pool: EnginePool, config: ServerConfig) -> APIRouter:
         try:
             return await respond(request, [prompt], writer)
         except RequestError as error:
-            raise form.explain(error) from None
+            raise await asyncio.to_thread(form.explain, error, llm.compile_grammar) from None
 
     return router
 

@@ -4,14 +4,19 @@ import re
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fly_trt.errors import ConfigError, RequestError
+from fly_trt.grammar import GrammarCompiler
 from fly_trt.serving.openai.answer_form import ToolCalling
 from fly_trt.serving.openai.errors import ApiError
 from fly_trt.serving.openai.tool_calls import collect
 
-TOKENIZER = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+TOKENIZER = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(ALPHABET)}, merges=[]))
+TOKENIZER.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+TOKENIZER.decoder = decoders.ByteLevel()
+COMPILER = GrammarCompiler(TOKENIZER, len(ALPHABET))
 HERMES = ToolCalling("hermes", "", TOKENIZER)
 TOOLS: list[dict[str, Any]] = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
 CALL = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
@@ -127,18 +132,24 @@ def test_a_schema_that_cannot_be_compiled_is_named() -> None:
     bad = {"type": "object", "properties": {"a": {"type": "strng"}}}
     tools = [*TOOLS, {"type": "function", "function": {"name": "h", "parameters": bad}}]
     error = RequestError("structured_outputs.grammar: no")
-    explained = HERMES.read(tools=tools, tool_choice="required").explain(error)
+    explained = HERMES.read(tools=tools, tool_choice="required").explain(error, COMPILER.compile)
     assert isinstance(explained, ApiError)
-    assert str(explained) == "tools[2].function.parameters: of 'h': Invalid type: strng: mend them"
+    assert str(explained) == "tools[2].function.parameters of 'h': Invalid type: strng: mend it"
     assert explained.param == "tools[2].function.parameters"
     schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": bad}}
     for more in ({}, {"tools": TOOLS}):
-        explained = HERMES.read(response_format=schema, **more).explain(error)
+        explained = HERMES.read(response_format=schema, **more).explain(error, COMPILER.compile)
         assert str(explained) == "response_format.json_schema.schema: Invalid type: strng: mend it"
+
+
+def test_a_form_that_is_too_large_is_refused_by_its_own_name() -> None:
+    large = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": ["x" * 200_000]}}}
+    with pytest.raises(ApiError, match=r"^response_format\.json_schema\.schema: 2000\d\d characters"):
+        HERMES.read(response_format=large)
 
 
 def test_an_error_of_another_cause_stays_what_it_is() -> None:
     error = RequestError("the prompt is too long")
     for form in (HERMES.read(), HERMES.read(tools=TOOLS), HERMES.read(tools=TOOLS, tool_choice="required")):
-        assert form.explain(error) is error
-    assert HERMES.read(response_format=SCHEMA).explain(error) is error
+        assert form.explain(error, COMPILER.compile) is error
+    assert HERMES.read(response_format=SCHEMA).explain(error, COMPILER.compile) is error

@@ -36,9 +36,9 @@ def calls_grammar(
         pieces = ("{", '"name"', ": ", f'"{tool.name}"', ", ", f'"{form.arguments}"', ": ")
         head = " ".join(map(_text, pieces))
         lines.append(f'call_{number}: {head} arguments_{number} "}}"')
-        lines.append(f"arguments_{number}: %json {schema_text(arguments_schema(tool))}")
+        lines.append(f"arguments_{number}: %json {_schema_text(arguments_schema(tool))}")
     if answer is not None:
-        lines.append(f"answer: %json {schema_text(answer)}")
+        lines.append(f"answer: %json {_schema_text(answer)}")
     return "\n".join(lines) + "\n"
 
 
@@ -46,19 +46,9 @@ def arguments_schema(tool: Tool) -> dict[str, Any]:
     return {"type": "object", **tool.parameters}
 
 
-def schema_text(schema: Mapping[str, Any] | bool) -> str:
+def _schema_text(schema: Mapping[str, Any] | bool) -> str:
     whole = {} if schema is True else {"not": {}} if schema is False else dict(schema)
     return json.dumps(whole | {"x-guidance": JSON_FORM})
-
-
-def compile_error(schema: Mapping[str, Any] | bool) -> str | None:
-    """What keeps a schema from being compiled, in one line; None for nothing. Needs llguidance."""
-    from llguidance import LLMatcher
-
-    try:
-        return " ".join(LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema_text(schema))).split())
-    except ValueError as error:
-        return " ".join(str(error).split())
 
 
 def _marker(marker: str, tokens: Collection[str]) -> str:

@@ -80,4 +80,5 @@ def _said(choice: Any) -> str:
 
 
 def invalid(field: str, message: str) -> ApiError:
-    return ApiError(400, f"{field}: {message}", param=field, code="invalid_value")
+    """field: where it is in the body, and perhaps whose it is."""
+    return ApiError(400, f"{field}: {message}", param=field.split(" ")[0], code="invalid_value")

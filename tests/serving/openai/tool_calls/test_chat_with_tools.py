@@ -338,7 +338,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (
         {"tools": [*TOOLS, tool("bad", BAD)], "tool_choice": "required"},
         "tools[2].function.parameters",
-        "of 'bad': Invalid type: strng: mend them",
+        "parameters of 'bad': Invalid type: strng: mend it",
     ),
     (
         {"response_format": NUMBER, "tool_choice": "required"},
