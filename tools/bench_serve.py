@@ -6,10 +6,10 @@ usage: tools/bench_serve.py ENGINE_DIR [--in-flight 8] [--prompts 24] [--rounds 
 The same prompts, greedy, go to AsyncLLM in a process of its own, and over HTTP to a fly-serve process, streamed and
 whole, from a client in a third process. The ways take turns round by round; figures are medians. Each way has a round
 of requests in flight together, for tokens per second, and one of requests one after another, for the time to the first
-token. The client costs too, and on a machine with few cores takes them from the server: its processor time is shown
-beside that of the process with the engine, whose rise over AsyncLLM's own is what serving costs where others' work
-makes the clock unsure. `--client openai` measures with the official package, whose own time is larger; `raw`
-reads no more of an answer than it must. --profile writes a cProfile of the server's event loop.
+token, of which "outside" is what passes outside the engine thread. The client costs too, and on a machine with few
+cores takes them from the server: its processor time is shown beside that of the process with the engine, whose rise
+over AsyncLLM's own is what serving costs where others' work makes the clock unsure. `--client openai` measures with the
+official package, whose own time is larger; `raw` reads no more of an answer than it must. --profile writes a cProfile of the server's event loop.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
@@ -37,6 +38,7 @@ from fly_trt.benchmark.workload import read_prompts
 EVAL_PROMPTS = Path(__file__).parents[1] / "tests" / "assets" / "pair" / "eval.jsonl"
 WAYS = ("AsyncLLM", "HTTP, streamed", "HTTP, whole")
 WARM_UP_TOKENS = 16
+TO_FIRST = "fly_trt:time_to_first_token_seconds"
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -55,15 +57,22 @@ class Answer(NamedTuple):
 
 
 class Round(NamedTuple):
-    """One round of one way. cpu_seconds: processor time of the process that asks."""
+    """One round of one way. cpu_seconds: processor time of the process that asks. to_first_inside: the mean time to
+    the first token as the engine thread counts it, from a request's arrival at the runtime."""
 
     answers: list[Answer]
     seconds: float
     cpu_seconds: float
+    to_first_inside: float = 0.0
 
     @property
     def rate(self) -> float:
         return sum(answer.num_tokens for answer in self.answers) / self.seconds
+
+    @property
+    def to_first_outside(self) -> float:
+        """The mean time to the first token beyond what the engine thread counts: what is between it and who asks."""
+        return statistics.mean(answer.to_first for answer in self.answers) - self.to_first_inside
 
 
 Ask = Callable[[str, int], Awaitable[Answer]]
@@ -86,12 +95,22 @@ async def run_round(ask: Ask, prompts: Sequence[str], max_tokens: int, in_flight
 # --- who asks: processes that are told of rounds over a pipe ----------------------------------------------------------
 
 
-def answer_over_pipe(pipe: Connection, asks: dict[str, Ask], loop: asyncio.AbstractEventLoop) -> None:
-    """Runs a round for each (way, prompts, max_tokens, in_flight) that comes, until None does."""
+def answer_over_pipe(
+    pipe: Connection, asks: dict[str, Ask], loop: asyncio.AbstractEventLoop, read_metric: Callable[[str], float]
+) -> None:
+    """Runs a round for each (way, prompts, max_tokens, in_flight) that comes, until None does. read_metric: of the
+    runtime, by name."""
+
+    def read_firsts() -> tuple[float, float]:
+        return read_metric(f"{TO_FIRST}_sum"), read_metric(f"{TO_FIRST}_count")
+
     pipe.send("ready")
     while (asked := pipe.recv()) is not None:
         way, *what = asked
-        pipe.send(loop.run_until_complete(run_round(asks[way], *what)))
+        before = read_firsts()
+        found = loop.run_until_complete(run_round(asks[way], *what))
+        seconds, count = (new - old for new, old in zip(read_firsts(), before, strict=True))
+        pipe.send(found._replace(to_first_inside=seconds / count))
 
 
 def runtime_process(pipe: Connection, engine_dir: Path) -> None:
@@ -107,14 +126,20 @@ def runtime_process(pipe: Connection, engine_dir: Path) -> None:
             num_tokens = output.metrics.num_output_tokens
         return Answer(num_tokens, to_first)
 
-    answer_over_pipe(pipe, {"AsyncLLM": ask}, asyncio.new_event_loop())
+    answer_over_pipe(pipe, {"AsyncLLM": ask}, asyncio.new_event_loop(), lambda name: llm.metrics()[name])
     llm.shutdown()
 
 
 def client_process(pipe: Connection, url: str, kind: str) -> None:
-    loop = asyncio.new_event_loop()
+    def read_metric(name: str) -> float:
+        with urllib.request.urlopen(f"{url}/metrics") as answer:
+            found = re.search(rf"^{name} (\S+)$", answer.read().decode(), re.MULTILINE)
+        assert found is not None, name
+        return float(found[1])
+
     client = RawClient(url) if kind == "raw" else OpenAIClient(url)
-    answer_over_pipe(pipe, {"HTTP, streamed": client.streamed, "HTTP, whole": client.whole}, loop)
+    asks: dict[str, Ask] = {"HTTP, streamed": client.streamed, "HTTP, whole": client.whole}
+    answer_over_pipe(pipe, asks, asyncio.new_event_loop(), read_metric)
 
 
 def body_of(prompt: str, max_tokens: int, *, is_streamed: bool) -> dict[str, Any]:
@@ -243,7 +268,7 @@ class Figures:
     def __init__(self) -> None:
         self.rates: list[float] = []
         self.firsts: list[float] = []
-        self.firsts_in_flight: list[float] = []
+        self.firsts_outside: list[float] = []
         self.client_cpu: list[float] = []
         self.engine_cpu: list[float] = []
         self.num_tokens: set[int] = set()
@@ -273,25 +298,16 @@ def measure(settings: Settings, kind: str, num_rounds: int, profile: Path | None
                     of_way.client_cpu.append(together.cpu_seconds)
                     of_way.engine_cpu.append(server.cpu_seconds - cpu_before)
                 of_way.num_tokens.add(sum(answer.num_tokens for answer in together.answers))
-                of_way.firsts_in_flight += [answer.to_first for answer in together.answers]
             for way in ways[::-1]:
                 alone = askers[way].round(way, settings.prompts[: settings.in_flight], settings.max_tokens, 1)
                 figures[way].firsts += [answer.to_first for answer in alone.answers]
+                figures[way].firsts_outside.append(alone.to_first_outside)
     return figures
 
 
 def show(figures: dict[str, Figures], title: str) -> None:
     table = Table(title=title)
-    columns = (
-        "",
-        "tokens/s",
-        "range",
-        "of AsyncLLM",
-        "first token, ms",
-        "in flight, ms",
-        "CPU asking, s",
-        "serving, s",
-    )
+    columns = ("", "tokens/s", "range", "of AsyncLLM", "first token, ms", "outside, ms", "engine CPU, s", "client, s")
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
     own = figures["AsyncLLM"]
@@ -305,7 +321,7 @@ def show(figures: dict[str, Figures], title: str) -> None:
             f"{min(found.rates):.1f} - {max(found.rates):.1f}",
             f"{100 * share:.1f} %",
             f"{1e3 * statistics.median(found.firsts):.1f}" if has_first else "",
-            f"{1e3 * statistics.median(found.firsts_in_flight):.1f}" if has_first else "",
+            f"{1e3 * statistics.median(found.firsts_outside):.2f}" if has_first else "",
             f"{statistics.median(found.engine_cpu):.2f}",
             f"{statistics.median(found.client_cpu):.2f}" if found.client_cpu else "",
         )
