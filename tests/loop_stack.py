@@ -82,7 +82,7 @@ def make_request(
         end_token_ids=ends,
     )
     form = params.output_form
-    grammar = None if form is None else letter_compiler(VOCAB_SIZE).compile(form).new_matcher(ends)
+    grammar = grammar if form is None else letter_compiler(VOCAB_SIZE).compile(form).new_matcher(ends)
     sampler = None
     if params.temperature > 0 or processor.changes_scores or grammar is not None:
         uniforms = UniformStream(params.seed or 0, index)

@@ -6,6 +6,7 @@ asserts that no draft has a token that it forbids.
 
 import numpy as np
 
+from fly_trt.grammar.masks import TokenMasks, words_of
 from fly_trt.tokens import NO_TOKENS, IntArray
 from table_engine import STOP_TOKEN, VOCAB_SIZE
 
@@ -38,14 +39,13 @@ class ToyGrammar:
             return several[: 1 + (self._spells_twice and rng.random() < 0.3)], True
         return several[: VOCAB_SIZE // 2] + [STOP_TOKEN] * self._ends, False
 
-    def allowed(self, output: IntArray, ahead: IntArray) -> np.ndarray:
+    def masks(self, output: IntArray, ahead: IntArray, first: int = 0) -> TokenMasks:
         assert self.num_allowed(output, ahead) == len(ahead), "drafts have only what the grammar allows"
-        masks = np.zeros((len(ahead) + 1, VOCAB_SIZE), bool)
-        tokens = output.tolist()
-        for mask, token in zip(masks, [*ahead.tolist(), 0], strict=True):
-            mask[self.may_follow(tokens)[0]] = True
+        tokens, rows = output.tolist(), []
+        for token in [*ahead.tolist(), STOP_TOKEN]:
+            rows.append(words_of(np.array(self.may_follow(tokens)[0]), VOCAB_SIZE))
             tokens.append(token)
-        return masks
+        return TokenMasks(np.array(rows[first:]), VOCAB_SIZE)
 
     def num_allowed(self, output: IntArray, ahead: IntArray) -> int:
         tokens = output.tolist()

@@ -101,7 +101,7 @@ class GrammarMatcher:
         if not self._ends.isdisjoint(tokens):
             return 0, NO_TOKENS
         num_read = self._matcher.try_consume_tokens(tokens)
-        count, forced = 0, []
+        count, forced = 0, list[int]()
         if num_read == len(tokens):
             count, forced = self._follow(proposed.tolist())
             num_read += count - (count > 0 and int(proposed[count - 1]) in self._ends)
@@ -121,6 +121,50 @@ class GrammarMatcher:
                 return count, []
             forced = forced[1:] or self._matcher.compute_ff_tokens()
         return len(proposed), forced
+
+    def _fill_rows(self, words: Words, ahead: list[int], first: int) -> None:
+        """Up to the first that is behind what is forbidden, or that costs too much."""
+        num_ahead = 0
+        for i in range(len(ahead) + 1):
+            row = words[i - first] if i >= first else None
+            if row is not None and not self._fill(row):
+                break
+            if i == len(ahead) or not self._may_follow(ahead[i], row):
+                break
+            if not self._matcher.try_consume_tokens([ahead[i]]):
+                break
+            num_ahead += 1
+        self._matcher.rollback(num_ahead)
+
+    def _may_follow(self, token: int, row: Words | None) -> bool:
+        if token in self._ends:
+            return False
+        return row is None or bool(row[token // 32] >> (token % 32) & 1)
+
+    def _fill(self, row: Words) -> bool:
+        """Writes what may come next; False, and nothing, where that costs too much."""
+        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if self._matcher.is_error():
+            row[:] = 0
+            return False
+        row &= self._text_words
+        if self._matcher.is_accepting():
+            row |= self._end_words
+        return True
+
+    def _restart_after_error(self, output: IntArray) -> bool:
+        """Forgets what went wrong behind draft tokens, or because of what other sequences and earlier drafts left in
+        the lexer; whether something did. Raises RequestError where it is the output's fault, or too frequent."""
+        if not self._matcher.is_error():
+            return False
+        if self._num_restarts == MAX_RESTARTS:
+            self._raise_error()
+        self._num_restarts += 1
+        self._matcher = self._beginning.renew()
+        if not self._matcher.consume_tokens(output.tolist()):
+            self._raise_error()
+        self._num_read = len(output)
+        return True
 
     def _read(self, output: IntArray) -> None:
         self._restart_after_error(output)
