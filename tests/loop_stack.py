@@ -62,9 +62,11 @@ def make_request(
     request_id: str = "0",
     index: int = 0,
     bad_word_ids: Sequence[list[int]] = (),
+    grammar: Any = None,
     **settings: object,
 ) -> Request:
-    """A request as the service makes it of `settings`, the fields of SamplingParams; bad words come as tokens."""
+    """A request as the service makes it of `settings`, the fields of SamplingParams; bad words come as tokens, a
+    grammar as what is asked for it."""
     params = SamplingParams(**({"max_tokens": 40} | settings))
     own_stops = frozenset(params.stop_token_ids or ())
     ends = own_stops if params.ignore_eos else own_stops | {STOP_TOKEN}
@@ -80,7 +82,7 @@ def make_request(
         end_token_ids=ends,
     )
     form = params.output_form
-    grammar = None if form is None else letter_compiler(VOCAB_SIZE).compile(form).new_matcher(ends)
+    grammar = grammar if form is None else letter_compiler(VOCAB_SIZE).compile(form).new_matcher(ends)
     sampler = None
     if params.temperature > 0 or processor.changes_scores or grammar is not None:
         uniforms = UniformStream(params.seed or 0, index)

@@ -89,18 +89,38 @@ class GrammarMatcher:
         self._restart_after_error(output)
         return int(count + has_end)
 
-    def forced(self, output: IntArray, ahead: IntArray = NO_TOKENS) -> IntArray:
-        """The tokens int64 [n] that spell what the grammar leaves no choice about after `output` and `ahead`, which it
-        allows; none after an end token."""
+    def forced(self, output: IntArray) -> IntArray:
+        """The tokens int64 [n] that spell what the grammar leaves no choice about after `output`."""
+        return self.follow(output, NO_TOKENS, NO_TOKENS)[1]
+
+    def follow(self, output: IntArray, ahead: IntArray, proposed: IntArray) -> tuple[int, IntArray]:
+        """How many of the first `proposed` tokens may follow `output` and the draft tokens `ahead`, as `masks` has it;
+        and what is forced where they end, behind the last one or in place of the next. Nothing follows an end token."""
         self._read(output)
         tokens = ahead.tolist()
         if not self._ends.isdisjoint(tokens):
-            return NO_TOKENS
-        count = self._matcher.try_consume_tokens(tokens) if tokens else 0
-        forced = np.array(self._matcher.compute_ff_tokens() if count == len(tokens) else (), np.int64)
-        self._matcher.rollback(count)
+            return 0, NO_TOKENS
+        num_read = self._matcher.try_consume_tokens(tokens)
+        count, forced = 0, list[int]()
+        if num_read == len(tokens):
+            count, forced = self._follow(proposed.tolist())
+            num_read += count - (count > 0 and int(proposed[count - 1]) in self._ends)
+        self._matcher.rollback(num_read)
         self._restart_after_error(output)
-        return forced
+        return count, np.array(forced, np.int64)
+
+    def _follow(self, proposed: list[int]) -> tuple[int, list[int]]:
+        """`follow` from where the matcher stands; it stays behind the last token that may come and is no end."""
+        forced: list[int] = self._matcher.compute_ff_tokens()
+        for count, token in enumerate(proposed):
+            if forced[:1] not in ([], [token]):
+                return count, forced
+            if token in self._ends:
+                return count + self._matcher.is_accepting(), []
+            if not self._matcher.try_consume_tokens([token]):
+                return count, []
+            forced = forced[1:] or self._matcher.compute_ff_tokens()
+        return len(proposed), forced
 
     def _fill_rows(self, words: Words, ahead: list[int], first: int) -> None:
         """Up to the first that is behind what is forbidden, or that costs too much."""

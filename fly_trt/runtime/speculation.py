@@ -122,14 +122,11 @@ class Speculation:
             return
         wanted = [_row(request, round_, count) for request, round_, count in asked]
         guided = {
-            at: GuidedDraft(wanted[at], round_, request.grammar, request.output_tokens)
+            at: GuidedDraft(wanted[at], round_, request.grammar, request.output_tokens, is_free=self.drafts_are_free)
             for at, (request, round_, _) in enumerate(asked)
             if request.grammar is not None
         }
-        if guided:
-            drafts = propose_guided(wanted, guided, self.propose, is_free=self.drafts_are_free)
-        else:
-            drafts = self.propose(wanted)
+        drafts = propose_guided(wanted, guided, self.propose) if guided else self.propose(wanted)
         for (_, round_, count), draft in zip(asked, drafts, strict=True):
             round_.take_draft(draft, count)
 

@@ -46,6 +46,12 @@ def chosen(
     return lengths.choose(rates, limits or [K] * len(rates), num_context)
 
 
+def forced(cost: Cost, numbers: Sequence[int], num_draft: int = 0, rate: float = 0.5) -> int:
+    lengths = DraftLength(K, adaptive=True)
+    lengths.target_cost = measured(cost)
+    return lengths.choose_forced(numbers, [rate] * len(numbers), len(numbers), num_draft, 1)
+
+
 def proportional(positions: int) -> float:
     return 0.01 * positions
 
@@ -290,3 +296,28 @@ def test_what_requests_saw_is_what_new_ones_start_from() -> None:
     for _ in range(100):
         lengths.observe_round(1, True)
     assert lengths.usual_rate == pytest.approx(0.5, abs=0.05)
+
+
+# --- what a grammar forces --------------------------------------------------------------------------------------------
+
+
+def nearly_free(positions: int) -> float:
+    return 0.01 + 0.001 * positions
+
+
+def test_forced_tokens_are_verified_where_the_wider_step_pays() -> None:
+    assert forced(nearly_free, [9]) == 9
+    assert forced(nearly_free, [9] * 8) == 9
+    assert forced(proportional, [9]) == 0, "a step of ten tokens costs ten steps of one, and brings as much"
+    assert forced(nearly_free, [9] + [0] * 31) == 0, "the others' rows would be padded to ten tokens"
+
+
+def test_forced_tokens_are_no_fewer_than_the_step_drafts_anyway() -> None:
+    assert forced(proportional, [9, 0], 6) == 6
+    assert forced(nearly_free, [3, 0], 6) == 6
+    assert forced(nearly_free, [0, 0], 2) == 2
+
+
+def test_without_measurements_all_forced_tokens_are_verified() -> None:
+    for lengths in (DraftLength(K, adaptive=True), DraftLength(K, adaptive=False)):
+        assert lengths.choose_forced([2, 7, 0], [0.1] * 3, 3, 4, 1) == 7
