@@ -24,8 +24,8 @@ MODES: dict[str, tuple[str, str]] = {
     "ngram": ("ngram", "exact"),
 }
 SAMPLING: dict[str, dict[str, Any]] = {"greedy": {}, "sampled": {"temperature": 0.9, "seed": 17}}
-# Where a schema leaves out what a list or a number may be at most, the model may go on and on.
-LEAST_FINISHED = 0.85
+# Some numbers have no end of digits and some lists no end of lists: a model that knows no JSON may go on and on.
+LEAST_FINISHED = 0.8
 REFUSED: dict[str, dict[str, Any]] = {
     "uniqueItems": {"type": "array", "items": {"type": "integer"}, "uniqueItems": True},
     "not": {"not": {"type": "string"}},
@@ -83,7 +83,9 @@ def test_the_schemas_are_two_hundred_different_ones() -> None:
         Draft202012Validator.check_schema(case.schema)
 
 
-def check(directory: Path, cases: list[Case], mode: str, *, compares: bool = False) -> None:
+def check(
+    directory: Path, cases: list[Case], mode: str, *, least_finished: float = LEAST_FINISHED, compares: bool = False
+) -> None:
     """compares: exact answers are those of plain decoding."""
     method, acceptance = MODES[mode]
     tokens: dict[str, list[list[int]]] = {}
@@ -92,7 +94,7 @@ def check(directory: Path, cases: list[Case], mode: str, *, compares: bool = Fal
             outputs = serve(llm, cases, acceptance, settings)
             assert problems(cases, outputs) == []
             print(f"{mode}, {name}: {share_finished(outputs):.1%} of {len(cases)} finished")
-            assert share_finished(outputs) >= LEAST_FINISHED
+            assert share_finished(outputs) >= least_finished
             forced = [output.metrics.num_accepted_tokens_by_source.get("grammar", 0) for output in outputs]
             assert sum(forced) > len(cases)
             tokens[name] = [output.outputs[0].token_ids for output in outputs]
@@ -107,7 +109,9 @@ def check(directory: Path, cases: list[Case], mode: str, *, compares: bool = Fal
 
 @pytest.mark.parametrize("mode", MODES)
 def test_finished_answers_to_a_schema_of_each_kind_are_valid(demo_engine: Path, mode: str) -> None:
-    check(demo_engine, CASES[2 * list(MODES).index(mode) + 1 :: NUM_OF_KIND], mode)
+    """Each mode has a third of the kinds."""
+    first = list(MODES).index(mode)
+    check(demo_engine, CASES[first * NUM_OF_KIND + first :: len(MODES) * NUM_OF_KIND], mode, least_finished=0.6)
 
 
 @pytest.mark.long
