@@ -9,7 +9,8 @@ of requests in flight together, for tokens per second, and one of requests one a
 token, of which "outside" is what passes outside the engine thread. The client costs too, and on a machine with few
 cores takes them from the server: its processor time is shown beside that of the process with the engine, whose rise
 over AsyncLLM's own is what serving costs where others' work makes the clock unsure. `--client openai` measures with the
-official package, whose own time is larger; `raw` reads no more of an answer than it must. --profile writes a cProfile of the server's event loop.
+official package, whose own time is larger; `raw` reads no more of an answer than it must. --profile writes a cProfile
+of the server's event loop.
 """
 
 import argparse
@@ -302,6 +303,12 @@ def measure(settings: Settings, kind: str, num_rounds: int, profile: Path | None
                 alone = askers[way].round(way, settings.prompts[: settings.in_flight], settings.max_tokens, 1)
                 figures[way].firsts += [answer.to_first for answer in alone.answers]
                 figures[way].firsts_outside.append(alone.to_first_outside)
+            said = (
+                f"{way} {found.rates[-1]:.1f} tokens/s, {1e3 * found.firsts_outside[-1]:.2f} ms outside, "
+                f"{found.engine_cpu[-1]:.2f} s of CPU"
+                for way, found in figures.items()
+            )
+            print(f"round {number + 1}: {'; '.join(said)}", file=sys.stderr, flush=True)
     return figures
 
 
