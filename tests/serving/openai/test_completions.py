@@ -15,7 +15,7 @@ PROMPTS = [record["prompt"] for record in load_eval_prompts()[:50]]
 PROMPT = PROMPTS[0]
 TOKENS = {"return_token_ids": True}
 SAMPLED = {"temperature": 1.5, "seed": 7}
-LETTERS = {"structured_outputs": {"regex": "(ä|€|日本|😀){8,12}"}}  # each of several tokens, which are no text alone
+LETTERS = {"structured_outputs": {"regex": "(ä|€|日本|😀){6,8}"}}  # each of several tokens, which are no text alone
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def joined(stream: Any) -> dict[int, dict[str, Any]]:
 
 
 def test_fifty_prompts_at_once_give_the_tokens_of_generate(demo: Any, llm: LLM) -> None:
-    expected = llm.generate(PROMPTS, SamplingParams(max_tokens=24))
-    fields = {"model": "demo", "max_tokens": 24, "temperature": 0, "extra_body": TOKENS}
+    expected = llm.generate(PROMPTS, SamplingParams(max_tokens=16))
+    fields = {"model": "demo", "max_tokens": 16, "temperature": 0, "extra_body": TOKENS}
 
     async def ask() -> list[Any]:
         async with demo.async_client() as client:
@@ -216,14 +216,13 @@ def test_stop_strings_end_stream_and_answer_at_the_same_place(
 def test_characters_of_several_tokens_come_whole(client: OpenAI, llm: LLM, drafts: int, stop: str | None) -> None:
     extra = LETTERS | {"num_speculative_tokens": drafts, "acceptance": "exact"}
     params = LETTERS | {"num_speculative_tokens": drafts, "acceptance": AcceptanceParams(acceptance="exact")}
-    for seed in range(2):
-        sampling = {"temperature": 1.0, "seed": seed, "stop": stop, "max_tokens": 100}
-        expected = generate(llm, **params, **sampling).outputs[0]
-        whole = complete(client, extra=extra | TOKENS, **sampling).choices[0]
-        streamed = joined(complete(client, stream=True, extra=extra | TOKENS, **sampling))[0]
-        assert whole.text == streamed["text"] == expected.text
-        assert whole.token_ids == streamed["tokens"] == expected.token_ids
-        assert set(expected.text) <= set("ä€日本😀")
+    sampling = {"temperature": 1.0, "seed": 3, "stop": stop, "max_tokens": 100}
+    expected = generate(llm, **params, **sampling).outputs[0]
+    whole = complete(client, extra=extra | TOKENS, **sampling).choices[0]
+    streamed = joined(complete(client, stream=True, extra=extra | TOKENS, **sampling))[0]
+    assert whole.text == streamed["text"] == expected.text
+    assert whole.token_ids == streamed["tokens"] == expected.token_ids
+    assert set(expected.text) <= set("ä€日本😀")
 
 
 def test_text_cut_within_a_character_is_the_same_in_a_stream(client: OpenAI, llm: LLM) -> None:
