@@ -22,7 +22,6 @@ def run(*arguments: str) -> Result:
         (["--override-generation-config", "{"], "override-generation-config '{': not JSON"),
         (["--override-generation-config", "[1]"], "override-generation-config '[1]': expected a JSON object"),
         (["--override-generation-config", '{"temperature": -1}'], "temperature"),
-        (["--tool-call-parser", "smoke"], "smoke"),
         (["--devices", "0"], "devices [0]: has no effect, demo was built for onnxruntime, which runs on the CPU"),
         (["--max-batch-size", "99"], "max_batch_size 99: demo was built for 8"),
         (["--queue-timeout", "0"], "queue_timeout 0.0: expected seconds, above 0"),

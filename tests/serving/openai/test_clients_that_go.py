@@ -42,10 +42,10 @@ def gauge(llm: AsyncLLM, name: str) -> float:
 
 
 def begin(server: ThreadServer, llm: AsyncLLM, **more: Any) -> Wire:
-    """A request that has a slot."""
-    running = gauge(llm, "num_requests_running")
+    """A request that has a slot, alone."""
+    wait_until(lambda: gauge(llm, "num_requests_running") == 0)
     wire = server.wire().send(post("/v1/completions", json.dumps(LONG | more).encode()))
-    wait_until(lambda: gauge(llm, "num_requests_running") > running)
+    wait_until(lambda: gauge(llm, "num_requests_running") > 0)
     return wire
 
 

@@ -50,7 +50,10 @@ def test_sigterm_loses_no_running_answer(demo_engine: Path) -> None:
     assert "Traceback" not in server.log
 
 
-@pytest.mark.parametrize(("first", "second", "code"), [("SIGTERM", "SIGTERM", 143), ("SIGTERM", "SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("first", "second", "code"),
+    [("SIGTERM", "SIGINT", 130), pytest.param("SIGTERM", "SIGTERM", 143, marks=pytest.mark.long)],
+)
 def test_a_second_signal_ends_answers_with_an_error(demo_engine: Path, first: str, second: str, code: int) -> None:
     with ServeProcess(demo_engine, "--max-batch-size", "1", is_slow=True) as server:
         stream = begin(server)
