@@ -113,7 +113,7 @@ def test_a_proposal_is_followed_up_to_what_is_forced_or_forbidden(demo_engine: P
     def text(tokens: IntArray) -> str:
         return tokenizer.decode(tokens.tolist())
 
-    grammar = GrammarCompiler(tokenizer, tokenizer.get_vocab_size(), [1]).compile(WANTED).new_matcher()
+    grammar = GrammarCompiler(tokenizer, tokenizer.get_vocab_size()).compile(WANTED).new_matcher([1])
     begun = grammar.forced(NO_TOKENS)
     assert text(begun).startswith('{"customer_identifier')
     output = ids('{"customer_identifier":"a')
