@@ -304,8 +304,7 @@ def measure(settings: Settings, kind: str, num_rounds: int, profile: Path | None
                 figures[way].firsts += [answer.to_first for answer in alone.answers]
                 figures[way].firsts_outside.append(alone.to_first_outside)
             said = (
-                f"{way} {found.rates[-1]:.1f} tokens/s, {1e3 * found.firsts_outside[-1]:.2f} ms outside, "
-                f"{found.engine_cpu[-1]:.2f} s of CPU"
+                f"{way} {found.rates[-1]:.1f} tokens/s, {found.engine_cpu[-1]:.2f} s of CPU"
                 for way, found in figures.items()
             )
             print(f"round {number + 1}: {'; '.join(said)}", file=sys.stderr, flush=True)
