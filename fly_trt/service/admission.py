@@ -62,7 +62,7 @@ class Admission:
     def new_request_id(self) -> str:
         return str(next(self._request_ids))
 
-    def render_chat(self, messages: Sequence[ChatMessage], **variables: Any) -> TokensPrompt:
+    def render_chat(self, /, messages: Sequence[ChatMessage], **variables: Any) -> TokensPrompt:
         return self._prompts.render_chat(messages, **variables)
 
     def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:

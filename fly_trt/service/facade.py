@@ -39,7 +39,7 @@ class Facade:
         self.sizes = self._service.sizes
         self.engine_dir = self._service.engine_dir
 
-    def render_chat(self, messages: Sequence[ChatMessage], **template_variables: Any) -> TokensPrompt:
+    def render_chat(self, /, messages: Sequence[ChatMessage], **template_variables: Any) -> TokensPrompt:
         """A conversation as a prompt for `generate`, by the model's own chat template: of several the one named by
         chat_template, else "tool_use" where there are tools (JSON schemas), else "default". Other `template_variables`
         go to the template (add_generation_prompt is True by default). Raises RequestError for what it refuses."""

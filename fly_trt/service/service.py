@@ -120,7 +120,7 @@ class Service:
         """Raises EngineDeadError after a failure, ConfigError after shutdown and in a forked process."""
         self._thread.check_running()
 
-    def render_chat(self, messages: Sequence[ChatMessage], **variables: Any) -> TokensPrompt:
+    def render_chat(self, /, messages: Sequence[ChatMessage], **variables: Any) -> TokensPrompt:
         return self._admission.render_chat(messages, **variables)
 
     def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:

@@ -49,6 +49,7 @@ class ChatTemplate:
 
     def render(
         self,
+        /,
         messages: Sequence[ChatMessage],
         *,
         add_generation_prompt: bool = True,
@@ -71,7 +72,8 @@ class ChatTemplate:
         # Templates may rely on these names being there.
         variables = {"documents": None, **self._tokens, **variables, "tools": tools}
         try:
-            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
+            # As one mapping: a variable may have the name of an argument.
+            return template.render({**variables, "messages": messages, "add_generation_prompt": add_generation_prompt})
         except Exception as error:  # a template can raise anything
             raise RequestError(f"the chat template refuses these messages: {one_line(error)}") from None
 

@@ -52,7 +52,7 @@ class PromptReader:
         self._check_ids(token_ids)
         return token_ids
 
-    def render_chat(self, messages: Sequence[ChatMessage], **variables: Any) -> TokensPrompt:
+    def render_chat(self, /, messages: Sequence[ChatMessage], **variables: Any) -> TokensPrompt:
         """The messages as a prompt. The template writes the special tokens, so that none is added."""
         text = self._chat_template.render(messages, **variables)
         return {"prompt_token_ids": self._encode("the rendered chat", text, add_special_tokens=False)}

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from openai import BadRequestError, OpenAI
 
@@ -185,3 +186,11 @@ def test_arguments_that_are_no_json_are_named(arguments: str) -> None:
 def test_developers_are_what_the_template_calls_them(role: str) -> None:
     message = Message.model_validate({"role": "developer", "content": [{"type": "text", "text": "Be brief."}]})
     assert template_messages([message], role) == [{"role": role, "content": "Be brief."}]
+
+
+@pytest.mark.parametrize("name", ["self", "template", "kwargs"])
+def test_a_variable_of_the_template_may_have_any_name(demo: Any, client: OpenAI, name: str) -> None:
+    given = {"chat_template_kwargs": {name: 1}}
+    assert ask(client, user("Hello"), given, max_completion_tokens=1).usage.completion_tokens == 1
+    body = {"messages": user("Hello"), **given}
+    assert httpx.post(f"{demo.base_url}/tokenize", json=body).status_code == 200
