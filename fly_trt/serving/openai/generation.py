@@ -14,7 +14,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fly_trt.errors import FlyError, RequestError
+from fly_trt.errors import RequestError
 from fly_trt.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from fly_trt.params import RequestOutputKind, SamplingParams
 from fly_trt.serving.openai.config import SpecDecodeMetrics
@@ -177,13 +177,16 @@ async def _generate(writer: Writer, prompts: Sequence[Prompt]) -> Outputs:
             async for output in outputs:
                 yield 0, output
         return
-    arrivals: asyncio.Queue[tuple[int, RequestOutput | FlyError]] = asyncio.Queue()
-    tasks = [asyncio.create_task(_forward(number, stream, arrivals)) for number, stream in enumerate(streams)]
+    arrivals: asyncio.Queue[tuple[int, RequestOutput | Exception]] = asyncio.Queue()
+    tasks = []
     try:
+        for number, stream in enumerate(streams):
+            tasks.append(asyncio.create_task(_forward(number, stream, arrivals)))
+            await asyncio.sleep(0)  # others have their turn between any two prompts, which take time to be read
         num_open = len(tasks)
         while num_open:
             number, arrival = await arrivals.get()
-            if isinstance(arrival, FlyError):
+            if isinstance(arrival, Exception):
                 raise arrival
             num_open -= arrival.finished
             yield number, arrival
@@ -202,7 +205,7 @@ async def _forward(
                 arrivals.put_nowait((number, output))
         except RequestError as error:
             arrivals.put_nowait((number, type(error)(f"prompt[{number}]: {error}")))
-        except FlyError as error:
+        except Exception as error:  # a bug too ends the request, which would wait for ever otherwise
             arrivals.put_nowait((number, error))
 
 

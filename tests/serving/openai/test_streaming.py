@@ -1,18 +1,23 @@
 """Server-sent events: what is on the wire, what ends a stream in the middle, and clients that go away."""
 
+import asyncio
 import itertools
 import json
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from openai import APIError, BadRequestError, OpenAI
 
+from fly_trt import SamplingParams
 from fly_trt.engines.onnxruntime import OnnxRuntimeEngine
+from fly_trt.serving.openai import generation
+from fly_trt.text.prompts import PromptReader
 
 PROMPT = "### Instruction:\nSpell out: 21.\n### Response:\n"
 # A request that runs until somebody ends it: with slow steps for half a minute.
@@ -175,3 +180,46 @@ def test_an_engine_that_breaks_in_the_middle_is_the_last_event(
     assert last["error"]["type"] == "service_unavailable_error"
     response = httpx.post(f"{broken.base_url}/v1/completions", json={"prompt": PROMPT})
     assert response.status_code == 503
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_bug_at_one_of_several_prompts_ends_the_request(
+    demo: Any, monkeypatch: pytest.MonkeyPatch, streams: bool
+) -> None:
+    tokenize = PromptReader.tokenize
+
+    def break_at_the_second(reader: Any, prompt: Any, **more: Any) -> Any:
+        assert prompt != "second", "a bug"
+        return tokenize(reader, prompt, **more)
+
+    monkeypatch.setattr(PromptReader, "tokenize", break_at_the_second)
+    body = {"prompt": [PROMPT, "second", PROMPT], "stream": streams, "max_tokens": 1900, "ignore_eos": True}
+    response = httpx.post(f"{demo.base_url}/v1/completions", json=body, timeout=60)
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+    wait_until(lambda: num_running(demo) == 0)
+
+
+def test_others_have_their_turn_between_the_prompts_of_a_request(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[str] = []
+    tokenize = PromptReader.tokenize
+
+    def note(reader: Any, prompt: Any, **more: Any) -> Any:
+        turns.append("prompt")
+        return tokenize(reader, prompt, **more)
+
+    async def tick() -> None:
+        while True:
+            turns.append("tick")
+            await asyncio.sleep(0)
+
+    async def generate() -> None:
+        ticking = asyncio.create_task(tick())
+        writer = SimpleNamespace(llm=demo.pool.choose(), params=SamplingParams(max_tokens=1))
+        async for _ in generation._generate(writer, [PROMPT] * 20):
+            pass
+        ticking.cancel()
+
+    monkeypatch.setattr(PromptReader, "tokenize", note)
+    asyncio.run(generate())
+    assert turns.count("prompt") == 20
+    assert ("prompt", "prompt") not in itertools.pairwise(turns)
