@@ -18,7 +18,8 @@ from fly_trt.serving.openai.pool import EnginePool
 
 def make_app(pool: EnginePool, config: ServerConfig) -> FastAPI:
     """The application that an ASGI server runs. `app.state.lifecycle` is how that one says that it stops."""
-    app = FastAPI(title="fly-serve", docs_url=None, redoc_url=None, openapi_url=None)
+    # Without redirects: they would name whatever host and scheme the request came with.
+    app = FastAPI(title="fly-serve", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.router.route_class = JsonRoute
     app.state.lifecycle = lifecycle = Lifecycle(config.drain_timeout)
     pool.observe = RequestLog(log_requests=config.log_requests, log_texts=config.log_texts)

@@ -34,6 +34,7 @@ class JsonRoute(APIRoute):
 
         async def handle_json(request: Request) -> Response:
             _check_content_type(request.headers.get("content-type"))
+            _check_content_encoding(request.headers.get("content-encoding", "identity"))
             return await handle(_JsonRequest(request, parse_json(await request.body())))
 
         return handle_json
@@ -100,6 +101,11 @@ def _check_content_type(given: str | None) -> None:
     kind = message.get_content_type() if given else "none"
     if not (kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))):
         raise ApiError(415, f"content type {kind}: expected application/json", code="unsupported_content_type")
+
+
+def _check_content_encoding(given: str) -> None:
+    if given.strip().lower() != "identity":
+        raise ApiError(415, f"content encoding {given}: send the body as it is", code="unsupported_content_encoding")
 
 
 def _read_float(text: str) -> float:

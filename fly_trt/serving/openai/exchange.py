@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 REQUEST_ID = "X-Request-Id"
 SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 MAX_PATH = 200  # characters of one in a log
+MAX_CLIENT = 80  # likewise
 
 
 @dataclass(slots=True)
@@ -163,6 +164,11 @@ def _internal_error(request_id: str) -> ApiError:
     return ApiError(500, message, code="internal_error")
 
 
+def _printable(text: str) -> str:
+    """A proxy's X-Forwarded-For may be anything that a client made up."""
+    return ascii(text)[1:-1][:MAX_CLIENT]
+
+
 def _log_access(scope: Scope, exchange: Exchange, seconds: float) -> None:
     """One line. The path as it was sent, which is ASCII, and not its query."""
     path = scope.get("raw_path", b"").partition(b"?")[0].decode("ascii", "backslashreplace")[:MAX_PATH]
@@ -170,7 +176,7 @@ def _log_access(scope: Scope, exchange: Exchange, seconds: float) -> None:
     notes = [note for note in (scope["state"].get("error"), "" if exchange.is_complete else "client gone") if note]
     access_logger.info(
         "%s %s %s %s %.0f ms, %d+%d tokens, id %s%s",
-        f"{client[0]}:{client[1]}" if client else "-",
+        _printable(f"{client[0]}:{client[1]}") if client else "-",
         scope["method"],
         path,
         exchange.status or "-",

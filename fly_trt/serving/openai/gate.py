@@ -44,7 +44,7 @@ class GateMiddleware:
         if not self._digests:
             return
         scheme, _, key = (given or "").partition(" ")
-        digest = _digest(key.strip().encode("latin-1"))  # the bytes that were sent
+        digest = _digest(key.strip(" \t").encode("latin-1"))  # the bytes that were sent
         # All of them, each in constant time: how long it takes says nothing of a key.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if scheme.lower() != "bearer" or not any(matches):

@@ -39,6 +39,8 @@ class LimitsMiddleware:
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes:
         announced = headers.get("content-length", "")
+        if announced and "transfer-encoding" in headers:
+            raise ApiError(400, "both Content-Length and Transfer-Encoding: send one of them", code="bad_http")
         limit, most = self._max_body_bytes, DISCARD_FACTOR * self._max_body_bytes
         if announced.isdecimal() and int(announced[:20]) > most:
             raise self._too_long()

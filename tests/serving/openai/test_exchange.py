@@ -83,6 +83,17 @@ def test_a_path_cannot_write_lines_of_its_own(server: ThreadServer, caplog: pyte
     assert "GET /a%0Ab 404" in line
 
 
+def test_a_forwarded_address_cannot_write_what_it_likes(server: ThreadServer, caplog: pytest.LogCaptureFixture) -> None:
+    forged = b"1.2.3.4\x1b[2K\x9b" + b"a" * 500
+    with server.wire() as wire:
+        wire.send(b"GET /health HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: " + forged + b"\r\n\r\n")
+        wait_until(lambda: access_lines(caplog))
+    (line,) = access_lines(caplog)
+    assert line.isascii()
+    assert line.isprintable()
+    assert len(line) < 250
+
+
 TEXTS: dict[str, tuple[str, Any]] = {
     "a prompt": ("/v1/completions", {"prompt": SECRET, "stop": [SECRET], "bad_words": [SECRET], "max_tokens": 2}),
     "a stream": ("/v1/completions", {"prompt": SECRET, "stream": True, "max_tokens": 2}),

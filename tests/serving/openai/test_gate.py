@@ -30,7 +30,7 @@ def llm(demo_engine: Path) -> Iterator[AsyncLLM]:
 
 @pytest.fixture(scope="module")
 def server(llm: AsyncLLM) -> Iterator[ThreadServer]:
-    with ThreadServer([llm], api_keys=("first key", "sécond")) as server:
+    with ThreadServer([llm], api_keys=("first key", "sécond", "voilà")) as server:
         yield server
 
 
@@ -56,10 +56,12 @@ def test_without_a_key_nothing_is_told(
     assert "first" not in response.text
 
 
-@pytest.mark.parametrize("authorization", [b"Bearer first key", b"bearer  first key", "Bearer sécond".encode()])
-def test_each_of_the_keys_opens(server: ThreadServer, authorization: bytes) -> None:
-    assert ask(server, "GET", "/v1/models", authorization).status_code == 200
-    assert ask(server, "POST", "/v1/completions", authorization, json=BODY).status_code == 200
+@pytest.mark.parametrize(
+    "authorization", [b"Bearer first key", b"bearer  first key", "Bearer sécond".encode(), "Bearer voilà".encode()]
+)
+def test_each_of_the_keys_opens(server: ThreadServer, authorization: str) -> None:
+    assert ask(server, "GET", "/v1/models", authorization.encode()).status_code == 200
+    assert ask(server, "POST", "/v1/completions", authorization.encode(), json=BODY).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/metrics"])
@@ -67,7 +69,9 @@ def test_probes_and_scrapers_need_no_key(server: ThreadServer, path: str) -> Non
     assert ask(server, "GET", path).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/health/../v1/models", "//v1/models", "/health/v1", "/page/../v1/models", "/HEALTH"])
+@pytest.mark.parametrize(
+    "path", ["/health/../v1/models", "//v1/models", "/health/v1", "/page/../v1/models", "/HEALTH", "/v1/models/"]
+)
 def test_no_path_goes_around_the_key(server: ThreadServer, path: str) -> None:
     with server.wire() as wire:
         answer = wire.send(f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode()).read()
@@ -127,3 +131,16 @@ def test_what_a_web_page_may_send_without_being_asked_is_refused(llm: AsyncLLM, 
         headers = {} if kind is None else {"Content-Type": kind}
         response = httpx.post(f"{server.url}/v1/completions", content=b'{"prompt": "a"}', headers=headers)
     assert (response.status_code, response.json()["error"]["code"]) == (415, "unsupported_content_type")
+
+
+def test_no_answer_sends_a_client_elsewhere(llm: AsyncLLM) -> None:
+    with ThreadServer([llm]) as server:
+        response = httpx.post(f"{server.url}/v1/completions/", json=BODY, headers={"Host": "elsewhere.example"})
+    assert (response.status_code, response.headers.get("location")) == (404, None)
+
+
+@pytest.mark.parametrize(("encoding", "status"), [("gzip", 415), ("br", 415), ("identity", 200)])
+def test_bodies_are_not_unpacked(llm: AsyncLLM, encoding: str, status: int) -> None:
+    with ThreadServer([llm]) as server:
+        response = httpx.post(f"{server.url}/v1/completions", json=BODY, headers={"Content-Encoding": encoding})
+    assert response.status_code == status

@@ -145,3 +145,13 @@ def test_what_comes_behind_a_body_is_another_request(server: ThreadServer) -> No
         answer = wire.send(request + b"more\r\n\r\n").read()
     assert answer.startswith(b"HTTP/1.1 200")
     assert b"HTTP/1.1 400" in answer
+
+
+def test_a_body_with_two_lengths_is_refused_and_nothing_behind_it_read(server: ThreadServer) -> None:
+    head = post("/v1/completions", BODY).partition(b"\r\n\r\n")[0]
+    assert b"Content-Length" in head
+    behind = b"GET /version HTTP/1.1\r\nHost: a\r\n\r\n"
+    with server.wire() as wire:
+        answer = wire.send(head + b"\r\nTransfer-Encoding: chunked\r\n\r\n" + chunked(BODY, 100) + behind).read()
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
