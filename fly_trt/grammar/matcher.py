@@ -95,7 +95,16 @@ class GrammarMatcher:
 
     def follow(self, output: IntArray, ahead: IntArray, proposed: IntArray) -> tuple[int, IntArray]:
         """How many of the first `proposed` tokens may follow `output` and the draft tokens `ahead`, as `masks` has it;
-        and what is forced where they end, behind the last one or in place of the next. Nothing follows an end token."""
+        and what is forced where they end, behind the last one or in place of the next. Nothing follows an end token, or
+        is forced where the grammar's cost is beyond its limits: that is for `masks` to say, whose errors are the
+        sequence's own, while drafts are made for all of a batch at once."""
+        try:
+            return self._look_ahead(output, ahead, proposed)
+        except RequestError:
+            return 0, NO_TOKENS
+
+    def _look_ahead(self, output: IntArray, ahead: IntArray, proposed: IntArray) -> tuple[int, IntArray]:
+        """`follow`. Raises RequestError as `masks` does."""
         self._read(output)
         tokens = ahead.tolist()
         if not self._ends.isdisjoint(tokens):

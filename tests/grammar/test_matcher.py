@@ -193,6 +193,19 @@ def test_a_grammar_beyond_its_limits_ends_its_request_in_one_line() -> None:
         go_on()
 
 
+def test_drafts_behind_a_grammar_beyond_its_limits_are_none_and_no_error() -> None:
+    """Drafts are made for a whole batch: an error would be everybody's."""
+    matcher = matcher_of("byte level", COSTLY)
+    first, more = (tokenizer_of("byte level").token_to_id(text) for text in "ba")
+    proposed = np.array([more])
+    for length in range(2 * MAX_RESTARTS):
+        num_allowed, _ = matcher.follow(np.array([first] + [more] * length), NO_TOKENS, proposed)
+    assert not num_allowed
+    assert not len(matcher.forced(np.array([first] + [more] * length)))
+    with pytest.raises(RequestError, match="make it simpler"):
+        matcher.masks(np.array([first] + [more] * length), NO_TOKENS)
+
+
 def test_a_sequence_that_fills_what_others_with_its_grammar_share_disturbs_none_of_them() -> None:
     kind = "byte level"
     first, more, good = (tokenizer_of(kind).token_to_id(text) for text in "ba0")

@@ -223,3 +223,15 @@ def test_others_have_their_turn_between_the_prompts_of_a_request(demo: Any, monk
     asyncio.run(generate())
     assert turns.count("prompt") == 20
     assert ("prompt", "prompt") not in itertools.pairwise(turns)
+
+
+def test_a_schema_beyond_its_limits_ends_no_answer_of_others(demo: Any, client: OpenAI) -> None:
+    properties = {f"property_{number}": {"type": "string", "pattern": "^[a-z]{1,64}$"} for number in range(1000)}
+    schema = {"json": {"type": "object", "properties": properties}}
+    body = {"prompt": PROMPT, "max_tokens": 8, "structured_outputs": schema}
+    mine = client.completions.create(model="demo", prompt=PROMPT, stream=True, extra_body=ENDLESS)
+    next(mine)
+    for _ in range(3):
+        response = httpx.post(f"{demo.base_url}/v1/completions", json=body, timeout=60)
+        assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert [chunk.choices[0].finish_reason for chunk in mine][-1] == "length"
