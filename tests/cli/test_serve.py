@@ -29,7 +29,9 @@ def run(*arguments: str) -> Result:
         (["--write-timeout", "nan"], "write_timeout nan: expected seconds, above 0"),
         (["--api-key", ""], "api_keys: an empty one"),
         (["--served-model-name", ""], "model_names: an empty one"),
-        (["--ssl-certfile", "nothing.pem"], "TLS: nothing.pem, None: "),
+        (["--ssl-certfile", "nothing.pem"], "TLS: nothing.pem: "),
+        (["--root-path", "fly"], "root_path 'fly': expected a path"),
+        (["--uds", "/nowhere/fly.sock"], "/nowhere/fly.sock: No such file or directory"),
         (["--ssl-keyfile", "key.pem"], "ssl_keyfile: has no effect without ssl_certfile"),
         (["--host", "256.1.1.1", "--port", "0"], "256.1.1.1:0: "),
     ],
@@ -55,6 +57,20 @@ def test_a_port_that_is_taken_is_one_line(demo_engine: Path) -> None:
         result = run(str(demo_engine), "--num-threads", "1", "--port", str(port))
     assert result.exit_code == 2
     assert re.fullmatch(rf"fly-serve: 127\.0\.0\.1:{port}: Address already in use\n", result.stderr)
+
+
+def test_a_socket_takes_the_place_of_no_file_and_no_other_server(demo_engine: Path, tmp_path: Path) -> None:
+    file, taken = tmp_path / "notes.txt", tmp_path / "taken.sock"
+    file.write_text("kept", encoding="utf-8")
+    result = run(str(demo_engine), "--num-threads", "1", "--uds", str(file))
+    assert (result.exit_code, result.stderr) == (2, f"fly-serve: {file}: File exists\n")
+    assert file.read_text(encoding="utf-8") == "kept"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(taken))
+        other.listen()
+        result = run(str(demo_engine), "--num-threads", "1", "--uds", str(taken))
+        assert (result.exit_code, result.stderr) == (2, f"fly-serve: {taken}: Address already in use\n")
+        assert taken.is_socket()
 
 
 @pytest.mark.parametrize("missing", ["fastapi", "uvicorn"])

@@ -51,6 +51,9 @@ class ServerConfig:
             if not all(getattr(self, name)):
                 raise ConfigError(f"{name}: an empty one: leave it out, or give it a value")
 
+        if self.root_path and not self.root_path.startswith("/"):
+            raise ConfigError(f"root_path {self.root_path!r}: expected a path, such as '/fly'")
+
     def check_model(self, asked: str | None) -> str:
         """The name that an answer has. None is the one model that there is. Raises ApiError for an unknown one."""
         if asked is None:

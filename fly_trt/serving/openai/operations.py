@@ -121,9 +121,11 @@ def make_operations_router(pool: EnginePool, config: ServerConfig, lifecycle: Li
         size = tokenizer.get_vocab_size()
         if (most := max(body.tokens, default=0)) >= size:
             raise ApiError(400, f"tokens: {most} is not a token id, expected 0 to {size - 1}", param="tokens")
-        decode = tokenizer.decode
-        text = await _beside_the_loop(len(body.tokens), lambda: decode(body.tokens, skip_special_tokens=False))
-        return {"prompt": text}
+        # decode would keep Python's lock
+        texts = await _beside_the_loop(
+            len(body.tokens), lambda: tokenizer.decode_batch([body.tokens], skip_special_tokens=False)
+        )
+        return {"prompt": texts[0]}
 
     return router
 

@@ -5,7 +5,10 @@ one, or the end of the drain's time, ends answers with an error. It knows nothin
 """
 
 import asyncio
+import contextlib
+import errno
 import logging
+import os
 import signal
 import socket
 import ssl
@@ -54,6 +57,7 @@ class Address:
     def bind(self) -> socket.socket | None:
         """None for a Unix socket, which uvicorn makes. Raises OSError for what cannot be listened at."""
         if self.uds is not None:
+            _check_uds(Path(self.uds))
             return None
         try:
             infos = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -66,6 +70,19 @@ class Address:
             return f"unix:{self.uds}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'https' if self.ssl_certfile else 'http'}://{host}:{bound.getsockname()[1]}"
+
+
+def _check_uds(path: Path) -> None:
+    """Raises OSError where a socket cannot be made in place of what is there: no folder, a file, another server's."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(ConnectionRefusedError):
+        probe.connect(str(path))
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), str(path))
 
 
 def _bound(family: int, kind: int, protocol: int, _: str, where: Any) -> socket.socket:
@@ -158,7 +175,8 @@ def serve(
     except (OSError, ValueError) as error:
         if bound is not None:
             bound.close()
-        raise ConfigError(f"TLS: {address.ssl_certfile}, {address.ssl_keyfile}: {error}") from None
+        files = ", ".join(filter(None, (address.ssl_certfile, address.ssl_keyfile, address.ssl_ca_certs)))
+        raise ConfigError(f"TLS: {files}: {error}") from None
     server = Server(uvicorn_config, pool, app.state.lifecycle, lambda: when_ready(address.url(bound)))
     try:
         server.run(sockets=None if bound is None else [bound])
