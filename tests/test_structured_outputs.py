@@ -113,7 +113,7 @@ def test_a_request_without_a_form_makes_nothing(demo_engine: Path, monkeypatch: 
     def fail(*_: object) -> None:
         raise AssertionError("a vocabulary was made")
 
-    monkeypatch.setattr(compiler, "_make_vocabulary", fail)
+    monkeypatch.setattr(compiler, "make_vocabulary", fail)
     monkeypatch.setattr(GrammarCompiler, "compile", fail)
     with LLM(demo_engine) as serving:
         assert serving.generate(PROMPTS[0], SamplingParams(max_tokens=4), use_tqdm=False)

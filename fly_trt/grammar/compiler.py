@@ -13,15 +13,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
-from fly_trt.errors import ConfigError, FlyError, RequestError
+from fly_trt.errors import FlyError, RequestError
 from fly_trt.grammar.masks import num_words, words_of
 from fly_trt.grammar.matcher import Beginning, GrammarMatcher, short_error
 from fly_trt.grammar.structured_outputs import StructuredOutputs
+from fly_trt.grammar.vocabulary import Vocabulary, make_vocabulary
 
 MAX_CACHED = 128
 MAX_CACHED_CHARACTERS = 2_000_000
@@ -37,16 +38,6 @@ LIMITS: dict[str, Any] = {
 }
 STACK_BYTES = 128 * 2**20  # of which only what is used costs memory
 _STACK_SIZE_LOCK = threading.Lock()
-END_OF_TEXT = "<|fly_trt: the end of a grammar's text|>"
-
-
-class Vocabulary(NamedTuple):
-    """`tokens`: llguidance's LLTokenizer. `size`: its tokens, at least those of the model. `end_id`: the one of them
-    that ends a text and that no text or model has."""
-
-    tokens: Any
-    size: int
-    end_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,25 +122,8 @@ class GrammarCompiler:
     def _read_vocabulary(self) -> Vocabulary:
         with self._vocabulary_lock:
             if self._vocabulary is None:
-                self._vocabulary = _make_vocabulary(self._tokenizer, self._vocab_size)
+                self._vocabulary = make_vocabulary(self._tokenizer, self._vocab_size)
             return self._vocabulary
-
-
-def _make_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
-    try:
-        from llguidance import LLTokenizer
-    except ImportError:
-        raise ConfigError("structured_outputs: needs llguidance: pip install 'fly-trt[structured]'") from None
-    own: Tokenizer = Tokenizer.from_str(tokenizer.to_str())
-    own.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-    ids = own.get_vocab(with_added_tokens=True)
-    size, end_id = max(vocab_size, max(ids.values()) + 1), ids[END_OF_TEXT]
-    try:
-        return Vocabulary(LLTokenizer(own.to_str(), n_vocab=size, eos_token=end_id), size, end_id)
-    except ValueError as error:
-        raise ConfigError(
-            f"structured_outputs: llguidance cannot read this tokenizer ({short_error(str(error))}): leave it out"
-        ) from None
 
 
 def _name(wanted: StructuredOutputs) -> str:

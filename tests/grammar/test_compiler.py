@@ -202,8 +202,8 @@ def test_importing_the_package_loads_no_grammar_library() -> None:
 
 def test_the_tokenizer_is_read_once_and_only_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    make = compiler._make_vocabulary
-    monkeypatch.setattr(compiler, "_make_vocabulary", lambda *given: (made.append(1), make(*given))[1])
+    make = compiler.make_vocabulary
+    monkeypatch.setattr(compiler, "make_vocabulary", lambda *given: (made.append(1), make(*given))[1])
     grammars = GrammarCompiler(letters_of(20), 20)
     assert made == []
     for regex in ("A", "B"):
