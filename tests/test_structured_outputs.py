@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from eval_prompts import load_eval_prompts
-from fly_trt import LLM, AcceptanceParams, AsyncLLM, RequestError, SamplingParams, StructuredOutputs
+from fly_trt import LLM, AcceptanceParams, AsyncLLM, ConfigError, RequestError, SamplingParams, StructuredOutputs
 from fly_trt.cli.generate import main
 from fly_trt.grammar import GrammarCompiler, compiler
 
@@ -117,6 +118,29 @@ def test_a_request_without_a_form_makes_nothing(demo_engine: Path, monkeypatch: 
     monkeypatch.setattr(GrammarCompiler, "compile", fail)
     with LLM(demo_engine) as serving:
         assert serving.generate(PROMPTS[0], SamplingParams(max_tokens=4), use_tqdm=False)
+
+
+def test_a_server_can_have_the_tokenizer_read_before_the_first_request(
+    demo_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    make = compiler.make_vocabulary
+    monkeypatch.setattr(compiler, "make_vocabulary", lambda *given: (made.append(1), make(*given))[1])
+    with LLM(demo_engine) as serving:
+        assert made == []
+        serving.warm_up_grammars()
+        assert made == [1]
+        assert serving.generate(PROMPTS[0], params("choice"), use_tqdm=False)[0].outputs[0].text in CHOICES
+        assert made == [1]
+
+
+def test_without_the_library_of_grammars_others_are_served(demo_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with LLM(demo_engine) as serving:
+        serving.warm_up_grammars()
+        assert serving.generate(PROMPTS[0], SamplingParams(max_tokens=4), use_tqdm=False)
+        with pytest.raises(ConfigError, match="needs llguidance"):
+            serving.generate(PROMPTS[0], params("choice"), use_tqdm=False)
 
 
 def test_the_event_loop_goes_on_while_a_form_is_compiled(demo_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 """What `LLM` and `AsyncLLM` have in common: loading, chat templates, metrics and shutdown."""
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fly_trt.drafting import Drafter, MakeDrafter
 from fly_trt.engines.directory import LoadedEngines
+from fly_trt.errors import FlyError
 from fly_trt.grammar import StructuredOutputs
 from fly_trt.params import SpeculativeConfig
 from fly_trt.service.config import ServiceConfig
@@ -53,6 +55,12 @@ class Facade:
         """Has it ready for requests, or finds out why not. Raises RequestError for what cannot be compiled, ConfigError
         without llguidance."""
         self._service.compile_grammar(structured_outputs)
+
+    def warm_up_grammars(self) -> None:
+        """Reads the tokenizer for grammars, which the first request with one does otherwise while others stand still.
+        Nothing where none can be served, as such a request will be told."""
+        with contextlib.suppress(FlyError):
+            self._service.compile_grammar(StructuredOutputs(json_object=True))
 
     def metrics(self) -> dict[str, float]:
         """Counters, gauges and histogram buckets since the start, by Prometheus name."""

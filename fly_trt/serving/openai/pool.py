@@ -152,7 +152,7 @@ def group_devices(devices: Sequence[int], num_ranks: int) -> list[list[int]]:
 
 
 def load_pool(load: Sequence[Callable[[], AsyncLLM]], queue_timeout: float | None) -> EnginePool:
-    """Loads one engine after the other; where one fails, those before it end."""
+    """Loads one engine after the other, ready for grammars; where one fails, those before it end."""
     if queue_timeout is not None and not queue_timeout > 0:
         raise ConfigError(f"queue_timeout {queue_timeout!r}: expected seconds, above 0")
     with contextlib.ExitStack() as stack:
@@ -160,5 +160,6 @@ def load_pool(load: Sequence[Callable[[], AsyncLLM]], queue_timeout: float | Non
         for load_one in load:
             llms.append(load_one())
             stack.callback(llms[-1].shutdown)
+            llms[-1].warm_up_grammars()
         stack.pop_all()
     return EnginePool(llms, queue_timeout=queue_timeout)

@@ -9,6 +9,7 @@ import pytest
 
 from fly_trt import AsyncLLM, ConfigError, EngineError, RequestError, RequestOutput, SamplingParams
 from fly_trt.errors import EngineDeadError
+from fly_trt.grammar import StructuredOutputs, compiler
 from fly_trt.serving.openai.errors import ApiError
 from fly_trt.serving.openai.pool import EnginePool, PooledEngine, device_groups, group_devices, load_pool
 
@@ -192,6 +193,15 @@ def test_where_one_engine_does_not_load_those_before_it_end(demo_engine: Path) -
         load_pool([load, lambda: AsyncLLM(demo_engine / "nothing")], None)
     with pytest.raises(ConfigError, match="this LLM was shut down"):
         loaded[0].check_health()
+
+
+def test_engines_are_loaded_ready_for_grammars(llms: tuple[AsyncLLM, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("the tokenizer was read for a request")
+
+    monkeypatch.setattr(compiler, "make_vocabulary", fail)
+    for llm in llms:
+        llm.compile_grammar(StructuredOutputs(regex="a+"))
 
 
 @pytest.mark.parametrize("timeout", [0, -1.0, float("nan")])
