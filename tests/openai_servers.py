@@ -16,8 +16,8 @@ from typing import Any, Self
 from fly_trt import AsyncLLM
 from fly_trt.serving.openai.app import make_app
 from fly_trt.serving.openai.config import ServerConfig
+from fly_trt.serving.openai.http.server import Address, serve
 from fly_trt.serving.openai.pool import EnginePool
-from fly_trt.serving.openai.server import Address, serve
 
 SECONDS = 60.0  # in which what must come has to come, on any machine
 

@@ -131,7 +131,7 @@ def main(engine_dir: Path, **flags: Any) -> None:
 def _run(engine_dir: Path, flags: dict[str, Any]) -> int:
     try:
         from fly_trt.serving.openai.app import make_app
-        from fly_trt.serving.openai.server import Address, serve
+        from fly_trt.serving.openai.http.server import Address, serve
     except ModuleNotFoundError as error:
         raise ConfigError(f"fly-serve needs {error.name}: pip install 'fly-trt[serve]'") from None
 

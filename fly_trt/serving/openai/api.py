@@ -6,16 +6,16 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from fly_trt.errors import RequestError
-from fly_trt.serving.openai import chat, completions
-from fly_trt.serving.openai.answer_form import ToolCalling
-from fly_trt.serving.openai.bodies import JsonRoute
+from fly_trt.serving.openai.answers import chat, completions
+from fly_trt.serving.openai.answers.generation import Shared, respond
+from fly_trt.serving.openai.answers.token_text import TokenReader
 from fly_trt.serving.openai.config import ServerConfig
-from fly_trt.serving.openai.generation import Shared, respond
-from fly_trt.serving.openai.messages import developer_role
+from fly_trt.serving.openai.http.bodies import JsonRoute
 from fly_trt.serving.openai.pool import EnginePool
-from fly_trt.serving.openai.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
-from fly_trt.serving.openai.sampling import Defaults
-from fly_trt.serving.openai.token_text import TokenReader
+from fly_trt.serving.openai.requests.answer_form import ToolCalling
+from fly_trt.serving.openai.requests.messages import developer_role
+from fly_trt.serving.openai.requests.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from fly_trt.serving.openai.requests.sampling import Defaults
 from fly_trt.text.chat import ChatTemplate
 
 

@@ -4,16 +4,17 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from fly_trt.serving.openai.api import make_api_router
-from fly_trt.serving.openai.bodies import JsonRoute
 from fly_trt.serving.openai.config import ServerConfig
-from fly_trt.serving.openai.errors import add_handlers
-from fly_trt.serving.openai.exchange import REQUEST_ID, ExchangeMiddleware, RequestLog
-from fly_trt.serving.openai.gate import GateMiddleware
-from fly_trt.serving.openai.lifecycle import Lifecycle
-from fly_trt.serving.openai.limits import LimitsMiddleware
+from fly_trt.serving.openai.http.bodies import JsonRoute
+from fly_trt.serving.openai.http.errors import add_handlers
+from fly_trt.serving.openai.http.exchange import REQUEST_ID, ExchangeMiddleware
+from fly_trt.serving.openai.http.gate import GateMiddleware
+from fly_trt.serving.openai.http.lifecycle import Lifecycle
+from fly_trt.serving.openai.http.limits import LimitsMiddleware
 from fly_trt.serving.openai.operations import make_operations_router
 from fly_trt.serving.openai.page import make_page_router
 from fly_trt.serving.openai.pool import EnginePool
+from fly_trt.serving.openai.request_log import RequestLog
 
 
 def make_app(pool: EnginePool, config: ServerConfig) -> FastAPI:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from fly_trt.checks import check_at_least, is_number
 from fly_trt.errors import ConfigError
-from fly_trt.serving.openai.errors import model_not_found
+from fly_trt.serving.openai.http.errors import model_not_found
 
 MAX_BODY_BYTES = 4_000_000
 BODY_SECONDS = 30.0

@@ -12,15 +12,15 @@ from starlette.responses import Response
 from fly_trt import __version__
 from fly_trt.async_llm import AsyncLLM
 from fly_trt.errors import RequestError
-from fly_trt.serving.openai.bodies import JsonRoute
 from fly_trt.serving.openai.config import ServerConfig
-from fly_trt.serving.openai.errors import ApiError
-from fly_trt.serving.openai.lifecycle import Lifecycle
-from fly_trt.serving.openai.messages import developer_role, template_messages
+from fly_trt.serving.openai.http.bodies import JsonRoute
+from fly_trt.serving.openai.http.errors import ApiError
+from fly_trt.serving.openai.http.lifecycle import Lifecycle
 from fly_trt.serving.openai.metrics import pool_registry
 from fly_trt.serving.openai.pool import EnginePool
-from fly_trt.serving.openai.protocol import Message, Tool
-from fly_trt.serving.openai.tool_calls.tools import read_tools
+from fly_trt.serving.openai.requests.messages import developer_role, template_messages
+from fly_trt.serving.openai.requests.protocol import Message, Tool
+from fly_trt.serving.openai.requests.tool_calls.tools import read_tools
 from fly_trt.text.chat import ChatTemplate
 
 LONG_TEXT = 20_000  # characters; more are tokenised beside the event loop

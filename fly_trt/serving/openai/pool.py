@@ -18,7 +18,7 @@ from fly_trt.errors import ConfigError, EngineDeadError, FlyError, RequestError,
 from fly_trt.manifest import Manifest, read_manifest
 from fly_trt.outputs import RequestOutput
 from fly_trt.params import SamplingParams
-from fly_trt.serving.openai.errors import ApiError
+from fly_trt.serving.openai.http.errors import ApiError
 from fly_trt.text.prompts import Prompt
 
 Observer = Callable[[Prompt, SamplingParams, RequestOutput | None], None]

@@ -10,7 +10,7 @@ import pytest
 from fly_trt import AsyncLLM, ConfigError, EngineError, RequestError, RequestOutput, SamplingParams
 from fly_trt.errors import EngineDeadError
 from fly_trt.grammar import StructuredOutputs, compiler
-from fly_trt.serving.openai.errors import ApiError
+from fly_trt.serving.openai.http.errors import ApiError
 from fly_trt.serving.openai.pool import EnginePool, PooledEngine, device_groups, group_devices, load_pool
 
 LONG = SamplingParams(max_tokens=1500, ignore_eos=True)

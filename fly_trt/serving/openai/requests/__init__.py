@@ -1,0 +1,1 @@
+"""What a client asks for: from a parsed body to prompts with SamplingParams."""

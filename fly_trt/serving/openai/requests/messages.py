@@ -1,0 +1,75 @@
+"""What a chat's messages are for a template: texts, roles, and tool calls with their arguments as objects."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from fly_trt.errors import RequestError
+from fly_trt.serving.openai.requests.protocol import Message, ToolCall
+
+TEXT_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
+
+
+def developer_role(template: str) -> str:
+    """The role that a template knows OpenAI's newer name of the system as."""
+    return "developer" if "developer" in template else "system"
+
+
+def template_messages(messages: Sequence[Message], developer: str) -> list[Any]:
+    """developer: see developer_role. Raises RequestError, with the message's number, for what no text model reads."""
+    roles = {"developer": developer}
+    return [
+        _template_message(f"messages[{number}]", message, roles.get(message.role, message.role))
+        for number, message in enumerate(messages)
+    ]
+
+
+def _template_message(name: str, message: Message, role: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"role": role, "content": _text(name, message)}
+    if message.name is not None:
+        found["name"] = message.name
+    if message.tool_call_id is not None:
+        found["tool_call_id"] = message.tool_call_id
+    if message.reasoning_content is not None:
+        found["reasoning_content"] = message.reasoning_content
+    if message.tool_calls:
+        if message.role != "assistant":
+            raise RequestError(f"{name}.tool_calls: of role {message.role!r}, expected assistant")
+        found["tool_calls"] = [
+            _tool_call(f"{name}.tool_calls[{number}]", call) for number, call in enumerate(message.tool_calls)
+        ]
+    return found
+
+
+def _text(name: str, message: Message) -> str:
+    content = message.content
+    if isinstance(content, str):
+        return content
+    if content is None:
+        if message.role == "assistant":
+            return message.refusal or ""
+        raise RequestError(f"{name}.content: missing for role {message.role!r}: expected a text")
+    return "".join(_part(f"{name}.content[{number}]", part) for number, part in enumerate(content))
+
+
+def _part(name: str, part: dict[str, Any]) -> str:
+    kind = part.get("type")
+    key = TEXT_PARTS.get(kind) if isinstance(kind, str) else None
+    if key is None:
+        raise RequestError(f"{name}.type {kind!r}: this model reads texts alone: expected 'text'")
+    text = part.get(key)
+    if not isinstance(text, str) or part.keys() - {"type", key}:
+        raise RequestError(f"{name}: expected {{'type': {kind!r}, {key!r}: '...'}}")
+    return text
+
+
+def _tool_call(name: str, call: ToolCall) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{name}.function.arguments: not JSON ({error}): send what the model called with") from None
+    return {
+        "type": "function",
+        "id": call.id,
+        "function": {"name": call.function.name, "arguments": arguments},
+    }
