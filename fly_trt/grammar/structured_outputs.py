@@ -3,9 +3,11 @@ grammar. Names are vLLM's. Nothing is compiled here; what can be seen to be wron
 """
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from decimal import Decimal
 from typing import Any
 
 from fly_trt.errors import RequestError
@@ -22,6 +24,7 @@ MAX_CHOICE_CHARACTERS = 2000
 MAX_PATTERN_CHARACTERS = 200
 MAX_DEPTH = 64
 MAX_SCHEMA_PARTS = 5000  # objects and arrays
+MAX_MULTIPLE = 20_000  # an automaton of digits has a state for each remainder
 MAX_GRAMMAR_PARTS = 600  # rules and brackets
 _GRAMMAR_PART = re.compile(r"::=|[:(\[]")
 _LARK_STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
@@ -117,6 +120,7 @@ def _read_schema(name: str, value: Any) -> str:
     if "x-guidance" in schema:
         raise RequestError(f"{name}: 'x-guidance': use disable_any_whitespace and whitespace_pattern instead")
     _check_parts(name, num_parts)
+    _check_multiples(name, [schema])
     return text
 
 
@@ -128,6 +132,33 @@ def _num_parts(name: str, value: Any, depth: int) -> int:
         raise _too_deep(name)
     parts = value.values() if isinstance(value, dict) else value
     return 1 + sum(_num_parts(name, part, depth - 1) for part in parts)
+
+
+def _check_multiples(name: str, schemas: list[Any]) -> None:
+    """Raises RequestError where a number may have to be a multiple of one with too many remainders. All of them are
+    taken together, as allOf may have it; zeros at the end of one cost nothing, wherever its point is."""
+    common = 1
+    for number in _multiples(schemas):
+        digits = "".join(map(str, Decimal(str(number)).as_tuple().digits)).rstrip("0")
+        common = math.lcm(common, int(digits or "1"))
+        if common > MAX_MULTIPLE:
+            raise RequestError(
+                f"{name}: multipleOf {number!s:.30}: a multiple of it and of those before it may have to be one of "
+                f"{Decimal(common):.6g}, at most {MAX_MULTIPLE}: use rounder ones, or fewer"
+            )
+
+
+def _multiples(value: Any) -> Iterator[int | float]:
+    """What is given as multipleOf anywhere."""
+    if isinstance(value, dict):
+        number = value.get("multipleOf")
+        if type(number) is int or (type(number) is float and math.isfinite(number)):
+            yield number
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return
+    for part in value:
+        yield from _multiples(part)
 
 
 def _too_deep(name: str) -> RequestError:
@@ -149,7 +180,7 @@ def _read_text(name: str, value: Any) -> str:
 def _read_grammar(name: str, value: Any) -> str:
     text = _read_text(name, value)
     _check_size(name, len(text), MAX_CHARACTERS["grammar"])
-    own, num_parts, start = "", 0, 0
+    own, num_parts, start, schemas = "", 0, 0, list[Any]()
     for found in _LARK_SCHEMA.finditer(text):
         if found.start() < start:
             continue  # within the last one
@@ -158,8 +189,10 @@ def _read_grammar(name: str, value: Any) -> str:
         except (ValueError, RecursionError):
             break  # what it is, the compiler will say
         num_parts += _num_parts(name, schema, MAX_DEPTH)
+        schemas.append(schema)
         own, start = own + text[start : found.start()], end
     _check_parts(name, num_parts)
+    _check_multiples(name, schemas)
     own = own + text[start:]
     _check_size(name, len(own), MAX_LARK_CHARACTERS)
     if (count := len(_GRAMMAR_PART.findall(_LARK_STRING.sub("", own)))) > MAX_GRAMMAR_PARTS:

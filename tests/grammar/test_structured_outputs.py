@@ -57,6 +57,17 @@ def nested(levels: int) -> dict:
             {"grammar": "\n".join(f'a{i}: %json {{"enum": {[[]] * 100}}}' for i in range(80))},
             "structured_outputs.grammar: 8160 objects and arrays, at most 5000",
         ),
+        (
+            {"json": {"multipleOf": 9999991}},
+            "structured_outputs.json: multipleOf 9999991: a multiple of it and of those",
+        ),
+        ({"json": {"multipleOf": 10**400 + 1}}, "structured_outputs.json: multipleOf 1000000000"),
+        ({"json": {"multipleOf": 5**10}}, "structured_outputs.json: multipleOf 9765625: "),
+        (
+            {"json": {"allOf": [{"multipleOf": 9973}, {"multipleOf": 0.9967}]}},
+            "structured_outputs.json: multipleOf 0.9967",
+        ),
+        ({"grammar": 'start: %json {"items": {"multipleOf": 99991}}'}, "structured_outputs.grammar: multipleOf 99991"),
         ({"regex": "a", "disable_any_whitespace": True}, "structured_outputs.disable_any_whitespace: has no effect on"),
         ({"choice": ["a"], "whitespace_pattern": " "}, "structured_outputs.whitespace_pattern: has no effect on a cho"),
         ({"json": {}, "disable_any_whitespace": 1}, "structured_outputs.disable_any_whitespace 1: expected True or F"),
@@ -103,6 +114,13 @@ def test_a_schema_that_is_changed_afterwards_changes_nothing() -> None:
 
 def test_what_is_as_deep_as_may_be_is_taken() -> None:
     assert StructuredOutputs(json=nested(MAX_DEPTH - 1)).kind == "json"
+
+
+def test_multiples_of_usual_numbers_are_taken() -> None:
+    steps = [0.01, 0.05, 0.25, 5, 7, 12, 60, 1000, 1e9, 1e-9, 0.5]
+    asked = StructuredOutputs(json={"properties": {f"p{i}": {"multipleOf": step} for i, step in enumerate(steps)}})
+    assert asked.kind == "json"
+    assert StructuredOutputs(json={"properties": {"multipleOf": {"enum": [{"multipleOf": True}]}}}).kind == "json"
 
 
 def test_schemas_and_strings_within_a_grammar_are_no_rules_of_it() -> None:
