@@ -77,12 +77,12 @@ class Speller:
         """Up to a byte that no token begins with."""
         start = 0
         while start < len(text):
-            ends = range(min(len(text), start + self._max_length), start, -1)
-            end = next((end for end in ends if text[start:end] in self._by_bytes), None)
-            if end is None:
+            lengths = *self._lengths.get(text[start : start + 2], ()), 1
+            words = (text[start : start + length] for length in lengths)
+            if (word := next((word for word in words if word in self._by_bytes), None)) is None:
                 return
-            yield self._by_bytes[text[start:end]]
-            start = end
+            yield self._by_bytes[word]
+            start += len(word)
 
     @cached_property
     def _by_bytes(self) -> dict[bytes, int]:
@@ -90,8 +90,12 @@ class Speller:
         return {word: token for token, word in reversed([*enumerate(self.tokens)]) if word[:1] not in (b"", SPECIAL)}
 
     @cached_property
-    def _max_length(self) -> int:
-        return max(map(len, self._by_bytes), default=0)
+    def _lengths(self) -> dict[bytes, list[int]]:
+        """Of the words that begin with two bytes, the longest first."""
+        found: dict[bytes, set[int]] = {}
+        for word in self._by_bytes:
+            found.setdefault(word[:2], set()).add(len(word))
+        return {start: sorted(lengths, reverse=True) for start, lengths in found.items()}
 
 
 def _has_a_name(token: AddedToken) -> bool:
