@@ -111,7 +111,8 @@ class ThreadServer:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
-        self.exit_code = serve(self.app, self.pool, self.config, Address(port=0), self._urls.put)
+        address = Address(port=0)
+        self.exit_code = serve(self.app, self.pool, self.config, address, address.bind(), self._urls.put)
 
     def __enter__(self) -> Self:
         self._thread.start()

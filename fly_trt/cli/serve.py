@@ -1,5 +1,6 @@
 """`fly-serve`: serves an engine directory over the OpenAI API."""
 
+import contextlib
 import functools
 import json
 import logging
@@ -137,15 +138,19 @@ def _run(engine_dir: Path, flags: dict[str, Any]) -> int:
 
     _set_up_logs(flags)
     address = Address(**{name: flags[name] for name in ADDRESS_FLAGS})
-    console = Console(stderr=True)
-    with console.status(f"loading {engine_dir}"):  # nothing where nobody looks
-        pool = _load(engine_dir, flags)
-    try:
-        config = _make_config(flags, pool)
-        app = make_app(pool, config)
-        return serve(app, pool, config, address, lambda url: click.echo(_summary(url, config, pool), err=True))
-    finally:
-        pool.shutdown()
+    with address.bind() or contextlib.nullcontext() as bound:  # before minutes are spent on loading
+        with Console(stderr=True).status(f"loading {engine_dir}"):  # nothing where nobody looks
+            pool = _load(engine_dir, flags)
+        try:
+            config = _make_config(flags, pool)
+            app = make_app(pool, config)
+
+            def tell(url: str) -> None:
+                click.echo(_summary(url, config, pool), err=True)
+
+            return serve(app, pool, config, address, bound, tell)
+        finally:
+            pool.shutdown()
 
 
 def _load(engine_dir: Path, flags: dict[str, Any]) -> "EnginePool":

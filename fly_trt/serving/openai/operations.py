@@ -1,7 +1,8 @@
 """What is not generation: health, readiness, version, metrics, the model's card, text to tokens and back."""
 
 import asyncio
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
@@ -11,19 +12,19 @@ from starlette.responses import Response
 
 from fly_trt import __version__
 from fly_trt.async_llm import AsyncLLM
-from fly_trt.errors import RequestError
+from fly_trt.service.admission import LONG_PROMPT
 from fly_trt.serving.openai.config import ServerConfig
 from fly_trt.serving.openai.http.bodies import JsonRoute
 from fly_trt.serving.openai.http.errors import ApiError
 from fly_trt.serving.openai.http.lifecycle import Lifecycle
 from fly_trt.serving.openai.metrics import pool_registry
 from fly_trt.serving.openai.pool import EnginePool
-from fly_trt.serving.openai.requests.messages import developer_role, template_messages
+from fly_trt.serving.openai.requests.messages import developer_role, render_messages
 from fly_trt.serving.openai.requests.protocol import Message, Tool
 from fly_trt.serving.openai.requests.tool_calls.tools import read_tools
 from fly_trt.text.chat import ChatTemplate
 
-LONG_TEXT = 20_000  # characters; more are tokenised beside the event loop
+T = TypeVar("T")
 
 
 class _Body(BaseModel):
@@ -105,7 +106,7 @@ def make_operations_router(pool: EnginePool, config: ServerConfig, lifecycle: Li
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         config.check_model(body.model)
         llm = pool.llms[0]
-        token_ids = await _beside_the_loop(_size(body), lambda: _token_ids(llm, body, developer_role(template)))
+        token_ids = await _token_ids(llm, body, developer_role(template))
         strings = [llm.tokenizer.id_to_token(token) for token in token_ids] if body.return_token_strs else None
         return {
             "count": len(token_ids),
@@ -130,29 +131,19 @@ def make_operations_router(pool: EnginePool, config: ServerConfig, lifecycle: Li
     return router
 
 
-def _token_ids(llm: AsyncLLM, body: TokenizeRequest, developer: str) -> list[int]:
+async def _token_ids(llm: AsyncLLM, body: TokenizeRequest, developer: str) -> list[int]:
     if body.messages is None:
-        adds = body.add_special_tokens is not False
-        return llm.tokenize(body.prompt or "", add_special_tokens=adds)
-    if taken := body.chat_template_kwargs.keys() & {"messages", "add_generation_prompt", "chat_template", "tools"}:
-        raise RequestError(f"chat_template_kwargs: {min(taken)} is a field of its own: give it there")
+        prompt, adds = body.prompt or "", body.add_special_tokens is not False
+        return await _beside_the_loop(len(prompt), lambda: llm.tokenize(prompt, add_special_tokens=adds))
     tools = [tool.as_template_variable() for tool in read_tools([each.model_dump() for each in body.tools or ()])]
-    rendered = llm.render_chat(
-        template_messages(body.messages, developer),
-        add_generation_prompt=body.add_generation_prompt,
-        chat_template=body.chat_template,
-        tools=tools or None,
-        **body.chat_template_kwargs,
-    )
+    own = {
+        "add_generation_prompt": body.add_generation_prompt,
+        "chat_template": body.chat_template,
+        "tools": tools or None,
+    }
+    rendered = await render_messages(llm, body.messages, developer, own, body.chat_template_kwargs)
     return rendered["prompt_token_ids"]
 
 
-def _size(body: TokenizeRequest) -> int:
-    """About how much there is to read, in characters."""
-    if body.prompt is not None:
-        return len(body.prompt)
-    return sum(len(str(message.content)) for message in body.messages or ())
-
-
-async def _beside_the_loop(size: int, work: Any) -> Any:
-    return await asyncio.to_thread(work) if size > LONG_TEXT else work()
+async def _beside_the_loop(size: int, work: Callable[[], T]) -> T:
+    return await asyncio.to_thread(work) if size > LONG_PROMPT else work()

@@ -107,7 +107,12 @@ def test_detokenize_gives_back_what_tokenize_read(client: httpx.Client) -> None:
         ("/tokenize", {"prompt": "a b " * 100_000}, 400, "the prompt has 400000 characters, max_seq_len is 2048"),
         ("/tokenize", {"messages": [{"content": "a"}]}, 400, "messages[0].role: field required"),
         ("/tokenize", {"messages": CHAT, "chat_template": "x"}, 400, "chat_template 'x': expected the name of one"),
-        ("/tokenize", {"messages": CHAT, "chat_template_kwargs": {"tools": 1}}, 400, "chat_template_kwargs: tools is"),
+        (
+            "/tokenize",
+            {"messages": CHAT, "chat_template_kwargs": {"tools": 1}},
+            400,
+            "chat_template_kwargs: 'tools' is",
+        ),
         ("/detokenize", {}, 400, "tokens: field required"),
         ("/detokenize", {"tokens": [892]}, 400, "tokens: 892 is not a token id, expected 0 to 891"),
         ("/detokenize", {"tokens": [2**70]}, 400, "tokens: 1180591620717411303424 is not a token id"),

@@ -1,25 +1,18 @@
 """/v1/chat/completions: a conversation, by the model's own template, answered n times."""
 
-import asyncio
-import functools
 from typing import Any
 
-from fly_trt.errors import RequestError
 from fly_trt.outputs import CompletionOutput, RequestOutput
 from fly_trt.params import SamplingParams
-from fly_trt.service.admission import LONG_PROMPT
 from fly_trt.serving.openai.answers.generation import Shared, Writer
 from fly_trt.serving.openai.answers.logprobs import ChatLogprobs, prompt_logprobs_object
 from fly_trt.serving.openai.pool import PooledEngine
 from fly_trt.serving.openai.requests.answer_form import AnswerForm, AnswerReader, ToolCalling
-from fly_trt.serving.openai.requests.messages import template_messages
+from fly_trt.serving.openai.requests.messages import render_messages
 from fly_trt.serving.openai.requests.protocol import ChatCompletionRequest
 from fly_trt.serving.openai.requests.sampling import chat_params
 from fly_trt.serving.openai.requests.tool_calls import Delta, collect
 from fly_trt.text.prompts import TokensPrompt
-
-# What the template gets from other fields of a body.
-OWN_VARIABLES = ("messages", "tools", "chat_template", "add_generation_prompt", "documents", "continue_final_message")
 
 
 def read_form(body: ChatCompletionRequest, calling: ToolCalling) -> AnswerForm:
@@ -36,18 +29,9 @@ def read_form(body: ChatCompletionRequest, calling: ToolCalling) -> AnswerForm:
 
 async def read_chat(llm: PooledEngine, body: ChatCompletionRequest, form: AnswerForm, developer: str) -> TokensPrompt:
     """The prompt. Raises RequestError for what the template refuses."""
-    variables = dict(body.chat_template_kwargs or {})
-    if taken := sorted(variables.keys() & set(OWN_VARIABLES)):
-        raise RequestError(f"chat_template_kwargs: {taken[0]!r} is a field of its own: leave it out")
-    for name in ("chat_template", "add_generation_prompt", "documents"):
-        if getattr(body, name) is not None:
-            variables[name] = getattr(body, name)
-    variables |= form.template_variables
-    messages = template_messages(body.messages, developer)
-    render = functools.partial(llm.render_chat, messages, **variables)
-    is_long = sum(len(message["content"]) for message in messages) > LONG_PROMPT
-    prompt: TokensPrompt = await asyncio.to_thread(render) if is_long else render()
-    return prompt
+    own = {name: getattr(body, name) for name in ("chat_template", "add_generation_prompt", "documents")}
+    own |= form.template_variables
+    return await render_messages(llm.llm, body.messages, developer, own, body.chat_template_kwargs)
 
 
 def read_params(body: ChatCompletionRequest, shared: Shared, form: AnswerForm) -> SamplingParams:

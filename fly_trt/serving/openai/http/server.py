@@ -55,7 +55,10 @@ class Address:
                 raise ConfigError(f"{name}: has no effect without ssl_certfile: add it, or leave it out")
 
     def bind(self) -> socket.socket | None:
-        """None for a Unix socket, which uvicorn makes. Raises OSError for what cannot be listened at."""
+        """Takes the address, at which nobody is answered before the server runs, and reads the files of TLS once. None
+        for a Unix socket, which uvicorn makes. Raises OSError for what cannot be listened at and ConfigError for files
+        of TLS that cannot be used."""
+        self._check_tls()
         if self.uds is not None:
             _check_uds(Path(self.uds))
             return None
@@ -64,6 +67,18 @@ class Address:
             return _bound(*infos[0])
         except OSError as error:
             raise OSError(error.errno, error.strerror, f"{self.host}:{self.port}") from None
+
+    def _check_tls(self) -> None:
+        if self.ssl_certfile is None:
+            return
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile, self.ssl_keyfile_password)
+            if self.ssl_ca_certs is not None:
+                context.load_verify_locations(self.ssl_ca_certs)
+        except (OSError, ValueError) as error:
+            files = ", ".join(filter(None, (self.ssl_certfile, self.ssl_keyfile, self.ssl_ca_certs)))
+            raise ConfigError(f"TLS: {files}: {error}") from None
 
     def url(self, bound: socket.socket | None) -> str:
         if bound is None:
@@ -147,11 +162,14 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    app: FastAPI, pool: EnginePool, config: ServerConfig, address: Address, when_ready: Callable[[str], None]
+    app: FastAPI,
+    pool: EnginePool,
+    config: ServerConfig,
+    address: Address,
+    bound: socket.socket | None,
+    when_ready: Callable[[str], None],
 ) -> int:
-    """Serves until a signal, and returns the exit code. when_ready is told the URL. Raises OSError for an address that
-    cannot be listened at and ConfigError for files of TLS that cannot be used."""
-    bound = address.bind()
+    """Serves at what the address `bound` until a signal, and returns the exit code. when_ready is told the URL."""
     uvicorn_config = uvicorn.Config(
         app,
         uds=address.uds,
@@ -170,13 +188,6 @@ def serve(
         ssl_ca_certs=address.ssl_ca_certs,
         ssl_cert_reqs=ssl.CERT_NONE if address.ssl_ca_certs is None else ssl.CERT_REQUIRED,
     )
-    try:
-        uvicorn_config.load()
-    except (OSError, ValueError) as error:
-        if bound is not None:
-            bound.close()
-        files = ", ".join(filter(None, (address.ssl_certfile, address.ssl_keyfile, address.ssl_ca_certs)))
-        raise ConfigError(f"TLS: {files}: {error}") from None
     server = Server(uvicorn_config, pool, app.state.lifecycle, lambda: when_ready(address.url(bound)))
     try:
         server.run(sockets=None if bound is None else [bound])

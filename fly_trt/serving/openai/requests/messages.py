@@ -1,13 +1,41 @@
 """What a chat's messages are for a template: texts, roles, and tool calls with their arguments as objects."""
 
+import asyncio
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fly_trt.async_llm import AsyncLLM
 from fly_trt.errors import RequestError
+from fly_trt.service.admission import LONG_PROMPT
 from fly_trt.serving.openai.requests.protocol import Message, ToolCall
+from fly_trt.text.prompts import TokensPrompt
 
 TEXT_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
+
+
+# What the template gets from other fields of a body.
+OWN_VARIABLES = ("messages", "tools", "chat_template", "add_generation_prompt", "documents", "continue_final_message")
+
+
+async def render_messages(
+    llm: AsyncLLM,
+    messages: Sequence[Message],
+    developer: str,
+    own: Mapping[str, Any],
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> TokensPrompt:
+    """The prompt; a long one is made beside the event loop. developer: see developer_role. own: the variables of the
+    template that other fields of the body say, None where they do not. Raises RequestError for what it refuses."""
+    given = dict(chat_template_kwargs or {})
+    if taken := sorted(given.keys() & set(OWN_VARIABLES)):
+        raise RequestError(f"chat_template_kwargs: {taken[0]!r} is a field of its own: give it there")
+    given |= {name: value for name, value in own.items() if value is not None}
+    found = template_messages(messages, developer)
+    render = functools.partial(llm.render_chat, found, **given)
+    is_long = sum(len(message["content"]) for message in found) > LONG_PROMPT
+    return await asyncio.to_thread(render) if is_long else render()
 
 
 def developer_role(template: str) -> str:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 from fly_trt.params import request_settings
 from fly_trt.settings import Setting
 
-MAX_REQUEST_ID = r"^[A-Za-z0-9_.:-]{1,128}$"
+REQUEST_ID = r"^[A-Za-z0-9_.:-]{1,128}$"
 
 # What would change the answer and is not there, by name: why, and the values that ask for nothing.
 REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -95,7 +95,7 @@ class GenerationRequest(_Declared):  # type: ignore[misc]
     structured_outputs: dict[str, Any] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    request_id: Annotated[str, Field(pattern=MAX_REQUEST_ID)] | None = None
+    request_id: Annotated[str, Field(pattern=REQUEST_ID)] | None = None
 
     rejection_sample_method: Literal["fly", "standard"] | None = None
     fly_entropy_top_k: int | None = None
