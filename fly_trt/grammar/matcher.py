@@ -77,18 +77,6 @@ class GrammarMatcher:
                 self._raise_error()
         return TokenMasks(words, self._vocab_size)
 
-    def num_allowed(self, output: IntArray, ahead: IntArray) -> int:
-        """How many of the first tokens of `ahead` the grammar allows after `output`: none after an end token. Where one
-        spelling is forced, others count as allowed too."""
-        self._read(output)
-        tokens = ahead.tolist()
-        end = next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))
-        count = self._matcher.try_consume_tokens(tokens[:end])
-        has_end = count == end < len(tokens) and self._matcher.is_accepting()
-        self._matcher.rollback(count)
-        self._restart_after_error(output)
-        return int(count + has_end)
-
     def forced(self, output: IntArray) -> IntArray:
         """The tokens int64 [n] that spell what the grammar leaves no choice about after `output`."""
         return self.follow(output, NO_TOKENS, NO_TOKENS)[1]

@@ -157,7 +157,7 @@ def test_the_number_of_allowed_tokens_counts_an_end_and_nothing_behind_it(
     rows = oracle(kind, asked, [], tokens)
     least = next((i for i, token in enumerate(tokens) if not rows[i][token]), len(tokens))
     matcher = matcher_of(kind, asked)
-    count = matcher.num_allowed(NO_TOKENS, np.array(tokens, np.int64))
+    count = matcher.follow(NO_TOKENS, NO_TOKENS, np.array(tokens, np.int64))[0]
     assert count >= least
     assert (allowed(matcher, [], tokens) == rows).all()
     ends = [i for i, token in enumerate(tokens) if token == END[kind]]
@@ -169,7 +169,7 @@ def test_forced_tokens_are_allowed_one_after_the_other() -> None:
     matcher = matcher_of("byte level", asked)
     forced = matcher.forced(NO_TOKENS)
     assert tokenizer_of("byte level").decode(forced.tolist()).startswith('{"name')
-    assert matcher.num_allowed(NO_TOKENS, forced) == len(forced)
+    assert matcher.follow(NO_TOKENS, NO_TOKENS, forced)[0] == len(forced)
     rows = allowed(matcher, [], forced.tolist())
     assert all(row[token] for row, token in zip(rows, forced.tolist(), strict=False))
 
@@ -226,7 +226,7 @@ def test_what_a_draft_token_leads_to_costs_the_request_nothing_where_it_may_not_
         rows = allowed(matcher, [], [bad, worse, worse, good])
         assert np.flatnonzero(rows[0]).tolist() == sorted([bad, good])
         assert not rows[2:].any()
-        assert matcher.num_allowed(NO_TOKENS, np.array([bad, good])) == 1
+        assert matcher.follow(NO_TOKENS, NO_TOKENS, np.array([bad, good]))[0] == 1
     assert np.flatnonzero(allowed(matcher, [good], [])[0]).tolist() == [END[kind]]
 
 
@@ -254,7 +254,7 @@ def test_json_has_no_white_space_for_ever() -> None:
     assert json.loads(text).keys() >= {"name", "n"}
     indented = json.dumps({"name": "a", "n": 1, "ok": True}, indent=4)
     ids = np.array(tokenizer.encode(indented, add_special_tokens=False).ids)
-    assert matcher_of("byte level", StructuredOutputs(json=SCHEMA)).num_allowed(NO_TOKENS, ids) == len(ids)
+    assert matcher_of("byte level", StructuredOutputs(json=SCHEMA)).follow(NO_TOKENS, NO_TOKENS, ids)[0] == len(ids)
 
 
 @given(
