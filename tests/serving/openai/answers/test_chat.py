@@ -1,7 +1,6 @@
 """/v1/chat/completions through the official client: answers are those of LLM.chat, whole and streamed."""
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,6 @@ QUESTIONS = [
     for record in load_eval_prompts()[:8]
 ]
 TOKENS = {"return_token_ids": True}
-
-
-@pytest.fixture(scope="module")
-def llm(demo_engine: Path) -> Iterator[LLM]:
-    with LLM(demo_engine) as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
-def client(demo: Any) -> OpenAI:
-    return demo.client
 
 
 def user(text: Any) -> list[Any]:

@@ -1,8 +1,6 @@
 """/v1/completions through the official client: tokens, texts and numbers are those of LLM.generate."""
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,17 +14,6 @@ PROMPT = PROMPTS[0]
 TOKENS = {"return_token_ids": True}
 SAMPLED = {"temperature": 1.5, "seed": 7}
 LETTERS = {"structured_outputs": {"regex": "(ä|€|日本|😀){6,8}"}}  # each of several tokens, which are no text alone
-
-
-@pytest.fixture(scope="module")
-def llm(demo_engine: Path) -> Iterator[LLM]:
-    with LLM(demo_engine) as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
-def client(demo: Any) -> OpenAI:
-    return demo.client
 
 
 def generate(llm: LLM, prompt: Any = PROMPT, **params: Any) -> RequestOutput:

@@ -1,9 +1,5 @@
 """Log-probabilities in OpenAI's two forms are those of LLM.generate, also of a stream and of parts of characters."""
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
 import pytest
 from openai import OpenAI
 from tokenizers import Tokenizer
@@ -18,17 +14,6 @@ PROMPT = load_eval_prompts()[0]["prompt"]
 QUESTION = PROMPT.removeprefix("### Instruction:\n").removesuffix("\n### Response:\n")
 LETTERS = {"structured_outputs": {"regex": "(ä|€|日本|😀){3,6}"}}
 SAMPLED = {"temperature": 1.0, "seed": 2, "max_tokens": 60}
-
-
-@pytest.fixture(scope="module")
-def llm(demo_engine: Path) -> Iterator[LLM]:
-    with LLM(demo_engine) as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
-def client(demo: Any) -> OpenAI:
-    return demo.client
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,6 @@ SHORT = {"prompt": "### Instruction:\nSpell out: 21.\n### Response:\n", "tempera
 
 
 @pytest.fixture(scope="module")
-def llm(demo_engine: Path) -> Iterator[AsyncLLM]:
-    llm = AsyncLLM(demo_engine)
-    yield llm
-    llm.shutdown()
-
-
-@pytest.fixture(scope="module")
 def server(llm: AsyncLLM) -> Iterator[ThreadServer]:
     with ThreadServer([llm]) as server:
         yield server

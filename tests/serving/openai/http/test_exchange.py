@@ -4,7 +4,6 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,13 +16,6 @@ from openai_servers import ThreadServer, post, wait_until
 
 SECRET = "xyzzy"
 """In everything that a client sends as text."""
-
-
-@pytest.fixture(scope="module")
-def llm(demo_engine: Path) -> Iterator[AsyncLLM]:
-    llm = AsyncLLM(demo_engine)
-    yield llm
-    llm.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Keys, the paths that need none, and what is refused during a drain. The routes behind it are those of the server."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,13 +18,6 @@ GUARDED = [
     ("POST", "/detokenize"),
     ("GET", "/nowhere"),
 ]
-
-
-@pytest.fixture(scope="module")
-def llm(demo_engine: Path) -> Iterator[AsyncLLM]:
-    llm = AsyncLLM(demo_engine)
-    yield llm
-    llm.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -14,13 +13,6 @@ from openai_servers import ThreadServer, post, wait_until
 
 MAX_BODY = 2000
 BODY = json.dumps({"prompt": "Spell out: 21.", "max_tokens": 3}).encode()
-
-
-@pytest.fixture(scope="module")
-def llm(demo_engine: Path) -> Iterator[AsyncLLM]:
-    llm = AsyncLLM(demo_engine)
-    yield llm
-    llm.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
@@ -14,13 +13,6 @@ from openai_servers import SECONDS, ThreadServer, wait_until
 BODY_SECONDS = 0.3
 KINDS = malformed_requests(2 * BODY_SECONDS)
 BODY = {"prompt": "### Instruction:\nSpell out: 21.\n### Response:\n", "temperature": 0, "max_tokens": 32}
-
-
-@pytest.fixture(scope="module")
-def llm(demo_engine: Path) -> Iterator[AsyncLLM]:
-    llm = AsyncLLM(demo_engine)
-    yield llm
-    llm.shutdown()
 
 
 @pytest.fixture(scope="module")
