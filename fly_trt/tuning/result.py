@@ -57,9 +57,9 @@ class RetentionBound:
 
     estimate: as seen. lower: with `confidence` the true one is not below it, for all `num_looks` candidates at once.
     method: how it was found. num_lost, num_gained: prompts on which the candidate scored less and more than the target.
-    num_prompts_needed: to claim the retention that was asked for, at the loss that was seen, or None where no number
-    would do; num_prompts_without_loss: the same if no loss is seen. mcnemar_p: exact, one-sided, that losses outnumber
-    gains by chance; bootstrap_lower: of a paired bootstrap. Both are for the reader and decide nothing.
+    num_prompts_needed: to claim the retention that was asked for, at the loss that was seen; num_prompts_without_loss:
+    the same if no loss is seen. None where not even very many would do. mcnemar_p: exact, one-sided, of as many losses
+    by chance; bootstrap_lower: of a paired bootstrap. Both are for the reader and decide nothing.
     """
 
     estimate: float
@@ -69,7 +69,7 @@ class RetentionBound:
     num_prompts: int
     num_lost: int
     num_gained: int
-    num_prompts_without_loss: int
+    num_prompts_without_loss: int | None
     num_prompts_needed: int | None
     method: str
     mcnemar_p: float | None = None

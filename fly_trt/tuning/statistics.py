@@ -14,6 +14,7 @@ Right and wrong answers have the greater of the two, with most of the error rate
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ MONEY = np.array([0.5, *[0.05] * 10])
 MOST_PROMPTS = 10_000_000  # where a claim would take more, no number is named
 STEPS = 40  # of a bisection
 INTERVAL = 0.9  # of a ratio of speeds
+LEAST_PROMPTS = 5  # fewer say nothing of how much it varies
 NO_PROMPTS = "no prompt is left to judge by"
 
 
@@ -77,7 +79,7 @@ def retention_bound(
         num_prompts=len(target),
         num_lost=lost,
         num_gained=gained,
-        num_prompts_without_loss=_without_loss(target, min_retention, error, is_binary),
+        num_prompts_without_loss=_needed(target, target, min_retention, error, is_binary),
         num_prompts_needed=_needed(target, candidate, min_retention, error, is_binary),
         method=method,
         mcnemar_p=_mcnemar(lost, gained) if is_binary else None,
@@ -88,7 +90,8 @@ def retention_bound(
 def speed_ratio(
     seconds: Scores, tokens: Scores, other_seconds: Scores, other_tokens: Scores, *, num_resamples: int, seed: int
 ) -> SpeedRatio:
-    """Tokens per second relative to another candidate's, each [n] on the same n prompts, whose times are neighbours."""
+    """Tokens per second relative to another candidate's, each [n] on the same n prompts, whose times are neighbours. Of
+    a few prompts the interval begins at 0: they are sure of nothing."""
 
     def ratio(own_s: Any, own_t: Any, other_s: Any, other_t: Any, axis: int = -1) -> Any:
         own, other = own_t.sum(axis) / own_s.sum(axis), other_t.sum(axis) / other_s.sum(axis)
@@ -96,8 +99,8 @@ def speed_ratio(
 
     samples = (seconds, tokens, other_seconds, other_tokens)
     estimate = float(ratio(*samples))
-    if len(seconds) < 2:
-        return SpeedRatio(estimate, 0.0, math.inf) if len(seconds) else SpeedRatio(1.0, 1.0, 1.0)
+    if len(seconds) < LEAST_PROMPTS:
+        return SpeedRatio(estimate, 0.0, estimate)
     found = _bootstrap(samples, ratio, INTERVAL, "two-sided", num_resamples, seed)
     return SpeedRatio(estimate, float(found.low), float(found.high))
 
@@ -121,35 +124,31 @@ def _exact_bound(target: Scores, candidate: Scores, error: float) -> float:
 
 def _betting_bound(target: Scores, candidate: Scores, error: float) -> float:
     """The least retention that is not refused, 1 at most: nobody needs the claim that more than everything is kept."""
-    goal = -math.log(error)
-
-    def is_refused(retention: float) -> bool:
-        return _log_wealth(target, candidate, retention) >= goal
-
-    return 1.0 if is_refused(1.0) else _bisect(is_refused, 0.0, 1.0)
-
-
-def _log_wealth(target: Scores, candidate: Scores, retention: float, times: float = 1.0) -> float:
-    """What a gambler has who began with 1, if the prompts had come `times` times. Where the true retention is no
-    greater, its expectation is at most 1. A stake's factor is 1 + stake (candidate / retention - target) >= 0."""
-    with np.errstate(divide="ignore"):
-        logs = np.log1p(STAKES[:, None] * (candidate / retention - target)).sum(axis=1)
-    return float(np.logaddexp.reduce(np.log(MONEY) + times * logs))
-
-
-def _bisect(is_true: Callable[[float], bool], low: float, high: float) -> float:
-    """Where between a point that it is true at, or nearly, and one that it is not, to the side where it is."""
+    wealth, goal = _Wealth(target, candidate), -math.log(error)
+    if wealth.log(1.0) >= goal:
+        return 1.0
+    refused, held = 0.0, 1.0
     for _ in range(STEPS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if is_true(middle) else (low, middle)
-    return low
+        middle = (refused + held) / 2
+        refused, held = (middle, held) if wealth.log(middle) >= goal else (refused, middle)
+    return refused
 
 
-def _without_loss(target: Scores, min_retention: float, error: float, is_binary: bool) -> int:
-    """Prompts of this kind, of which the target gets only a share right."""
-    needed = _needed(target, target, min_retention, error, is_binary)
-    assert needed is not None  # all stakes win
-    return needed
+class _Wealth:
+    """Of a gambler who began with 1. Where the true retention is no greater than what is bet on, its expectation is at
+    most 1. A stake's factor for a prompt is 1 + stake (candidate / retention - target), which is at least 0."""
+
+    def __init__(self, target: Scores, candidate: Scores) -> None:
+        # Most prompts are of a few kinds.
+        kinds, self._counts = np.unique(np.stack([target, candidate]), axis=1, return_counts=True)
+        self._target, self._candidate = kinds
+
+    def log(self, retention: float, times: float = 1.0) -> float:
+        """If the prompts had come `times` times."""
+        gains = self._candidate / retention - self._target
+        with np.errstate(divide="ignore"):
+            logs = np.log1p(STAKES[:, None] * gains) @ self._counts
+        return float(np.logaddexp.reduce(np.log(MONEY) + times * logs))
 
 
 def _needed(target: Scores, candidate: Scores, min_retention: float, error: float, is_binary: bool) -> int | None:
@@ -158,31 +157,28 @@ def _needed(target: Scores, candidate: Scores, min_retention: float, error: floa
     claims = [_betting_claims(target, candidate, min_retention, error * (1 - SHARE_OF_EXACT if is_binary else 1))]
     if is_binary:
         claims.append(_exact_claims(target, candidate, min_retention, error * SHARE_OF_EXACT))
-    most = MOST_PROMPTS / len(target)
-    able = [claim for claim in claims if claim(most)]
-    if not able:
-        return None
-    least = min(_fewest(claim, most) for claim in able)
-    return math.ceil(least * len(target) - 1e-6)
 
+    def is_claimed(count: int) -> bool:
+        return any(claim(count / len(target)) for claim in claims)
 
-def _fewest(claims: Callable[[float], bool], most: float) -> float:
-    return most - _bisect(lambda saved: claims(most - saved), 0.0, most)
+    numbers = range(1, MOST_PROMPTS + 1)
+    place = bisect_left(numbers, True, key=is_claimed)
+    return numbers[place] if place < len(numbers) else None
 
 
 def _betting_claims(target: Scores, candidate: Scores, min_retention: float, error: float) -> Callable[[float], bool]:
-    return lambda times: _log_wealth(target, candidate, min_retention, times) >= -math.log(error)
+    wealth, goal = _Wealth(target, candidate), -math.log(error)
+    return lambda times: wealth.log(min_retention, times) >= goal
 
 
 def _exact_claims(target: Scores, candidate: Scores, min_retention: float, error: float) -> Callable[[float], bool]:
+    """Clopper-Pearson's bound of the losses, asked the other way round and of any share of a prompt: the beta law's
+    quantile is at most 1 - min_retention where its distribution function has reached 1 - error there."""
+    load_scipy_stats()
+    from scipy.special import betainc
+
     right, lost = target.sum(), (target * (1 - candidate)).sum()
-    beta = load_scipy_stats().beta
-
-    def claims(times: float) -> bool:
-        upper = beta.ppf(1 - error, times * lost + 1, times * (right - lost)) if times else 1.0
-        return bool(1 - upper >= min_retention)
-
-    return claims
+    return lambda times: bool(betainc(times * lost + 1, times * (right - lost), 1 - min_retention) >= 1 - error)
 
 
 def _mcnemar(lost: int, gained: int) -> float:

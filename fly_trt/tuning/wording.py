@@ -108,16 +108,19 @@ class Wording:
         least = percent(self.min_retention)
         if self._loses_too_much(bound):
             return f"{seen}, less than the {least} that were asked for: {_changes(bound)}."
-        at_best = bound.num_prompts_without_loss
-        in_file = math.ceil(at_best / self.share_that_judges)
-        needed = bound.num_prompts_needed
-        at_this_loss = "no number" if needed is None else f"{needed:,}"
-        more = "" if needed == at_best else f", and {at_this_loss} at the loss that was seen"
+        wanted = f"{self._number(bound.num_prompts_without_loss)} without a loss"
+        if bound.num_lost:
+            wanted += f", and {self._number(bound.num_prompts_needed)} at the loss that was seen"
         return (
             f"{seen}, but {bound.num_prompts} prompts show no more than {percent(bound.lower)} ({_changes(bound)}): to "
-            f"claim {least}, {at_best:,} prompts that judge would do without a loss, about {in_file:,} in the "
-            f"file{more}."
+            f"claim {least} takes {wanted}."
         )
+
+    def _number(self, judging: int | None) -> str:
+        """Of prompts that judge, and of as many in the file."""
+        if judging is None:
+            return "more than can be had"
+        return f"{judging:,} (about {math.ceil(judging / self.share_that_judges):,} in the file)"
 
     def _loses_too_much(self, bound: RetentionBound) -> bool:
         return bound.estimate < self.min_retention
