@@ -104,7 +104,8 @@ class Wording:
 
     def _why_not(self, result: CandidateResult, bound: RetentionBound) -> str:
         name = "The engine's default" if result.candidate.name == DEFAULT else result.candidate.name
-        seen = f"{name} ({_ratio(result.over_plain)} plain decoding) keeps {percent(bound.estimate)} as seen"
+        speed = f"{_ratio(result.over_plain)} the speed of plain decoding"
+        seen = f"{name} has {speed} and keeps {percent(bound.estimate)} as seen"
         least = percent(self.min_retention)
         if self._loses_too_much(bound):
             return f"{seen}, less than the {least} that were asked for: {_changes(bound)}."
@@ -135,5 +136,5 @@ def _ratio(ratio: SpeedRatio | None) -> str:
 
 
 def _speeds(result: CandidateResult) -> str:
-    over = ((result.over_plain, "plain decoding"), (result.over_default, "the engine's default"))
-    return ", ".join(f"{_ratio(ratio)} {name}" for ratio, name in over if ratio is not None)
+    over = ((result.over_plain, "the speed of plain decoding"), (result.over_default, "that of the engine's default"))
+    return " and ".join(f"{_ratio(ratio)} {name}" for ratio, name in over if ratio is not None)
