@@ -88,14 +88,13 @@ class SpeedRatio:
 
 @dataclass(frozen=True, slots=True)
 class CandidateResult:
-    """What became of a candidate. stage: the last one that it took part in. rung: how often the search halved with it.
-    num_prompts: of that stage. quality: mean score on them, target_quality: the target's. same_answers: share of the
-    prompts with the target's own tokens. common_prefix: tokens before the first difference, of 1, mean over prompts.
+    """What became of a candidate. stage: the last one that it took part in. num_prompts: that it answered there; all
+    figures are of them. quality: mean score, target_quality: the target's. same_answers: share of the prompts with the
+    target's own tokens. common_prefix: tokens before the first difference, of 1, mean over prompts.
     perplexity_ratio: over the target's own answers. retention: of finalists that are loose. verdict: in a few words."""
 
     candidate: Candidate
     stage: Stage
-    rung: int
     num_prompts: int
     num_tokens: int
     tokens_per_second: float
@@ -109,6 +108,20 @@ class CandidateResult:
     perplexity_ratio: float | None
     retention: RetentionBound | None
     verdict: str = ""
+
+    @property
+    def speed(self) -> float:
+        """Relative to plain decoding, as seen."""
+        return 1.0 if self.over_plain is None else self.over_plain.estimate
+
+    @property
+    def is_faster_than_plain(self) -> bool:
+        """Surely so."""
+        return self.over_plain is not None and self.over_plain.lower > 1
+
+    def qualifies(self, min_retention: float) -> bool:
+        """Whether nothing has to be claimed of it, or the claim holds."""
+        return self.candidate.is_lossless or (self.retention is not None and self.retention.lower >= min_retention)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,17 +140,19 @@ class TuningSettings:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-VerdictKind = Literal["found", "default_stays", "plain", "too_few_prompts"]
+VerdictKind = Literal["found", "default_stays", "too_few_prompts", "nothing_qualifies", "nothing_pays"]
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """kind: "found", a setting that qualifies and is faster than plain decoding; "default_stays", the engine's own is
-    it; "plain", nothing that qualifies is faster than plain decoding; "too_few_prompts", no claim could be made of
-    anything. chosen: a candidate's name. sentences: what was found and what is claimed of it, in plain words."""
+    """chosen: the fastest candidate that qualifies, by name. sentences: what was found and what is claimed of it.
+
+    kind: "found"; "default_stays", where the engine's own setting is the one; else plain decoding is, because
+    "too_few_prompts" judge to claim anything of the faster ones, "nothing_qualifies" of them, or "nothing_pays".
+    """
 
     kind: VerdictKind
-    chosen: str | None
+    chosen: str
     sentences: Sequence[str]
 
 
@@ -161,8 +176,8 @@ class TuningResult:
     schema_version: int = SCHEMA_VERSION
 
     @property
-    def chosen(self) -> CandidateResult | None:
-        return next((c for c in self.candidates if c.candidate.name == self.verdict.chosen), None)
+    def chosen(self) -> CandidateResult:
+        return next(one for one in self.candidates if one.candidate.name == self.verdict.chosen)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
