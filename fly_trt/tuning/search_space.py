@@ -58,7 +58,7 @@ class SearchSpace:
         found: dict[str, Candidate] = {}
         draws = self._draws(np.random.default_rng(seed), NUM_TRIES * count)
         for settings in (*self._usual(), *draws):
-            if len(found) >= count:
+            if len(found) >= count - 1:  # and plain decoding
                 break
             if (made := self.make(settings)) is not None:
                 candidate, config = made

@@ -123,7 +123,7 @@ def test_a_new_policy_and_a_new_drafter_take_part_by_their_line_in_the_table(mon
 
 
 def test_filters_leave_plain_decoding_and_the_default_to_compare_with() -> None:
-    found = candidates(manifest(), methods=["ngram", "hybrid"], acceptances=["exact"])
+    found = candidates(manifest(), 30, methods=["ngram", "hybrid"], acceptances=["exact"])
     assert [candidate.name for candidate in found[:2]] == [PLAIN, DEFAULT]
     assert {(candidate.drafter, candidate.policy) for candidate in found[2:]} == {
         ("ngram", "exact"),
