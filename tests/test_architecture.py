@@ -24,6 +24,7 @@ FLOORS = (
     ("service",),
     ("llm", "async_llm"),
     ("serving", "benchmark"),
+    ("tuning",),
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
