@@ -25,6 +25,10 @@ def triton() -> None:
     start("fly-triton", "fly_trt.cli.triton")
 
 
+def tune() -> None:
+    start("fly-tune", "fly_trt.cli.tune")
+
+
 def start(command: str, module: str) -> None:
     """Runs `main` of the module that `command` is."""
 

@@ -34,6 +34,7 @@ ARGUMENTS = {
     "fly-generate": ["nowhere", "x"],
     "fly-serve": ["nowhere", "--port", "0"],
     "fly-triton": ["nowhere", "-o", "nowhere"],
+    "fly-tune": ["nowhere", "--prompts", "nowhere"],
 }
 FIRST = ("click", "numpy", "fly_trt.params")
 LATER = {
@@ -42,6 +43,7 @@ LATER = {
     "fly-generate": ["tokenizers", "jinja2", "fly_trt.llm"],
     "fly-serve": ["uvicorn", "fastapi", "fly_trt.serving.openai.app"],
     "fly-triton": ["rich", "fly_trt.serving.triton.repository"],
+    "fly-tune": ["rich", "scipy", "fly_trt.tuning.tune"],
 }
 
 
