@@ -49,7 +49,7 @@ GAUGES = {
 }
 
 
-class _Histogram:
+class Histogram:
     """Observations by bucket; the last bucket is beyond all bounds."""
 
     def __init__(self, name: str, text: str, bounds: tuple[float, ...]) -> None:
@@ -83,11 +83,11 @@ class Metrics:
         self._by_source: tuple[Counter[tuple[str, str]], ...] = (Counter(), Counter())  # by policy and source
         self._loosened: Counter[str] = Counter()  # by policy
         self._ended: Counter[str] = Counter()
-        self._first_token = _Histogram("time_to_first_token_seconds", "From arrival.", FIRST_TOKEN_SECONDS)
-        self._inter_token = _Histogram(
+        self._first_token = Histogram("time_to_first_token_seconds", "From arrival.", FIRST_TOKEN_SECONDS)
+        self._inter_token = Histogram(
             "inter_token_latency_seconds", "Time between two steps' tokens, per token.", TOKEN_SECONDS
         )
-        self._latency = _Histogram("e2e_request_latency_seconds", "From arrival to the last token.", REQUEST_SECONDS)
+        self._latency = Histogram("e2e_request_latency_seconds", "From arrival to the last token.", REQUEST_SECONDS)
         self._num_cache_tokens = 0
         self._window = (0.0, 0, 0, 0)  # time and counters when the last line was logged
         self.registry.register(self)
