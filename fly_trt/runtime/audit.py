@@ -14,6 +14,7 @@ from typing import Literal
 
 from fly_trt.checks import check_at_least, is_number
 from fly_trt.errors import ConfigError
+from fly_trt.runtime.breaker import DEFAULT_SETTING
 from fly_trt.tokens import NO_TOKENS, IntArray
 
 LeftOut = Literal[
@@ -77,25 +78,29 @@ class ExactComparison:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AuditResult:
-    """One audited sequence; `index` numbers those of one request, `acceptance` is the name of its policy.
+    """One audited sequence; `index` numbers those of one request, `acceptance` is the name of its policy and `setting`
+    that of its whole setting, see Breaker.
 
     log_likelihood, best_log_likelihood: sums over the output's num_tokens, in nats, of ln p of the token and of the
     target's most probable one, each given the prompt and the output before it. num_differing: tokens that are not the
-    most probable one; the exact text parts from the output at the first of them. num_loosened: what the request counted
-    when it ran. seconds: engine time that the audit took. finished_at: when the request ended, as time.time().
+    most probable one; the exact text parts from the output at the first of them, at the position parted_at of it.
+    num_loosened: what the request counted when it ran. seconds: engine time that the audit took. finished_at: when the
+    request ended, as time.time().
     """
 
     request_id: str
     index: int = 0
     acceptance: str
+    setting: str = DEFAULT_SETTING
     num_prompt_tokens: int
     num_tokens: int
     num_loosened: int
-    num_differing: int
-    log_likelihood: float
-    best_log_likelihood: float
-    seconds: float
     finished_at: float
+    num_differing: int = 0
+    parted_at: int | None = None
+    log_likelihood: float = 0.0
+    best_log_likelihood: float = 0.0
+    seconds: float = 0.0
     exact: ExactComparison | None = None
     prompt_token_ids: IntArray = field(default_factory=lambda: NO_TOKENS, repr=False, compare=False)
     token_ids: IntArray = field(default_factory=lambda: NO_TOKENS, repr=False, compare=False)

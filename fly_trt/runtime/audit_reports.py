@@ -55,7 +55,9 @@ class AuditReports:
         self._metrics.record_change(change)
         if change.is_tripped:
             logger.warning(
-                "breaker: setting %r is exact from now on: %s: reset it when it is known why", change.setting, change.why
+                "breaker: setting %r is exact from now on: %s: reset it when it is known why",
+                change.setting,
+                change.why,
             )
         else:
             logger.warning("breaker: setting %r is loose again: reset by a %s", change.setting, change.why)

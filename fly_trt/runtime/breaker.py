@@ -40,7 +40,9 @@ class BreakerConfig:
 
     def __post_init__(self) -> None:
         if not (is_number(self.min_quality) and 0 <= self.min_quality < 1):
-            raise ConfigError(f"min_quality {self.min_quality!r}: expected a number from 0, which is no breaker, to < 1")
+            raise ConfigError(
+                f"min_quality {self.min_quality!r}: expected a number from 0, which is no breaker, to < 1"
+            )
         if not (is_number(self.error_rate) and 1e-6 <= self.error_rate <= 0.5):
             raise ConfigError(f"breaker_error_rate {self.error_rate!r}: expected a number from 1e-6 to 0.5")
         seconds = self.reset_seconds

@@ -33,6 +33,7 @@ COUNTERS = {
     "spec_decode_num_draft_tokens": "Draft tokens verified by the target.",
     "spec_decode_num_accepted_tokens": "Draft tokens that were emitted.",
     "spec_decode_num_loosened_tokens": "Emitted draft tokens that the target did not choose.",
+    "requests_made_exact": "Loose requests that the breaker made exact, as a whole or from somewhere on.",
     "prompt_tokens": "Prompt tokens of admitted requests.",
     "generation_tokens": "Tokens emitted.",
     "prefix_cache_queries": "Prompt tokens looked up in the cache.",
@@ -178,6 +179,9 @@ class Metrics:
     def record_end(self, reason: str, seconds: float) -> None:
         self._ended[reason] += 1
         self._latency.observe(seconds)
+
+    def record_made_exact(self) -> None:
+        self._counts["requests_made_exact"] += 1
 
     def set_cache(self, num_tokens: int) -> None:
         """How many tokens the KV cache of all slots holds."""

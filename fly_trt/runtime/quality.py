@@ -39,7 +39,7 @@ Verdict = Literal["dropped", "unproven"]
 show that it is as high."""
 
 SHARES: Floats = np.ldexp(1.0, -np.arange(8))
-LOSSES: Floats = np.geomspace(0.0005, 0.9, 60)  # of the means that bounds are found among
+LOSSES: Floats = np.geomspace(0.0005, 0.9, 40)  # of the means that bounds are found among
 
 
 def good_quality(min_quality: float) -> float:
@@ -60,7 +60,7 @@ def audits_to_trip(quality: float, min_quality: float, error_rate: float, sure: 
     return _least_audits(
         (quality, min_quality),
         lambda y: -math.log(1 - sure) / _kl(y, quality),
-        lambda y: math.log(len(SHARES) * _drop_capital(error_rate)) / _growth_below(y, min_quality),
+        lambda y: math.log(len(SHARES) * drop_capital(error_rate)) / _growth_below(y, min_quality),
     )
 
 
@@ -108,7 +108,7 @@ class QualityWatch:
         self._min_quality = min_quality
         self._means = np.unique(np.append(1 - LOSSES, min_quality))
         self._at = int(np.searchsorted(self._means, min_quality))
-        self._log_drop = math.log(len(SHARES) * _drop_capital(error_rate))
+        self._log_drop = math.log(len(SHARES) * drop_capital(error_rate))
         self._log_proof = math.log(len(SHARES) / (1 - CONFIDENCE))
         self._num_judged = audits_to_judge(min_quality, error_rate)
         self._below = np.full((len(self._means), len(SHARES)), -np.inf)
@@ -165,16 +165,14 @@ class QualityWatch:
         return _Period(np.zeros(shape), np.full(shape[0], -np.inf))
 
 
-def _drop_capital(error_rate: float) -> float:
+def drop_capital(error_rate: float) -> float:
     """What a bet on a drop must be worth: half of the error rate is its share."""
     return 2 * ERROR_AUDITS / error_rate
 
 
 def _log_sum(log_capital: Floats) -> Floats:
     """[means]: of all shares."""
-    most = log_capital.max(axis=1)
-    finite = np.where(np.isfinite(most), most, 0.0)
-    total: Floats = finite + np.log(np.exp(log_capital - finite[:, None]).sum(axis=1))
+    total: Floats = np.logaddexp.reduce(log_capital, axis=1)
     return total
 
 
