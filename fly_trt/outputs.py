@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort"]
+ExactBecause = Literal["breaker"]
 
 
 class Logprob(NamedTuple):
@@ -72,7 +73,8 @@ class RequestMetrics:
     `k` verified. per_step_drafted, per_step_accepted: both numbers by round, where a request of one sequence asked for
     detailed_metrics. num_draft_tokens_by_source, num_accepted_tokens_by_source: of those that a "model" chose and
     of copies, by "lookup" of the sequence's own text or from the "corpus" of others' outputs, and of those that a
-    "grammar" forced. num_cached_tokens: prompt tokens whose cache was reused.
+    "grammar" forced. num_cached_tokens: prompt tokens whose cache was reused. exact_because: why a loose request was
+    decoded exactly, from the beginning or from somewhere on: "breaker", its setting was tripped; None, it was not.
     """
 
     num_draft_tokens: int = 0
@@ -88,6 +90,7 @@ class RequestMetrics:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
+    exact_because: ExactBecause | None = None
     time_to_first_token: float | None = None
     latency: float | None = None
 
@@ -132,6 +135,7 @@ class RequestMetrics:
             total.num_loosened_tokens += other.num_loosened_tokens
             total.num_spec_steps += other.num_spec_steps
             total.num_output_tokens += other.num_output_tokens
+            total.exact_because = total.exact_because or other.exact_because
             add_counts(total.num_draft_tokens_by_source, other.num_draft_tokens_by_source)
             add_counts(total.num_accepted_tokens_by_source, other.num_accepted_tokens_by_source)
             missing = len(other.acceptance_histogram) - len(total.acceptance_histogram)

@@ -14,6 +14,7 @@ from typing import Literal
 
 from fly_trt.checks import check_at_least, is_number
 from fly_trt.errors import ConfigError
+from fly_trt.runtime.breaker import DEFAULT_SETTING
 from fly_trt.tokens import NO_TOKENS, IntArray
 
 LeftOut = Literal[
@@ -77,7 +78,8 @@ class ExactComparison:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AuditResult:
-    """One audited sequence; `index` numbers those of one request, `acceptance` is the name of its policy.
+    """One audited sequence; `index` numbers those of one request, `acceptance` is the name of its policy and `setting`
+    that of its whole setting, see Breaker.
 
     log_likelihood, best_log_likelihood: sums over the output's num_tokens, in nats, of ln p of the token and of the
     target's most probable one, each given the prompt and the output before it. num_differing: tokens that are not the
@@ -89,6 +91,7 @@ class AuditResult:
     request_id: str
     index: int = 0
     acceptance: str
+    setting: str = DEFAULT_SETTING
     num_prompt_tokens: int
     num_tokens: int
     num_loosened: int

@@ -303,6 +303,8 @@ class GenerationLoop:
         self._may_shrink |= request.slot >= 0
         self.scheduler.remove(request)
         self._metrics.record_end(request.finish_reason or "abort", request.metrics.latency or 0.0)
+        if request.metrics.exact_because is not None:
+            self._metrics.record_made_exact()
         if request.num_cached:  # it was admitted
             self._metrics.record_prompt(len(request.prompt_token_ids), request.num_prefix_hits)
         if self._auditor is not None:

@@ -37,7 +37,7 @@ class Request:
     `guards`: where a loose policy is exact all the same; `limits`: these and what no request may loosen, from its first
     round on. `draft_stop`: where drafts of its rounds end early. `forced`:
     what its grammar forces next, None where nobody looked since the last round. `index` numbers the sequences of one
-    prompt."""
+    prompt. `setting`: the name of its acceptance setting, by which audits judge it; None where nothing does."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -52,6 +52,7 @@ class Request:
     guards: Guards | None = None
     draft_stop: DraftStop | None = None
     index: int = 0
+    setting: str | None = None
     state: RequestState = RequestState.WAITING
     slot: int = -1
     num_cached: int = 0
