@@ -12,8 +12,10 @@ import click
 from fly_trt.cli import options
 from fly_trt.cli.command import command
 from fly_trt.errors import RequestError
+from fly_trt.inspection.records import token_records
 from fly_trt.outputs import RequestOutput
 from fly_trt.params import DEFAULT_MAX_TOKENS
+from fly_trt.text.token_text import TokenReader
 
 ENCODING = "utf-8-sig"  # whatever the terminal's; some editors put a byte-order mark first
 ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
@@ -26,6 +28,7 @@ Examples:
   echo "Once upon a time" | fly-generate engines/llama-70b -
   fly-generate engines/demo --file prompt.txt --acceptance exact        # lossless
   fly-generate engines/demo --file prompt.txt --method none --json      # plain decoding, for machines
+  fly-generate engines/demo --file prompt.txt --json --trace > trace.json && fly-inspect trace.json
   fly-generate engines/demo "Spell out: 21." --chat --temperature 0.8 --top-p 0.95 --seed 7
 """
 
@@ -101,8 +104,9 @@ def _run(engine_dir: Path, prompt: str, as_json: bool, flags: dict[str, Any]) ->
             if not as_json:
                 click.echo(output.outputs[0].text, nl=False)
         seconds = time.perf_counter() - started
+        reader = TokenReader(llm.tokenizer)
     if as_json:
-        click.echo(json.dumps(_as_record(output)))
+        click.echo(json.dumps(_as_record(output, reader)))
     else:
         click.echo()
         click.echo(_summary(output, seconds), err=True)
@@ -119,11 +123,11 @@ def _output_form(schema: str | None, regex: str | None) -> dict[str, str] | None
     return given or None
 
 
-def _as_record(output: RequestOutput) -> dict[str, Any]:
+def _as_record(output: RequestOutput, reader: TokenReader) -> dict[str, Any]:
     completion = output.outputs[0]
-    record = dataclasses.asdict(completion)
+    record = {"prompt": output.prompt, **dataclasses.asdict(completion)}
     if completion.trace is not None:
-        record["trace"] = [of_token._asdict() for of_token in completion.trace]
+        record["trace"] = token_records(reader, completion.token_ids, completion.trace)
     metrics = {**dataclasses.asdict(output.metrics), "mean_acceptance_length": output.metrics.mean_acceptance_length}
     return {**record, "prompt_token_ids": output.prompt_token_ids, "metrics": metrics}
 

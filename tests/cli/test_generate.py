@@ -54,7 +54,9 @@ def test_json_says_of_each_token_how_it_came_to_be_where_that_is_asked_for(demo_
     kinds = [of_token["kind"] for of_token in record["trace"]]
     assert len(kinds) == len(record["token_ids"])
     assert kinds.count("loosened") == record["metrics"]["num_loosened_tokens"]
-    assert set(record["trace"][0]) == {"kind", "source", "round", "entropy", "choice"}
+    texts = {"token", "token_id", "bytes", "choice_token"}
+    assert set(record["trace"][0]) == {"kind", "source", "round", "entropy", "choice"} | texts
+    assert [of_token["token_id"] for of_token in record["trace"]] == record["token_ids"]
     refused = run(str(demo_engine), PROMPT, "--trace")
     assert (refused.exit_code, refused.stderr.strip().splitlines()[-1].endswith("add --json")) == (2, True)
 

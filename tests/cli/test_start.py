@@ -32,6 +32,7 @@ ARGUMENTS = {
     "fly-bench": ["nowhere"],
     "fly-build": ["--target", TARGET, "-o", "nowhere"],
     "fly-generate": ["nowhere", "x"],
+    "fly-inspect": ["nowhere"],
     "fly-serve": ["nowhere", "--port", "0"],
     "fly-triton": ["nowhere", "-o", "nowhere"],
 }
@@ -40,6 +41,7 @@ LATER = {
     "fly-bench": ["fly_trt.benchmark.plot", "tokenizers"],
     "fly-build": ["rich", "fly_build.recipe", "torch"],
     "fly-generate": ["tokenizers", "jinja2", "fly_trt.llm"],
+    "fly-inspect": ["fly_trt.inspection.sources", "click"],
     "fly-serve": ["uvicorn", "fastapi", "fly_trt.serving.openai.app"],
     "fly-triton": ["rich", "fly_trt.serving.triton.repository"],
 }
