@@ -13,6 +13,7 @@ from fly_trt.outputs import TokenKind
 
 FORMAT, VERSION = "fly-trt trace", 1
 MAX_TOKENS = 200_000  # of all requests: more is no page that anybody reads
+EXACT = "exact"
 KINDS = get_args(TokenKind)
 SOURCES = ("LLM", "fly-generate", "fly-serve", "fly-bench")
 NUMBERS = ("num_draft_tokens", "num_accepted_tokens", "num_loosened_tokens", "num_spec_steps")
@@ -39,17 +40,27 @@ def read_document(document: Fields) -> list[Record]:
 
 
 def read_request(fields: Fields) -> Record:
+    rounds = read_rounds(fields, "rounds")
     return {
         "name": fields.text("name"),
         "group": fields.text("group") if fields.has("group") else None,
         "source": fields.one_of("source", SOURCES),
-        "acceptance": fields.text("acceptance") if fields.has("acceptance") else None,
+        "acceptance": fields.text("acceptance") if fields.has("acceptance") else acceptance_of(rounds),
         "prompt": fields.text("prompt") if fields.has("prompt") else None,
         "text": fields.text("text"),
         "finish_reason": read_finish_reason(fields),
         "metrics": read_metrics(fields.object("metrics")) if fields.has("metrics") else None,
         "tokens": read_tokens(fields, "tokens"),
+        "rounds": rounds,
     }
+
+
+def acceptance_of(rounds: Sequence[Record]) -> str | None:
+    """The rule of a request whose file does not say it: that of its rounds, and the loose one where windows were closed
+    for a while. None without a round that had a draft."""
+    rules = dict.fromkeys(round_["policy"] for round_ in rounds if round_["num_draft"])
+    loose = [rule for rule in rules if rule != EXACT]
+    return loose[0] if loose else EXACT if rules else None
 
 
 def read_finish_reason(fields: Fields) -> str | None:
@@ -89,7 +100,41 @@ def read_token(fields: Fields) -> Record:
         "entropy": fields.number("entropy") if fields.has("entropy") else None,
         "choice": fields.count("choice"),
         "choice_token": fields.text("choice_token"),
+        "rejected": _read_named(fields.object("rejected")) if fields.has("rejected") else None,
+        "reason": fields.text("reason") if fields.has("reason") else "",
+        "gate": fields.number("gate") if fields.has("gate") else None,
+        "num_agreed": fields.count("num_agreed") if fields.has("num_agreed") else None,
+        "guard": fields.text("guard") if fields.has("guard") else None,
+        "top": [_read_top(top) for top in fields.objects("top")] if fields.has("top") else [],
     }
+
+
+def read_rounds(fields: Fields, name: str) -> list[Record]:
+    """What is known of rounds as such; nothing where the list is missing, as older traces have it."""
+    if not fields.has(name):
+        return []
+    rounds = [_read_round(round_) for round_ in fields.objects(name)]
+    if [round_["number"] for round_ in rounds] != list(range(len(rounds))):
+        raise ConfigError(f"{fields.where}.{name}: numbers with gaps, expected 0, 1 and so on")
+    return rounds
+
+
+def _read_round(fields: Fields) -> Record:
+    return {
+        **{name: fields.count(name) for name in ("number", "num_draft", "num_accepted", "num_loosened")},
+        "policy": fields.text("policy"),
+        "rejected": [_read_named(token) for token in fields.objects("rejected")],
+        **{name: fields.count(name) for name in ("num_steps", "num_rows")},
+        **{name: fields.number(name) for name in ("draft_seconds", "verification_seconds")},
+    }
+
+
+def _read_named(fields: Fields) -> Record:
+    return {"token": fields.text("token"), "token_id": fields.count("token_id")}
+
+
+def _read_top(fields: Fields) -> Record:
+    return _read_named(fields) | {"logprob": fields.number("logprob")}
 
 
 def check_size(requests: Sequence[Record], where: str) -> None:

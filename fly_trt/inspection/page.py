@@ -16,8 +16,9 @@ from typing import Any
 from fly_trt.files import new_file
 
 FOLDER = Path(__file__).parent / "page"
-STYLES = ("token_view.css", "inspect.css")
-SCRIPTS = ("token_view.js", "difference.js", "inspect.js")  # each behind those that it imports
+STYLES = ("token_view.css", "histogram.css", "inspect.css")
+# Each behind those that it imports.
+SCRIPTS = ("elements.js", "difference.js", "histogram.js", "token_view.js", "timeline.js", "inspect.js")
 IMPORT = re.compile(r"^import .*\n", re.MULTILINE)
 EXPORT = re.compile(r"^export ", re.MULTILINE)
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from fly_trt.errors import RequestError
 from fly_trt.files import new_file
 from fly_trt.inspection.document import COUNTS, new_document
-from fly_trt.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenTrace
+from fly_trt.outputs import CompletionOutput, RequestMetrics, RequestOutput, RoundTrace, TokenTrace
 from fly_trt.text.token_text import TokenReader
 
 TraceRecord = dict[str, Any]
@@ -61,6 +61,7 @@ def request_record(
         "finish_reason": completion.finish_reason,
         "metrics": metrics_record(output.metrics) if is_alone else None,
         "tokens": token_records(reader, completion.token_ids, completion.trace),
+        "rounds": round_records(reader, completion.rounds or ()),
     }
 
 
@@ -76,9 +77,22 @@ def token_records(reader: TokenReader, token_ids: Sequence[int], trace: Sequence
             "entropy": how.entropy,
             "choice": how.choice,
             "choice_token": reader.text(how.choice),
+            "rejected": None if how.rejected is None else _named(reader, how.rejected),
+            "reason": how.reason,
+            "gate": how.gate,
+            "num_agreed": how.num_agreed,
+            "guard": how.guard,
+            "top": None
+            if how.top is None
+            else [_named(reader, other) | {"logprob": value} for other, value in how.top],
         }
         for token, how in zip(token_ids, trace, strict=True)
     ]
+
+
+def round_records(reader: TokenReader, rounds: Sequence[RoundTrace]) -> list[TraceRecord]:
+    """What each round drafted, what stood and what it cost."""
+    return [round_._asdict() | {"rejected": [_named(reader, token) for token in round_.rejected]} for round_ in rounds]
 
 
 def metrics_record(metrics: RequestMetrics) -> TraceRecord:

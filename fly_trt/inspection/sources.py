@@ -13,17 +13,20 @@ from fly_trt.errors import ConfigError
 from fly_trt.inspection.document import (
     COUNTS,
     FORMAT,
+    acceptance_of,
     check_size,
     new_document,
     read_document,
     read_finish_reason,
     read_metrics,
+    read_rounds,
     read_tokens,
 )
 from fly_trt.inspection.fields import Fields, read_json, shown
 from fly_trt.inspection.streams import is_event_stream, merged_chunks
 
 MAX_BYTES = 256 << 20
+GROUP = "the same prompt"
 EXPECTED = "a document of fly-inspect, fly-generate --json --trace, or an answer of fly-serve with speculation_trace"
 
 Record = dict[str, Any]
@@ -88,26 +91,37 @@ def _read(value: Any, where: str) -> list[Record]:
     if fields.has("choices"):
         return _read_answer(fields)
     if fields.has("token_ids"):
-        return [_read_generated(fields)]
+        return _read_generated(fields)
     if fields.has("error"):
         raise ConfigError(f"{where}: the error that a server answered, expected {EXPECTED}")
     raise ConfigError(f"{where}: got an object without format, choices or token_ids, expected {EXPECTED}")
 
 
-def _read_generated(fields: Fields) -> Record:
-    """What fly-generate prints."""
+def _read_generated(fields: Fields) -> list[Record]:
+    """What fly-generate prints: one completion, and another to compare it with where that was asked for."""
+    if not fields.has("compared"):
+        return [_read_completion(fields, "fly-generate", None)]
+    compared = fields.object("compared")
+    prompt = fields.raw("prompt")
+    other = _read_completion(compared, "fly-generate, compared", GROUP) | {"prompt": prompt}
+    return [_read_completion(fields, "fly-generate", GROUP), other]
+
+
+def _read_completion(fields: Fields, name: str, group: str | None) -> Record:
     if not fields.has("trace"):
         raise ConfigError(f"{fields.where}: no trace: print it with fly-generate --json --trace")
+    rounds = read_rounds(fields, "rounds")
     return {
-        "name": "fly-generate",
-        "group": None,
+        "name": name,
+        "group": group,
         "source": "fly-generate",
-        "acceptance": fields.text("acceptance") if fields.has("acceptance") else None,
+        "acceptance": acceptance_of(rounds),
         "prompt": fields.text("prompt") if fields.has("prompt") else None,
         "text": fields.text("text"),
         "finish_reason": read_finish_reason(fields),
         "metrics": read_metrics(fields.object("metrics")),
         "tokens": read_tokens(fields, "trace"),
+        "rounds": rounds,
     }
 
 
@@ -123,17 +137,21 @@ def _read_answer(fields: Fields) -> list[Record]:
                 f'{choice.where}: no speculation_trace: ask the server for it with "speculation_trace": true'
             )
         name = f"{model} {fields.text('id')}" if fields.has("id") else model
+        rounds = read_rounds(choice, "speculation_rounds")
         found.append(
             {
                 "name": f"{name} #{choice.count('index')}" if len(choices) > 1 else name,
                 "group": None,
                 "source": "fly-serve",
-                "acceptance": metrics.text("acceptance") if metrics and metrics.has("acceptance") else None,
+                "acceptance": metrics.text("acceptance")
+                if metrics and metrics.has("acceptance")
+                else acceptance_of(rounds),
                 "prompt": None,
                 "text": _text_of(choice),
                 "finish_reason": read_finish_reason(choice),
                 "metrics": _metrics_of(fields, metrics) if metrics and len(choices) == 1 else None,
                 "tokens": read_tokens(choice, "speculation_trace"),
+                "rounds": rounds,
             }
         )
     return found

@@ -42,7 +42,7 @@ def _add(whole: dict[str, Any], choice: Fields) -> None:
         whole["text"] += delta.text("content") if delta.has("content") else ""
     if choice.has("finish_reason"):
         whole["finish_reason"] = choice.text("finish_reason")
-    for name in ("speculation_trace",):
+    for name in ("speculation_trace", "speculation_rounds"):
         if choice.has(name):
             whole.setdefault(name, []).extend(choice.items(name))
 

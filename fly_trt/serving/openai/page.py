@@ -31,6 +31,9 @@ FILES = {
 SHARED_FILES = {
     "token_view.css": "text/css; charset=utf-8",
     "token_view.js": "text/javascript; charset=utf-8",
+    "histogram.css": "text/css; charset=utf-8",
+    "histogram.js": "text/javascript; charset=utf-8",
+    "elements.js": "text/javascript; charset=utf-8",
     "difference.js": "text/javascript; charset=utf-8",
 }
 ACCEPTANCE = "acceptance.json"

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fly_trt.errors import RequestError
-from fly_trt.inspection.records import token_records
+from fly_trt.inspection.records import round_records, token_records
 from fly_trt.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from fly_trt.params import RequestOutputKind, SamplingParams
 from fly_trt.serving.openai.answers.usage import metrics_object, usage_object
@@ -141,6 +141,7 @@ class Writer(ABC):
             found["token_ids"] = list(token_ids)
         if self.body.speculation_trace:
             found["speculation_trace"] = token_records(self.shared.reader, token_ids, completion.trace or ())
+            found["speculation_rounds"] = round_records(self.shared.reader, completion.rounds or ())
         return found
 
     def _speculation(self, metrics: Sequence[RequestMetrics]) -> dict[str, Any] | None:
