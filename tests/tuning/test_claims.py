@@ -54,8 +54,8 @@ def re_run(simulated: Sequence[Simulated], num_prompts: int, seed: int) -> tuple
 
 
 def population(retention: float, *, gains: bool) -> list[Simulated]:
-    """Ten loose settings that keep just as much, beside exact drafting and a default that loses a lot. With gains, wrong
-    answers are mended for a part of the right ones that are lost."""
+    """Ten loose settings that keep just as much, beside exact drafting and a default that loses a lot. With gains they
+    also mend wrong answers, and lose so much more of the right ones."""
     gain = 0.02 if gains else 0.0
     loss = 1 - retention + gain * (1 - SHARE_RIGHT) / SHARE_RIGHT
     loose = [Simulated(f"loose {number}", 2 + 0.05 * number, loss, gain) for number in range(10)]
