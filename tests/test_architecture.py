@@ -23,6 +23,7 @@ FLOORS = (
     ("integrations",),
     ("service",),
     ("llm", "async_llm"),
+    ("inspection",),
     ("serving", "benchmark"),
     ("tuning",),
     ("cli",),

@@ -17,6 +17,10 @@ def generate() -> None:
     start("fly-generate", "fly_trt.cli.generate")
 
 
+def inspect() -> None:
+    start("fly-inspect", "fly_trt.cli.inspect")
+
+
 def serve() -> None:
     start("fly-serve", "fly_trt.cli.serve")
 

@@ -15,6 +15,8 @@ from tokenizers import Tokenizer
 from fly_trt.drafting import Drafter, ReadsPrompts
 from fly_trt.engines.base import Engine, Step
 from fly_trt.errors import EngineError, FlyError
+from fly_trt.runtime.audit import AuditConfig, OnResult
+from fly_trt.runtime.auditor import Auditor
 from fly_trt.runtime.invariants import check_invariants
 from fly_trt.runtime.loosening import StepCosts
 from fly_trt.runtime.metrics import Metrics
@@ -24,6 +26,7 @@ from fly_trt.runtime.sampler import token_logprobs
 from fly_trt.runtime.scheduler import Scheduler, StepPlan
 from fly_trt.runtime.slots import SlotTable
 from fly_trt.runtime.speculation import Speculation
+from fly_trt.text.tokenizer import piece_reader
 from fly_trt.verification import EXACT, Verdict
 
 WARM_UP_SECONDS = 1.0
@@ -34,7 +37,8 @@ CHECK_VARIABLE = "FLY_TRT_CHECK"  # "1" checks the invariants after every step
 class LoopConfig:
     """Sizes in requests and tokens: num_slots rows at most of max_seq_len tokens, num_draft_tokens per round,
     max_num_tokens of prompts and again of verification per iteration, max_queue_size waiting requests. step_costs: what
-    a loose request's windows cost, so that it opens them where they pay; None means always."""
+    a loose request's windows cost, so that it opens them where they pay; None means always. spare_slot: one of the
+    target's beyond num_slots, for whoever reads beside the requests."""
 
     num_slots: int
     max_seq_len: int
@@ -44,6 +48,7 @@ class LoopConfig:
     adaptive_draft_length: bool = False
     prefix_caching: bool = True
     step_costs: StepCosts | None = None
+    spare_slot: int | None = None
 
 
 class GenerationLoop:
@@ -68,9 +73,16 @@ class GenerationLoop:
             is_adaptive=config.adaptive_draft_length,
             step_costs=config.step_costs,
             stop_token_ids=target.info.stop_token_ids,
+            has_top_tokens=target.info.has_top_tokens,
         )
         self.scheduler = Scheduler(
-            SlotTable(config.num_slots, target, drafter, prefix_caching=config.prefix_caching),
+            SlotTable(
+                config.num_slots,
+                target,
+                drafter,
+                prefix_caching=config.prefix_caching,
+                spare_slot=config.spare_slot,
+            ),
             self.speculation,
             max_num_tokens=config.max_num_tokens,
             max_queue_size=config.max_queue_size,
@@ -78,10 +90,26 @@ class GenerationLoop:
         self._prompt_reader = drafter if isinstance(drafter, ReadsPrompts) else None
         self._changed: dict[Request, None] = {}
         self._may_shrink = False
+        self._auditor: Auditor | None = None
+        self._piece = piece_reader(tokenizer)
+        self._step_seconds = 0.0
         self._is_checked = os.environ.get(CHECK_VARIABLE) == "1"
 
     def add(self, requests: list[Request]) -> None:
         self.scheduler.add(requests)
+
+    def audit(self, config: AuditConfig, on_result: OnResult, *, is_shared: bool = False) -> Auditor:
+        """From now on offers what ends to audits over the same target and slots, which somebody has to step."""
+        self._auditor = Auditor(
+            config,
+            on_result,
+            target=self._target,
+            slots=self.scheduler.slots,
+            max_seq_len=self._config.max_seq_len,
+            max_num_tokens=self._config.max_num_tokens,
+            is_shared=is_shared,
+        )
+        return self._auditor
 
     def has_requests(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
@@ -180,9 +208,9 @@ class GenerationLoop:
     def _run_timed(self, step: Step) -> None:
         prepared, started = self._target.num_preparations, time.perf_counter()
         self._target.run(step)
+        self._step_seconds = time.perf_counter() - started
         if self._target.num_preparations == prepared:
-            seconds = time.perf_counter() - started
-            self.speculation.draft_length.target_cost.observe(step.input_ids.size, seconds)
+            self.speculation.draft_length.target_cost.observe(step.input_ids.size, self._step_seconds)
 
     def _settle(self, plan: StepPlan, step: Step) -> None:
         """Takes what a step says, row by row. What goes wrong with a row is its request's: the others go on."""
@@ -216,6 +244,8 @@ class GenerationLoop:
     def _decide(self, request: Request, round_: Round, feed: Feed, step: Step, row: int) -> None:
         """Takes a step's outputs for one decoding row, and commits what they decide."""
         before = round_.num_committed
+        if round_.costs is not None:
+            round_.costs.add_step(self._step_seconds, len(step.num_context))
         verdict = round_.take(
             feed,
             step,
@@ -247,7 +277,7 @@ class GenerationLoop:
         is_first = not request.output_token_ids
         num_emitted = request.commit(tokens, logprobs)
         if request.params.speculation_trace:
-            request.record_traces(round_, verdict, num_emitted)
+            request.record_traces(round_, verdict, num_emitted, self._piece)
         self._metrics.record_tokens(num_emitted, request.seconds_since_tokens(), is_first=is_first)
         self._changed[request] = None
         return num_emitted
@@ -259,6 +289,8 @@ class GenerationLoop:
             counts = round_.counts(num_kept)
             request.metrics.record_round(counts)
             self._metrics.record_round(counts, request.policy.name)
+        if round_.costs is not None:
+            request.record_round_trace(round_, num_kept)
         self.speculation.end_round(request, round_, num_kept)
 
     def _collect_prompt_logprobs(self, request: Request, step: Step, row: int, num_tokens: int) -> None:
@@ -279,8 +311,12 @@ class GenerationLoop:
         self._may_shrink |= request.slot >= 0
         self.scheduler.remove(request)
         self._metrics.record_end(request.finish_reason or "abort", request.metrics.latency or 0.0)
+        if request.metrics.exact_because is not None:
+            self._metrics.record_made_exact()
         if request.num_cached:  # it was admitted
             self._metrics.record_prompt(len(request.prompt_token_ids), request.num_prefix_hits)
+        if self._auditor is not None:
+            self._auditor.offer(request)
 
     def _take_changed(self) -> list[Request]:
         changed, self._changed = list(self._changed), {}

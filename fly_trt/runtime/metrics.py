@@ -33,6 +33,7 @@ COUNTERS = {
     "spec_decode_num_draft_tokens": "Draft tokens verified by the target.",
     "spec_decode_num_accepted_tokens": "Draft tokens that were emitted.",
     "spec_decode_num_loosened_tokens": "Emitted draft tokens that the target did not choose.",
+    "requests_made_exact": "Loose requests that the breaker made exact, as a whole or from somewhere on.",
     "prompt_tokens": "Prompt tokens of admitted requests.",
     "generation_tokens": "Tokens emitted.",
     "prefix_cache_queries": "Prompt tokens looked up in the cache.",
@@ -49,7 +50,7 @@ GAUGES = {
 }
 
 
-class _Histogram:
+class Histogram:
     """Observations by bucket; the last bucket is beyond all bounds."""
 
     def __init__(self, name: str, text: str, bounds: tuple[float, ...]) -> None:
@@ -83,11 +84,11 @@ class Metrics:
         self._by_source: tuple[Counter[tuple[str, str]], ...] = (Counter(), Counter())  # by policy and source
         self._loosened: Counter[str] = Counter()  # by policy
         self._ended: Counter[str] = Counter()
-        self._first_token = _Histogram("time_to_first_token_seconds", "From arrival.", FIRST_TOKEN_SECONDS)
-        self._inter_token = _Histogram(
+        self._first_token = Histogram("time_to_first_token_seconds", "From arrival.", FIRST_TOKEN_SECONDS)
+        self._inter_token = Histogram(
             "inter_token_latency_seconds", "Time between two steps' tokens, per token.", TOKEN_SECONDS
         )
-        self._latency = _Histogram("e2e_request_latency_seconds", "From arrival to the last token.", REQUEST_SECONDS)
+        self._latency = Histogram("e2e_request_latency_seconds", "From arrival to the last token.", REQUEST_SECONDS)
         self._num_cache_tokens = 0
         self._window = (0.0, 0, 0, 0)  # time and counters when the last line was logged
         self.registry.register(self)
@@ -178,6 +179,9 @@ class Metrics:
     def record_end(self, reason: str, seconds: float) -> None:
         self._ended[reason] += 1
         self._latency.observe(seconds)
+
+    def record_made_exact(self) -> None:
+        self._counts["requests_made_exact"] += 1
 
     def set_cache(self, num_tokens: int) -> None:
         """How many tokens the KV cache of all slots holds."""

@@ -8,11 +8,12 @@ import time
 from collections.abc import Sequence
 
 from fly_trt.drafting import Draft, Drafter, DraftRow, DraftStop
+from fly_trt.runtime.breaker import Breaker
 from fly_trt.runtime.draft_length import SURE, AcceptanceRate, DraftLength
 from fly_trt.runtime.guided import GuidedDraft, forced_draft, propose_guided
 from fly_trt.runtime.loosening import Loosening, StepCosts
 from fly_trt.runtime.request import Request
-from fly_trt.runtime.rounds import Round
+from fly_trt.runtime.rounds import Round, RoundCosts
 from fly_trt.tokens import NO_TOKENS, IntArray
 from fly_trt.verification import EXACT, EXACT_WITH_ENTROPY, DraftSource, Evidence, Limits
 
@@ -22,7 +23,8 @@ MAX_USUAL_CONTEXT = 2  # committed tokens that a round starts with, but for the 
 class Speculation:
     """drafter: None decodes without drafts. num_draft_tokens: of a round, at most, and 0 without a drafter.
     is_adaptive: steps verify as many as pay. step_costs: what a loose request's windows cost, so that it opens them
-    where they pay; None means always. stop_token_ids: the model's own, never loosened."""
+    where they pay; None means always. stop_token_ids: the model's own, never loosened. has_top_tokens: the target names
+    its most probable tokens, which a trace has. `breaker`: which settings are exact for now."""
 
     def __init__(
         self,
@@ -32,12 +34,15 @@ class Speculation:
         is_adaptive: bool,
         step_costs: StepCosts | None,
         stop_token_ids: frozenset[int],
+        has_top_tokens: bool = False,
     ) -> None:
         self.drafter = drafter
         self.num_draft_tokens = num_draft_tokens if drafter is not None else 0
         has_costs = drafter is not None and not drafter.is_free  # free drafts cost nothing where they do not stand
         self._step_costs = step_costs if has_costs else None
         self._stop_token_ids = stop_token_ids
+        self.breaker: Breaker | None = None
+        self._has_top_tokens = has_top_tokens
         self.draft_length = DraftLength(self.num_draft_tokens, adaptive=is_adaptive)
 
     @property
@@ -80,19 +85,23 @@ class Speculation:
         What an exact policy emits does not depend on the round's length. With a loose one it does, if only because the
         token after the draft is the target's own: such a round is as long as the rule says, whatever the load. A
         request that pauses its windows is decoded exactly, and the last round of the pause ends where the pause does.
+        So is one whose setting the breaker has tripped, from its next round on.
         """
         length, limit, policy = len(request.sequence), self._limit(request), request.policy
         forced = NO_TOKENS if request.grammar is None else self._forced(request)
         request.forced = None
         num_draft, is_observed = max(num_draft, min(num_forced, len(forced))), False
+        closed = EXACT_WITH_ENTROPY if request.traces_full_entropy else EXACT
         if not policy.is_loose:
             num_draft = min(num_draft, limit)
+        elif self._is_tripped(request):
+            num_draft, policy = min(num_draft, limit), closed
+            request.metrics.exact_because = "breaker"
         elif self._step_costs is None or not policy.has_windows:
             num_draft = limit
         else:
             if request.loosening is None:
                 request.loosening = Loosening(self._step_costs, policy.lookahead, limit, length)
-            closed = EXACT_WITH_ENTROPY if request.traces_full_entropy else EXACT
             if (pause := request.loosening.resume_at - length) > 0:
                 num_draft, policy = min(num_draft, limit, pause - 1), closed
             else:
@@ -100,6 +109,9 @@ class Speculation:
         if request.limits is None:
             request.limits = self._limits(request)
         request.round = Round(length, Evidence(num_draft), policy, request.limits, is_observed)
+        if request.params.speculation_trace:
+            request.round.costs = RoundCosts()
+            request.round.needs_top = self._has_top_tokens or request.sampler is not None
         if request.grammar is not None:
             is_scored = policy.needs_draft_scores or request.draft_stop is not None
             request.round.begin_draft(forced_draft(forced[:num_draft], is_scored=is_scored))
@@ -120,6 +132,7 @@ class Speculation:
                 asked.append((request, round_, end - round_.num_committed))
         if not asked:
             return
+        started = time.perf_counter()
         wanted = [_row(request, round_, count) for request, round_, count in asked]
         guided = {
             at: GuidedDraft(wanted[at], round_, request.grammar, request.output_tokens, is_free=self.drafts_are_free)
@@ -127,8 +140,11 @@ class Speculation:
             if request.grammar is not None
         }
         drafts = propose_guided(wanted, guided, self.propose) if guided else self.propose(wanted)
+        seconds = time.perf_counter() - started
         for (_, round_, count), draft in zip(asked, drafts, strict=True):
             round_.take_draft(draft, count)
+            if round_.costs is not None:
+                round_.costs.add_draft(seconds, len(asked))
 
     def propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
         """What the drafter proposes, and how long it takes for it."""
@@ -172,6 +188,9 @@ class Speculation:
             _show_rejected(round_, request.draft_stop)
         if request.loosening is not None and round_.is_observed and not request.is_finished:
             request.loosening.observe(round_.window_counts(), len(request.sequence))
+
+    def _is_tripped(self, request: Request) -> bool:
+        return self.breaker is not None and request.setting is not None and self.breaker.is_tripped(request.setting)
 
     def _limits(self, request: Request) -> Limits:
         has_exact_copies = self.drafter is not None and self.drafter.has_exact_copies

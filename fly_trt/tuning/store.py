@@ -103,7 +103,8 @@ class Store:
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
         if not whole:
-            if content and not f'{{"format": "{FORMAT}"'.encode().startswith(content[:24]):
+            begun = json.dumps({"format": FORMAT})[:-1].encode()
+            if not begun.startswith(content[: len(begun)]):
                 raise ConfigError(f"{path}: not a state of fly-tune: give another --state")
             self._file.truncate(0)
             self._write({"format": FORMAT, "identity": identity})
