@@ -149,6 +149,10 @@ def _summary(output: RequestOutput, seconds: float) -> str:
             f", mean acceptance length {metrics.mean_acceptance_length:.2f} over {metrics.num_spec_steps} steps, "
             f"{metrics.num_loosened_tokens} loosened tokens"
         )
+        if metrics.num_loosened_tokens:
+            text += f" saved {metrics.num_saved_tokens}"
+        for guard, count in metrics.num_refused_loosenings_by_guard.items():
+            text += f", {guard} refused {count}"
     return text
 
 

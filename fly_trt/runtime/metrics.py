@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from fly_trt.acceptance import GUARDS
 from fly_trt.outputs import RoundCounts
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ COUNTERS = {
     "spec_decode_num_draft_tokens": "Draft tokens verified by the target.",
     "spec_decode_num_accepted_tokens": "Draft tokens that were emitted.",
     "spec_decode_num_loosened_tokens": "Emitted draft tokens that the target did not choose.",
+    "spec_decode_num_saved_tokens": "Emitted draft tokens that exact verification had not accepted.",
     "requests_made_exact": "Loose requests that the breaker made exact, as a whole or from somewhere on.",
     "prompt_tokens": "Prompt tokens of admitted requests.",
     "generation_tokens": "Tokens emitted.",
@@ -83,6 +85,7 @@ class Metrics:
         self._rounds_by_length: Counter[int] = Counter()  # rounds by the draft tokens that they emitted
         self._by_source: tuple[Counter[tuple[str, str]], ...] = (Counter(), Counter())  # by policy and source
         self._loosened: Counter[str] = Counter()  # by policy
+        self._refused = Counter(dict.fromkeys(GUARDS, 0))  # by guard
         self._ended: Counter[str] = Counter()
         self._first_token = Histogram("time_to_first_token_seconds", "From arrival.", FIRST_TOKEN_SECONDS)
         self._inter_token = Histogram(
@@ -120,6 +123,14 @@ class Metrics:
         for acceptance, count in dict(self._loosened).items():
             loosened.add_metric([acceptance], count)
         yield loosened
+        refused = CounterMetricFamily(
+            PREFIX + "spec_decode_num_refused_loosenings",
+            "Draft tokens that the policy would have loosened and a guard turned down, by guard.",
+            labels=["guard"],
+        )
+        for guard, count in dict(self._refused).items():
+            refused.add_metric([guard], count)
+        yield refused
         ended = CounterMetricFamily(
             PREFIX + "request_success", "Requests that ended, by reason.", labels=["finished_reason"]
         )
@@ -157,8 +168,12 @@ class Metrics:
         counts["spec_decode_num_accepted_tokens"] += round_.num_accepted
         counts["spec_decode_num_loosened_tokens"] += round_.num_loosened
         self._rounds_by_length[round_.num_accepted] += 1
+        counts["spec_decode_num_saved_tokens"] += round_.num_saved
         self._loosened[acceptance] += round_.num_loosened
-        for table, by_source in zip(self._by_source, round_[-2:], strict=True):
+        if round_.refused_by is not None:
+            self._refused[round_.refused_by] += 1
+        both = round_.drafted_by_source, round_.accepted_by_source
+        for table, by_source in zip(self._by_source, both, strict=True):
             for source, count in by_source.items():
                 table[acceptance, source] += count
 
