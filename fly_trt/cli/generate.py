@@ -113,10 +113,11 @@ def _run(engine_dir: Path, prompt: str, as_json: bool, flags: dict[str, Any]) ->
             (other,) = llm.generate([given], dataclasses.replace(params, acceptance=flags["compare"]))
             record["compared"] = _as_record(other, TokenReader(llm.tokenizer))
     if as_json:
-        click.echo(json.dumps(record))
+        click.echo(json.dumps(record | {"setting": llm.setting.as_dict()}))
     else:
         click.echo()
         click.echo(_summary(output, seconds), err=True)
+        click.echo(str(llm.setting), err=True)
 
 
 def _output_form(schema: str | None, regex: str | None) -> dict[str, str] | None:

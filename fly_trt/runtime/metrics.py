@@ -93,6 +93,7 @@ class Metrics:
         )
         self._latency = Histogram("e2e_request_latency_seconds", "From arrival to the last token.", REQUEST_SECONDS)
         self._num_cache_tokens = 0
+        self._setting: dict[str, str] = {}
         self._window = (0.0, 0, 0, 0)  # time and counters when the last line was logged
         self.registry.register(self)
 
@@ -148,6 +149,12 @@ class Metrics:
             )
             info.add_metric(blocks, 1)
             yield info
+        if self._setting:
+            running = GaugeMetricFamily(
+                PREFIX + "setting_info", "Which setting runs by default; always 1.", labels=list(self._setting)
+            )
+            running.add_metric(list(self._setting.values()), 1)
+            yield running
         for histogram in (self._first_token, self._inter_token, self._latency):
             yield histogram.family()
 
@@ -201,6 +208,10 @@ class Metrics:
     def set_cache(self, num_tokens: int) -> None:
         """How many tokens the KV cache of all slots holds."""
         self._num_cache_tokens = num_tokens
+
+    def set_setting(self, labels: dict[str, str]) -> None:
+        """Which setting runs by default."""
+        self._setting = labels
 
     def set_load(self, num_running: int, num_waiting: int, cache_usage: float) -> None:
         """The gauges, and once in LOG_SECONDS one line in the log."""

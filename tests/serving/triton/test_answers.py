@@ -1,5 +1,6 @@
 """What a client of a real tritonserver gets for a request that can be served."""
 
+import json
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
