@@ -43,7 +43,7 @@ def as_record(benchmark: Benchmark) -> dict[str, Any]:
         **{name: getattr(config, name) for name in ("temperature", "seed", "rounds", "perplexity")},
         "loads": [_load(load) for load in config.loads],
         "modes": {mode: _speculation(speculative) for mode, speculative in benchmark.modes.items()},
-        "settings": {mode: _setting(benchmark, mode) for mode in benchmark.modes},
+        "running": {mode: _setting(benchmark, mode) for mode in benchmark.modes},
     }
     return {
         "schema_version": SCHEMA_VERSION,

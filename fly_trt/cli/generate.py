@@ -116,8 +116,7 @@ def _run(engine_dir: Path, prompt: str, as_json: bool, flags: dict[str, Any]) ->
         click.echo(json.dumps(record | {"setting": llm.setting.as_dict()}))
     else:
         click.echo()
-        click.echo(_summary(output, seconds), err=True)
-        click.echo(str(llm.setting), err=True)
+        click.echo(f"{_summary(output, seconds)}; {llm.setting}", err=True)
 
 
 def _output_form(schema: str | None, regex: str | None) -> dict[str, str] | None:

@@ -154,6 +154,8 @@ def check_budget(rule: str, way: str, salt: int, drafter: str, cut: Sequence[int
             assert_holds(guards, tokens, is_loosened, [of_token.choice for of_token in trace])
             assert request.metrics.num_loosened_tokens == sum(is_loosened)
             assert request.metrics.num_saved_tokens == saved_tokens(trace)
+            refused = Counter(of_token.guard for of_token in trace if of_token.guard is not None)
+            assert request.metrics.num_refused_loosenings_by_guard == refused
         served.append([(request.output_token_ids, counts_of(request.metrics)) for request in requests])
         assert_counts_agree(stack, [request.metrics for request in requests])
     assert served[0] == served[1], "however rounds are cut"
@@ -297,7 +299,7 @@ def test_requests_without_guards_are_asked_nothing(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("fly_trt.verification.guards.Guards.that_forbids", never)
     monkeypatch.setattr("fly_trt.verification.guards.Limits.guard_that_forbids", never)
     monkeypatch.setattr("fly_trt.verification.guards.Limits.apply", never)
-    request = guarded(GuardSettings(), policy=SHORT_WINDOW, ignore_eos=True)
+    request = make_request(policy=SHORT_WINDOW, ignore_eos=True)
     build(1, "draft_model").run(request)
     assert request.metrics.num_loosened_tokens > 0
     assert request.metrics.guards == {}

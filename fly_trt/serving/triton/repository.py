@@ -105,9 +105,8 @@ def make_plan(
     _check_place(model_dir, engine_dir, overwrite)
     config = resolve_speculative_config(manifest, speculative or {})
     sizes = resolve_sizes(ServiceConfig.from_dict({**settings, "max_queue_size": max_queue_size}), config, manifest)
-    setting = describe_setting(manifest, config)
     text = _template().render(
-        setting=setting,
+        setting=describe_setting(manifest, config),
         version=fly_trt.__version__,
         engine=manifest.name,
         name=name,
@@ -139,7 +138,6 @@ def make_plan(
             "method": config.method or "none",
             "acceptance": config.acceptance,
             "num_speculative_tokens": config.num_speculative_tokens,
-            "setting": str(setting),
         },
     )
 
