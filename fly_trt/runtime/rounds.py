@@ -278,12 +278,27 @@ class Round:
         )
         return WindowCounts(num_agreed - stood, stood + differs, stood, int(failed))
 
-    def counts(self, num_kept: int) -> RoundCounts:
-        """Of a round that is decided, of which `num_kept` draft tokens were emitted."""
-        evidence = self.evidence
-        num_verified = evidence.num_known
-        by_source = [_by_source(evidence.sources[:count]) for count in (num_verified, num_kept)]
-        return RoundCounts(num_verified, num_kept, evidence.num_loosened(num_kept), *by_source)
+    def counts(self, num_emitted: int) -> RoundCounts:
+        """Of a round that is decided, of which the first `num_emitted` tokens were emitted: draft tokens, and the
+        target's own."""
+        evidence, num_kept = self.evidence, min(num_emitted, self.num_committed)
+        num_verified, num_loosened = evidence.num_known, evidence.num_loosened(num_kept)
+        return RoundCounts(
+            num_verified,
+            num_kept,
+            num_loosened,
+            _by_source(evidence.sources[:num_verified]),
+            _by_source(evidence.sources[:num_kept]),
+            num_kept - evidence.num_exact(num_kept) if num_loosened else 0,
+            self._refusal(num_emitted),
+        )
+
+    def _refusal(self, num_emitted: int) -> str | None:
+        """The guard that turned down a loosening, if one did, and its place was reached."""
+        at, evidence = self.num_committed, self.evidence
+        if self.limits.guards is None or not at < min(num_emitted, evidence.num_known) or evidence.matches[at]:
+            return None
+        return self._guard(at)
 
     def traces(
         self,
@@ -350,7 +365,8 @@ class Round:
         return num_agreeing(self.policy, self.evidence, at, self.limits.never_loosened)
 
     def _guard(self, at: int) -> str | None:
-        """The guard that turned down what the policy would have loosened there."""
+        """The guard that turned down what the policy would have loosened there, or had opened its window for: whether
+        that fails as well shows only where a step is long."""
         if not (self.is_limited or self.policy.opens_window(self.evidence, at, self.limits.never_loosened)):
             return None
         return self.limits.guard_that_forbids(self.evidence, at)

@@ -164,6 +164,8 @@ class Admission:
             index=index,
         )
         request.metrics.num_prompt_tokens = len(token_ids)
+        if request.guards is not None:
+            request.metrics.guards = acceptance.guard_settings().in_force()
         if self._check is not None:
             self._check(request)
         return request
