@@ -1,5 +1,5 @@
-"""The circuit breaker: loose settings whose audited quality is not what it should be are exact until a person or a timer
-resets them.
+"""The circuit breaker: loose settings whose audited quality is not what it should be are exact until a person or a
+timer resets them.
 
 Each setting of acceptance is judged by its own audits. A client's own setting cannot so make others exact, and cannot
 speak for the server's default either, which is its own setting from the first audit on. There are MAX_SETTINGS of their
@@ -40,9 +40,7 @@ class BreakerConfig:
 
     def __post_init__(self) -> None:
         if not (is_number(self.min_quality) and 0 <= self.min_quality < 1):
-            raise ConfigError(
-                f"min_quality {self.min_quality!r}: expected a number from 0, which is no breaker, to < 1"
-            )
+            raise ConfigError(f"min_quality {self.min_quality!r}: expected a number from 0, no breaker, to below 1")
         if not (is_number(self.error_rate) and 1e-6 <= self.error_rate <= 0.5):
             raise ConfigError(f"breaker_error_rate {self.error_rate!r}: expected a number from 1e-6 to 0.5")
         seconds = self.reset_seconds

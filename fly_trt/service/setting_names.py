@@ -1,5 +1,5 @@
-"""The name of a request's acceptance setting: what it changes of the engine's own, as text that is the same for the same
-setting. Audits judge requests by it, so that who changes anything is judged apart. It knows settings; no audits.
+"""The name of a request's acceptance setting: what it changes of the engine's own, as text that is the same for the
+same setting. Audits judge requests by it, so that who changes anything is judged apart. It knows settings; no audits.
 """
 
 import hashlib

@@ -179,7 +179,7 @@ def test_it_may_be_asked_and_reset_while_audits_come(changes):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"min_quality": 1.0}, "min_quality 1.0: expected a number from 0, which is no breaker, to < 1"),
+        ({"min_quality": 1.0}, "min_quality 1.0: expected a number from 0, no breaker, to below 1"),
         ({"min_quality": "high"}, "min_quality 'high': expected a number"),
         ({"error_rate": 0}, "breaker_error_rate 0: expected a number from 1e-6 to 0.5"),
         ({"reset_seconds": -1}, "breaker_reset_seconds -1: expected seconds, above 0, or None"),
