@@ -181,7 +181,8 @@ class Stack:
                 tokens[request.round.start :] = request.round.draft.tolist()
             held = self.target.slots[request.slot][: request.num_cached]
             assert held == tokens[: request.num_cached], f"{request.request_id}: the cache holds the sequence"
-        for slot, state in zip(self.target.slots, self.loop.scheduler.slots.table, strict=True):
+        table = self.loop.scheduler.slots.table
+        for slot, state in zip(self.target.slots[: len(table)], table, strict=True):
             assert slot[: len(state.kept)] == state.kept.tolist(), "the cache holds what is said to be kept"
 
     def positions_of(self, action: Callable[[], object]) -> list[int]:
@@ -207,10 +208,13 @@ def make_stack(
     logits: Logits | None = None,
     trim_block: int | None = None,
     step_costs: StepCosts | None = None,
+    has_spare_slot: bool = False,
 ) -> Stack:
     """max_seq_len: what is served, where the engine was built for 256. draft_lengths: what the loop's choice of draft
     tokens is, step by step; otherwise it chooses."""
-    engine = TableEngine(target, entropy=entropy, logits=logits, max_batch_size=num_slots, trim_block=trim_block)
+    engine = TableEngine(
+        target, entropy=entropy, logits=logits, max_batch_size=num_slots + has_spare_slot, trim_block=trim_block
+    )
     config = LoopConfig(
         num_slots=num_slots,
         max_seq_len=max_seq_len,
@@ -220,6 +224,7 @@ def make_stack(
         adaptive_draft_length=adaptive_draft_length,
         prefix_caching=prefix_caching,
         step_costs=step_costs,
+        spare_slot=num_slots if has_spare_slot else None,
     )
     metrics = Metrics()
     loop = GenerationLoop(engine, drafter, config, letters(), metrics)

@@ -77,13 +77,15 @@ def load_engine(
     model: ModelEngine,
     *,
     num_slots: int,
+    num_spare_slots: int = 0,
     num_threads: int | None = None,
     device_id: int | None = None,
     rank: int = 0,
 ) -> Engine:
     """Loads the target or the draft of an engine directory with the library that it was built for.
 
-    The settings are those of LoadSettings. Raises EngineError for what cannot be loaded here and ConfigError for a
+    The settings are those of LoadSettings; num_spare_slots are slots beyond num_slots, of which no step has more rows.
+    Raises EngineError for what cannot be loaded here and ConfigError for a
     device that does not exist or would not be used.
     """
     backend = find_backend(directory, manifest)
@@ -96,5 +98,6 @@ def load_engine(
             f"{directory}: built for max_batch_size {manifest.limits.max_batch_size}, asked for {num_slots}: "
             f"rebuild with --max-batch-size {num_slots}"
         )
+    num_slots += num_spare_slots
     settings = LoadSettings(num_slots=num_slots, num_threads=num_threads, device_id=device_id, rank=rank)
     return backend.load(directory, manifest, model, engine_info(manifest, model), settings)

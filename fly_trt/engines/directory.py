@@ -77,7 +77,8 @@ class LoadedEngines:
     another one writes to, so that all of them go without prefix caching.
     Shutting one down leaves the engines to the others; `close` releases them, after the last one was shut down.
 
-    The settings are those of EngineSettings; whoever shares the engines may use fewer than max_batch_size slots.
+    The settings are those of EngineSettings; whoever shares the engines may use fewer than max_batch_size slots. The
+    target has num_spare_slots more, in which no requests run.
     `load_seconds` has the time that each engine took, the self-drafts together. Raises EngineError for a directory that
     cannot be used, and ConfigError for a setting that cannot be.
     """
@@ -91,6 +92,7 @@ class LoadedEngines:
         device_id: int | None = None,
         devices: Sequence[int] | None = None,
         verify_hashes: bool = False,
+        num_spare_slots: int = 0,
     ) -> None:
         wanted = EngineSettings(
             max_batch_size=max_batch_size or None,
@@ -103,6 +105,7 @@ class LoadedEngines:
         self.manifest: Manifest = read_manifest(self.directory, verify_hashes=wanted.verify_hashes)
         self.backend = backend = find_backend(self.directory, self.manifest)
         self.max_batch_size = wanted.max_batch_size or self.manifest.limits.max_batch_size
+        self.num_spare_slots = num_spare_slots
         self.load_seconds: dict[Role, float] = {}
         self.turn = Turn()
         self._home = HomeProcess("engines")
@@ -189,11 +192,14 @@ class LoadedEngines:
 
     def _open(self, role: Role, model: ModelEngine) -> Engine:
         started = time.perf_counter()
-        parts = self.directory, self.manifest, model
+        settings: dict[str, Any] = {
+            "num_slots": self.max_batch_size,
+            "num_spare_slots": self.num_spare_slots if role == "target" else 0,
+        }
         if model.tensor_parallel_size > 1:
-            engine: Engine = self._ranks.load(*parts, num_slots=self.max_batch_size)
+            engine: Engine = self._ranks.load(self.directory, self.manifest, model, **settings)
         else:
-            engine = load_engine(*parts, num_slots=self.max_batch_size, **self._settings)
+            engine = load_engine(self.directory, self.manifest, model, **settings, **self._settings)
         self.load_seconds[role] = self.load_seconds.get(role, 0.0) + time.perf_counter() - started
         return engine
 

@@ -69,9 +69,9 @@ class Follower:
             Path(wanted["directory"]),
             Manifest.model_validate(wanted["manifest"]),
             ModelEngine.model_validate(wanted["model"]),
-            num_slots=wanted["num_slots"],
             device_id=wanted["device_id"],
             rank=self._rank,
+            **wanted["slots"],
         )
         self._channel.send(Op.DONE, message.engine)
 

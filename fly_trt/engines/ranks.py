@@ -10,9 +10,9 @@ and runs no engine library.
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -62,7 +62,9 @@ class Ranks:
         """Has the bound method `tell` told why the ranks cannot run any more, in one line, once that is so."""
         self._group.when_failed(tell)
 
-    def load(self, directory: Path, manifest: Manifest, model: ModelEngine, *, num_slots: int) -> "RankedEngine":
+    def load(
+        self, directory: Path, manifest: Manifest, model: ModelEngine, *, num_slots: int, num_spare_slots: int = 0
+    ) -> "RankedEngine":
         """Loads `model` on as many ranks as it has, and compares what they say of one row. Raises EngineError, and
         ConfigError for a device that does not exist."""
         group, path = self._group, directory / model.model
@@ -72,11 +74,12 @@ class Ranks:
         group.start()
         number, self._num_engines = self._num_engines, self._num_engines + 1
         others = group.others[: model.tensor_parallel_size - 1]
+        slots: dict[str, Any] = {"num_slots": num_slots, "num_spare_slots": num_spare_slots}
         engine: RankEngine | None = None
         try:
             for other in others:
-                group.tell([other], Op.LOAD, number, payload=_wanted(directory, manifest, model, num_slots, other))
-            loaded = load_engine(directory, manifest, model, num_slots=num_slots, device_id=group.devices[0])
+                group.tell([other], Op.LOAD, number, payload=_wanted(directory, manifest, model, slots, other))
+            loaded = load_engine(directory, manifest, model, device_id=group.devices[0], **slots)
             engine = cast(RankEngine, loaded)
             group.hear(others, Op.DONE)
             communicator = self._join(engine, number, others)
@@ -207,14 +210,14 @@ class RankedEngine:
             raise
 
 
-def _wanted(directory: Path, manifest: Manifest, model: ModelEngine, num_slots: int, other: Other) -> bytes:
+def _wanted(directory: Path, manifest: Manifest, model: ModelEngine, slots: Mapping[str, int], other: Other) -> bytes:
     """What a rank needs to know to load its part."""
     return json.dumps(
         {
             "directory": str(directory.resolve()),
             "manifest": manifest.model_dump(mode="json"),
             "model": model.model_dump(mode="json"),
-            "num_slots": num_slots,
+            "slots": slots,
             "rank": other.rank,
             "device_id": other.device,
         }

@@ -30,6 +30,13 @@ class Turn:
                 self._line.append(wake)
             return self._line[0] is wake
 
+    def take_free(self, wake: threading.Event) -> bool:
+        """Takes the turn where nobody stands in line, and does not stand in line otherwise."""
+        with self._lock:
+            if not self._line:
+                self._line.append(wake)
+            return self._line[0] is wake
+
     def leave(self, wake: threading.Event) -> None:
         """Gives up the turn or the place in line, where there is one."""
         with self._lock:

@@ -15,6 +15,8 @@ from tokenizers import Tokenizer
 from fly_trt.drafting import Drafter, ReadsPrompts
 from fly_trt.engines.base import Engine, Step
 from fly_trt.errors import EngineError, FlyError
+from fly_trt.runtime.audit import AuditConfig, OnResult
+from fly_trt.runtime.auditor import Auditor
 from fly_trt.runtime.invariants import check_invariants
 from fly_trt.runtime.loosening import StepCosts
 from fly_trt.runtime.metrics import Metrics
@@ -34,7 +36,8 @@ CHECK_VARIABLE = "FLY_TRT_CHECK"  # "1" checks the invariants after every step
 class LoopConfig:
     """Sizes in requests and tokens: num_slots rows at most of max_seq_len tokens, num_draft_tokens per round,
     max_num_tokens of prompts and again of verification per iteration, max_queue_size waiting requests. step_costs: what
-    a loose request's windows cost, so that it opens them where they pay; None means always."""
+    a loose request's windows cost, so that it opens them where they pay; None means always. spare_slot: one of the
+    target's beyond num_slots, for whoever reads beside the requests."""
 
     num_slots: int
     max_seq_len: int
@@ -44,6 +47,7 @@ class LoopConfig:
     adaptive_draft_length: bool = False
     prefix_caching: bool = True
     step_costs: StepCosts | None = None
+    spare_slot: int | None = None
 
 
 class GenerationLoop:
@@ -70,7 +74,13 @@ class GenerationLoop:
             stop_token_ids=target.info.stop_token_ids,
         )
         self.scheduler = Scheduler(
-            SlotTable(config.num_slots, target, drafter, prefix_caching=config.prefix_caching),
+            SlotTable(
+                config.num_slots,
+                target,
+                drafter,
+                prefix_caching=config.prefix_caching,
+                spare_slot=config.spare_slot,
+            ),
             self.speculation,
             max_num_tokens=config.max_num_tokens,
             max_queue_size=config.max_queue_size,
@@ -78,10 +88,24 @@ class GenerationLoop:
         self._prompt_reader = drafter if isinstance(drafter, ReadsPrompts) else None
         self._changed: dict[Request, None] = {}
         self._may_shrink = False
+        self._auditor: Auditor | None = None
         self._is_checked = os.environ.get(CHECK_VARIABLE) == "1"
 
     def add(self, requests: list[Request]) -> None:
         self.scheduler.add(requests)
+
+    def audit(self, config: AuditConfig, on_result: OnResult, *, is_shared: bool = False) -> Auditor:
+        """From now on offers what ends to audits over the same target and slots, which somebody has to step."""
+        self._auditor = Auditor(
+            config,
+            on_result,
+            target=self._target,
+            slots=self.scheduler.slots,
+            max_seq_len=self._config.max_seq_len,
+            max_num_tokens=self._config.max_num_tokens,
+            is_shared=is_shared,
+        )
+        return self._auditor
 
     def has_requests(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
@@ -283,6 +307,8 @@ class GenerationLoop:
             self._metrics.record_made_exact()
         if request.num_cached:  # it was admitted
             self._metrics.record_prompt(len(request.prompt_token_ids), request.num_prefix_hits)
+        if self._auditor is not None:
+            self._auditor.offer(request)
 
     def _take_changed(self) -> list[Request]:
         changed, self._changed = list(self._changed), {}

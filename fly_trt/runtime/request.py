@@ -125,6 +125,14 @@ class Request:
         return self.sequence.tokens[: self.num_cached]
 
     @property
+    def held_tokens(self) -> IntArray:
+        """All tokens that the target's cache holds, with those of an open round that are not committed."""
+        if self.round is None or self.num_cached <= self.round.start:
+            return self.cached_tokens
+        fed = self.round.draft[: self.num_cached - self.round.start]
+        return np.concatenate([self.sequence.tokens[: self.round.start], fed])
+
+    @property
     def output_tokens(self) -> IntArray:
         return self.sequence.tokens[len(self.prompt_token_ids) :]
 

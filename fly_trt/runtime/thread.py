@@ -4,7 +4,8 @@ Commands are taken between steps, so an abort takes effect within one step. A re
 ended when a step that began later did not admit it, or while others have the engines. A step that raises ends the
 requests that were in it, each with an error, and then one token is run: engines that fail at that too cannot run any
 more. This ends the thread, as does an engine that says that it is dead and everything else that is no failure of a
-step, and every caller is told.
+step, and every caller is told. What audits there are run when there is nothing to serve, and for a share of the time
+between two steps.
 """
 
 import logging
@@ -24,6 +25,7 @@ from fly_trt.errors import (
     RequestError,
     one_line,
 )
+from fly_trt.runtime.auditor import Auditor
 from fly_trt.runtime.deadlines import Deadlines
 from fly_trt.runtime.executor import Executor
 from fly_trt.runtime.group import RequestGroup
@@ -34,17 +36,26 @@ logger = logging.getLogger(__name__)
 JOIN_SECONDS = 60.0
 STUCK_SECONDS = 5.0
 ROOM_POLL_SECONDS = 0.02
+AUDIT_POLL_SECONDS = 0.1  # where others have the turn, which an audit does not stand in line for
 
 
 class EngineThread:
     """Runs `executor` until `shutdown`, then calls `close` in the thread that owned the engines.
 
     Executors that share engines share the `turn`, which this one has while it has requests, or when others want it too,
-    until those that run then have ended. Without the turn it takes aborts and runs no engine.
+    until those that run then have ended. Without the turn it takes aborts and runs no engine. `auditor`: what audits
+    the executor's requests.
     """
 
-    def __init__(self, executor: Executor, close: Callable[[], None], turn: Turn | None = None) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        close: Callable[[], None],
+        turn: Turn | None = None,
+        auditor: Auditor | None = None,
+    ) -> None:
         self._executor = executor
+        self._auditor = auditor
         self._close = close
         self._turn = turn or Turn()
         self._home = HomeProcess("LLM")
@@ -147,11 +158,10 @@ class EngineThread:
                 if self._failure is not None:
                     raise EngineDeadError(self._failure)
                 self._end_aborted()
-                if not self._executor.has_work:
-                    self._turn.leave(self._wake)
-                elif self._turn.join(self._wake):
+                if self._take_turn():
                     self._serve()
-                    self._turn.leave(self._wake)
+                    self._audit_while_idle()
+                    self._leave_turn()
                     continue
                 self._end_late(time.monotonic())
                 self._wake.wait(self._seconds_to_deadline())
@@ -169,29 +179,60 @@ class EngineThread:
             self._turn.leave(self._wake)
             self._close()
 
+    def _take_turn(self) -> bool:
+        """Whether it has the turn, and something to do with it. An audit takes it only where nobody else wants it."""
+        if self._executor.has_work:
+            return self._turn.join(self._wake)
+        self._turn.leave(self._wake)
+        return self._has_audits and self._turn.take_free(self._wake)
+
+    def _leave_turn(self) -> None:
+        if self._auditor is not None:
+            self._auditor.leave_turn()
+        self._turn.leave(self._wake)
+
     def _serve(self) -> None:
         """Runs steps until nothing is left to do. While others want the turn, what waits is not admitted."""
         self._executor.is_admitting = True
         while self._executor.has_work and not self._is_stopping and self._failure is None:
             began = time.monotonic()
-            self._step()
+            self._deliver(self._run_engines(self._executor.step))
+            if self._auditor is not None:
+                self._audit_beside(self._auditor, time.monotonic() - began)
             self._end_aborted()
             self._end_late(began)
             self._executor.is_admitting = not self._turn.is_wanted
             if not (self._executor.is_admitting or self._executor.num_running):
                 return
 
-    def _step(self) -> None:
+    def _run_engines(self, run: Callable[[], list[Request] | None]) -> list[Request]:
+        """The changed requests that `run` returns; where it raises, those that were in the step end."""
         try:
-            changed = self._executor.step()
+            return run() or []
         except EngineDeadError:
             raise
         except Exception as error:
             logger.exception("a step failed, and its requests end with an error")
             self._deliver(self._executor.fail_running(one_line(error)))
             self._executor.probe()
-        else:
-            self._deliver(changed)
+            return []
+
+    @property
+    def _has_audits(self) -> bool:
+        return self._auditor is not None and self._auditor.has_work
+
+    def _audit_beside(self, auditor: Auditor, seconds: float) -> None:
+        """A step of an audit beside the requests, which had one of so many seconds, where audits have a share left."""
+        auditor.earn(seconds)
+        if auditor.has_share and auditor.has_work and not self._turn.is_wanted:
+            self._run_engines(lambda: auditor.step(is_beside=self._executor.has_work))
+
+    def _audit_while_idle(self) -> None:
+        """Steps of audits until there is something to serve, or somebody else wants the turn."""
+        while self._auditor is not None and self._auditor.has_work and not (self._is_stopping or self._turn.is_wanted):
+            if self._executor.has_work or self._aborts or self._failure is not None:
+                return
+            self._run_engines(self._auditor.step)
 
     def _end_aborted(self) -> None:
         while self._aborts:
@@ -211,7 +252,10 @@ class EngineThread:
     def _seconds_to_deadline(self) -> float | None:
         with self._lock:
             moment = self._deadlines.next_moment()
-        return None if moment is None else min(max(0.0, moment - time.monotonic()), threading.TIMEOUT_MAX)
+        longest = AUDIT_POLL_SECONDS if self._has_audits else None
+        if moment is None:
+            return longest
+        return min(max(0.0, moment - time.monotonic()), longest or threading.TIMEOUT_MAX)
 
     def _end(self, group: RequestGroup) -> None:
         """Aborts what is left of the group, unless it has ended by itself."""

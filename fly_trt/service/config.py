@@ -16,10 +16,12 @@ from fly_trt.engines.directory import EngineSettings, LoadedEngines
 from fly_trt.errors import ConfigError
 from fly_trt.manifest import Manifest
 from fly_trt.params import SpeculativeConfig
+from fly_trt.runtime.audit import AuditConfig
 from fly_trt.runtime.loosening import DRAFT_TOKEN_COST, VERIFICATION_TOKEN_COST, StepCosts
 from fly_trt.verification import DEFAULT_PRESET, HeadInfo
 
 DEFAULT_MAX_QUEUE_SIZE = 1024
+AUDIT = AuditConfig()
 ALIASES = {"max_num_seqs": "max_batch_size", "max_model_len": "max_seq_len"}
 ENGINE_SETTINGS = tuple(field.name for field in dataclasses.fields(EngineSettings))
 
@@ -32,12 +34,22 @@ class ServiceConfig(EngineSettings):
     tokens that one iteration reads, and tokens that its verification step has; less keeps the pauses of running
     requests short while a long prompt is read, more reads it faster. max_queue_size: requests that may wait.
     enable_prefix_caching: a prompt starts from the cache of another that begins alike.
+
+    audit_fraction: of finished requests, those that the target reads again, as AuditConfig has it with the other audit
+    settings; more than 0 loads the target with a slot more than max_batch_size, so that no request and no prefix has to
+    make room.
     """
 
     max_seq_len: int | None = None
     max_num_tokens: int | None = None
     max_queue_size: int = DEFAULT_MAX_QUEUE_SIZE
     enable_prefix_caching: bool = True
+    audit_fraction: float = AUDIT.fraction
+    audit_exact_fraction: float = AUDIT.exact_fraction
+    audit_share: float = AUDIT.share
+    audit_seed: int = AUDIT.seed
+    audit_max_tokens: int = AUDIT.max_tokens
+    audit_max_queue_size: int = AUDIT.max_queue_size
 
     def __post_init__(self) -> None:
         EngineSettings.__post_init__(self)
@@ -45,6 +57,7 @@ class ServiceConfig(EngineSettings):
             if (value := getattr(self, name)) is not None or name == "max_queue_size":
                 check_at_least(name, value, 1)
         check_flag("enable_prefix_caching", self.enable_prefix_caching)
+        self.audit_config()
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
@@ -59,6 +72,11 @@ class ServiceConfig(EngineSettings):
                 raise ConfigError(f"{name}: the same setting as {field}: give one of them")
             given[field] = value
         return cls(**given)
+
+    def audit_config(self) -> AuditConfig:
+        """Which requests are audited, at which cost. Raises ConfigError for what cannot be."""
+        names = [f.name for f in dataclasses.fields(AuditConfig)]
+        return AuditConfig(**{name: getattr(self, f"audit_{name}") for name in names})
 
     def engine_settings(self) -> dict[str, Any]:
         """Those of LoadedEngines."""

@@ -18,6 +18,8 @@ from fly_trt.errors import ConfigError
 from fly_trt.grammar import StructuredOutputs
 from fly_trt.manifest import Manifest
 from fly_trt.params import SamplingParams, SpeculativeConfig
+from fly_trt.runtime.audit import AuditResult, OnResult
+from fly_trt.runtime.auditor import Auditor
 from fly_trt.runtime.executor import Executor, ExecutorParts, LoadExecutor, OwnExecutor
 from fly_trt.runtime.loop import GenerationLoop, LoopConfig
 from fly_trt.runtime.metrics import Metrics
@@ -32,8 +34,9 @@ from fly_trt.text.prompts import Prompt, TokensPrompt
 class Service:
     """Engines, tokenizer and engine thread of one engine directory, or of one that was loaded to be shared.
 
-    drafter: in place of the one that speculative_config's method names. Raises EngineError for a directory that cannot
-    be used and ConfigError for settings that do not fit it.
+    drafter: in place of the one that speculative_config's method names. on_audit: takes the results of audits, in the
+    engine thread. Raises EngineError for a directory that cannot be used and ConfigError for settings that do not fit
+    it.
     """
 
     def __init__(
@@ -42,12 +45,15 @@ class Service:
         speculative_config: SpeculativeConfig | Mapping[str, Any] | None,
         config: ServiceConfig,
         drafter: Drafter | MakeDrafter | None = None,
+        on_audit: OnResult | None = None,
     ) -> None:
+        self._on_audit = on_audit or _count_only
         if isinstance(engine_dir, LoadedEngines):
             engines, release = engine_dir, _leave_to_the_others
             config = fit_to_shared(config, engines)
         else:
-            engines = LoadedEngines(engine_dir, **config.engine_settings())
+            num_spare_slots = 1 if config.audit_fraction else 0
+            engines = LoadedEngines(engine_dir, **config.engine_settings(), num_spare_slots=num_spare_slots)
             release = engines.close
         try:
             self._make(engines, release, speculative_config, config, drafter)
@@ -74,6 +80,7 @@ class Service:
         self.sizes = resolve_sizes(config, speculative_config, self.manifest, has_own_drafter=has_own_drafter)
         self.tokenizer = engines.tokenizer
         self.metrics = Metrics()
+        self.auditor: Auditor | None = None
         if engines.backend.schedules:
             own = self._load_executor(engines, config, has_own_drafter=has_own_drafter)
             try:
@@ -94,15 +101,19 @@ class Service:
             adaptive_draft_length=speculative_config.adaptive_draft_length,
             prefix_caching=config.enable_prefix_caching,
             step_costs=step_costs(self.manifest, speculative_config),
+            spare_slot=engines.max_batch_size if engines.num_spare_slots else None,
         )
         loop = GenerationLoop(engines.target, drafter, loop_config, self.tokenizer, self.metrics)
         if drafter is not None and speculative_config.adaptive_draft_length:
             with engines.turn.held():
                 loop.warm_up()
+        if config.audit_fraction:
+            is_shared = release is _leave_to_the_others
+            self.auditor = loop.audit(config.audit_config(), self._on_audit, is_shared=is_shared)
         self._start(loop, release, engines)
 
     def _start(self, executor: Executor, release: Callable[[], None], engines: LoadedEngines) -> None:
-        self._thread = EngineThread(executor, release, engines.turn)
+        self._thread = EngineThread(executor, release, engines.turn, self.auditor)
         engines.when_failed(self._thread.fail)
         # Also when the interpreter ends without a shutdown(): the thread must not run into a library's teardown. By
         # itself a finalizer would come after what libraries have registered when they were loaded.
@@ -148,6 +159,11 @@ class Service:
     def _load_executor(self, engines: LoadedEngines, config: ServiceConfig, *, has_own_drafter: bool) -> OwnExecutor:
         if has_own_drafter:
             raise ConfigError(f"drafter: {self.manifest.backend} makes its drafts by itself: leave it out")
+        if config.audit_fraction:
+            raise ConfigError(
+                f"audit_fraction {config.audit_fraction:g}: {self.manifest.backend} runs its models by itself, and no "
+                "steps that read a text again: leave it out"
+            )
         load: LoadExecutor = importlib.import_module(engines.backend.module).load_executor
         return load(
             ExecutorParts(
@@ -186,3 +202,7 @@ class Service:
 
 def _leave_to_the_others() -> None:
     """Engines that are shared stay open."""
+
+
+def _count_only(result: AuditResult) -> None:
+    """Of audits nothing but their number is wanted."""

@@ -5,6 +5,7 @@ decoding all tokens at once gives, whatever the tokenizer's style. It holds back
 stop strings it finds the first one even when it spans tokens or ends inside one.
 """
 
+import copy
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -92,8 +93,6 @@ class Detokenizer:
         skip_special_tokens: bool = True,
         shown_special_tokens: Sequence[str] = (),
     ) -> None:
-        self.text = ""
-        self.stop_string: str | None = None
         self._tokenizer = tokenizer
         kinds = _TokenKinds.of(tokenizer)
         self._bytes = kinds.bytes
@@ -103,8 +102,20 @@ class Detokenizer:
         self._stop_strings = stop_strings
         self._include_stop_string = include_stop_string
         self._longest_stop = max((len(string) for string in stop_strings), default=0)
-        self._window = self._context(prompt_token_ids)  # the last tokens: enough to know what a new one adds
-        self._shown = self._decode(self._window)  # what of their text is the prompt's or was emitted
+        self.text = ""
+        self.stop_string: str | None = None
+        self._window, self._shown = self._beginning(prompt_token_ids)
+
+    def anew(self, prompt_token_ids: list[int]) -> "Detokenizer":
+        """Another one with the same settings, at the beginning of an output."""
+        other = copy.copy(self)
+        other.text, other.stop_string = "", None
+        other._window, other._shown = self._beginning(prompt_token_ids)
+        return other
+
+    @property
+    def has_stop_strings(self) -> bool:
+        return bool(self._stop_strings)
 
     def push(self, token_id: int, *, may_stop: bool = True) -> bool:
         """Adds one token; True when a stop string is now complete, in which case `text` is cut. Stop strings that end
@@ -145,6 +156,12 @@ class Detokenizer:
             if any(string.startswith(tail[start:]) for string in self._stop_strings):
                 return len(self.text) - len(tail) + start
         return len(self.text)
+
+    def _beginning(self, prompt_token_ids: list[int]) -> tuple[list[int], str]:
+        """The last tokens, enough to know what a new one adds, and what of their text is the prompt's or was emitted:
+        before an output."""
+        window = self._context(prompt_token_ids)
+        return window, self._decode(window)
 
     def _context(self, prompt_token_ids: list[int]) -> list[int]:
         """The prompt's last tokens that have a text, with the whole of a run of bytes."""
