@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from fly_trt.checks import is_number
 from fly_trt.errors import ConfigError, RequestError
-from fly_trt.runtime.quality import QualityWatch, Verdict
+from fly_trt.runtime.quality import QualityWatch, Verdict, audits_to_judge
 
 DEFAULT_SETTING = "default"
 OTHER_SETTINGS = "others"
@@ -197,5 +197,6 @@ class Breaker:
     def _reason(self, verdict: Verdict, watch: QualityWatch) -> str:
         least = self._config.min_quality
         if verdict == "dropped":
-            return f"quality is below {watch.upper:.3f}, min_quality is {least:g}, after {watch.num_audits} audits"
-        return f"{watch.num_audits} audits did not show that quality is above min_quality {least:g}"
+            return f"mean quality {watch.mean:.3f} of {watch.num_audits} audits, certainly below min_quality {least:g}"
+        length = audits_to_judge(least, self._config.error_rate)
+        return f"{length} audits did not show that mean quality is above min_quality {least:g}"
