@@ -21,7 +21,7 @@ from fly_trt.runtime.quality import QualityWatch, Verdict, audits_to_judge
 DEFAULT_SETTING = "default"
 OTHER_SETTINGS = "others"
 MAX_SETTINGS = 32
-DEFAULT_MIN_QUALITY = 0.95
+DEFAULT_MIN_QUALITY = 0.98
 DEFAULT_ERROR_RATE = 0.01
 
 ResetBy = Literal["person", "timer"]
