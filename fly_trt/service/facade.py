@@ -11,6 +11,7 @@ from fly_trt.errors import FlyError
 from fly_trt.grammar import StructuredOutputs
 from fly_trt.params import SpeculativeConfig
 from fly_trt.runtime.audit import AuditCounts, OnResult
+from fly_trt.runtime.breaker import BreakerState
 from fly_trt.service.config import ServiceConfig
 from fly_trt.service.service import Service
 from fly_trt.text.chat import ChatMessage
@@ -65,6 +66,16 @@ class Facade:
         Nothing where none can be served, as such a request will be told."""
         with contextlib.suppress(FlyError):
             self._service.compile_grammar(StructuredOutputs(json_object=True))
+
+    def breaker_state(self) -> list[BreakerState]:
+        """Of each setting of acceptance that was audited: whether it is exact for now and why, and what is known of its
+        quality. Empty without audit_fraction."""
+        return self._service.breaker_state()
+
+    def reset_breaker(self, setting: str | None = None) -> list[str]:
+        """Makes a setting that the breaker tripped loose again, or all that are, and returns which; their statistics
+        begin anew. Raises RequestError for a setting that was never audited, ConfigError without a breaker."""
+        return self._service.reset_breaker(setting)
 
     def metrics(self) -> dict[str, float]:
         """Counters, gauges and histogram buckets since the start, by Prometheus name."""
