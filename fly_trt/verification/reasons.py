@@ -76,7 +76,9 @@ def _objection(decision: Decision, limits: Limits) -> str | None:
         return None
     if not limits.never_loosened.isdisjoint((int(evidence.draft[at]), int(evidence.choices[at]))):
         return "the end of a text is never loosened"
-    return "a token that must not come, or comes from elsewhere, is never loosened" if decision.is_limited else None
+    if math.isinf(evidence.target.draft_logprob[at]):
+        return "what was drafted must not come here"
+    return "what comes from elsewhere is never loosened" if decision.is_limited else None
 
 
 def _quoted(text: str) -> str:
