@@ -20,6 +20,7 @@ from fly_trt.verification import (
     num_agreeing,
 )
 from fly_trt.verification.policy import percent
+from fly_trt.verification.reasons import EXACT_BECAUSE
 from random_rounds import HEAD, STOPS, random_rounds
 from toy_policy import LikelyPolicy
 
@@ -172,9 +173,10 @@ def test_guards_and_closed_windows_are_named() -> None:
         if of_rule(decision, sentence) is None or decision.kind != "correction":
             continue
         guarded = explain(decision._replace(guard="exact_first"), limits, text)
-        assert guarded == f"{sentence}, but exact_first wants it exact"
-        paused = explain(decision._replace(policy=RULES["exact"], is_paused=True), limits, text)
-        assert paused.endswith("windows do not pay here, so it is exact for a while")
+        assert guarded.endswith("; exact_first wants it exact, though the rule was willing")
+        for because, said in EXACT_BECAUSE.items():
+            exact = explain(decision._replace(policy=RULES["exact"], exact_because=because), limits, text)
+            assert exact.endswith(f"; {said}")
 
 
 def test_a_rule_that_says_nothing_of_its_own_is_named() -> None:
