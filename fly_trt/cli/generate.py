@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from fly_trt.acceptance import AcceptanceParams
 from fly_trt.cli import options
 from fly_trt.cli.command import command
 from fly_trt.errors import RequestError
@@ -110,7 +111,8 @@ def _run(engine_dir: Path, prompt: str, as_json: bool, flags: dict[str, Any]) ->
         seconds = time.perf_counter() - started
         record = _as_record(output, TokenReader(llm.tokenizer))
         if flags["compare"]:
-            (other,) = llm.generate([given], dataclasses.replace(params, acceptance=flags["compare"]))
+            rule = AcceptanceParams(acceptance=flags["compare"])
+            (other,) = llm.generate([given], dataclasses.replace(params, acceptance=rule))
             record["compared"] = _as_record(other, TokenReader(llm.tokenizer))
     if as_json:
         click.echo(json.dumps(record | {"setting": llm.setting.as_dict()}))
