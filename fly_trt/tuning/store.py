@@ -72,7 +72,8 @@ class Store:
     def add_outcomes(self, plan: str, block: int, outcomes: Sequence[Outcome], elapsed: float) -> None:
         self._outcomes[plan, block] = list(outcomes)
         self.elapsed = elapsed
-        records = [dataclasses.asdict(outcome) for outcome in outcomes]
+        names = [one.name for one in dataclasses.fields(Outcome)]
+        records = [{name: getattr(outcome, name) for name in names} for outcome in outcomes]  # asdict copies all tokens
         self._write({"measured": plan, "block": block, "elapsed": elapsed, "outcomes": records})
 
     def finish(self) -> None:
