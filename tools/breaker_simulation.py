@@ -1,6 +1,6 @@
 """How often the circuit breaker trips a good setting, and how soon a bad one, by simulation of its own arithmetic.
 
-usage: tools/breaker_simulation.py [--min-quality 0.95] [--error-rate 0.01] [--seeds 100] [--audits 100000]
+usage: tools/breaker_simulation.py [--min-quality 0.98] [--error-rate 0.01] [--seeds 100] [--audits 100000]
        [--recorded FILE.json]
 
 Prints for good settings, whose mean quality is what `good_quality` says or more, in how many of the seeds they were
@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from fly_trt.runtime.breaker import DEFAULT_ERROR_RATE, DEFAULT_MIN_QUALITY
 from fly_trt.runtime.quality import (
     CONFIDENCE,
     SHARES,
@@ -137,8 +138,8 @@ def verdicts(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--min-quality", type=float, default=0.95)
-    parser.add_argument("--error-rate", type=float, default=0.01)
+    parser.add_argument("--min-quality", type=float, default=DEFAULT_MIN_QUALITY)
+    parser.add_argument("--error-rate", type=float, default=DEFAULT_ERROR_RATE)
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--audits", type=int, default=100_000)
     parser.add_argument("--recorded", type=Path)

@@ -20,10 +20,10 @@ from fly_trt.tokens import NO_TOKENS, IntArray
 LeftOut = Literal[
     "exact", "sampled", "structured", "changed_scores", "aborted", "failed", "too_long", "dropped", "faulty"
 ]
-"""Why a request that was drawn has no audit: its policy is exact; it sampled; a grammar, or penalties, biases, bad
-words or min_tokens, changed the target's own choices; it was aborted or ended with an error; it has more than
-max_tokens; others took its place in the queue, or it was begun too often; the target's numbers for it were none, or
-the step that read it failed."""
+"""Why a request that was drawn has no audit: its policy is exact, or the breaker made it so; it sampled; a grammar, or
+penalties, biases, bad words or min_tokens, changed the target's own choices; it was aborted or ended with an error; it
+has more than max_tokens; others took its place in the queue, or it was begun too often; the target's numbers for it
+were none, or the step that read it failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,6 +15,7 @@ import numpy as np
 from fly_trt.engines.base import Engine
 from fly_trt.errors import EngineDeadError, one_line
 from fly_trt.runtime.audit import AuditConfig, AuditCounts, AuditResult, LeftOut, OnResult
+from fly_trt.runtime.breaker import DEFAULT_SETTING
 from fly_trt.runtime.reading import ExactText, NotNumbersError, Reading
 from fly_trt.runtime.request import Request
 from fly_trt.runtime.slots import Loan, SlotTable
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 STEP_TOKENS = 64  # of an audit's step, at most: what a request that arrives may have to wait for
 LEAST_STEP_TOKENS = 2  # a row says of its last token nothing
-WINDOW_SECONDS = 10.0  # of steps, for whose share audits may make up
+WINDOW_SECONDS = 2.0  # of steps, whose share audits may have saved up
 MAX_QUEUED_TOKENS = 1 << 20  # of all that wait, 4 bytes each
 MAX_LOANS = 20  # slots that an audit may lose before it is given up
 MAX_FAILURES = 3  # steps in a row that fail before no more audits are made
@@ -165,7 +166,7 @@ class Auditor:
             return "failed"
         if request.finish_reason == "abort":
             return "aborted"
-        if not request.policy.is_loose:
+        if not request.policy.is_loose or request.metrics.exact_because is not None:
             return "exact"
         if request.params.temperature > 0:
             return "sampled"
@@ -268,6 +269,7 @@ def _case_of(request: Request, *, wants_exact: bool) -> _Case:
             request_id=request.request_id,
             index=request.index,
             acceptance=request.policy.name,
+            setting=request.setting or DEFAULT_SETTING,
             num_prompt_tokens=len(request.prompt_token_ids),
             num_tokens=len(request.output_token_ids),
             num_loosened=request.metrics.num_loosened_tokens,

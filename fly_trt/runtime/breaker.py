@@ -1,5 +1,5 @@
-"""The circuit breaker: loose settings whose audited quality is not what it should be are exact until a person or a timer
-resets them.
+"""The circuit breaker: loose settings whose audited quality is not what it should be are exact until a person or a
+timer resets them.
 
 Each setting of acceptance is judged by its own audits. A client's own setting cannot so make others exact, and cannot
 speak for the server's default either, which is its own setting from the first audit on. There are MAX_SETTINGS of their
@@ -16,12 +16,12 @@ from typing import Literal, NamedTuple
 
 from fly_trt.checks import is_number
 from fly_trt.errors import ConfigError, RequestError
-from fly_trt.runtime.quality import QualityWatch, Verdict
+from fly_trt.runtime.quality import QualityWatch, Verdict, audits_to_judge
 
 DEFAULT_SETTING = "default"
 OTHER_SETTINGS = "others"
 MAX_SETTINGS = 32
-DEFAULT_MIN_QUALITY = 0.95
+DEFAULT_MIN_QUALITY = 0.98
 DEFAULT_ERROR_RATE = 0.01
 
 ResetBy = Literal["person", "timer"]
@@ -40,9 +40,7 @@ class BreakerConfig:
 
     def __post_init__(self) -> None:
         if not (is_number(self.min_quality) and 0 <= self.min_quality < 1):
-            raise ConfigError(
-                f"min_quality {self.min_quality!r}: expected a number from 0, which is no breaker, to < 1"
-            )
+            raise ConfigError(f"min_quality {self.min_quality!r}: expected a number from 0, no breaker, to below 1")
         if not (is_number(self.error_rate) and 1e-6 <= self.error_rate <= 0.5):
             raise ConfigError(f"breaker_error_rate {self.error_rate!r}: expected a number from 1e-6 to 0.5")
         seconds = self.reset_seconds
@@ -199,5 +197,6 @@ class Breaker:
     def _reason(self, verdict: Verdict, watch: QualityWatch) -> str:
         least = self._config.min_quality
         if verdict == "dropped":
-            return f"quality is below {watch.upper:.3f}, min_quality is {least:g}, after {watch.num_audits} audits"
-        return f"{watch.num_audits} audits did not show that quality is above min_quality {least:g}"
+            return f"mean quality {watch.mean:.3f} of {watch.num_audits} audits, certainly below min_quality {least:g}"
+        length = audits_to_judge(least, self._config.error_rate)
+        return f"{length} audits did not show that mean quality is above min_quality {least:g}"

@@ -18,6 +18,7 @@ from fly_trt.runtime.group import RequestGroup, Sink
 from fly_trt.runtime.request import Request
 from fly_trt.runtime.sampler import Sampler, draw_seed
 from fly_trt.service.config import Sizes, head_info
+from fly_trt.service.setting_names import setting_name
 from fly_trt.text.chat import ChatMessage
 from fly_trt.text.prompts import Prompt, PromptReader, TokensPrompt
 from fly_trt.text.tokenizer import Detokenizer, piece_reader
@@ -39,13 +40,16 @@ class Admission:
         *,
         has_own_drafter: bool = False,
         check: Callable[[Request], None] | None = None,
+        names_settings: bool = False,
     ) -> None:
-        """check: what the executor has against a request, see OwnExecutor.check."""
+        """check: what the executor has against a request, see OwnExecutor.check. names_settings: requests say which
+        setting of acceptance they have, for who judges it."""
         self._info = engines.info
         self._check = check
         self._head = head_info(engines.manifest)
         self._max_draft_len = engines.manifest.limits.max_draft_len
         self._speculative_config = speculative_config
+        self._default_rule = speculative_config.policy(self._head) if names_settings else None
         self._has_own_drafter = has_own_drafter
         self._sizes = sizes
         self._tokenizer = engines.tokenizer
@@ -134,9 +138,13 @@ class Admission:
         index: int,
     ) -> Request:
         acceptance = params.acceptance_params.over(self._speculative_config)
-        policy = acceptance.policy(self._head).for_request()
+        rule = acceptance.policy(self._head)
+        policy, default_rule = rule.for_request(), self._default_rule
         if not self._has_own_drafter:
             self._speculative_config.check_policy(policy)
+        setting = None
+        if default_rule is not None:
+            setting = setting_name(params, rule, self._speculative_config, default_rule)
         own_stops = frozenset(params.stop_token_ids or ())
         self._check_token_ids("stop_token_ids", own_stops)
         self._check_token_ids("logit_bias", params.logit_bias or ())
@@ -162,8 +170,11 @@ class Admission:
             guards=self._make_guards(acceptance) if policy.is_loose else None,
             draft_stop=self._speculative_config.make_draft_stop(params.draft_stop, params.draft_stop_threshold),
             index=index,
+            setting=setting,
         )
         request.metrics.num_prompt_tokens = len(token_ids)
+        if request.guards is not None:
+            request.metrics.guards = acceptance.guard_settings().in_force()
         if self._check is not None:
             self._check(request)
         return request

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from fly_trt.acceptance import PRESET_SETTINGS, AcceptanceParams
+from fly_trt.acceptance import GUARDS, PRESET_SETTINGS, AcceptanceParams
 from fly_trt.checks import check_at_least, check_flag
 from fly_trt.drafting import DRAFTERS
 from fly_trt.engines.directory import EngineSettings, LoadedEngines
@@ -17,11 +17,17 @@ from fly_trt.errors import ConfigError
 from fly_trt.manifest import Manifest
 from fly_trt.params import SpeculativeConfig
 from fly_trt.runtime.audit import AuditConfig
+from fly_trt.runtime.audit_log import AuditLogConfig
+from fly_trt.runtime.breaker import DEFAULT_ERROR_RATE, DEFAULT_MIN_QUALITY, BreakerConfig
 from fly_trt.runtime.loosening import DRAFT_TOKEN_COST, VERIFICATION_TOKEN_COST, StepCosts
 from fly_trt.verification import DEFAULT_PRESET, HeadInfo
 
 DEFAULT_MAX_QUEUE_SIZE = 1024
 AUDIT = AuditConfig()
+AUDIT_LOG = AuditLogConfig(path="audit.jsonl")
+OF_AUDIT_LOG = ("audit_log_max_bytes", "audit_log_backups", "audit_log_text")
+OF_BREAKER = ("breaker_error_rate", "breaker_reset_seconds")
+OF_AUDITS = ("audit_log", "min_quality", *OF_AUDIT_LOG, *OF_BREAKER)
 ALIASES = {"max_num_seqs": "max_batch_size", "max_model_len": "max_seq_len"}
 ENGINE_SETTINGS = tuple(field.name for field in dataclasses.fields(EngineSettings))
 
@@ -37,7 +43,9 @@ class ServiceConfig(EngineSettings):
 
     audit_fraction: of finished requests, those that the target reads again, as AuditConfig has it with the other audit
     settings; more than 0 loads the target with a slot more than max_batch_size, so that no request and no prefix has to
-    make room.
+    make room. audit_log: a file that each audit is a line of, with the other audit_log settings as AuditLogConfig has
+    them. min_quality: a setting whose audits do not keep it is exact, as BreakerConfig has it with the other breaker
+    settings; 0 makes none so.
     """
 
     max_seq_len: int | None = None
@@ -50,6 +58,13 @@ class ServiceConfig(EngineSettings):
     audit_seed: int = AUDIT.seed
     audit_max_tokens: int = AUDIT.max_tokens
     audit_max_queue_size: int = AUDIT.max_queue_size
+    audit_log: str | None = None
+    audit_log_max_bytes: int = AUDIT_LOG.max_bytes
+    audit_log_backups: int = AUDIT_LOG.backups
+    audit_log_text: bool = AUDIT_LOG.has_text
+    min_quality: float = DEFAULT_MIN_QUALITY
+    breaker_error_rate: float = DEFAULT_ERROR_RATE
+    breaker_reset_seconds: float | None = None
 
     def __post_init__(self) -> None:
         EngineSettings.__post_init__(self)
@@ -58,6 +73,12 @@ class ServiceConfig(EngineSettings):
                 check_at_least(name, value, 1)
         check_flag("enable_prefix_caching", self.enable_prefix_caching)
         self.audit_config()
+        self.audit_log_config()
+        self.breaker_config()
+        check_flag("audit_log_text", self.audit_log_text)
+        self._check_have_effect(OF_AUDITS, "audit_fraction")
+        self._check_have_effect(OF_AUDIT_LOG, "audit_log")
+        self._check_have_effect(OF_BREAKER, "min_quality")
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
@@ -73,10 +94,37 @@ class ServiceConfig(EngineSettings):
             given[field] = value
         return cls(**given)
 
+    def _check_have_effect(self, names: tuple[str, ...], needed: str) -> None:
+        if getattr(self, needed):
+            return
+        for field in dataclasses.fields(self):
+            if field.name in names and (value := getattr(self, field.name)) != field.default:
+                raise ConfigError(f"{field.name} {value!r}: has no effect without {needed}: add it, or leave this out")
+
     def audit_config(self) -> AuditConfig:
         """Which requests are audited, at which cost. Raises ConfigError for what cannot be."""
         names = [f.name for f in dataclasses.fields(AuditConfig)]
         return AuditConfig(**{name: getattr(self, f"audit_{name}") for name in names})
+
+    def audit_log_config(self) -> AuditLogConfig | None:
+        """Where audits are written down. Raises ConfigError for what cannot be."""
+        if self.audit_log is None:
+            return None
+        return AuditLogConfig(
+            path=self.audit_log,
+            max_bytes=self.audit_log_max_bytes,
+            backups=self.audit_log_backups,
+            has_text=self.audit_log_text,
+        )
+
+    def breaker_config(self) -> BreakerConfig | None:
+        """What audits have to show. Raises ConfigError for what cannot be."""
+        config = BreakerConfig(
+            min_quality=self.min_quality,
+            error_rate=self.breaker_error_rate,
+            reset_seconds=self.breaker_reset_seconds,
+        )
+        return config if config.min_quality else None
 
     def engine_settings(self) -> dict[str, Any]:
         """Those of LoadedEngines."""
@@ -181,7 +229,8 @@ def step_costs(manifest: Manifest, config: SpeculativeConfig) -> StepCosts | Non
 def resolve_speculative_config(manifest: Manifest, overrides: Mapping[str, Any]) -> SpeculativeConfig:
     """The engine's defaults with `overrides` on top, see `merged_settings`."""
     config = SpeculativeConfig.from_dict(merged_settings(manifest, overrides))
-    names = [f.name for f in dataclasses.fields(AcceptanceParams)]
+    # A guard bounds requests with other rules too.
+    names = [f.name for f in dataclasses.fields(AcceptanceParams) if f.name not in GUARDS]
     asked = AcceptanceParams(**{name: overrides[name] for name in names if name in overrides})
     asked.over(config)  # refuses a setting that would have no effect
     return config

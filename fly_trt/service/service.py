@@ -19,7 +19,9 @@ from fly_trt.grammar import StructuredOutputs
 from fly_trt.manifest import Manifest
 from fly_trt.params import SamplingParams, SpeculativeConfig
 from fly_trt.runtime.audit import AuditResult, OnResult
+from fly_trt.runtime.audit_reports import AuditReports
 from fly_trt.runtime.auditor import Auditor
+from fly_trt.runtime.breaker import Breaker, BreakerState
 from fly_trt.runtime.executor import Executor, ExecutorParts, LoadExecutor, OwnExecutor
 from fly_trt.runtime.loop import GenerationLoop, LoopConfig
 from fly_trt.runtime.metrics import Metrics
@@ -27,6 +29,7 @@ from fly_trt.runtime.thread import EngineThread
 from fly_trt.service.admission import Admission
 from fly_trt.service.config import ServiceConfig, fit_to_shared, resolve_sizes, resolve_speculative_config, step_costs
 from fly_trt.service.inbox import AsyncInbox, Inbox
+from fly_trt.service.setting import describe_setting
 from fly_trt.text.chat import ChatMessage
 from fly_trt.text.prompts import Prompt, TokensPrompt
 
@@ -79,8 +82,11 @@ class Service:
         has_own_drafter = drafter is not None
         self.sizes = resolve_sizes(config, speculative_config, self.manifest, has_own_drafter=has_own_drafter)
         self.tokenizer = engines.tokenizer
+        self.setting = describe_setting(self.manifest, speculative_config, has_own_drafter=has_own_drafter)
         self.metrics = Metrics()
+        self.metrics.set_setting(self.setting.labels())
         self.auditor: Auditor | None = None
+        self._reports: AuditReports | None = None
         if engines.backend.schedules:
             own = self._load_executor(engines, config, has_own_drafter=has_own_drafter)
             try:
@@ -90,7 +96,13 @@ class Service:
                 own.close()
                 raise
             return
-        self._admission = Admission(engines, speculative_config, self.sizes, has_own_drafter=has_own_drafter)
+        self._admission = Admission(
+            engines,
+            speculative_config,
+            self.sizes,
+            has_own_drafter=has_own_drafter,
+            names_settings=config.audit_fraction > 0,
+        )
         drafter = self._make_drafter(engines, drafter, config.enable_prefix_caching)
         loop_config = LoopConfig(
             num_slots=self.sizes.max_batch_size,
@@ -108,9 +120,28 @@ class Service:
             with engines.turn.held():
                 loop.warm_up()
         if config.audit_fraction:
-            is_shared = release is _leave_to_the_others
-            self.auditor = loop.audit(config.audit_config(), self._on_audit, is_shared=is_shared)
+            release = self._audit(loop, config, release)
         self._start(loop, release, engines)
+
+    def _audit(self, loop: GenerationLoop, config: ServiceConfig, release: Callable[[], None]) -> Callable[[], None]:
+        """Has the loop's requests audited, and returns `release` with what ends with the audits."""
+        log, breaker = config.audit_log_config(), config.breaker_config()
+        self._reports = reports = AuditReports(breaker, log, self.metrics.registry, self.tokenizer.decode)
+        takers = reports, self._on_audit  # and not self: the engine thread would keep it alive
+
+        def take(result: AuditResult) -> None:
+            for taker in takers:
+                taker(result)
+
+        self.auditor = loop.audit(config.audit_config(), take, is_shared=release is _leave_to_the_others)
+        reports.show_counts(self.auditor.counts)
+        loop.speculation.breaker = reports.breaker
+
+        def release_all() -> None:
+            release()
+            reports.close()
+
+        return release_all
 
     def _start(self, executor: Executor, release: Callable[[], None], engines: LoadedEngines) -> None:
         self._thread = EngineThread(executor, release, engines.turn, self.auditor)
@@ -130,6 +161,22 @@ class Service:
     def check_running(self) -> None:
         """Raises EngineDeadError after a failure, ConfigError after shutdown and in a forked process."""
         self._thread.check_running()
+
+    def breaker_state(self) -> list[BreakerState]:
+        """Of each setting that was audited; empty without a breaker. Any thread may ask."""
+        breaker = self._breaker
+        return [] if breaker is None else breaker.state()
+
+    def reset_breaker(self, setting: str | None = None) -> list[str]:
+        """Makes a tripped setting loose again, or all that are, and returns which. Any thread may ask. Raises
+        RequestError for one that was never audited, ConfigError without a breaker."""
+        if (breaker := self._breaker) is None:
+            raise ConfigError("there is no breaker to reset: serve with audit_fraction and min_quality above 0")
+        return [change.setting for change in breaker.reset("person", setting)]
+
+    @property
+    def _breaker(self) -> Breaker | None:
+        return None if self._reports is None else self._reports.breaker
 
     def render_chat(self, /, messages: Sequence[ChatMessage], **variables: Any) -> TokensPrompt:
         return self._admission.render_chat(messages, **variables)

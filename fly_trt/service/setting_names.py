@@ -1,5 +1,5 @@
-"""The name of a request's acceptance setting: what it changes of the engine's own, as text that is the same for the same
-setting. Audits judge requests by it, so that who changes anything is judged apart. It knows settings; no audits.
+"""The name of a request's acceptance setting: what it changes of the engine's own, as text that is the same for the
+same setting. Audits judge requests by it, so that who changes anything is judged apart. It knows settings; no audits.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def _text(value: Any) -> str:
     if isinstance(value, AcceptancePolicy):
         return value.name
     if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value)) or "none"
+        return _digest(str(list(value))) if value else "none"
     return "none" if value is None else str(value)
 
 
@@ -51,4 +51,9 @@ def _short(text: str) -> str:
     text = ascii(text)[1:-1]
     if len(text) <= MAX_CHARACTERS:
         return text
-    return f"{text[:MAX_CHARACTERS]}...{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+    return f"{text[:MAX_CHARACTERS]}...{_digest(text)}"
+
+
+def _digest(text: str) -> str:
+    """Of what is long, or a client's own words: names are shown to whoever reads metrics."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

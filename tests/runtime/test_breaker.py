@@ -59,10 +59,9 @@ def test_a_bad_setting_is_tripped_once_and_says_why(breaker, changes):
     state = state_of(breaker)
     assert (state.num_audits, state.num_trips, state.is_tripped) == (number, 1, True)
     assert state.mean == pytest.approx(BAD)
-    assert state.lower <= BAD < state.upper <= 0.95
+    assert state.lower <= BAD < state.upper <= 0.98
     assert state.why == changes[0].why
-    assert f"after {number} audits" in state.why
-    assert "min_quality is 0.95" in state.why
+    assert state.why == f"mean quality 0.200 of {number} audits, certainly below min_quality 0.98"
 
 
 def test_audits_of_requests_that_ran_when_their_setting_was_tripped_change_nothing(breaker, changes):
@@ -74,10 +73,10 @@ def test_audits_of_requests_that_ran_when_their_setting_was_tripped_change_nothi
 
 
 def test_a_good_setting_is_not_tripped(breaker, changes):
-    assert all(breaker.record(DEFAULT_SETTING, GOOD) is None for _ in range(2500))
+    assert all(breaker.record(DEFAULT_SETTING, GOOD) is None for _ in range(900))
     assert not breaker.is_tripped(DEFAULT_SETTING)
     assert not changes
-    assert state_of(breaker).lower > 0.95
+    assert state_of(breaker).lower > 0.98
 
 
 def test_one_clients_bad_setting_makes_nobody_else_exact(breaker):
@@ -179,7 +178,7 @@ def test_it_may_be_asked_and_reset_while_audits_come(changes):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"min_quality": 1.0}, "min_quality 1.0: expected a number from 0, which is no breaker, to < 1"),
+        ({"min_quality": 1.0}, "min_quality 1.0: expected a number from 0, no breaker, to below 1"),
         ({"min_quality": "high"}, "min_quality 'high': expected a number"),
         ({"error_rate": 0}, "breaker_error_rate 0: expected a number from 1e-6 to 0.5"),
         ({"reset_seconds": -1}, "breaker_reset_seconds -1: expected seconds, above 0, or None"),
