@@ -39,7 +39,7 @@ Report = Callable[[Progress], None]
 class Clock:
     """Seconds that a run took, those of earlier processes included, and what is left of its budget in minutes."""
 
-    def __init__(self, elapsed: float, budget: float | None, now: Callable[[], float]) -> None:
+    def __init__(self, elapsed: float, budget: float | None, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
         self._started = now() - elapsed
         self.budget = None if budget is None else budget * 60

@@ -41,8 +41,8 @@ def rung_prompts(prompts: Sequence[int]) -> list[list[int]]:
 
 @dataclass(slots=True)
 class SearchOutcome:
-    """search_prompts, judge_prompts: that chose the finalists, and that judged them. dropped: why a candidate was not judged,
-    by name. was_complete: all that was planned was measured."""
+    """search_prompts, judge_prompts: that chose the finalists, and that judged them. dropped: why a candidate was not
+    judged, by name. was_complete: all that was planned was measured."""
 
     search_prompts: list[int] = field(default_factory=list)
     judge_prompts: list[int] = field(default_factory=list)
