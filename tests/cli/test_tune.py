@@ -22,9 +22,9 @@ from fly_trt.tuning.result import TuningResult
 QUICK = ("--method", "ngram", "--acceptance", "exact", "--candidates", "3", "--max-tokens", "8", "--num-threads", "1")
 
 
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.jsonl"
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     check = {"kind": "regex", "value": "."}
     path.write_text(
         "".join(json.dumps({"prompt": p["prompt"], "check": check}) + "\n" for p in load_eval_prompts()[:8])
@@ -36,31 +36,49 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def test_a_table_and_the_finding_then_json_and_a_page_of_the_same_measurements(
-    demo_engine: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    shown = run(demo_engine, "--prompts", prompts, *QUICK)
+@pytest.fixture(scope="module")
+def shown(demo_engine: Path, prompts: Path) -> Result:
+    """The first run, in the folder of the prompts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(prompts.parent)
+        return run(demo_engine, "--prompts", prompts, *QUICK)
+
+
+@pytest.fixture(scope="module")
+def state(demo_engine: Path, prompts: Path, shown: Result) -> Path:
+    """What it kept."""
+    return prompts.parent / f"fly-tune-{demo_engine.name}.jsonl"
+
+
+def test_a_table_and_the_finding_are_printed(shown: Result) -> None:
     assert shown.exit_code == 0, shown.output
-    assert "2 prompts chose and 6 judged, by checks, seed 0" in " ".join(shown.stdout.split())
-    assert "plain" in " ".join(shown.stdout.split())
-    state = tmp_path / f"fly-tune-{demo_engine.name}.jsonl"
+    assert "2 prompts chose and 6 judged, by checks, seed 0" in words(shown.stdout)
+    for name in ("plain", "default (multi_level+fly)"):
+        assert name in words(shown.stdout)
+    assert shown.stderr == ""
+
+
+def test_json_and_a_page_are_made_of_the_same_measurements(
+    demo_engine: Path, prompts: Path, shown: Result, state: Path, tmp_path: Path
+) -> None:
     measured = state.read_bytes()
     more = ("--json", "--html", tmp_path / "report.html", "-o", tmp_path / "report.json")
-    again = run(demo_engine, "--prompts", prompts, *QUICK, *more)
+    again = run(demo_engine, "--prompts", prompts, *QUICK, "--state", state, *more)
     assert again.exit_code == 0, again.output
     assert state.read_bytes() == measured
     assert f"{state.name}: goes on with what was measured" in again.stderr
     result = TuningResult.from_json(again.stdout)
-    assert result.verdict.sentences[0] in " ".join(shown.stdout.split())
+    assert result.verdict.sentences[0] in words(shown.stdout)
     assert TuningResult.from_json((tmp_path / "report.json").read_text()) == result
     assert result.chosen.candidate.name in (tmp_path / "report.html").read_text()
 
 
-def test_what_is_written_is_what_was_chosen_or_nothing(demo_engine: Path, prompts: Path, tmp_path: Path) -> None:
+def test_what_is_written_is_what_was_chosen_or_nothing(
+    demo_engine: Path, prompts: Path, state: Path, tmp_path: Path
+) -> None:
     engine = tmp_path / "engine"
     shutil.copytree(demo_engine, engine)
-    shown = run(engine, "--prompts", prompts, *QUICK, "--state", tmp_path / "state.jsonl", "--write", "--json")
+    shown = run(engine, "--prompts", prompts, *QUICK, "--state", state, "--write", "--json")
     result, tuning = TuningResult.from_json(shown.stdout), read_manifest(engine).tuning
     if result.verdict.kind in ("found", "default_stays"):
         assert shown.exit_code == 0
@@ -71,6 +89,11 @@ def test_what_is_written_is_what_was_chosen_or_nothing(demo_engine: Path, prompt
         assert shown.exit_code == 1
         assert "nothing was written: no setting qualified" in shown.stderr
         assert tuning is None
+
+
+def words(text: str) -> str:
+    """On one line."""
+    return " ".join(text.split())
 
 
 @pytest.mark.parametrize(
