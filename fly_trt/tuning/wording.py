@@ -131,7 +131,10 @@ def _changes(bound: RetentionBound) -> str:
 
 
 def _ratio(ratio: SpeedRatio | None) -> str:
-    return "" if ratio is None else f"{factor(ratio.estimate)} ({factor(ratio.lower)} to {factor(ratio.upper)})"
+    if ratio is None:
+        return ""
+    interval = f"{factor(ratio.lower)} to {factor(ratio.upper)}" if ratio.lower else "of too few prompts to be sure"
+    return f"{factor(ratio.estimate)} ({interval})"
 
 
 def _speeds(result: CandidateResult) -> str:

@@ -97,6 +97,12 @@ def test_nothing_slower_than_plain_decoding_is_chosen_however_little_it_loses() 
     assert results["exact"].verdict == "not faster than plain"
 
 
+def test_speeds_of_a_few_prompts_are_told_as_such() -> None:
+    _, verdict = judged(Simulated("exact", 2), num_prompts=44)
+    assert verdict.kind == "nothing_pays"
+    assert "(of too few prompts to be sure) the speed of plain decoding" in says(verdict)
+
+
 def test_the_default_stays_where_nothing_is_surely_faster() -> None:
     _, verdict = judged(Simulated(DEFAULT, 2), Simulated("other", 2.0001))
     assert (verdict.kind, verdict.chosen) == ("default_stays", DEFAULT)
