@@ -71,4 +71,5 @@ OUTPUTS = (
     TensorSpec("total_draft_tokens", "TYPE_INT32"),
     TensorSpec("total_accepted_draft_tokens", "TYPE_INT32"),
     TensorSpec("total_loosened_tokens", "TYPE_INT32"),
+    TensorSpec("exact_because", "TYPE_STRING", (-1,)),
 )

@@ -41,6 +41,7 @@ def metrics_object(
     return {
         "speculative_decoding": found,
         "acceptance": _acceptance_name(params.acceptance_params.over(config)),
+        "exact_because": total.exact_because,
         "num_loosened_tokens": total.num_loosened_tokens,
         "num_draft_tokens_by_source": total.num_draft_tokens_by_source,
         "num_accepted_tokens_by_source": total.num_accepted_tokens_by_source,
