@@ -36,23 +36,40 @@ class AcceptanceSettings:
     )
     preset: str | None = setting(str, "Which FLy. [as built]", choices=PRESETS)
     fly_entropy_threshold: float | None = setting(
-        float, "Gate, in nats; under preset paper a fraction of ln V; 0: no gate. [the preset's]", metavar="X"
+        float,
+        "Gate, in nats; under preset paper a fraction of ln V; 0: no gate. [the preset's]",
+        metavar="X",
+        search=(0.15, 0.45, 0.6, 0.9),
     )
-    fly_window_size: int | None = setting(int, "Deferred window, in tokens; 0: no window. [the preset's]", metavar="W")
+    fly_window_size: int | None = setting(
+        int, "Deferred window, in tokens; 0: no window. [the preset's]", metavar="W", search=(0, 2, 4, 8)
+    )
     fly_entropy_top_k: int | None = None
-    relaxed_top_n: int | None = setting(int, "relaxed: the target's N most probable tokens. [3]", metavar="N", least=1)
-    relaxed_delta: float | None = setting(float, "relaxed: probability below the largest. [0.6]", metavar="X", most=1)
-    margin_threshold: float | None = setting(float, "margin: nats between the two most probable. [0.5]", metavar="X")
-    typical_threshold: float | None = setting(float, "typical: epsilon, a probability. [0.09]", metavar="X", most=1)
-    typical_alpha: float | None = setting(float, "typical: alpha of alpha exp(-H). [0.3]", metavar="X", most=1)
-    conditional_alpha: float | None = setting(
-        float, "conditional: alpha of beta - alpha H. [0.1]", metavar="X", most=100
+    relaxed_top_n: int | None = setting(
+        int, "relaxed: the target's N most probable tokens. [3]", metavar="N", least=1, search=(2,)
     )
-    conditional_beta: float | None = setting(float, "conditional: beta. [0.4]", metavar="X", most=1)
-    conditional_floor: float | None = setting(float, "conditional: least probability. [0.01]", metavar="X", most=1)
+    relaxed_delta: float | None = setting(
+        float, "relaxed: probability below the largest. [0.6]", metavar="X", most=1, search=(0.1, 0.2, 0.4)
+    )
+    margin_threshold: float | None = setting(
+        float, "margin: nats between the two most probable. [0.5]", metavar="X", search=(0.1, 0.25, 1.0)
+    )
+    typical_threshold: float | None = setting(
+        float, "typical: epsilon, a probability. [0.09]", metavar="X", most=1, search=(0.2, 0.3)
+    )
+    typical_alpha: float | None = setting(
+        float, "typical: alpha of alpha exp(-H). [0.3]", metavar="X", most=1, search=(0.5, 0.7)
+    )
+    conditional_alpha: float | None = setting(
+        float, "conditional: alpha of beta - alpha H. [0.1]", metavar="X", most=100, search=(0.05, 0.2)
+    )
+    conditional_beta: float | None = setting(float, "conditional: beta. [0.4]", metavar="X", most=1, search=(0.6, 0.8))
+    conditional_floor: float | None = setting(
+        float, "conditional: least probability. [0.01]", metavar="X", most=1, search=(0.1, 0.3)
+    )
     conditional_apply_to: str | None = setting(str, "conditional: to copied drafts or all. [ngram]", choices=APPLY_TO)
     adaptive_max_distance: float | None = setting(
-        float, "adaptive: Jensen-Shannon distance, at most. [0.5]", metavar="X", most=1
+        float, "adaptive: Jensen-Shannon distance, at most. [0.5]", metavar="X", most=1, search=(0.2, 0.35)
     )
     cactus_delta: float | None = setting(
         float, "cactus: KL divergence of a token, in nats. [0.75]", metavar="X", most=100
@@ -65,7 +82,7 @@ class AcceptanceSettings:
         str, "Exact within code, json, digits, before:TAG, after:TAG. [none]", metavar="NAMES", is_list=True
     )
     max_loosened_per_100: int | None = setting(
-        int, "Loosened tokens among any 100 in a row, at most. [any number]", metavar="N"
+        int, "Loosened tokens among any 100 in a row, at most. [any number]", metavar="N", search=(1, 3, 10)
     )
 
     def __post_init__(self) -> None:

@@ -104,6 +104,20 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
+def lock_file(descriptor: int) -> bool:
+    """Locks an open file for as long as it is open. False where another process has it locked; where there are no
+    locks, nobody has."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def _move_into_place(workspace: Path, output: Path, folder: Path) -> None:
     workspace.chmod(0o755)
     if not output.exists():

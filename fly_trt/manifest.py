@@ -3,14 +3,17 @@
 fly-build writes it, every engine reads it. It knows files, sizes and hashes, and nothing about models or backends.
 """
 
+import datetime
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fly_trt.errors import EngineError
+from fly_trt.files import new_file
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "fly.json"
@@ -174,11 +177,42 @@ class File(_Record):
     sha256: str
 
 
+class Tuning(_Record):
+    """Why the engine's defaults are what they are: what fly-tune claims of them, and from what.
+
+    With `confidence`, outputs keep at least `lower_bound` of the target's quality, where `min_retention` was asked for
+    and `retention` is the estimate; all four are fractions. judged_by: where quality came from, "checks",
+    "references", "command" or "agreement", on `num_prompts` prompts of a file with `prompts_sha256`, in an order that
+    `seed` fixed. speedup_over_plain, speedup_over_default: tokens per second over those of plain decoding, and of the
+    defaults before, on `machine`. version: of the fly-trt that measured.
+    `write_tuning` fills in the rest: `setting`, which the claim is about, everything that `speculative` held then;
+    `previous`, what it held as built; `engine_sha256`, the content of the engine's files.
+    """
+
+    min_retention: float = Field(ge=0, le=1)
+    confidence: float = Field(gt=0, lt=1)
+    retention: float = Field(ge=0)
+    lower_bound: float = Field(ge=0)
+    judged_by: str
+    num_prompts: int = Field(gt=0)
+    prompts_sha256: str
+    seed: int
+    speedup_over_plain: float = Field(gt=0)
+    speedup_over_default: float = Field(gt=0)
+    machine: str
+    date: datetime.date
+    version: str
+    setting: dict[str, Any] = {}
+    previous: dict[str, Any] = {}
+    engine_sha256: str = ""
+
+
 class Manifest(_Record):
     """`fly.json`. `backend` is the name of what runs the engines, known or not to who reads it, and `device` what they
-    run on (None in directories of older versions, whose backend says it); `speculative` holds the recipe's defaults for
-    SpeculativeConfig; `self_drafts` are in the order of their min_tokens, which begin at 0; `inner_draft` guesses for
-    the draft, as `chain` says; `files` are all that engines are loaded from."""
+    run on (None in directories of older versions, whose backend says it); `speculative` holds the defaults for
+    SpeculativeConfig, of the recipe or since fly-tune wrote its own those that `tuning` is the evidence for;
+    `self_drafts` are in the order of their min_tokens, which begin at 0; `inner_draft` guesses for the draft, as
+    `chain` says; `files` are all that engines are loaded from."""
 
     schema_version: int
     backend: str
@@ -194,6 +228,7 @@ class Manifest(_Record):
     self_drafts: list[SelfDraft] = []
     inner_draft: ModelEngine | None = None
     chain: Chain | None = None
+    tuning: Tuning | None = None
     files: dict[FileName, File]
 
     @model_validator(mode="after")
@@ -205,6 +240,11 @@ class Manifest(_Record):
                 if name not in self.files:
                     raise ValueError(f"{name!r} is not among the files that it lists")
         return self
+
+    def engine_sha256(self) -> str:
+        """One hash for the content of all files that engines are loaded from."""
+        lines = sorted(f"{name} {file.size} {file.sha256}\n" for name, file in self.files.items())
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def hash_file(path: Path) -> File:
@@ -222,8 +262,25 @@ def hash_directory(directory: Path) -> dict[str, File]:
 
 
 def write_manifest(manifest: Manifest, directory: Path) -> None:
+    """The one that is there, if any, is replaced as a whole."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=2)
-    (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+    with new_file(directory / MANIFEST_NAME) as path:
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def write_tuning(engine_dir: Path, settings: Mapping[str, Any], tuning: Tuning) -> Manifest:
+    """Makes `settings`, all of them, the engine's defaults for SpeculativeConfig, with `tuning` as the evidence, and
+    returns the new manifest. What runs goes on as it was loaded. Raises EngineError for a directory that is no engine,
+    with a file of another content than the manifest says."""
+    before = read_manifest(engine_dir, verify_hashes=True)
+    evidence = {
+        "setting": dict(settings),
+        "previous": before.speculative if before.tuning is None else before.tuning.previous,
+        "engine_sha256": before.engine_sha256(),
+    }
+    changes = {"speculative": dict(settings), "tuning": tuning.model_copy(update=evidence)}
+    write_manifest(before.model_copy(update=changes), engine_dir)
+    return read_manifest(engine_dir)
 
 
 def read_manifest(directory: Path, *, verify_hashes: bool = False) -> Manifest:
@@ -250,6 +307,10 @@ def read_manifest(directory: Path, *, verify_hashes: bool = False) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "files"
+        if first["type"] == "extra_forbidden":
+            raise EngineError(
+                f"{path}: field {field}: not known to this fly-trt: upgrade it, or rebuild the engine with fly-build"
+            ) from None
         raise EngineError(f"{path}: field {field}: {first['msg']}: rebuild the engine with fly-build") from None
     for name, expected in manifest.files.items():
         _check_file(directory, name, expected, verify_hashes)

@@ -36,7 +36,14 @@ class TokenTrace(NamedTuple):
     them, in nats: of its entropy_top_k most probable tokens (the engine's number, not renormalised), or of the whole
     vocabulary under a policy whose gate looks at that. None where the draft token there was one that must not come, or
     the target said nothing that is a number. choice: the target's own choice, a
-    token id, which differs from the token exactly where that is loosened.
+    token id, which differs from the token exactly where that is loosened. rejected: at a correction, the draft token
+    that it took the place of.
+
+    reason: all of it in words, as the rule of the round has it. gate: the entropy in nats below which that rule is
+    exact. num_agreed: where draft and target differ, how many tokens in a row agreed after it, of those that the rule
+    waits for. guard: the setting that turned down what the rule would have loosened. None where a rule has no such
+    thing. top: the target's most probable tokens there with their natural log-probabilities, of the processed
+    distribution where the request has one; None where the engine does not name them.
 
     Of a request that ends, tokens matched and loosened are what its metrics count as accepted, also by source; an abort
     in the middle of a round leaves that round out of the metrics."""
@@ -46,6 +53,34 @@ class TokenTrace(NamedTuple):
     round: int
     entropy: float | None
     choice: int
+    rejected: int | None = None
+    reason: str = ""
+    gate: float | None = None
+    num_agreed: int | None = None
+    guard: str | None = None
+    top: list[tuple[int, float]] | None = None
+
+
+class RoundTrace(NamedTuple):
+    """What one round of a request drafted, what stood, and what it cost, where the request asked for a trace.
+
+    number: as TokenTrace.round has it. num_draft, num_accepted, num_loosened: draft tokens verified, emitted, and
+    emitted although the target had chosen another. policy: the rule that decided it, which is "exact" while a loose
+    request's windows are closed. rejected: the draft tokens that did not stand, verified or not. num_steps: of the
+    target. draft_seconds, verification_seconds: the request's share of what drafting and those steps took, which is one
+    of as many as requests were in them, num_rows at most. The first round's steps read the end of the prompt as well.
+    """
+
+    number: int
+    num_draft: int
+    num_accepted: int
+    num_loosened: int
+    policy: str
+    rejected: list[int]
+    num_steps: int
+    num_rows: int
+    draft_seconds: float
+    verification_seconds: float
 
 
 class RoundCounts(NamedTuple):
@@ -156,8 +191,8 @@ class RequestMetrics:
 @dataclass(slots=True)
 class CompletionOutput:
     """One completion. finish_reason None means that it still runs; stop_reason is the stop string or stop token id
-    that ended it, None for the model's own end-of-sequence. logprobs and trace have one entry per token
-    where asked for."""
+    that ended it, None for the model's own end-of-sequence. logprobs and trace have one entry per token where asked
+    for, and rounds then one for each round that has ended."""
 
     index: int
     text: str
@@ -166,6 +201,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     trace: list[TokenTrace] | None = None
+    rounds: list[RoundTrace] | None = None
 
     @property
     def cumulative_logprob(self) -> float | None:

@@ -3,7 +3,7 @@
 """
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,8 @@ class Setting:
     """A value that may be given or be None.
 
     kind: str, int or float; of each item where it `is_list`. choices: the values that there are, where they are names;
-    a table, so that it is up to date. least, most: of a number.
+    a table, so that it is up to date. least, most: of a number. search: values that fly-tune tries beside the default;
+    where there are choices it tries those.
     """
 
     kind: type
@@ -26,6 +27,7 @@ class Setting:
     least: float = 0
     most: float | None = None
     is_list: bool = False
+    search: Sequence[Any] = ()
 
     def check(self, name: str, value: Any) -> None:
         """Raises ConfigError for what the setting cannot be."""

@@ -23,7 +23,9 @@ FLOORS = (
     ("integrations",),
     ("service",),
     ("llm", "async_llm"),
+    ("inspection",),
     ("serving", "benchmark"),
+    ("tuning",),
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,5 +1,6 @@
 """The engine directory: what is wrong with it is said in one line that names the fix."""
 
+import datetime
 import json
 import shutil
 from pathlib import Path
@@ -17,9 +18,11 @@ from fly_trt.manifest import (
     ModelEngine,
     Source,
     TensorRTPlan,
+    Tuning,
     hash_directory,
     read_manifest,
     write_manifest,
+    write_tuning,
 )
 
 
@@ -111,7 +114,7 @@ def test_limits_that_leave_no_room_beside_the_drafts(directory: Path) -> None:
 
 def test_an_unknown_field(directory: Path) -> None:
     edit(directory, surprise=1)
-    assert "field surprise" in message_of(directory)
+    assert "field surprise: not known to this fly-trt: upgrade it, or rebuild" in message_of(directory)
 
 
 def test_a_missing_file(directory: Path) -> None:
@@ -213,3 +216,82 @@ def test_the_directory_can_be_moved(directory: Path, tmp_path_factory: pytest.Te
     moved = tmp_path_factory.mktemp("moved") / "engine"
     shutil.copytree(directory, moved)
     assert read_manifest(moved, verify_hashes=True).name == "tiny"
+
+
+TUNING = Tuning(
+    min_retention=0.99,
+    confidence=0.95,
+    retention=0.998,
+    lower_bound=0.991,
+    judged_by="checks",
+    num_prompts=160,
+    prompts_sha256="0" * 64,
+    seed=0,
+    speedup_over_plain=2.3,
+    speedup_over_default=1.1,
+    machine="2 cores",
+    date=datetime.date(2026, 11, 27),
+    version="0.1.0",
+)
+SETTING = {"acceptance": "fly", "fly_entropy_threshold": 0.3}
+
+
+def test_what_was_tuned_becomes_the_default_beside_its_evidence(directory: Path) -> None:
+    edit(directory, speculative={"num_speculative_tokens": 8})
+    before = read_manifest(directory)
+    written = write_tuning(directory, SETTING, TUNING)
+    assert written == read_manifest(directory, verify_hashes=True)
+    assert written.speculative == SETTING
+    evidence = {"setting": SETTING, "previous": {"num_speculative_tokens": 8}, "engine_sha256": before.engine_sha256()}
+    assert written.tuning == TUNING.model_copy(update=evidence)
+    assert written.model_copy(update={"speculative": before.speculative, "tuning": None}) == before
+
+
+def test_an_engine_that_is_tuned_again_remembers_what_it_was_built_with(directory: Path) -> None:
+    edit(directory, speculative={"num_speculative_tokens": 8})
+    write_tuning(directory, {"acceptance": "exact"}, TUNING)
+    again = write_tuning(directory, SETTING, TUNING).tuning
+    assert again is not None
+    assert again.setting == SETTING
+    assert again.previous == {"num_speculative_tokens": 8}
+
+
+def test_the_manifest_is_replaced_as_a_whole_or_not_at_all(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (directory / MANIFEST_NAME).read_bytes()
+    names = sorted(path.name for path in directory.iterdir())
+
+    def write_half(path: Path, text: str, **_: object) -> int:
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(KeyboardInterrupt):
+        write_tuning(directory, SETTING, TUNING)
+    assert (directory / MANIFEST_NAME).read_bytes() == before
+    assert sorted(path.name for path in directory.iterdir()) == names
+
+
+def test_a_changed_engine_takes_no_tuning(directory: Path) -> None:
+    (directory / "target" / "model.onnx.data").write_bytes(b"weighty" * 100)
+    with pytest.raises(EngineError, match="content differs from the manifest's sha256"):
+        write_tuning(directory, SETTING, TUNING)
+
+
+def test_the_hash_of_an_engine_is_that_of_its_files(directory: Path) -> None:
+    before = read_manifest(directory)
+    assert write_tuning(directory, SETTING, TUNING).engine_sha256() == before.engine_sha256()
+    (directory / "target" / "model.onnx.data").write_bytes(b"weighty" * 100)
+    other = before.model_copy(update={"files": hash_directory(directory)})
+    assert other.engine_sha256() != before.engine_sha256()
+
+
+def test_a_manifest_from_before_fly_tune_has_no_tuning(directory: Path) -> None:
+    content = json.loads((directory / MANIFEST_NAME).read_text())
+    del content["tuning"]
+    (directory / MANIFEST_NAME).write_text(json.dumps(content))
+    assert read_manifest(directory).tuning is None
+
+
+def test_a_tuning_that_makes_no_sense(directory: Path) -> None:
+    edit(directory, tuning=TUNING.model_dump(mode="json") | {"confidence": 95})
+    assert "fly.json: field tuning.confidence" in message_of(directory)

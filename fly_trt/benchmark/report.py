@@ -44,9 +44,9 @@ def as_record(benchmark: Benchmark) -> dict[str, Any]:
     }
     return {
         "schema_version": SCHEMA_VERSION,
-        "engine": _engine(benchmark.engines),
-        "machine": _machine(benchmark.engines),
-        "versions": _versions(benchmark.engines.manifest),
+        "engine": engine_record(benchmark.engines),
+        "machine": machine_record(benchmark.engines),
+        "versions": version_record(benchmark.engines.manifest),
         "settings": settings,
         "results": [{**dataclasses.asdict(row), "load": _load(row.load)} for row in benchmark.rows],
     }
@@ -86,9 +86,9 @@ def roofline_record(roofline: Roofline) -> dict[str, Any]:
     manifest = roofline.engines.manifest
     return {
         "schema_version": SCHEMA_VERSION,
-        "engine": _engine(roofline.engines),
-        "machine": _machine(roofline.engines) | {"limits": dataclasses.asdict(roofline.machine)},
-        "versions": _versions(manifest),
+        "engine": engine_record(roofline.engines),
+        "machine": machine_record(roofline.engines) | {"limits": dataclasses.asdict(roofline.machine)},
+        "versions": version_record(manifest),
         "costs": {role: dataclasses.asdict(cost) for role, cost in roofline.costs.items()},
         "steps": [{**dataclasses.asdict(step), "limit_ms": step.limit_ms} for step in roofline.steps],
     }
@@ -212,7 +212,7 @@ def _load(load: Load) -> dict[str, Any]:
     }
 
 
-def _engine(engines: LoadedEngines) -> dict[str, Any]:
+def engine_record(engines: LoadedEngines) -> dict[str, Any]:
     manifest = engines.manifest
     models = {"target": manifest.target, "draft": manifest.draft, "inner_draft": manifest.inner_draft}
     return {
@@ -229,7 +229,7 @@ def _model(model: ModelEngine) -> dict[str, Any]:
     return {"dtype": model.dtype, "quantization": model.quantization, **model.source.model_dump()}
 
 
-def _machine(engines: LoadedEngines) -> dict[str, Any]:
+def machine_record(engines: LoadedEngines) -> dict[str, Any]:
     gpu = num_threads = None
     if find_backend(engines.directory, engines.manifest).is_gpu:
         from fly_trt.engines.cuda import device_name
@@ -255,7 +255,7 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _versions(manifest: Manifest) -> dict[str, str]:
+def version_record(manifest: Manifest) -> dict[str, str]:
     found = {"fly-trt": fly_trt.__version__, "python": platform.python_version()}
     for name in LIBRARIES:
         try:

@@ -5,6 +5,7 @@ It knows prompts and their checks, and nothing of engines but the tokenizer that
 
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,10 +26,11 @@ EXAMPLE = '{"prompt": "Tell me"}'
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkPrompt:
-    """A text, or token ids; `check` says what a right answer is, where there is one."""
+    """A text, or token ids; `check` says what a right answer is, `reference` is one, where they are known."""
 
     prompt: Prompt
     check: Check | None = None
+    reference: str | None = None
 
     def as_messages(self) -> list[ChatMessage]:
         """The text as a user's message. Raises ConfigError for token ids."""
@@ -44,7 +46,8 @@ def built_in_prompts() -> list[BenchmarkPrompt]:
 
 
 def read_prompts(path: Path) -> list[BenchmarkPrompt]:
-    """The prompts of a JSON Lines file: an object a line with `prompt`, perhaps `check`, and any other keys.
+    """The prompts of a JSON Lines file: an object a line with `prompt`, perhaps `check`, perhaps `reference`, which may
+    also be called `answer`, and any other keys.
 
     Raises ConfigError, which names the file and the line.
     """
@@ -94,4 +97,19 @@ def _prompt(place: str, line: str) -> BenchmarkPrompt:
     check = record.get("check")
     if check is not None and (problem := problem_with(check)) is not None:
         raise ConfigError(f"{place}: {problem}: mend the check or leave it out")
-    return BenchmarkPrompt(prompt, check)
+    return BenchmarkPrompt(prompt, check, _reference(place, record))
+
+
+def _reference(place: str, record: Mapping[str, Any]) -> str | None:
+    """A text, or a number as it is written. Others have a use of their own for the key `answer`."""
+    reference = record.get("reference")
+    if reference is None:
+        reference = answer if _is_text_or_number(answer := record.get("answer")) else None
+    elif not _is_text_or_number(reference):
+        raise ConfigError(f"{place}: reference {reference!r}, expected a non-empty text or a number, or leave it out")
+    return None if reference is None else str(reference)
+
+
+def _is_text_or_number(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number or (isinstance(value, str) and bool(value.strip()))

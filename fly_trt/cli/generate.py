@@ -12,8 +12,11 @@ import click
 from fly_trt.cli import options
 from fly_trt.cli.command import command
 from fly_trt.errors import RequestError
+from fly_trt.inspection.records import round_records, token_records
 from fly_trt.outputs import RequestOutput
 from fly_trt.params import DEFAULT_MAX_TOKENS
+from fly_trt.text.token_text import TokenReader
+from fly_trt.verification import POLICIES
 
 ENCODING = "utf-8-sig"  # whatever the terminal's; some editors put a byte-order mark first
 ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
@@ -26,6 +29,7 @@ Examples:
   echo "Once upon a time" | fly-generate engines/llama-70b -
   fly-generate engines/demo --file prompt.txt --acceptance exact        # lossless
   fly-generate engines/demo --file prompt.txt --method none --json      # plain decoding, for machines
+  fly-generate engines/demo --file prompt.txt --json --trace --compare exact > trace.json && fly-inspect trace.json
   fly-generate engines/demo "Spell out: 21." --chat --temperature 0.8 --top-p 0.95 --seed 7
 """
 
@@ -52,6 +56,7 @@ Examples:
 @options.devices()
 @click.option("--verify", "verify_hashes", is_flag=True, help="Check every engine file against its sha256 first.")
 @click.option("--trace", is_flag=True, help="With --json: say of each token how it came to be.")
+@click.option("--compare", type=click.Choice([*POLICIES]), help="With --trace: complete it by this rule as well.")
 @options.as_json("Print one JSON object instead of streaming.")
 def main(engine_dir: Path, prompt: str | None, prompt_file: Any, escape: bool, as_json: bool, **flags: Any) -> None:
     """Completes PROMPT (or standard input, with -) with the engines in ENGINE_DIR."""
@@ -80,6 +85,8 @@ def _run(engine_dir: Path, prompt: str, as_json: bool, flags: dict[str, Any]) ->
 
     if flags["trace"] and not as_json:
         raise RequestError("--trace: goes into the JSON object: add --json")
+    if flags["compare"] and not flags["trace"]:
+        raise RequestError("--compare: goes into the JSON object beside the trace: add --json --trace")
     params = SamplingParams(
         **{name: flags[name] for name in SAMPLING_FLAGS},
         stop=list(flags["stop"]),
@@ -101,8 +108,12 @@ def _run(engine_dir: Path, prompt: str, as_json: bool, flags: dict[str, Any]) ->
             if not as_json:
                 click.echo(output.outputs[0].text, nl=False)
         seconds = time.perf_counter() - started
+        record = _as_record(output, TokenReader(llm.tokenizer))
+        if flags["compare"]:
+            (other,) = llm.generate([given], dataclasses.replace(params, acceptance=flags["compare"]))
+            record["compared"] = _as_record(other, TokenReader(llm.tokenizer))
     if as_json:
-        click.echo(json.dumps(_as_record(output)))
+        click.echo(json.dumps(record))
     else:
         click.echo()
         click.echo(_summary(output, seconds), err=True)
@@ -119,11 +130,12 @@ def _output_form(schema: str | None, regex: str | None) -> dict[str, str] | None
     return given or None
 
 
-def _as_record(output: RequestOutput) -> dict[str, Any]:
+def _as_record(output: RequestOutput, reader: TokenReader) -> dict[str, Any]:
     completion = output.outputs[0]
-    record = dataclasses.asdict(completion)
+    record = {"prompt": output.prompt, **dataclasses.asdict(completion)}
     if completion.trace is not None:
-        record["trace"] = [of_token._asdict() for of_token in completion.trace]
+        record["trace"] = token_records(reader, completion.token_ids, completion.trace)
+        record["rounds"] = round_records(reader, completion.rounds or ())
     metrics = {**dataclasses.asdict(output.metrics), "mean_acceptance_length": output.metrics.mean_acceptance_length}
     return {**record, "prompt_token_ids": output.prompt_token_ids, "metrics": metrics}
 

@@ -17,12 +17,20 @@ def generate() -> None:
     start("fly-generate", "fly_trt.cli.generate")
 
 
+def inspect() -> None:
+    start("fly-inspect", "fly_trt.cli.inspect")
+
+
 def serve() -> None:
     start("fly-serve", "fly_trt.cli.serve")
 
 
 def triton() -> None:
     start("fly-triton", "fly_trt.cli.triton")
+
+
+def tune() -> None:
+    start("fly-tune", "fly_trt.cli.tune")
 
 
 def start(command: str, module: str) -> None:

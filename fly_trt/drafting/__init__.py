@@ -26,14 +26,45 @@ from fly_trt.drafting.stops import DRAFT_STOPS, NO_STOP, DraftStop
 from fly_trt.drafting.suffix import SuffixDrafter, suffix
 
 DRAFTERS: dict[str, DrafterKind] = {
-    "multi_level": DrafterKind(multi_level, needs_draft_model=True, acceptance="fly", has_scores=True),
+    "multi_level": DrafterKind(
+        multi_level,
+        needs_draft_model=True,
+        acceptance="fly",
+        has_scores=True,
+        search={"prompt_lookup_num_tokens": (3, 10)},
+    ),
     "draft_model": DrafterKind(draft_model, needs_draft_model=True, acceptance="fly", has_scores=True),
     # The next three draft copies rather than alternatives: a loosened one costs accuracy (181 instead of 240 right
     # answers of 240 on the demo pair).
-    "ngram": DrafterKind(ngram, needs_draft_model=False, acceptance="exact", has_copies=True),
-    "alignment": DrafterKind(alignment, needs_draft_model=False, acceptance="exact", has_copies=True),
-    "suffix": DrafterKind(suffix, needs_draft_model=False, acceptance="exact", has_copies=True),
-    "hybrid": DrafterKind(hybrid, needs_draft_model=True, acceptance="fly", has_scores=True, has_copies=True),
+    "ngram": DrafterKind(
+        ngram,
+        needs_draft_model=False,
+        acceptance="exact",
+        has_copies=True,
+        search={"prompt_lookup_min": (2,), "prompt_lookup_max": (8,)},
+    ),
+    "alignment": DrafterKind(
+        alignment,
+        needs_draft_model=False,
+        acceptance="exact",
+        has_copies=True,
+        search={"alignment_mode": ("argmax",), "alignment_margin": (2.0, 8.0)},
+    ),
+    "suffix": DrafterKind(
+        suffix,
+        needs_draft_model=False,
+        acceptance="exact",
+        has_copies=True,
+        search={"suffix_max_spec_factor": (1.0, 4.0)},
+    ),
+    "hybrid": DrafterKind(
+        hybrid,
+        needs_draft_model=True,
+        acceptance="fly",
+        has_scores=True,
+        has_copies=True,
+        search={"hybrid_min_match": (2, 5)},
+    ),
     # What it does not share with the target is what was left out of it, so that its other tokens are mistakes rather
     # than alternatives.
     "self": DrafterKind(
@@ -44,7 +75,14 @@ DRAFTERS: dict[str, DrafterKind] = {
         needs_self_draft=True,
         draft_stop="confidence",
     ),
-    "chain": DrafterKind(chain, needs_draft_model=True, acceptance="fly", has_scores=True, needs_inner_draft=True),
+    "chain": DrafterKind(
+        chain,
+        needs_draft_model=True,
+        acceptance="fly",
+        has_scores=True,
+        needs_inner_draft=True,
+        search={"inner_num_tokens": (2, 6), "inner_acceptance": ("fly",)},
+    ),
 }
 
 __all__ = [

@@ -1,8 +1,8 @@
 """What the runtime needs of a drafter, and what the table of drafters says of each."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -233,7 +233,8 @@ class DrafterKind:
     """A line of the table of drafters. needs_draft_model, needs_self_draft, needs_inner_draft: engines that must have
     been built. acceptance: which policy its drafts get where nobody says. has_scores: a model chooses its drafts, or
     some of them, so that they may be ended by what it says of them; draft_stop: by which rule where nobody says.
-    has_copies: some of them are copied from the sequence's own text."""
+    has_copies: some of them are copied from the sequence's own text. search: settings of its own, with values that
+    fly-tune tries beside their defaults."""
 
     make: MakeDrafter
     needs_draft_model: bool
@@ -243,6 +244,7 @@ class DrafterKind:
     needs_inner_draft: bool = False
     draft_stop: str | None = None
     has_copies: bool = False
+    search: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @property
     def sources(self) -> frozenset[DraftSource]:

@@ -15,10 +15,11 @@ from typing import ClassVar
 
 class DraftStop(ABC):
     """The rule of one sequence. threshold: None is the rule's own; at most `most`. needs_entropy: it reads the entropy,
-    which otherwise may be NaN."""
+    which otherwise may be NaN. search: thresholds that fly-tune tries beside the rule's own."""
 
     name: ClassVar[str]
     most: ClassVar[float | None] = None
+    search: ClassVar[tuple[float, ...]] = ()
     needs_entropy: ClassVar[bool] = True
 
     def __init__(self, threshold: float | None = None) -> None:
@@ -65,6 +66,7 @@ class ConfidenceStop(DraftStop):
 
     name = "confidence"
     most = 1.0
+    search = (0.4, 0.9)
     needs_entropy = False
 
     def __init__(self, threshold: float | None = None) -> None:
@@ -85,6 +87,7 @@ class AdaEDLStop(DraftStop):
 
     name = "adaedl"
     most = 1.0
+    search = (0.1, 0.4)
     GAMMA = 0.5
 
     def __init__(self, threshold: float | None = None) -> None:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 STEP_TOKENS = 64  # of an audit's step, at most: what a request that arrives may have to wait for
 LEAST_STEP_TOKENS = 2  # a row says of its last token nothing
-WINDOW_SECONDS = 10.0  # of steps, for whose share audits may make up
+WINDOW_SECONDS = 2.0  # of steps, whose share audits may have saved up
 MAX_QUEUED_TOKENS = 1 << 20  # of all that wait, 4 bytes each
 MAX_LOANS = 20  # slots that an audit may lose before it is given up
 MAX_FAILURES = 3  # steps in a row that fail before no more audits are made

@@ -34,10 +34,12 @@ class RequestGroup:
     is_done: bool = False
     _sent_tokens: list[int] = field(init=False)
     _sent_characters: list[int] = field(init=False)
+    _sent_rounds: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self._sent_tokens = [0] * len(self.requests)
         self._sent_characters = [0] * len(self.requests)
+        self._sent_rounds = [0] * len(self.requests)
 
     @property
     def is_waiting(self) -> bool:
@@ -79,9 +81,11 @@ class RequestGroup:
 
     def _delta(self, request: Request) -> CompletionOutput:
         index = request.index
-        completion = request.completion(self._sent_tokens[index], self._sent_characters[index])
+        sent = self._sent_tokens[index], self._sent_characters[index], self._sent_rounds[index]
+        completion = request.completion(*sent)
         self._sent_tokens[index] += len(completion.token_ids)
         self._sent_characters[index] += len(completion.text)
+        self._sent_rounds[index] += len(completion.rounds or ())
         return completion
 
     def _output(self, completions: list[CompletionOutput]) -> RequestOutput:

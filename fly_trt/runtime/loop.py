@@ -26,6 +26,7 @@ from fly_trt.runtime.sampler import token_logprobs
 from fly_trt.runtime.scheduler import Scheduler, StepPlan
 from fly_trt.runtime.slots import SlotTable
 from fly_trt.runtime.speculation import Speculation
+from fly_trt.text.tokenizer import piece_reader
 from fly_trt.verification import EXACT, Verdict
 
 WARM_UP_SECONDS = 1.0
@@ -72,6 +73,7 @@ class GenerationLoop:
             is_adaptive=config.adaptive_draft_length,
             step_costs=config.step_costs,
             stop_token_ids=target.info.stop_token_ids,
+            has_top_tokens=target.info.has_top_tokens,
         )
         self.scheduler = Scheduler(
             SlotTable(
@@ -89,6 +91,8 @@ class GenerationLoop:
         self._changed: dict[Request, None] = {}
         self._may_shrink = False
         self._auditor: Auditor | None = None
+        self._piece = piece_reader(tokenizer)
+        self._step_seconds = 0.0
         self._is_checked = os.environ.get(CHECK_VARIABLE) == "1"
 
     def add(self, requests: list[Request]) -> None:
@@ -204,9 +208,9 @@ class GenerationLoop:
     def _run_timed(self, step: Step) -> None:
         prepared, started = self._target.num_preparations, time.perf_counter()
         self._target.run(step)
+        self._step_seconds = time.perf_counter() - started
         if self._target.num_preparations == prepared:
-            seconds = time.perf_counter() - started
-            self.speculation.draft_length.target_cost.observe(step.input_ids.size, seconds)
+            self.speculation.draft_length.target_cost.observe(step.input_ids.size, self._step_seconds)
 
     def _settle(self, plan: StepPlan, step: Step) -> None:
         """Takes what a step says, row by row. What goes wrong with a row is its request's: the others go on."""
@@ -240,6 +244,8 @@ class GenerationLoop:
     def _decide(self, request: Request, round_: Round, feed: Feed, step: Step, row: int) -> None:
         """Takes a step's outputs for one decoding row, and commits what they decide."""
         before = round_.num_committed
+        if round_.costs is not None:
+            round_.costs.add_step(self._step_seconds, len(step.num_context))
         verdict = round_.take(
             feed,
             step,
@@ -271,7 +277,7 @@ class GenerationLoop:
         is_first = not request.output_token_ids
         num_emitted = request.commit(tokens, logprobs)
         if request.params.speculation_trace:
-            request.record_traces(round_, verdict, num_emitted)
+            request.record_traces(round_, verdict, num_emitted, self._piece)
         self._metrics.record_tokens(num_emitted, request.seconds_since_tokens(), is_first=is_first)
         self._changed[request] = None
         return num_emitted
@@ -283,6 +289,8 @@ class GenerationLoop:
             counts = round_.counts(num_kept)
             request.metrics.record_round(counts)
             self._metrics.record_round(counts, request.policy.name)
+        if round_.costs is not None:
+            request.record_round_trace(round_, num_kept)
         self.speculation.end_round(request, round_, num_kept)
 
     def _collect_prompt_logprobs(self, request: Request, step: Step, row: int, num_tokens: int) -> None:

@@ -15,6 +15,7 @@ from fly_trt.runtime.slots import Loan
 from fly_trt.tokens import NO_TOKENS, IntArray
 
 LEAST_LOGPROB = -100.0  # nats; what a token counts that the target says cannot come
+SIZE_MULTIPLE = 16  # of a step's tokens: each shape is prepared once
 NUM_COPIED = 7  # draft tokens of the exact text, copied from the output that it parted from
 MATCH_TOKENS = 2  # after so many tokens that the two have in common
 
@@ -30,8 +31,8 @@ class Reading:
     """The likelihood of an output: `tokens` int64 [length] are the prompt, of num_prompt tokens, and the output, in
     steps of `size` tokens.
 
-    Position t of a row predicts the token after it, so that a step begins with the last token of the one before. All
-    steps have the same shape: the last one begins earlier, and that of a short text is padded."""
+    Position t of a row predicts the token after it, so that a step begins with the last token of the one before. Steps
+    have few shapes: the last one begins earlier, and that of a short text is padded."""
 
     def __init__(self, tokens: IntArray, num_prompt: int, size: int) -> None:
         self.tokens = tokens
@@ -49,10 +50,11 @@ class Reading:
 
     def step(self, target: Engine, loan: Loan) -> None:
         """Reads on. Raises NotNumbersError, and what the target raises."""
-        length = len(self.tokens)
-        start = max(0, min(loan.num_tokens, self._num_read - 1, length - self._size))
-        chunk = self.tokens[start : start + self._size]
-        step = _run(target, loan, start, chunk, NO_TOKENS, self._size)
+        length, start = len(self.tokens), min(loan.num_tokens, self._num_read - 1)
+        size = min(self._size, -(-(length - start) // SIZE_MULTIPLE) * SIZE_MULTIPLE)
+        start = max(0, min(start, length - size))
+        chunk = self.tokens[start : start + size]
+        step = _run(target, loan, start, chunk, NO_TOKENS, size)
         end = start + len(chunk)
         loan.num_tokens = end
         if end > self._num_read:

@@ -1,6 +1,7 @@
 """One sequence while it is served: what was asked, what is committed, and where its cache stands."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -9,7 +10,7 @@ import numpy as np
 from fly_trt.drafting import DraftStop
 from fly_trt.errors import FlyError
 from fly_trt.grammar import GrammarMatcher
-from fly_trt.outputs import CompletionOutput, FinishReason, RequestMetrics, TokenLogprobs, TokenTrace
+from fly_trt.outputs import CompletionOutput, FinishReason, RequestMetrics, RoundTrace, TokenLogprobs, TokenTrace
 from fly_trt.params import SamplingParams
 from fly_trt.runtime.draft_length import AcceptanceRate
 from fly_trt.runtime.loosening import Loosening
@@ -66,6 +67,7 @@ class Request:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     trace: list[TokenTrace] = field(default_factory=list)
+    rounds: list[RoundTrace] = field(default_factory=list)
     error: FlyError | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -98,7 +100,8 @@ class Request:
     @property
     def needs_top(self) -> bool:
         """Whether the target's most probable tokens are wanted from the engine: a sampler has its own."""
-        return self.sampler is None and self.round is not None and self.round.policy.needs_top
+        round_ = self.round
+        return self.sampler is None and round_ is not None and (round_.policy.needs_top or round_.needs_top)
 
     @property
     def needs_prompt_logits(self) -> bool:
@@ -164,11 +167,21 @@ class Request:
                 return count
         return len(tokens)
 
-    def record_traces(self, round_: Round, verdict: Verdict, num_tokens: int) -> None:
-        """How the `num_tokens` came to be that were committed of what a verdict adds to its round."""
+    def record_traces(self, round_: Round, verdict: Verdict, num_tokens: int, text: Callable[[int], str]) -> None:
+        """How the `num_tokens` came to be that were committed of what a verdict adds to its round. text: of a token."""
         last = self.trace[-1].round if self.trace else -1
-        number = last if round_.num_committed else last + 1
-        self.trace += round_.traces(verdict, num_tokens, number, of_vocabulary=self.traces_full_entropy)
+        self.trace += round_.traces(
+            verdict,
+            num_tokens,
+            last if round_.num_committed else last + 1,
+            of_vocabulary=self.traces_full_entropy,
+            text=text,
+            is_paused=self.policy.is_loose and not round_.policy.is_loose,
+        )
+
+    def record_round_trace(self, round_: Round, num_kept: int) -> None:
+        """What became of a round that has ended, of which `num_kept` draft tokens were emitted."""
+        self.rounds.append(round_.trace(self.trace[-1].round, num_kept))
 
     def seconds_since_tokens(self) -> float:
         """Seconds since this was asked last, which is where tokens are emitted, or since the request came."""
@@ -188,8 +201,9 @@ class Request:
         self.error = error
         self._end("abort", None)
 
-    def completion(self, first_token: int = 0, first_character: int = 0) -> CompletionOutput:
-        """What was emitted, from a token and a character on; text that may still become a stop string is not shown."""
+    def completion(self, first_token: int = 0, first_character: int = 0, first_round: int = 0) -> CompletionOutput:
+        """What was emitted, from a token, a character and a round on; text that may still become a stop string is not
+        shown."""
         end = None if self.is_finished else self.detokenizer.streamable_length
         logprobs = None if self.params.logprobs is None else self.logprobs[first_token:]
         return CompletionOutput(
@@ -198,6 +212,7 @@ class Request:
             token_ids=self.output_token_ids[first_token:],
             logprobs=logprobs,
             trace=self.trace[first_token:] if self.params.speculation_trace else None,
+            rounds=self.rounds[first_round:] if self.params.speculation_trace else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )

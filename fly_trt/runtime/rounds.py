@@ -16,10 +16,21 @@ import numpy.typing as npt
 
 from fly_trt.drafting import Draft
 from fly_trt.engines.base import Step
-from fly_trt.outputs import RoundCounts, TokenKind, TokenTrace
+from fly_trt.outputs import RoundCounts, RoundTrace, TokenKind, TokenTrace
 from fly_trt.runtime.loosening import WindowCounts
 from fly_trt.tokens import NO_TOKENS, FloatArray, IntArray
-from fly_trt.verification import NO_SCORES, AcceptancePolicy, DraftSource, Evidence, Limits, Positions, Verdict
+from fly_trt.verification import (
+    NO_SCORES,
+    AcceptancePolicy,
+    Decision,
+    DraftSource,
+    Evidence,
+    Limits,
+    Positions,
+    Verdict,
+    explain,
+    num_agreeing,
+)
 
 SOURCE_NAMES = [source.name.lower() for source in DraftSource]
 NO_CHOICE = -1  # agrees with no draft token
@@ -27,6 +38,27 @@ NO_CHOICE = -1  # agrees with no draft token
 Choose = Callable[[FloatArray, IntArray, IntArray], Positions]
 """From logits float32 [m, V], the draft tokens that are verified and undecided, and those that follow, to what the
 target says of the positions, or of the first ones of them."""
+
+
+TOP_TOKENS = 5  # of a position that is traced, at most
+
+
+@dataclass(slots=True)
+class RoundCosts:
+    """What a round that is traced took so far: its request's share of every step and draft that it was in."""
+
+    draft_seconds: float = 0.0
+    verification_seconds: float = 0.0
+    num_steps: int = 0
+    num_rows: int = 0
+
+    def add_draft(self, seconds: float, num_rows: int) -> None:
+        self.draft_seconds += seconds / num_rows
+
+    def add_step(self, seconds: float, num_rows: int) -> None:
+        self.verification_seconds += seconds / num_rows
+        self.num_steps += 1
+        self.num_rows = max(self.num_rows, num_rows)
 
 
 class Feed(NamedTuple):
@@ -55,7 +87,9 @@ class Round:
     that is not a number, so that one draft token at a time is fed, or as few as there must be, and none spoils those
     before it; where even those few do, the next step `is_alone`, and a draft token that spoils its row is not loosened.
     Where a grammar has a say it `is_guided`: the draft begins with the `num_forced` tokens that the grammar forces, and
-    `is_cut` where the grammar forbids the drafter's next one and forces none instead.
+    `is_cut` where the grammar forbids the drafter's next one and forces none instead. `is_limited`: the policy wanted
+    the draft token to stand at which the round ended. Of a request that wants a trace it has its `costs`, and whether
+    it `needs_top` tokens for it.
     """
 
     start: int
@@ -70,6 +104,9 @@ class Round:
     is_guided: bool = False
     num_forced: int = 0
     is_cut: bool = False
+    is_limited: bool = False
+    costs: RoundCosts | None = None
+    needs_top: bool = False
 
     @property
     def draft(self) -> IntArray:
@@ -178,7 +215,7 @@ class Round:
             step.argmax_logprob[row, positions],
             step.token_logprob[row, positions],
         )
-        if self.policy.needs_top and step.top_ids is not None and step.top_logprobs is not None:
+        if (self.policy.needs_top or self.needs_top) and step.top_ids is not None and step.top_logprobs is not None:
             said = said._replace(top_ids=step.top_ids[row, positions], top_logprobs=step.top_logprobs[row, positions])
         is_whole = not self.has_begun and len(said.choices) == self.num_draft + 1
         if choose is None and is_whole and self._head_decides(head_stops):
@@ -197,7 +234,11 @@ class Round:
         self._add(said, logits[: len(said.choices)] if keeps_logits and logits is not None else None)
         self.is_alone = False
         verdict = self.policy.verdict(self.evidence, self.limits.never_loosened)
-        return self.limits.apply(verdict, self.evidence) if self.policy.is_loose else verdict
+        if not self.policy.is_loose:
+            return verdict
+        limited = self.limits.apply(verdict, self.evidence)
+        self.is_limited = limited is not verdict
+        return limited
 
     def feed_less(self) -> None:
         """What was fed came to something that is not a number, and its draft tokens may be to blame."""
@@ -244,26 +285,81 @@ class Round:
         by_source = [_by_source(evidence.sources[:count]) for count in (num_verified, num_kept)]
         return RoundCounts(num_verified, num_kept, evidence.num_loosened(num_kept), *by_source)
 
-    def traces(self, verdict: Verdict, num_tokens: int, number: int, *, of_vocabulary: bool) -> list[TokenTrace]:
+    def traces(
+        self,
+        verdict: Verdict,
+        num_tokens: int,
+        number: int,
+        *,
+        of_vocabulary: bool,
+        text: Callable[[int], str],
+        is_paused: bool = False,
+    ) -> list[TokenTrace]:
         """How the first `num_tokens` tokens came to be that a verdict adds to what is committed. number: the round's.
-        of_vocabulary: whether the entropy is that of the whole vocabulary."""
+        of_vocabulary: whether the entropy is that of the whole vocabulary. text: of a token. is_paused: whether the
+        request's windows are closed for a while."""
         evidence, first = self.evidence, self.num_committed
         said = evidence.target
         gate = said.entropy if of_vocabulary else said.entropy_topk
         traces = []
         for at in range(first, first + num_tokens):
-            choice, entropy = int(evidence.choices[at]), float(gate[at])
-            kind: TokenKind
-            source = None
-            if at < verdict.num_accepted:
-                kind = "matched" if evidence.draft[at] == choice else "loosened"
-                source = SOURCE_NAMES[evidence.sources[at]]
-            elif at < evidence.num_known:
-                kind = "correction"
-            else:
-                kind = "bonus" if at else "plain"
-            traces.append(TokenTrace(kind, source, number, entropy if math.isfinite(entropy) else None, choice))
+            entropy, kind = float(gate[at]), self._kind(verdict, at)
+            guard = self._guard(at) if kind == "correction" else None
+            decision = Decision(kind, self.policy, evidence, at, is_paused, self.is_limited, guard)
+            traces.append(
+                TokenTrace(
+                    kind,
+                    SOURCE_NAMES[evidence.sources[at]] if kind in ("matched", "loosened") else None,
+                    number,
+                    entropy if math.isfinite(entropy) else None,
+                    int(evidence.choices[at]),
+                    rejected=int(evidence.draft[at]) if kind == "correction" else None,
+                    reason=explain(decision, self.limits, text),
+                    gate=self.policy.gate,
+                    num_agreed=self._num_agreeing(at) if kind in ("loosened", "correction") else None,
+                    guard=guard,
+                    top=self._top(at) if self.needs_top else None,
+                )
+            )
         return traces
+
+    def trace(self, number: int, num_kept: int) -> RoundTrace:
+        """Of a round that is decided, of which `num_kept` draft tokens were emitted."""
+        evidence, costs = self.evidence, self.costs or RoundCosts()
+        return RoundTrace(
+            number,
+            evidence.num_known,
+            num_kept,
+            evidence.num_loosened(num_kept),
+            self.policy.name,
+            self.draft[self.num_committed :].tolist(),
+            costs.num_steps,
+            costs.num_rows,
+            costs.draft_seconds,
+            costs.verification_seconds,
+        )
+
+    def _kind(self, verdict: Verdict, at: int) -> TokenKind:
+        if at < verdict.num_accepted:
+            return "matched" if self.evidence.matches[at] else "loosened"
+        if at < self.evidence.num_known:
+            return "correction"
+        return "bonus" if at else "plain"
+
+    def _num_agreeing(self, at: int) -> int | None:
+        return num_agreeing(self.policy, self.evidence, at, self.limits.never_loosened)
+
+    def _guard(self, at: int) -> str | None:
+        """The guard that turned down what the policy would have loosened there."""
+        if not (self.is_limited or self.policy.opens_window(self.evidence, at, self.limits.never_loosened)):
+            return None
+        return self.limits.guard_that_forbids(self.evidence, at)
+
+    def _top(self, at: int) -> list[tuple[int, float]] | None:
+        """The target's most probable tokens there; None where the logits are not numbers, or no token is left."""
+        said = self.evidence.target
+        ids, logprobs = said.top_ids[at, :TOP_TOKENS].tolist(), said.top_logprobs[at, :TOP_TOKENS].tolist()
+        return [(token, value) for token, value in zip(ids, logprobs, strict=True) if math.isfinite(value)] or None
 
     def _head_decides(self, head_stops: frozenset[int]) -> bool:
         """Whether the verdict of the engine's head is the policy's, and nothing is forbidden that it does not know."""

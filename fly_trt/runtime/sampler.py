@@ -17,8 +17,8 @@ from fly_trt.verification import AcceptancePolicy, Positions, sampling
 @dataclass(slots=True, eq=False)
 class Sampler:
     """One sequence's way from logits to choices, and to what its `policy` reads of the processed distribution: nothing
-    where it is exact (but entropies for a trace), the log-probabilities only where the host decides. `entropy_top_k`
-    is the engine's."""
+    where it is exact (but entropies and top tokens for a trace), the log-probabilities only where the host decides.
+    `entropy_top_k` is the engine's."""
 
     params: SamplingParams
     processor: sampling.LogitsProcessor
@@ -56,6 +56,10 @@ class Sampler:
     def _needs_entropy(self) -> bool:
         return self.policy.is_loose or self.params.speculation_trace
 
+    @property
+    def _needs_top(self) -> bool:
+        return self.policy.needs_top or self.params.speculation_trace
+
     def _process(self, logits: FloatArray, output: IntArray, ahead: IntArray, num_undecided: int) -> FloatArray:
         if num_undecided:
             logits = np.concatenate([np.zeros((num_undecided, logits.shape[1]), np.float32), logits])
@@ -86,7 +90,7 @@ class Sampler:
     def _unsaid(self, choices: IntArray) -> Positions:
         """Choices alone: the rest is not a number, or no token."""
         said, num = Positions(choices, *np.full((4, len(choices)), np.nan, np.float32)), len(choices)
-        if self.policy.needs_top:
+        if self._needs_top:
             shape = num, self.entropy_top_k
             said = said._replace(top_ids=np.full(shape, NO_CHOICE), top_logprobs=np.full(shape, np.nan, np.float32))
         return said._replace(uniforms=np.full(num, np.nan)) if self.policy.needs_uniforms else said
@@ -98,15 +102,15 @@ class Sampler:
         if not self._needs_entropy:
             return said
         entropy, entropy_topk = sampling.gate_entropy(probabilities, self.entropy_top_k)
+        said = said._replace(entropy=entropy, entropy_topk=entropy_topk)
+        if self._needs_top:
+            top_ids, top_logprobs = sampling.top_tokens(probabilities, self.entropy_top_k)
+            said = said._replace(top_ids=top_ids, top_logprobs=top_logprobs)
         if not self.policy.is_loose:
-            return said._replace(entropy=entropy, entropy_topk=entropy_topk)
+            return said
         num_drafts = min(len(draft), len(choices))
         at = np.arange(num_drafts), draft[:num_drafts]
         is_banned = probabilities[at] == 0  # masked, or left out by truncation
-        said = said._replace(entropy=entropy, entropy_topk=entropy_topk)
-        if self.policy.needs_top:
-            top_ids, top_logprobs = sampling.top_tokens(probabilities, self.entropy_top_k)
-            said = said._replace(top_ids=top_ids, top_logprobs=top_logprobs)
         if not self.policy.is_decided_by_head:
             with np.errstate(divide="ignore"):  # a token that is left out has the log-probability -inf
                 said.argmax_logprob[:] = np.log(probabilities.max(axis=1))

@@ -13,7 +13,7 @@ from fly_trt.runtime.draft_length import SURE, AcceptanceRate, DraftLength
 from fly_trt.runtime.guided import GuidedDraft, forced_draft, propose_guided
 from fly_trt.runtime.loosening import Loosening, StepCosts
 from fly_trt.runtime.request import Request
-from fly_trt.runtime.rounds import Round
+from fly_trt.runtime.rounds import Round, RoundCosts
 from fly_trt.tokens import NO_TOKENS, IntArray
 from fly_trt.verification import EXACT, EXACT_WITH_ENTROPY, DraftSource, Evidence, Limits
 
@@ -23,8 +23,8 @@ MAX_USUAL_CONTEXT = 2  # committed tokens that a round starts with, but for the 
 class Speculation:
     """drafter: None decodes without drafts. num_draft_tokens: of a round, at most, and 0 without a drafter.
     is_adaptive: steps verify as many as pay. step_costs: what a loose request's windows cost, so that it opens them
-    where they pay; None means always. stop_token_ids: the model's own, never loosened. `breaker`: which settings are
-    exact for now."""
+    where they pay; None means always. stop_token_ids: the model's own, never loosened. has_top_tokens: the target names
+    its most probable tokens, which a trace has. `breaker`: which settings are exact for now."""
 
     def __init__(
         self,
@@ -34,6 +34,7 @@ class Speculation:
         is_adaptive: bool,
         step_costs: StepCosts | None,
         stop_token_ids: frozenset[int],
+        has_top_tokens: bool = False,
     ) -> None:
         self.drafter = drafter
         self.num_draft_tokens = num_draft_tokens if drafter is not None else 0
@@ -41,6 +42,7 @@ class Speculation:
         self._step_costs = step_costs if has_costs else None
         self._stop_token_ids = stop_token_ids
         self.breaker: Breaker | None = None
+        self._has_top_tokens = has_top_tokens
         self.draft_length = DraftLength(self.num_draft_tokens, adaptive=is_adaptive)
 
     @property
@@ -107,6 +109,9 @@ class Speculation:
         if request.limits is None:
             request.limits = self._limits(request)
         request.round = Round(length, Evidence(num_draft), policy, request.limits, is_observed)
+        if request.params.speculation_trace:
+            request.round.costs = RoundCosts()
+            request.round.needs_top = self._has_top_tokens or request.sampler is not None
         if request.grammar is not None:
             is_scored = policy.needs_draft_scores or request.draft_stop is not None
             request.round.begin_draft(forced_draft(forced[:num_draft], is_scored=is_scored))
@@ -127,6 +132,7 @@ class Speculation:
                 asked.append((request, round_, end - round_.num_committed))
         if not asked:
             return
+        started = time.perf_counter()
         wanted = [_row(request, round_, count) for request, round_, count in asked]
         guided = {
             at: GuidedDraft(wanted[at], round_, request.grammar, request.output_tokens, is_free=self.drafts_are_free)
@@ -134,8 +140,11 @@ class Speculation:
             if request.grammar is not None
         }
         drafts = propose_guided(wanted, guided, self.propose) if guided else self.propose(wanted)
+        seconds = time.perf_counter() - started
         for (_, round_, count), draft in zip(asked, drafts, strict=True):
             round_.take_draft(draft, count)
+            if round_.costs is not None:
+                round_.costs.add_draft(seconds, len(asked))
 
     def propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
         """What the drafter proposes, and how long it takes for it."""

@@ -227,8 +227,18 @@ def step_costs(manifest: Manifest, config: SpeculativeConfig) -> StepCosts | Non
 
 
 def resolve_speculative_config(manifest: Manifest, overrides: Mapping[str, Any]) -> SpeculativeConfig:
-    """The engine's defaults with `overrides` on top. Without a draft model the default is a self-draft, without
-    one of these n-gram lookup, and the default number of draft tokens is at most the engine's max_draft_len."""
+    """The engine's defaults with `overrides` on top, see `merged_settings`."""
+    config = SpeculativeConfig.from_dict(merged_settings(manifest, overrides))
+    names = [f.name for f in dataclasses.fields(AcceptanceParams)]
+    asked = AcceptanceParams(**{name: overrides[name] for name in names if name in overrides})
+    asked.over(config)  # refuses a setting that would have no effect
+    return config
+
+
+def merged_settings(manifest: Manifest, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The engine's defaults with `overrides` on top, by name: what they would be if these were the defaults. Without a
+    draft model the default is a self-draft, without one of these n-gram lookup, and the default number of draft tokens
+    is at most the engine's max_draft_len."""
     limit = manifest.limits.max_draft_len
     settings = dict(manifest.speculative)
     if overrides.get("preset") not in (None, settings.get("preset", DEFAULT_PRESET)):
@@ -246,11 +256,7 @@ def resolve_speculative_config(manifest: Manifest, overrides: Mapping[str, Any])
             settings.pop(name, None)
     wanted = settings.get("num_speculative_tokens", SpeculativeConfig().num_speculative_tokens)
     settings["num_speculative_tokens"] = max(1, min(wanted, limit))
-    config = SpeculativeConfig.from_dict(settings | dict(overrides))
-    names = [f.name for f in dataclasses.fields(AcceptanceParams)]
-    asked = AcceptanceParams(**{name: overrides[name] for name in names if name in overrides})
-    asked.over(config)  # refuses a setting that would have no effect
-    return config
+    return settings | dict(overrides)
 
 
 def _missing_draft(method: str, manifest: Manifest) -> tuple[str, str] | None:

@@ -10,6 +10,7 @@ from fly_trt.engines.directory import LoadedEngines
 from fly_trt.errors import FlyError
 from fly_trt.grammar import StructuredOutputs
 from fly_trt.params import SpeculativeConfig
+from fly_trt.runtime.audit import AuditCounts, OnResult
 from fly_trt.runtime.breaker import BreakerState
 from fly_trt.service.config import ServiceConfig
 from fly_trt.service.service import Service
@@ -22,7 +23,8 @@ class Facade:
 
     speculative_config: None means the engine directory's defaults, a dict changes some of them, a SpeculativeConfig
     replaces them; method None decodes without drafts. drafter: one of your own in place of the one that `method` names,
-    or a function that makes it of SpeculativeConfig and DraftParts; it serves this LLM alone. settings: the fields of
+    or a function that makes it of SpeculativeConfig and DraftParts; it serves this LLM alone. on_audit: takes what
+    comes of each audited request, in the engine thread, where audit_fraction asks for audits. settings: the fields of
     ServiceConfig. Raises EngineError for a directory that cannot be used and ConfigError for settings that do not fit
     it.
     """
@@ -33,9 +35,10 @@ class Facade:
         *,
         speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
         drafter: Drafter | MakeDrafter | None = None,
+        on_audit: OnResult | None = None,
         **settings: Any,
     ) -> None:
-        self._service = Service(engine_dir, speculative_config, ServiceConfig.from_dict(settings), drafter)
+        self._service = Service(engine_dir, speculative_config, ServiceConfig.from_dict(settings), drafter, on_audit)
         self.manifest = self._service.manifest
         self.speculative_config = self._service.speculative_config
         self.tokenizer = self._service.tokenizer
@@ -81,6 +84,11 @@ class Facade:
     def registry(self) -> Any:
         """The prometheus_client registry behind `metrics`, for an exporter."""
         return self._service.metrics.registry
+
+    @property
+    def audits(self) -> AuditCounts | None:
+        """What became of the requests that were drawn for an audit; None without audits."""
+        return None if self._service.auditor is None else self._service.auditor.counts
 
     def shutdown(self) -> None:
         """Aborts what is served and releases the engines, unless they are shared. Safe to call twice."""

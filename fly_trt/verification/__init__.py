@@ -23,6 +23,7 @@ from fly_trt.verification.policy import (
     Verdict,
     decide_each,
 )
+from fly_trt.verification.reasons import Decision, explain, num_agreeing
 from fly_trt.verification.relaxed import RelaxedPolicy
 from fly_trt.verification.sampling import (
     MIN_TEMPERATURE,
@@ -67,6 +68,7 @@ __all__ = [
     "AdaptivePolicy",
     "CactusPolicy",
     "ConditionalPolicy",
+    "Decision",
     "DraftScores",
     "DraftSource",
     "Evidence",
@@ -88,10 +90,12 @@ __all__ = [
     "check_regions",
     "decide_each",
     "distribution",
+    "explain",
     "fly_policy",
     "gate_entropy",
     "greedy",
     "make_guards",
+    "num_agreeing",
     "sample",
     "top_logprobs",
     "top_tokens",

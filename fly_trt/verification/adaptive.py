@@ -12,6 +12,7 @@ means are those of positions where draft and target agree and where they differ,
 the texts alone. It also has an upper limit.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
@@ -82,6 +83,15 @@ class AdaptivePolicy(AcceptancePolicy):
         if not agreed.count or not differed.count:
             return 0.0
         return min((agreed.value + differed.value) / 2, self.max_distance)
+
+    def why(self, evidence: Evidence, position: int) -> str:
+        distance, threshold = _distances(evidence, position + 1)[position], self.threshold
+        if math.isnan(distance):
+            return "no draft model chose it, so its distance is not known"
+        if not threshold:
+            return f"distance {distance:.2f}, and no threshold is learnt yet"
+        side = "under" if distance < threshold else "over"
+        return f"distance {distance:.2f}, {side} the threshold of {threshold:.2f}"
 
     def verdict(self, evidence: Evidence, stop_token_ids: frozenset[int]) -> Verdict:
         threshold = self.threshold

@@ -13,6 +13,7 @@ second number drawn for the position: a mismatch stands where it is below (gamma
 law to stay close to, and nothing is loosened there.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -20,7 +21,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from fly_trt.verification.policy import AcceptancePolicy, Evidence, HeadInfo, Verdict, decide_each
+from fly_trt.verification.policy import AcceptancePolicy, Evidence, HeadInfo, Verdict, decide_each, percent
 
 DEFAULT_DELTA = 0.75
 NUM_HALVINGS = 40  # of an interval in [0, 1]: down to 1e-12
@@ -47,6 +48,15 @@ class CactusPolicy(AcceptancePolicy):
     @property
     def is_loose(self) -> bool:
         return self.delta > 0
+
+    def why(self, evidence: Evidence, position: int) -> str:
+        said = evidence.target
+        if not len(said.uniforms):
+            return "nothing is sampled, so only the target’s own choice stands"
+        p = np.exp(said.draft_logprob[position : position + 1].astype(np.float64))
+        gamma = float(acceptance_probability(p, self.delta)[0])
+        likely, kept = (percent(math.log(share)) if share else "0 %" for share in (float(p[0]), gamma))
+        return f"{likely} probable, kept with {kept}"
 
     def verdict(self, evidence: Evidence, stop_token_ids: frozenset[int]) -> Verdict:
         known, said = evidence.num_known, evidence.target

@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from fly_trt.verification.policy import AcceptancePolicy, DraftSource, Evidence, HeadInfo, Verdict, decide_each
+from fly_trt.tokens import FloatArray
+from fly_trt.verification.policy import AcceptancePolicy, DraftSource, Evidence, HeadInfo, Verdict, decide_each, percent
 
 DEFAULT_ALPHA, DEFAULT_BETA, DEFAULT_FLOOR = 0.1, 0.4, 0.01
 APPLY_TO = ("ngram", "all")
@@ -49,11 +50,24 @@ class ConditionalPolicy(AcceptancePolicy):
         copies = (DraftSource.LOOKUP,)
         return frozenset(copies if self.apply_to == "ngram" else (*copies, DraftSource.MODEL))
 
+    def why(self, evidence: Evidence, position: int) -> str:
+        said = evidence.target
+        if self.apply_to == "ngram" and evidence.sources[position] != DraftSource.LOOKUP:
+            return "not a copy, and only copies are loosened"
+        likely = percent(float(said.draft_logprob[position]))
+        wanted = percent(float(np.log(self._lowest(evidence, position + 1)[position])))
+        return f"{likely} probable, {wanted} wanted at {said.entropy[position]:.2f} nats"
+
     def verdict(self, evidence: Evidence, stop_token_ids: frozenset[int]) -> Verdict:
         known, said = evidence.num_known, evidence.target
-        wanted = np.float32(self.beta) - np.float32(self.alpha) * said.entropy[:known]
-        lowest = np.maximum(np.minimum(wanted, np.exp(said.argmax_logprob[:known])), np.float32(self.floor))
-        is_likely = np.exp(said.draft_logprob[:known]) >= lowest
+        is_likely = np.exp(said.draft_logprob[:known]) >= self._lowest(evidence, known)
         if self.apply_to == "ngram":
             is_likely &= evidence.sources[:known] == DraftSource.LOOKUP
         return decide_each(evidence, evidence.matches | is_likely)
+
+    def _lowest(self, evidence: Evidence, count: int) -> FloatArray:
+        """float32 [count]: the probabilities that the first draft tokens must have."""
+        said = evidence.target
+        wanted = np.float32(self.beta) - np.float32(self.alpha) * said.entropy[:count]
+        lowest: FloatArray = np.maximum(np.minimum(wanted, np.exp(said.argmax_logprob[:count])), np.float32(self.floor))
+        return lowest

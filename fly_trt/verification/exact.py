@@ -18,6 +18,9 @@ class ExactPolicy(AcceptancePolicy):
     def is_loose(self) -> bool:
         return False
 
+    def why(self, evidence: Evidence, position: int) -> str:
+        return "only the target’s own choice stands"
+
     def verdict(self, evidence: Evidence, stop_token_ids: frozenset[int]) -> Verdict:
         return decide_each(evidence, evidence.matches)
 

@@ -58,6 +58,29 @@ class FlyPolicy(AcceptancePolicy):
         draft, choices, gate = evidence.draft, evidence.choices, self._gate(evidence)
         return opens_window(position, evidence.num_draft, draft, choices, gate, self, stop_token_ids)
 
+    @property
+    def gate(self) -> float | None:
+        return self.entropy_threshold if self.is_loose else None
+
+    def why(self, evidence: Evidence, position: int) -> str:
+        """The entropy beside the gate and, over it, what became of the window."""
+        entropy = float(self._gate(evidence)[position])
+        if not self.is_loose or not math.isfinite(entropy):
+            return "it must not come" if self.is_loose else "only the target’s own choice stands"
+        if not entropy >= self.entropy_threshold:
+            return f"{entropy:.2f} nats, under the gate of {self.entropy_threshold:.2f}"
+        over = f"{entropy:.2f} nats, over the gate of {self.entropy_threshold:.2f}"
+        least = max(self.window, self.lookahead)
+        if position + least >= evidence.num_draft:
+            return f"{over}; the draft has fewer than {least} tokens after it"
+        if not self.lookahead:
+            return over
+        ahead = evidence.matches[position + 1 : position + 1 + self.lookahead]
+        if ahead.all() and len(ahead) < self.lookahead:
+            return f"{over}; the draft ended before its window of {self.lookahead}"
+        num_agreed = self.lookahead if ahead.all() else int(ahead.argmin())
+        return f"{over}; {num_agreed} of {self.lookahead} agree after it"
+
     def _gate(self, evidence: Evidence) -> FloatArray:
         return evidence.target.entropy if self.use_full_entropy else evidence.target.entropy_topk
 

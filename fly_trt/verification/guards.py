@@ -75,13 +75,18 @@ class Guards:
         if self._settings.max_loosened_per_100 is not None:
             self._loosened.extend((self._num_output + _differing(evidence, num_kept)).tolist())
 
-    def forbidden(self, evidence: Evidence, position: int) -> bool:
-        """Whether the draft token at `position`, which differs from the target's choice, must not stand."""
+    def that_forbids(self, evidence: Evidence, position: int) -> str | None:
+        """The guard, by its setting, because of which the draft token at `position`, which differs from the target's
+        choice, must not stand; of several the first one. None where it may stand."""
         settings = self._settings
         tokens = int(evidence.draft[position]), int(evidence.choices[position])
-        if self._num_output + position < settings.exact_first or not settings.exact_token_ids.isdisjoint(tokens):
-            return True
-        return self._is_over_budget(evidence, position) or self._is_within(evidence, position, tokens)
+        if self._num_output + position < settings.exact_first:
+            return "exact_first"
+        if not settings.exact_token_ids.isdisjoint(tokens):
+            return "exact_token_ids"
+        if self._is_over_budget(evidence, position):
+            return "max_loosened_per_100"
+        return "exact_within" if self._is_within(evidence, position, tokens) else None
 
     def _is_over_budget(self, evidence: Evidence, position: int) -> bool:
         most = self._settings.max_loosened_per_100
@@ -125,13 +130,23 @@ class Limits:
 
     def forbid(self, evidence: Evidence, position: int) -> bool:
         """Whether the draft token at `position`, which differs from the target's choice, must not stand."""
+        if self._are_beyond_guards(evidence, position):
+            return True
+        return self.guards is not None and self.guards.that_forbids(evidence, position) is not None
+
+    def guard_that_forbids(self, evidence: Evidence, position: int) -> str | None:
+        """The guard, by its setting, without which that token might stand."""
+        if self.guards is None or self._are_beyond_guards(evidence, position):
+            return None
+        return self.guards.that_forbids(evidence, position)
+
+    def _are_beyond_guards(self, evidence: Evidence, position: int) -> bool:
+        """Whether the token must not stand in whatever sequence."""
         tokens = int(evidence.draft[position]), int(evidence.choices[position])
         if not self.never_loosened.isdisjoint(tokens) or np.isneginf(evidence.target.draft_logprob[position]):
             return True
         source = evidence.sources[position]
-        if source in NEVER_LOOSENED or (self.exact_copies and source != DraftSource.MODEL):
-            return True
-        return self.guards is not None and self.guards.forbidden(evidence, position)
+        return source in NEVER_LOOSENED or (self.exact_copies and source != DraftSource.MODEL)
 
     def apply(self, verdict: Verdict, evidence: Evidence) -> Verdict:
         """The verdict, or the shorter one that ends where a token stands, or waits to, that must not."""

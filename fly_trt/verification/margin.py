@@ -37,6 +37,13 @@ class MarginPolicy(AcceptancePolicy):
         threshold = settings["margin_threshold"]
         return cls(threshold=DEFAULT_THRESHOLD if threshold is None else threshold)
 
+    def why(self, evidence: Evidence, position: int) -> str:
+        said = evidence.target
+        if said.top_ids[position, 1] != evidence.draft[position]:
+            return "not the target’s second choice"
+        behind = float(said.top_logprobs[position, 0] - said.top_logprobs[position, 1])
+        return f"the target’s second choice, {behind:.2f} nats behind the first, {self.threshold:.2f} allowed"
+
     def verdict(self, evidence: Evidence, stop_token_ids: frozenset[int]) -> Verdict:
         known, said = evidence.num_known, evidence.target
         is_second = said.top_ids[:known, 1] == evidence.draft[:known]

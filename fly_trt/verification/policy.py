@@ -238,9 +238,27 @@ class AcceptancePolicy(ABC):
         """Whether the mismatch at `position` stands if draft and choices agree on the tokens that it waits for."""
         return False
 
+    def why(self, evidence: Evidence, position: int) -> str:
+        """What the rule says of the draft token at `position`, which differs from the target's choice, in words: the
+        numbers that it compares. It is asked once the position is decided, and only for a trace."""
+        return f"by the rule {self.name}"
+
+    @property
+    def gate(self) -> float | None:
+        """The entropy in nats below which the rule is exact; None for a rule without such a gate."""
+        return None
+
     def observe(self, evidence: Evidence, num_accepted: int) -> None:  # noqa: B027 - few rules learn
         """A round ended. What a rule learns must come from the accepted positions and the one after them: whether
         anything is known of those behind depends on how the round was cut."""
+
+
+def percent(logprob: float) -> str:
+    """A probability for people; empty where it is not known."""
+    share = 100 * math.exp(min(logprob, 0.0)) if not math.isnan(logprob) else math.nan
+    if math.isnan(share):
+        return ""
+    return "under 0.1 %" if share < 0.1 else f"{share:.0f} %" if share >= 10 else f"{share:.1f} %"
 
 
 def decide_each(evidence: Evidence, stands: npt.NDArray[np.bool_]) -> Verdict:

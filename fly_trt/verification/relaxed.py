@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from fly_trt.errors import ConfigError
-from fly_trt.verification.policy import AcceptancePolicy, Evidence, HeadInfo, Verdict, decide_each
+from fly_trt.verification.policy import AcceptancePolicy, Evidence, HeadInfo, Verdict, decide_each, percent
 
 DEFAULT_TOP_N, DEFAULT_DELTA = 3, 0.6
 
@@ -39,6 +39,13 @@ class RelaxedPolicy(AcceptancePolicy):
             )
         top_n = min(DEFAULT_TOP_N, head.entropy_top_k) if top_n is None else top_n
         return cls(top_n=top_n, delta=DEFAULT_DELTA if delta is None else delta)
+
+    def why(self, evidence: Evidence, position: int) -> str:
+        said = evidence.target
+        is_listed = bool((said.top_ids[position, : self.top_n] == evidence.draft[position]).any())
+        shares = percent(float(said.draft_logprob[position])), percent(float(said.argmax_logprob[position]))
+        place = f"one of the {self.top_n} most probable" if is_listed else f"not one of the {self.top_n} most probable"
+        return f"{place}, {shares[0]} beside the best one’s {shares[1]}, {100 * self.delta:.0f} points allowed"
 
     def verdict(self, evidence: Evidence, stop_token_ids: frozenset[int]) -> Verdict:
         known, said = evidence.num_known, evidence.target

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from fly_trt.verification.policy import AcceptancePolicy, Evidence, HeadInfo, Verdict, decide_each
+from fly_trt.tokens import FloatArray
+from fly_trt.verification.policy import AcceptancePolicy, Evidence, HeadInfo, Verdict, decide_each, percent
 
 DEFAULT_THRESHOLD, DEFAULT_ALPHA = 0.09, 0.3
 
@@ -35,8 +36,17 @@ class TypicalPolicy(AcceptancePolicy):
             alpha=DEFAULT_ALPHA if alpha is None else alpha,
         )
 
+    def why(self, evidence: Evidence, position: int) -> str:
+        said, lowest = evidence.target, self._lowest(evidence.target.entropy[position : position + 1])
+        likely, wanted = percent(float(said.draft_logprob[position])), percent(float(np.log(lowest[0])))
+        return f"{likely} probable, {wanted} wanted at {said.entropy[position]:.2f} nats"
+
     def verdict(self, evidence: Evidence, stop_token_ids: frozenset[int]) -> Verdict:
         known, said = evidence.num_known, evidence.target
-        lowest = np.minimum(np.float32(self.threshold), np.float32(self.alpha) * np.exp(-said.entropy[:known]))
-        is_likely = np.exp(said.draft_logprob[:known]) >= lowest
+        is_likely = np.exp(said.draft_logprob[:known]) >= self._lowest(said.entropy[:known])
         return decide_each(evidence, evidence.matches | is_likely)
+
+    def _lowest(self, entropy: FloatArray) -> FloatArray:
+        """The probability that a token must have, by entropy float32 [m]."""
+        lowest: FloatArray = np.minimum(np.float32(self.threshold), np.float32(self.alpha) * np.exp(-entropy))
+        return lowest

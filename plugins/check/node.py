@@ -108,6 +108,7 @@ def checks(args: argparse.Namespace) -> Iterator[Check]:
     draft = args.draft or PAIR / "draft"
     compiler = {"tools": ("nvcc",)}
     yield Check("kernels", [[python, f"{CHECKS}/kernels.py", "--json"]], modules=("torch",), **compiler)
+    yield Check("torch-acceptance", [[python, f"{CHECKS}/torch_acceptance.py", "--json"]], modules=("torch",))
     yield Check("plugins", [[f"{CHECKS}/plugins.sh", f"{out}/plugins"]], needs_headers=True, tools=("nvcc", "cmake"))
     inflate = [python, f"{ROOT}/tools/inflate_checkpoint.py", f"{PAIR}/target"]
     yield Check("checkpoint-small", [[*inflate, f"{small}", *_shape(SMALL_SHAPE)]], 0, ("torch", "transformers"))

@@ -1,5 +1,6 @@
 """How probable the target finds an output: what its log-probabilities say, however it was read."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,21 @@ def test_what_was_read_is_not_read_again(demo_engine: Path, monkeypatch: pytest.
             assert [likelihood.log_likelihood(prompt, output) for output in outputs] == pytest.approx(alone, rel=1e-5)
         assert positions == [44, 4]  # the whole of one, and from the token before where the next one leaves it
         assert likelihood.log_likelihood([1], [2]) < 0
+
+
+def test_it_also_says_what_the_target_would_have_chosen(demo_engine: Path) -> None:
+    """In place of each token, given what comes before it in the output; the logprobs of a request say the same."""
+    params = SamplingParams(max_tokens=30, ignore_eos=True, temperature=1, seed=1, logprobs=1)
+    with LLM(demo_engine) as llm:
+        (output,) = llm.generate(PROMPTS[0], params)
+    (completion,) = output.outputs
+    assert completion.logprobs is not None
+    best = [max(entry.logprob for entry in entries.values()) for entries in completion.logprobs]
+    with LoadedEngines(demo_engine, max_batch_size=1) as engines:
+        likelihood = Likelihood(engines)
+        likelihood.read([1], [2, 3])
+        likelihood.forget()
+        reading = likelihood.read(output.prompt_token_ids, completion.token_ids)
+    assert reading.best_log_likelihood == pytest.approx(sum(best), rel=1e-4, abs=1e-4)
+    assert reading.quality == pytest.approx(math.exp((completion.cumulative_logprob - sum(best)) / 30), rel=1e-4)
+    assert 0 < reading.quality < 1

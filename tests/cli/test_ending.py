@@ -16,6 +16,7 @@ import fly_build.cli
 import fly_trt.cli.bench
 import fly_trt.cli.generate
 import fly_trt.cli.triton
+import fly_trt.cli.tune
 from fly_trt.cli.ending import Terminated, ending_in_one_line
 from fly_trt.errors import ConfigError
 
@@ -24,12 +25,14 @@ COMMANDS = {
     "fly-generate": fly_trt.cli.generate,
     "fly-bench": fly_trt.cli.bench,
     "fly-triton": fly_trt.cli.triton,
+    "fly-tune": fly_trt.cli.tune,
 }
 ARGUMENTS = {
     "fly-build": ["demo"],
     "fly-generate": ["engines/demo", "prompt"],
     "fly-bench": ["engines/demo"],
     "fly-triton": ["engines/demo", "-o", "out"],
+    "fly-tune": ["engines/demo", "--prompts", "prompts.jsonl"],
 }
 # A command that says when it has begun, and then waits for a signal.
 WAITING = """

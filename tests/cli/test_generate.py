@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from eval_prompts import load_eval_prompts
 from fly_trt.cli.generate import _read_prompt, main
+from fly_trt.outputs import TokenTrace
 
 PROMPT = load_eval_prompts()[0]["prompt"]
 
@@ -54,7 +55,10 @@ def test_json_says_of_each_token_how_it_came_to_be_where_that_is_asked_for(demo_
     kinds = [of_token["kind"] for of_token in record["trace"]]
     assert len(kinds) == len(record["token_ids"])
     assert kinds.count("loosened") == record["metrics"]["num_loosened_tokens"]
-    assert set(record["trace"][0]) == {"kind", "source", "round", "entropy", "choice"}
+    texts = {"token", "token_id", "bytes", "choice_token"}
+    assert set(record["trace"][0]) == set(TokenTrace._fields) | texts
+    assert len(record["rounds"]) == record["trace"][-1]["round"] + 1
+    assert [of_token["token_id"] for of_token in record["trace"]] == record["token_ids"]
     refused = run(str(demo_engine), PROMPT, "--trace")
     assert (refused.exit_code, refused.stderr.strip().splitlines()[-1].endswith("add --json")) == (2, True)
 

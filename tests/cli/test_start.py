@@ -32,16 +32,20 @@ ARGUMENTS = {
     "fly-bench": ["nowhere"],
     "fly-build": ["--target", TARGET, "-o", "nowhere"],
     "fly-generate": ["nowhere", "x"],
+    "fly-inspect": ["nowhere"],
     "fly-serve": ["nowhere", "--port", "0"],
     "fly-triton": ["nowhere", "-o", "nowhere"],
+    "fly-tune": ["nowhere", "--prompts", "nowhere"],
 }
 FIRST = ("click", "numpy", "fly_trt.params")
 LATER = {
     "fly-bench": ["fly_trt.benchmark.plot", "tokenizers"],
     "fly-build": ["rich", "fly_build.recipe", "torch"],
     "fly-generate": ["tokenizers", "jinja2", "fly_trt.llm"],
+    "fly-inspect": ["fly_trt.inspection.sources", "click"],
     "fly-serve": ["uvicorn", "fastapi", "fly_trt.serving.openai.app"],
     "fly-triton": ["rich", "fly_trt.serving.triton.repository"],
+    "fly-tune": ["rich", "scipy", "fly_trt.tuning.tune"],
 }
 
 

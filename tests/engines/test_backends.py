@@ -116,6 +116,7 @@ def test_what_an_executor_cannot_do_is_refused_before_anything_runs(counting: Pa
         ({"devices": [0]}, r"devices \[0\]: toy was built for toy, which places its models by itself"),
         ({"speculative_config": {"method": "ngram"}}, "method 'ngram': the toy has none"),
         ({"drafter": DRAFTERS["ngram"].make}, "drafter: toy makes its drafts by itself"),
+        ({"audit_fraction": 0.1}, r"audit_fraction 0\.1: toy runs its models by itself, and no steps that read a text"),
     ],
 )
 def test_settings_of_engines_are_not_an_executors(settings: dict[str, Any], said: str, counting: Path) -> None:

@@ -8,7 +8,6 @@ from fastapi.responses import Response
 from fly_trt.errors import RequestError
 from fly_trt.serving.openai.answers import chat, completions
 from fly_trt.serving.openai.answers.generation import Shared, respond
-from fly_trt.serving.openai.answers.token_text import TokenReader
 from fly_trt.serving.openai.config import ServerConfig
 from fly_trt.serving.openai.http.bodies import JsonRoute
 from fly_trt.serving.openai.pool import EnginePool
@@ -17,6 +16,7 @@ from fly_trt.serving.openai.requests.messages import developer_role
 from fly_trt.serving.openai.requests.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from fly_trt.serving.openai.requests.sampling import Defaults
 from fly_trt.text.chat import ChatTemplate
+from fly_trt.text.token_text import TokenReader
 
 
 def make_api_router(pool: EnginePool, config: ServerConfig) -> APIRouter:

@@ -1,6 +1,6 @@
 """The playground at `/`: the files in page/, and what its form must know of acceptance.
 
-It knows a fixed table of files, read once; nothing of a request's path reaches the file system. It knows no engine: the
+It knows fixed tables of files, read once; nothing of a request's path reaches the file system. It knows no engine: the
 page itself asks the public API, as any client does.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from fly_trt.acceptance import GUARDS, acceptance_settings
+from fly_trt.inspection.page import FOLDER as COMPONENTS
 from fly_trt.settings import Setting
 from fly_trt.verification import POLICIES
 
@@ -21,13 +22,19 @@ INDEX = "index.html"
 FILES = {
     INDEX: "text/html; charset=utf-8",
     "style.css": "text/css; charset=utf-8",
-    "token_view.css": "text/css; charset=utf-8",
     "playground.js": "text/javascript; charset=utf-8",
     "settings_form.js": "text/javascript; charset=utf-8",
     "run_panel.js": "text/javascript; charset=utf-8",
-    "token_view.js": "text/javascript; charset=utf-8",
-    "difference.js": "text/javascript; charset=utf-8",
     "api.js": "text/javascript; charset=utf-8",
+}
+# What fly-inspect's page is made of as well.
+SHARED_FILES = {
+    "token_view.css": "text/css; charset=utf-8",
+    "token_view.js": "text/javascript; charset=utf-8",
+    "histogram.css": "text/css; charset=utf-8",
+    "histogram.js": "text/javascript; charset=utf-8",
+    "elements.js": "text/javascript; charset=utf-8",
+    "difference.js": "text/javascript; charset=utf-8",
 }
 ACCEPTANCE = "acceptance.json"
 HEADERS = {
@@ -44,6 +51,7 @@ def make_page_router() -> APIRouter:
     """GET / and /page/NAME for each file of the page. Its URLs are relative: the page works below any root path."""
     router = APIRouter(include_in_schema=False)
     served = {name: ((FOLDER / name).read_bytes(), kind) for name, kind in FILES.items()}
+    served |= {name: ((COMPONENTS / name).read_bytes(), kind) for name, kind in SHARED_FILES.items()}
     served[ACCEPTANCE] = (json.dumps(describe_acceptance()).encode(), "application/json")
     for name, (content, kind) in served.items():
         path = "/" if name == INDEX else f"/page/{name}"

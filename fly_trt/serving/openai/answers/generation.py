@@ -15,10 +15,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fly_trt.errors import RequestError
+from fly_trt.inspection.records import round_records, token_records
 from fly_trt.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from fly_trt.params import RequestOutputKind, SamplingParams
-from fly_trt.serving.openai.answers.token_text import TokenReader
-from fly_trt.serving.openai.answers.usage import metrics_object, trace_object, usage_object
+from fly_trt.serving.openai.answers.usage import metrics_object, usage_object
 from fly_trt.serving.openai.config import SpecDecodeMetrics
 from fly_trt.serving.openai.http.streaming import (
     CLIENT_CLOSED_REQUEST,
@@ -33,6 +33,7 @@ from fly_trt.serving.openai.pool import PooledEngine
 from fly_trt.serving.openai.requests.protocol import GenerationRequest
 from fly_trt.serving.openai.requests.sampling import Defaults
 from fly_trt.text.prompts import Prompt
+from fly_trt.text.token_text import TokenReader
 
 EXACT_BECAUSE = "X-Fly-Exact-Because"
 """A header of answers that were decoded exactly although their setting is loose, or of streams that begin so."""
@@ -142,7 +143,8 @@ class Writer(ABC):
         if self.body.return_token_ids:
             found["token_ids"] = list(token_ids)
         if self.body.speculation_trace:
-            found["speculation_trace"] = trace_object(self.shared.reader, token_ids, completion.trace or ())
+            found["speculation_trace"] = token_records(self.shared.reader, token_ids, completion.trace or ())
+            found["speculation_rounds"] = round_records(self.shared.reader, completion.rounds or ())
         return found
 
     def _speculation(self, metrics: Sequence[RequestMetrics]) -> dict[str, Any] | None:

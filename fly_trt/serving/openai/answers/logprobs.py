@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fly_trt.outputs import Logprob, TokenLogprobs
-from fly_trt.serving.openai.answers.token_text import TokenReader
+from fly_trt.text.token_text import TokenReader
 
 LEAST = -9999.0  # JSON has no infinity
 

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fly_trt.acceptance import AcceptanceParams
-from fly_trt.outputs import RequestMetrics, TokenTrace
+from fly_trt.outputs import RequestMetrics
 from fly_trt.params import SamplingParams, SpeculativeConfig
 from fly_trt.serving.openai.answers.speculation import speculative_decoding_object
-from fly_trt.serving.openai.answers.token_text import TokenReader
 from fly_trt.verification import AcceptancePolicy
 
 
@@ -51,22 +50,3 @@ def metrics_object(
 def _acceptance_name(acceptance: AcceptanceParams) -> str | None:
     rule = acceptance.acceptance
     return rule.name if isinstance(rule, AcceptancePolicy) else rule
-
-
-def trace_object(reader: TokenReader, token_ids: Sequence[int], trace: Sequence[TokenTrace]) -> list[dict[str, Any]]:
-    """How each of the tokens came to be. bytes: as in logprobs, since a token may be a part of a character."""
-    texts = [reader.text(token) for token in token_ids]
-    return [
-        {
-            "token": text,
-            "token_id": token,
-            "bytes": list(reader.as_bytes(token, text)),
-            "kind": how.kind,
-            "source": how.source,
-            "round": how.round,
-            "entropy": how.entropy,
-            "choice": how.choice,
-            "choice_token": reader.text(how.choice),
-        }
-        for token, text, how in zip(token_ids, texts, trace, strict=True)
-    ]

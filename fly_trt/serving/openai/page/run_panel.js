@@ -1,7 +1,9 @@
 // One answer as it comes: its tokens, and beside them what speculation did for it. It is told of chunks, of how the
 // answer ended and of errors; it knows nothing of forms and asks no server.
 
-import { TokenView, make } from "./token_view.js";
+import { make, percent, seconds } from "./elements.js";
+import { Histogram } from "./histogram.js";
+import { TokenView } from "./token_view.js";
 
 const STATS = [
   ["length", "Acceptance length", "Tokens a round: accepted draft tokens, and the target's own"],
@@ -28,11 +30,9 @@ export class RunPanel {
     this.view = new TokenView(body.appendChild(make("div")), `Tokens of the answer, ${title}`);
     const rounds = body.appendChild(make("div", "rounds"));
     rounds.append(make("h3", "", "Rounds by accepted tokens"));
-    this._bars = rounds.appendChild(make("div", "histogram"));
-    this._bars.setAttribute("role", "img");
+    this._bars = new Histogram(rounds.appendChild(make("div")));
     this._histogram = [];
     this._round = null;
-    this._drawHistogram([]);
   }
 
   /** Marks the moment the request was sent. */
@@ -73,7 +73,7 @@ export class RunPanel {
     this._set("rate", speculation.num_draft_tokens ? percent(speculation.draft_acceptance_rate) : BLANK);
     this._set("loosened", numLoosened);
     this._set("steps", speculation.num_spec_steps);
-    this._drawHistogram(speculation.acceptance_histogram);
+    this._bars.draw(speculation.acceptance_histogram);
     if (acceptance && acceptance !== this.title) this._heading.textContent = `${this.title}: ${acceptance}`;
   }
 
@@ -118,7 +118,7 @@ export class RunPanel {
     this._set("steps", rounds);
     const numLater = numTokens - this._numFirst;
     if (numLater) this._set("speed", ((1000 * numLater) / (this._last - this._first)).toFixed(1));
-    this._drawHistogram(this._histogram);
+    this._bars.draw(this._histogram);
   }
 
   _makeStats() {
@@ -137,31 +137,4 @@ export class RunPanel {
   _set(name, value) {
     this._stats.get(name).textContent = value;
   }
-
-  _drawHistogram(counts) {
-    const most = Math.max(1, ...counts);
-    const numBars = Math.max(counts.length, 8);
-    const every = numBars > 18 ? 4 : numBars > 10 ? 2 : 1;
-    const bars = Array.from({ length: numBars }, (_, number) => {
-      const bar = make("div", "bar");
-      const count = counts[number] ?? 0;
-      bar.title = `${number} accepted: ${count} rounds`;
-      bar.append(make("span", "bar-count", count && numBars <= 18 ? count : ""));
-      const fill = bar.appendChild(make("div", "bar-fill"));
-      fill.style.setProperty("--share", count / most);
-      bar.append(make("span", "bar-number", number % every ? "" : number));
-      return bar;
-    });
-    this._bars.replaceChildren(...bars);
-    const said = Array.from(counts, (count, number) => `${number}: ${count ?? 0}`).join(", ");
-    this._bars.setAttribute("aria-label", said ? `Rounds by accepted tokens. ${said}` : "No rounds yet");
-  }
-}
-
-function seconds(value) {
-  return value < 1 ? `${Math.round(1000 * value)} ms` : `${value.toFixed(2)} s`;
-}
-
-function percent(share) {
-  return `${(100 * share).toFixed(1)} %`;
 }

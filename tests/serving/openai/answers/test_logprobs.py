@@ -8,7 +8,7 @@ from eval_prompts import load_eval_prompts
 from fly_trt import LLM, SamplingParams
 from fly_trt.outputs import Logprob
 from fly_trt.serving.openai.answers.logprobs import ChatLogprobs, CompletionLogprobs
-from fly_trt.serving.openai.answers.token_text import TokenReader
+from fly_trt.text.token_text import TokenReader
 
 PROMPT = load_eval_prompts()[0]["prompt"]
 QUESTION = PROMPT.removeprefix("### Instruction:\n").removesuffix("\n### Response:\n")

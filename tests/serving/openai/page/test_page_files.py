@@ -8,10 +8,11 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from fly_trt.acceptance import acceptance_settings
-from fly_trt.serving.openai.page import ACCEPTANCE, FILES, INDEX, describe_acceptance, make_page_router
+from fly_trt.serving.openai.page import ACCEPTANCE, FILES, INDEX, SHARED_FILES, describe_acceptance, make_page_router
 from fly_trt.verification import POLICIES
 
 FOLDER = importlib.resources.files("fly_trt.serving.openai") / "page"
+COMPONENTS = importlib.resources.files("fly_trt.inspection") / "page"
 CATEGORIES = ("model", "lookup", "corpus", "grammar", "loosened", "correction", "bonus", "plain")
 
 
@@ -23,7 +24,7 @@ def client() -> TestClient:
 
 
 def test_every_file_is_served_with_its_type_and_a_policy_that_lets_nothing_else_in(client: TestClient) -> None:
-    for name, kind in {**FILES, ACCEPTANCE: "application/json"}.items():
+    for name, kind in {**FILES, **SHARED_FILES, ACCEPTANCE: "application/json"}.items():
         answer = client.get("/" if name == INDEX else f"/page/{name}")
         assert (answer.status_code, answer.headers["content-type"]) == (200, kind)
         directives = answer.headers["content-security-policy"].split("; ")
@@ -53,8 +54,8 @@ def test_nothing_else_is_served(client: TestClient, path: str) -> None:
 
 
 def test_the_page_names_nothing_of_another_origin() -> None:
-    for name in FILES:
-        text = (FOLDER / name).read_text(encoding="utf-8")
+    for name in (*FILES, *SHARED_FILES):
+        text = ((FOLDER if name in FILES else COMPONENTS) / name).read_text(encoding="utf-8")
         addresses = set(re.findall(r"(?:https?:)?//[a-z0-9.]+\.[a-z]{2,}[^\s'\"]*", text))
         assert addresses <= {"http://www.w3.org/2000/svg"}, name
         # Behind a proxy the page is not at the root of its host.
@@ -94,7 +95,7 @@ def test_the_contrast_of_black_on_white_is_21() -> None:
 
 @pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
 def test_text_and_lines_can_be_told_from_every_colour_of_a_token(mode: int) -> None:
-    colours = variables((FOLDER / "token_view.css").read_text())[mode]
+    colours = variables((COMPONENTS / "token_view.css").read_text())[mode]
     for category in CATEGORIES:
         ground = colours[f"token-{category}"]
         assert contrast(colours["token-text"], ground) >= 4.5, category
@@ -118,7 +119,7 @@ def test_the_text_of_the_page_can_be_read(mode: int) -> None:
 
 
 def test_no_two_kinds_of_token_are_told_apart_by_colour_alone() -> None:
-    css = (FOLDER / "token_view.css").read_text()
+    css = (COMPONENTS / "token_view.css").read_text()
     rules = {name: re.search(rf"\.token-{name} \{{(.*)\}}", css) for name in CATEGORIES if name != "plain"}
     marks = {re.search(r"--(?:decoration|mark): ([^;]+)", rule[1])[1] for rule in rules.values() if rule}
     assert len(marks) == len(CATEGORIES) - 1

@@ -5,7 +5,11 @@
 // A token is {token, token_id, kind, source, round, entropy, choice, choice_token}: its text and id; "matched",
 // "loosened", "correction", "bonus" or "plain"; "model", "lookup", "corpus", "grammar" or null; the number of its round;
 // nats or null; the target's own choice, an id and a text. `bytes` may be there too, the list of its bytes: without them
-// a token that is a part of a character can only be shown as a replacement character.
+// a token that is a part of a character can only be shown as a replacement character. Of what else a trace may have it
+// shows where it is there: `reason`, the rule's in words; `top`, the target's most probable tokens as {token, token_id,
+// logprob}; `rejected`, the draft token that a correction took the place of, as {token, token_id}.
+
+import { make, percent } from "./elements.js";
 
 const MATCHED = {
   model: "matched: draft model",
@@ -37,7 +41,7 @@ export function categoryOf(token) {
 
 // Shown by CSS beside the character, so that text that is copied is the answer's.
 const VISIBLE = new Map([[" ", "space"], ["\n", "newline"], ["\t", "tab"], ["\r", "return"]]);
-const HAS_NO_LOOKS = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\ufffd]/u;
+const HAS_NO_LOOKS = /[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}\ufffd]/u;
 const STEPS = { ArrowLeft: -1, ArrowRight: 1, PageUp: -20, PageDown: 20, Home: -Infinity, End: Infinity };
 
 export class TokenView {
@@ -50,7 +54,9 @@ export class TokenView {
     this._part = null; // decodes characters of several tokens
     this._shown = null; // the round that is marked
     this._entry = 0; // where Tab enters the list
+    this.onPoint = () => {}; // told the place of the token that is pointed at, or null
     parent.classList.add("token-view");
+    this._parent = parent;
     this._text = parent.appendChild(make("div", "tokens"));
     this._text.setAttribute("role", "listbox");
     this._text.setAttribute("aria-label", label);
@@ -84,9 +90,20 @@ export class TokenView {
     this._elements.forEach((element, at) => element.classList.toggle("differs", places.has(at)));
   }
 
+  /** Marks the tokens of a round, and scrolls to them. */
+  showRound(round) {
+    this._markRound(round);
+    const first = this._rounds.get(round)?.[0];
+    if (!first) return;
+    const box = this._text.getBoundingClientRect();
+    const { top, bottom } = first.getBoundingClientRect();
+    if (top < box.top || bottom > box.bottom) this._text.scrollTop += top - box.top - box.height / 3;
+  }
+
   /** The detail line for the token at a place; null for a hint. */
   describe(at) {
-    this._showRound(at === null ? null : this.tokens[at].round);
+    this._markRound(at === null ? null : this.tokens[at].round);
+    this.onPoint(at);
     if (at === null) {
       this._detail.replaceChildren(make("span", "token-hint", "Point at a token, or go through them with the arrow keys."));
       return;
@@ -98,6 +115,8 @@ export class TokenView {
       part.append(make("b", "", value));
       return part;
     }));
+    if (token.reason) parts.splice(1, 0, make("span", "token-reason", token.reason));
+    if (token.top?.length) parts.push(topTokens(token));
     this._detail.replaceChildren(...parts);
   }
 
@@ -109,6 +128,7 @@ export class TokenView {
     element.setAttribute("role", "option");
     element.dataset.at = at;
     element.tabIndex = at === 0 ? 0 : -1;
+    if (token.rejected) element.dataset.rejected = token.rejected.token || `#${token.rejected.token_id}`;
     this._write(element, token);
     this._elements.push(element);
     if (!this._rounds.has(token.round)) this._rounds.set(token.round, []);
@@ -140,13 +160,24 @@ export class TokenView {
   _makeLegend() {
     const legend = make("ul", "token-legend");
     this._cells = new Map();
+    this._only = new Set(); // the categories that are shown alone; none means all
     for (const [name, label] of CATEGORIES) {
-      const item = legend.appendChild(make("li", "none"));
-      item.append(make("span", `token token-${name}`, label), " ");
-      const cell = item.appendChild(make("b", "", "0"));
-      this._cells.set(name, cell);
+      const button = legend.appendChild(make("li")).appendChild(make("button", "none"));
+      button.type = "button";
+      button.title = "Shows these tokens alone, or all again";
+      button.setAttribute("aria-pressed", "false");
+      button.append(make("span", `token token-${name}`, label), " ");
+      this._cells.set(name, button.appendChild(make("b", "", "0")));
+      button.addEventListener("click", () => this._filter(button, name));
     }
     return legend;
+  }
+
+  _filter(button, name) {
+    if (!this._only.delete(name)) this._only.add(name);
+    button.setAttribute("aria-pressed", this._only.has(name));
+    if (this._only.size) this._parent.dataset.only = [...this._only].join(" ");
+    else delete this._parent.dataset.only;
   }
 
   // One set of listeners, however many tokens there are.
@@ -168,7 +199,7 @@ export class TokenView {
       const at = placeOf(event);
       if (at === null) return;
       const token = this.tokens[at];
-      const all = [quoted(token), `id ${token.token_id}`, ...facts(token).map((fact) => fact.join(" "))];
+      const all = [quoted(token), `id ${token.token_id}`, ...(token.reason ? [token.reason] : []), ...facts(token).map((fact) => fact.join(" "))];
       event.target.setAttribute("aria-label", all.join(", "));
       this.describe(at);
     });
@@ -220,7 +251,7 @@ export class TokenView {
     return best;
   }
 
-  _showRound(round) {
+  _markRound(round) {
     if (round === this._shown) return;
     for (const element of this._rounds.get(this._shown) ?? []) element.classList.remove("in-round");
     for (const element of this._rounds.get(round) ?? []) element.classList.add("in-round");
@@ -233,9 +264,19 @@ function facts(token) {
   const from = token.source ? `, ${SOURCES[token.source] ?? token.source}` : "";
   const found = [["", `${token.kind}${from}`], ["round", String(token.round)]];
   found.push(["entropy", token.entropy === null ? "not known" : `${token.entropy.toFixed(3)} nats`]);
+  if (token.rejected) found.push(["in place of", `${JSON.stringify(token.rejected.token)} (id ${token.rejected.token_id})`]);
   const isOwn = token.choice === token.token_id;
   found.push(["target’s choice", isOwn ? "this token" : `${JSON.stringify(token.choice_token)} (id ${token.choice})`]);
   return found;
+}
+
+/** The most probable tokens, each with its probability. */
+function topTokens(token) {
+  const list = make("span", "token-top", "most probable ");
+  for (const { token: text, token_id: id, logprob } of token.top) {
+    list.append(make("b", id === token.token_id ? "own" : "", JSON.stringify(text)), ` ${percent(Math.exp(logprob))} `);
+  }
+  return list;
 }
 
 function isPart(token) {
@@ -253,13 +294,5 @@ function hex(bytes) {
 function code(character) {
   const element = make("span", "code", character);
   element.dataset.code = `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
-  return element;
-}
-
-/** An element with a class and a text, which is never read as HTML. */
-export function make(tag, className, text) {
-  const element = document.createElement(tag);
-  if (className) element.className = className;
-  if (text !== undefined) element.textContent = text;
   return element;
 }

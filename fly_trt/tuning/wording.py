@@ -1,0 +1,140 @@
+"""A verdict in plain words, for the terminal, the page and the manifest. It knows results and decides nothing.
+
+Bounds are cut and never rounded up, so that nobody reads more than was shown.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fly_trt.tuning.quality import KINDS
+from fly_trt.tuning.result import DEFAULT, PLAIN, CandidateResult, RetentionBound, SpeedRatio, VerdictKind
+
+
+def percent(share: float) -> str:
+    """Cut to a tenth: 0.98999 is 98.9 %."""
+    return f"{math.floor(1000 * share + 1e-9) / 10:g} %"
+
+
+def factor(ratio: float) -> str:
+    return f"{ratio:.2f}x"
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """kind: of the judge. share_that_judges: of the prompts that were used. dropped: why candidates left the search."""
+
+    kind: str
+    min_retention: float
+    share_that_judges: float
+    verdict: VerdictKind
+    chosen: str
+    results: Sequence[CandidateResult]
+    dropped: Mapping[str, str]
+
+    def of_candidate(self, result: CandidateResult) -> str:
+        """In a few words."""
+        name, bound = result.candidate.name, result.retention
+        if name == self.chosen:
+            return "chosen"
+        if name == PLAIN:
+            return "the baseline"
+        if result.stage == "search":
+            return self.dropped.get(name, "left in the search")
+        if not result.is_faster_than_plain:
+            return "not faster than plain"
+        if result.qualifies(self.min_retention):
+            return "qualifies, not the fastest"
+        if bound is None:
+            return "nothing to keep"
+        return "loses too much" if self._loses_too_much(bound) else "too few prompts"
+
+    def sentences(self) -> list[str]:
+        chosen = next(one for one in self.results if one.candidate.name == self.chosen)
+        return [*self._finding(chosen), *self._claim(chosen), *self._others(chosen)]
+
+    def _finding(self, chosen: CandidateResult) -> list[str]:
+        keeps = f"keeps {percent(self.min_retention)} of the target's {KINDS[self.kind].quality}"
+        name, speeds = chosen.candidate.name, _speeds(chosen)
+        match self.verdict:
+            case "found":
+                return [f"{name} is the fastest setting of which it is shown that it {keeps}: {speeds}."]
+            case "default_stays":
+                return [f"The engine's default {keeps}, and no setting that does is surely faster: {speeds}."]
+            case "too_few_prompts":
+                return [f"Too few prompts judge to claim of any faster setting that it {keeps}: plain decoding stays."]
+            case "nothing_qualifies":
+                return [f"No setting that is faster than plain decoding {keeps}: plain decoding stays."]
+            case "nothing_pays":
+                return [self._slowness()]
+
+    def _slowness(self) -> str:
+        others = [one for one in self.results if one.over_plain is not None]
+        if not others:
+            return "No speculation was tried: plain decoding stays."
+        best = max(others, key=lambda one: one.speed)
+        return (
+            f"No speculation surely pays here: {best.candidate.name}, the fastest that was tried, has "
+            f"{_ratio(best.over_plain)} the speed of plain decoding, which stays."
+        )
+
+    def _claim(self, chosen: CandidateResult) -> list[str]:
+        bound = chosen.retention
+        if chosen.candidate.name == PLAIN:
+            return []
+        if bound is None:
+            return ["Its greedy answers are the target's own, token by token, by construction."]
+        looks = f"; {bound.num_looks} loose settings were judged, and the confidence is for all of them at once"
+        claim = (
+            f"It keeps at least {percent(bound.lower)} of the target's {KINDS[self.kind].quality} with "
+            f"{percent(bound.confidence)} confidence, judged on {bound.num_prompts} prompts that did not choose it: "
+            f"{_changes(bound)}{looks if bound.num_looks > 1 else ''}."
+        )
+        return [claim, *KINDS[self.kind].caveats]
+
+    def _others(self, chosen: CandidateResult) -> list[str]:
+        """Faster ones of which nothing can be claimed, and the engine's default where it does not qualify."""
+        return [
+            self._why_not(one, one.retention)
+            for one in self.results
+            if one.retention is not None
+            and not one.qualifies(self.min_retention)
+            and (one.candidate.name == DEFAULT or (one.is_faster_than_plain and one.speed > chosen.speed))
+        ]
+
+    def _why_not(self, result: CandidateResult, bound: RetentionBound) -> str:
+        name = "The engine's default" if result.candidate.name == DEFAULT else result.candidate.name
+        speed = f"{_ratio(result.over_plain)} the speed of plain decoding"
+        seen = f"{name} has {speed} and keeps {percent(bound.estimate)} as seen"
+        least = percent(self.min_retention)
+        if self._loses_too_much(bound):
+            return f"{seen}, less than the {least} that were asked for: {_changes(bound)}."
+        wanted = f"{self._number(bound.num_prompts_without_loss)} without a loss"
+        if bound.num_lost:
+            wanted += f", and {self._number(bound.num_prompts_needed)} at the loss that was seen"
+        return (
+            f"{seen}, but {bound.num_prompts} prompts show no more than {percent(bound.lower)} ({_changes(bound)}): to "
+            f"claim {least} takes {wanted}."
+        )
+
+    def _number(self, judging: int | None) -> str:
+        """Of prompts that judge, and of as many in the file."""
+        if judging is None:
+            return "more than can be had"
+        return f"{judging:,} (about {math.ceil(judging / self.share_that_judges):,} in the file)"
+
+    def _loses_too_much(self, bound: RetentionBound) -> bool:
+        return bound.estimate < self.min_retention
+
+
+def _changes(bound: RetentionBound) -> str:
+    return f"{bound.num_lost} of them scored lower than the target and {bound.num_gained} higher"
+
+
+def _ratio(ratio: SpeedRatio | None) -> str:
+    return "" if ratio is None else f"{factor(ratio.estimate)} ({factor(ratio.lower)} to {factor(ratio.upper)})"
+
+
+def _speeds(result: CandidateResult) -> str:
+    over = ((result.over_plain, "the speed of plain decoding"), (result.over_default, "that of the engine's default"))
+    return " and ".join(f"{_ratio(ratio)} {name}" for ratio, name in over if ratio is not None)
