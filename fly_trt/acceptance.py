@@ -5,8 +5,9 @@ are made of them. Unknown names and values that cannot be honoured are refused; 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fly_trt.checks import check_at_least
 from fly_trt.errors import ConfigError
@@ -140,15 +141,20 @@ class AcceptanceParams(AcceptanceSettings):
     """
 
     def over(self, defaults: AcceptanceSettings) -> "AcceptanceParams":
-        """These settings where given, `defaults` elsewhere. Another preset drops the defaults' window and
-        threshold. Raises ConfigError for a setting that the policy does not read."""
+        """These settings where given, `defaults` elsewhere; of guards both hold, as `defaults` are a bound that no
+        request loosens. Another preset drops the defaults' window and threshold. Raises ConfigError for a setting that
+        the policy does not read."""
         self._check_has_effect(self.acceptance or defaults.acceptance or DEFAULT_ACCEPTANCE)
         changes_preset = self.preset is not None and self.preset != defaults.preset
         dropped = PRESET_SETTINGS if changes_preset else ()
         values = {}
         for f in dataclasses.fields(AcceptanceSettings):
-            own = getattr(self, f.name)
-            values[f.name] = getattr(defaults, f.name) if own is None and f.name not in dropped else own
+            own, bound = getattr(self, f.name), getattr(defaults, f.name)
+            if own is None and f.name not in dropped:
+                own = bound
+            elif f.name in GUARDS and bound is not None:
+                own = STRICTER[f.name](own, bound)
+            values[f.name] = own
         return AcceptanceParams(**values)
 
     def _check_has_effect(self, acceptance: str | AcceptancePolicy) -> None:
@@ -162,6 +168,19 @@ class AcceptanceParams(AcceptanceSettings):
             raise ConfigError(
                 f"{name} {value!r}: has no effect with acceptance {rule.name!r}: add acceptance={reader!r}"
             )
+
+
+def _union(own: Sequence[Any], bound: Sequence[Any]) -> list[Any]:
+    return list(dict.fromkeys((*bound, *own)))
+
+
+STRICTER: dict[str, Callable[[Any, Any], Any]] = {
+    "exact_first": max,
+    "exact_token_ids": _union,
+    "exact_within": _union,
+    "max_loosened_per_100": min,
+}
+"""Of each guard the one of two values, or what has both, that allows less."""
 
 
 def acceptance_settings() -> dict[str, Setting]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort"]
 ExactBecause = Literal["breaker"]
@@ -85,13 +85,17 @@ class RoundTrace(NamedTuple):
 
 class RoundCounts(NamedTuple):
     """Draft tokens of one round: verified, emitted, and emitted although the target had chosen another; the first two
-    also by source."""
+    also by source. num_saved: emitted from the first loosened one on, that is those that exact verification of the same
+    draft would not have accepted. refused_by: the guard that turned down a loosening, which ended the round; None where
+    none did."""
 
     num_draft: int
     num_accepted: int
     num_loosened: int
     drafted_by_source: Mapping[str, int]
     accepted_by_source: Mapping[str, int]
+    num_saved: int = 0
+    refused_by: str | None = None
 
 
 def add_counts(counts: dict[str, int], more: Mapping[str, int]) -> None:
@@ -110,6 +114,13 @@ class RequestMetrics:
     of copies, by "lookup" of the sequence's own text or from the "corpus" of others' outputs, and of those that a
     "grammar" forced. num_cached_tokens: prompt tokens whose cache was reused. exact_because: why a loose request was
     decoded exactly, from the beginning or from somewhere on: "breaker", its setting was tripped; None, it was not.
+
+    num_loosened_tokens: emitted draft tokens that were not the target's own choice. num_saved_tokens: of each round the
+    emitted draft tokens from its first loosened one on, that is those that exact verification of the same draft would
+    not have accepted in that step. num_refused_loosenings_by_guard: draft tokens that the rule had let stand, or had
+    opened its window for, and a guard had not, by the guard's setting (of several the first, in the order exact_first,
+    exact_token_ids, max_loosened_per_100, exact_within). guards: those in force, the server's and the request's
+    together, by setting; empty where none is, as for an exact request.
     """
 
     num_draft_tokens: int = 0
@@ -122,6 +133,9 @@ class RequestMetrics:
     per_step_accepted: list[int] | None = None
     num_draft_tokens_by_source: dict[str, int] = field(default_factory=dict)
     num_accepted_tokens_by_source: dict[str, int] = field(default_factory=dict)
+    num_saved_tokens: int = 0
+    num_refused_loosenings_by_guard: dict[str, int] = field(default_factory=dict)
+    guards: Mapping[str, Any] = field(default_factory=dict)
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
@@ -141,6 +155,9 @@ class RequestMetrics:
         self.num_draft_tokens += counts.num_draft
         self.num_accepted_tokens += num_accepted
         self.num_loosened_tokens += counts.num_loosened
+        self.num_saved_tokens += counts.num_saved
+        if counts.refused_by is not None:
+            add_counts(self.num_refused_loosenings_by_guard, {counts.refused_by: 1})
         add_counts(self.num_draft_tokens_by_source, counts.drafted_by_source)
         add_counts(self.num_accepted_tokens_by_source, counts.accepted_by_source)
         missing = num_accepted + 1 - len(self.acceptance_histogram)
@@ -163,11 +180,14 @@ class RequestMetrics:
             per_step_accepted=None if others or self.per_step_accepted is None else list(self.per_step_accepted),
             num_draft_tokens_by_source=dict(self.num_draft_tokens_by_source),
             num_accepted_tokens_by_source=dict(self.num_accepted_tokens_by_source),
+            num_refused_loosenings_by_guard=dict(self.num_refused_loosenings_by_guard),
         )
         for other in others:
             total.num_draft_tokens += other.num_draft_tokens
             total.num_accepted_tokens += other.num_accepted_tokens
             total.num_loosened_tokens += other.num_loosened_tokens
+            total.num_saved_tokens += other.num_saved_tokens
+            add_counts(total.num_refused_loosenings_by_guard, other.num_refused_loosenings_by_guard)
             total.num_spec_steps += other.num_spec_steps
             total.num_output_tokens += other.num_output_tokens
             total.exact_because = total.exact_because or other.exact_because

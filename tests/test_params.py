@@ -4,6 +4,8 @@ import dataclasses
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fly_trt import (
     AcceptanceParams,
@@ -15,7 +17,7 @@ from fly_trt import (
     StructuredOutputs,
 )
 from fly_trt.drafting import DRAFT_STOPS
-from fly_trt.verification import EXACT, PRESETS, HeadInfo
+from fly_trt.verification import EXACT, PRESETS, GuardSettings, HeadInfo
 
 GOOD_VALUES = {
     "n": [1, 4],
@@ -222,6 +224,54 @@ def test_a_request_overrides_what_it_names_and_keeps_the_rest() -> None:
     assert AcceptanceParams(acceptance="exact").over(engine).policy(HeadInfo(100, 3)) == EXACT
     policy = AcceptanceParams(fly_window_size=8).over(engine).policy(HeadInfo(100, 3))
     assert (policy.entropy_threshold, policy.window, policy.lookahead) == (0.5, 8, 7)
+
+
+def test_guards_of_the_engine_are_a_bound_that_requests_only_tighten() -> None:
+    engine = SpeculativeConfig(
+        exact_first=4, exact_token_ids=[5, 6], exact_within=["code"], max_loosened_per_100=3, method="ngram"
+    )
+    looser = AcceptanceParams(
+        acceptance="fly", exact_first=0, exact_token_ids=[], exact_within=[], max_loosened_per_100=100
+    )
+    assert looser.over(engine).guard_settings() == engine.guard_settings()
+    assert AcceptanceParams().over(engine).guard_settings() == engine.guard_settings()
+    stricter = AcceptanceParams(
+        acceptance="typical",
+        exact_first=9,
+        exact_token_ids=[7, 5],
+        exact_within=["digits", "code"],
+        max_loosened_per_100=0,
+    )
+    assert stricter.over(engine) == AcceptanceParams(
+        acceptance="typical",
+        preset="reference",
+        exact_first=9,
+        exact_token_ids=[5, 6, 7],
+        exact_within=["code", "digits"],
+        max_loosened_per_100=0,
+    )
+    assert stricter.over(SpeculativeConfig()).guard_settings() == stricter.guard_settings()
+
+
+@given(
+    *[st.none() | st.integers(0, 4), st.none() | st.lists(st.integers(0, 3), max_size=3), st.none() | st.integers(0, 4)]
+    * 2
+)
+def test_what_holds_of_two_guards_is_both_and_no_more(
+    first: int | None,
+    ids: list[int] | None,
+    budget: int | None,
+    other_first: int | None,
+    other_ids: list[int] | None,
+    other_budget: int | None,
+) -> None:
+    own = AcceptanceParams(exact_first=first, exact_token_ids=ids, max_loosened_per_100=budget)
+    engine = SpeculativeConfig(exact_first=other_first, exact_token_ids=other_ids, max_loosened_per_100=other_budget)
+    assert own.over(engine).guard_settings() == GuardSettings(
+        exact_first=max(first or 0, other_first or 0),
+        exact_token_ids=frozenset(ids or ()) | frozenset(other_ids or ()),
+        max_loosened_per_100=min([given for given in (budget, other_budget) if given is not None], default=None),
+    )
 
 
 def test_another_preset_does_not_inherit_a_threshold_in_another_unit() -> None:

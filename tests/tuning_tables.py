@@ -8,7 +8,7 @@ import numpy as np
 from fly_trt.tuning.result import DEFAULT, PLAIN, Candidate, Outcome, Stage
 
 TOKENS = 20  # of an answer
-RIGHT, WRONG = list(range(TOKENS)), list(range(1, TOKENS + 1))
+SAME, OTHER = [1, 2], [1, 3]  # as the target's or not; a few stand for all
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Truth:
             num_tokens=TOKENS,
             seconds=float(self.seconds[number, prompt]),
             num_loosened=0 if is_right == of else 2,
-            token_ids=RIGHT if is_right == of else WRONG,
+            token_ids=SAME if is_right == of else OTHER,
             score=float(is_right),
         )
 

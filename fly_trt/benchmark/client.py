@@ -5,6 +5,7 @@ Times are taken where the runtime hands an output over, in the engine thread, so
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -117,6 +118,19 @@ class Client:
                 with contextlib.suppress(TimeoutError):
                     inbox.get(timeout=wait)
         return exchanges, time.perf_counter() - started
+
+    def outputs(self, prompts: Sequence[Prompt], params: SamplingParams, load: Load) -> list[RequestOutput]:
+        """Whole outputs, in the order of the prompts, as many of them in flight as the load has; nothing is timed."""
+        found: dict[str, RequestOutput] = {}
+        with self._service.open_inbox() as inbox:
+            handles = [inbox.prepare(prompt, params, output_kind=RequestOutputKind.FINAL_ONLY) for prompt in prompts]
+            waiting = deque(handles)
+            while waiting or inbox.num_open:
+                while waiting and inbox.num_open < (load.concurrency or len(prompts)):
+                    inbox.submit(waiting.popleft())
+                arrival = inbox.get()
+                found[arrival.handle.request_id] = arrival.output
+        return [found[handle.request_id] for handle in handles]
 
 
 def _send(inbox: Inbox, prompt: Prompt, params: SamplingParams) -> Exchange:

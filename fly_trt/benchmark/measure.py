@@ -17,6 +17,7 @@ from fly_trt.benchmark.results import Round, Row, summarise
 from fly_trt.benchmark.workload import BenchmarkPrompt, built_in_prompts, random_prompts, read_prompts, repeated
 from fly_trt.engines.directory import LoadedEngines
 from fly_trt.errors import ConfigError, RequestError
+from fly_trt.outputs import RequestOutput
 from fly_trt.params import SamplingParams, SpeculativeConfig
 from fly_trt.service.config import DEFAULT_MAX_QUEUE_SIZE, ServiceConfig
 from fly_trt.service.service import Service
@@ -38,7 +39,8 @@ class BenchmarkConfig:
     there where there are fewer. chat: put the prompts into the model's chat template. max_tokens, ignore_eos,
     temperature: as in SamplingParams. seed: of sampling, of random prompts and of arrivals. speculative: fields of
     SpeculativeConfig, for the modes that they fit. num_threads, devices: of the engines. perplexity: also find out how
-    probable the target finds the outputs.
+    probable the target finds the outputs. traces: also have every mode complete every prompt once more, untimed, and
+    keep how each token came to be.
     """
 
     modes: Sequence[str] = ()
@@ -56,6 +58,7 @@ class BenchmarkConfig:
     num_threads: int | None = None
     devices: Sequence[int] | None = None
     perplexity: bool = True
+    traces: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rounds", "num_prompts"):
@@ -71,9 +74,13 @@ class BenchmarkConfig:
             raise ConfigError("no load: give a concurrency or a request_rate")
         self.sampling_params()
 
-    def sampling_params(self) -> SamplingParams:
+    def sampling_params(self, *, is_traced: bool = False) -> SamplingParams:
         return SamplingParams(
-            max_tokens=self.max_tokens, ignore_eos=self.ignore_eos, temperature=self.temperature, seed=self.seed
+            max_tokens=self.max_tokens,
+            ignore_eos=self.ignore_eos,
+            temperature=self.temperature,
+            seed=self.seed,
+            speculation_trace=is_traced,
         )
 
     @property
@@ -86,13 +93,15 @@ class BenchmarkConfig:
 @dataclass(frozen=True, slots=True)
 class Benchmark:
     """What was measured: `rows` by load and mode, `modes` as they were configured, the engines' load times in
-    seconds, and the prompts with their checks."""
+    seconds, and the prompts with their checks. `traced`: by mode an output for each prompt, under the first load, where
+    traces were asked for."""
 
     engines: LoadedEngines
     config: BenchmarkConfig
     modes: dict[str, SpeculativeConfig]
     prompts: list[BenchmarkPrompt]
     rows: list[Row]
+    traced: dict[str, list[RequestOutput]]
 
 
 def run_benchmark(
@@ -123,10 +132,12 @@ def run_benchmark(
         total = len(config.loads) * len(modes) * config.rounds * len(prompts)
         meter = _Meter(progress, total)
         rows: list[Row] = []
+        traced: dict[str, list[RequestOutput]] = {}
         meter.say("loading engines")
         for load in config.loads:
-            rows += _measure(engines, modes, prompts, load, config, meter)
-    return Benchmark(engines, config, modes, prompts, rows)
+            keeps = traced if config.traces and load is config.loads[0] else None
+            rows += _measure(engines, modes, prompts, load, config, meter, keeps)
+    return Benchmark(engines, config, modes, prompts, rows, traced)
 
 
 class _Meter:
@@ -163,8 +174,9 @@ def _measure(
     load: Load,
     config: BenchmarkConfig,
     meter: _Meter,
+    traced: dict[str, list[RequestOutput]] | None,
 ) -> list[Row]:
-    """One load in all modes."""
+    """One load in all modes. traced: takes the outputs of each, with their traces."""
     settings = ServiceConfig(
         max_batch_size=load.concurrency,
         max_queue_size=max(len(prompts), DEFAULT_MAX_QUEUE_SIZE),
@@ -183,6 +195,10 @@ def _measure(
         for number in range(config.rounds):
             for mode, round_ in _round(services, given, load, config, number, meter).items():
                 rounds[mode].append(round_)
+        if traced is not None:
+            for mode, service in services.items():
+                meter.say(f"traces, {mode}")
+                traced[mode] = Client(service).outputs(given, config.sampling_params(is_traced=True), load)
     finally:
         for service in services.values():
             service.shutdown()

@@ -22,6 +22,8 @@ from fly_trt.engines import find_backend
 from fly_trt.engines.directory import LoadedEngines
 from fly_trt.manifest import Manifest, ModelEngine
 from fly_trt.params import SpeculativeConfig
+from fly_trt.service.config import resolve_speculative_config
+from fly_trt.service.setting import describe_setting
 
 SCHEMA_VERSION = 1
 NOTHING = "-"
@@ -41,6 +43,7 @@ def as_record(benchmark: Benchmark) -> dict[str, Any]:
         **{name: getattr(config, name) for name in ("temperature", "seed", "rounds", "perplexity")},
         "loads": [_load(load) for load in config.loads],
         "modes": {mode: _speculation(speculative) for mode, speculative in benchmark.modes.items()},
+        "running": {mode: _setting(benchmark, mode) for mode in benchmark.modes},
     }
     return {
         "schema_version": SCHEMA_VERSION,
@@ -61,7 +64,7 @@ def as_table(benchmark: Benchmark) -> Table:
     seconds = " and ".join(f"{role} {took:.1f} s" for role, took in benchmark.engines.load_seconds.items())
     table = Table(
         title=f"{benchmark.engines.directory}: {config.num_prompts} prompts{load}, {times}",
-        caption=f"engines loaded once: {seconds}",
+        caption=f"engines loaded once: {seconds}; default: {_default(benchmark.engines.manifest)}",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
@@ -202,6 +205,16 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 
 def _speculation(config: SpeculativeConfig) -> dict[str, Any]:
     return {"method": None} if config.method is None else dataclasses.asdict(config)
+
+
+def _setting(benchmark: Benchmark, mode: str) -> str:
+    """One line."""
+    return str(describe_setting(benchmark.engines.manifest, benchmark.modes[mode]))
+
+
+def _default(manifest: Manifest) -> str:
+    """What the engine runs where nobody says otherwise, and what fly-tune found of it."""
+    return str(describe_setting(manifest, resolve_speculative_config(manifest, {})))
 
 
 def _load(load: Load) -> dict[str, Any]:

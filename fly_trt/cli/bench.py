@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ CONFIG_FLAGS = (
     *("max_tokens", "ignore_eos", "temperature", "perplexity"),
 )
 ROOFLINE_FLAGS = ("engine_dir", "roofline", "rounds", "num_threads", "output", "as_json")
+Measured = tuple[dict[str, Any], Table, list[Any], Iterable[str]]  # the record, the table, its rows, lines of traces
 FILE_WIDTH = 132  # columns where there is no terminal that has its own
 EXAMPLES = (
     f"""
@@ -39,6 +40,7 @@ Examples:
   fly-bench engines/demo --prompts tests/assets/pair/eval.jsonl     # a prompt a line, with checks of the answers
   fly-bench engines/demo --modes autoregressive,fly --concurrency 1,4,8 --plot bench.png
   fly-bench engines/demo --mode exact --mode ngram+fly --mode w0=multi_level+fly,fly_window_size=0
+  fly-bench engines/demo --modes exact,fly --traces traces.jsonl && fly-inspect traces.jsonl
   fly-bench engines/demo --request-rate 2,inf --json -o bench.json
   fly-bench engines/demo --roofline --rounds 10                     # how far each step is from this machine's limits
   fly-bench engines/llama-70b --random-tokens 1024 --max-tokens 256 --ignore-eos
@@ -93,6 +95,12 @@ Perplexity (ppl) is the target's, of what a mode emitted; its ratio is to autore
 @options.num_threads()
 @options.devices()
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw a .png or .svg (extra bench).")
+@click.option(
+    "--traces",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Complete each prompt once more by each mode, untimed, and write how each token came to be, for fly-inspect.",
+)
 @options.output("Write the JSON to a file too.", metavar="FILE")
 @options.as_json("Print one JSON object instead of the table.")
 def main(engine_dir: Path, plot: Path | None, output: Path | None, as_json: bool, **flags: Any) -> None:
@@ -118,7 +126,10 @@ def _run(engine_dir: Path, plot: Path | None, output: Path | None, as_json: bool
             progress.update(task, description=what, completed=done, total=total)
 
         measure = _measure_roofline if flags["roofline"] else _measure_modes
-        record, table, rows = measure(engine_dir, flags, report)
+        record, table, rows, lines = measure(engine_dir, flags, report)
+    if flags["traces"] is not None:
+        with new_file(flags["traces"]) as file:
+            file.write_text("".join(lines), encoding="ascii")
     text = json.dumps(record, indent=2)
     if output is not None:
         with new_file(output) as file:
@@ -139,9 +150,10 @@ def _check_roofline_flags(context: click.Context) -> None:
             raise ConfigError(f"{name}: has no effect with --roofline, which has no prompts: leave one of them out")
 
 
-def _measure_modes(engine_dir: Path, flags: dict[str, Any], report: Any) -> tuple[dict[str, Any], Table, list[Any]]:
+def _measure_modes(engine_dir: Path, flags: dict[str, Any], report: Any) -> Measured:
     from fly_trt.benchmark.measure import BenchmarkConfig, run_benchmark
     from fly_trt.benchmark.report import as_record, as_table
+    from fly_trt.benchmark.traces import trace_lines
 
     config = BenchmarkConfig(
         modes=flags["modes"],
@@ -150,20 +162,21 @@ def _measure_modes(engine_dir: Path, flags: dict[str, Any], report: Any) -> tupl
         speculative=options.speculative_overrides(flags),
         num_threads=flags["num_threads"],
         devices=flags["devices"],
+        traces=flags["traces"] is not None,
         **{name: flags[name] for name in CONFIG_FLAGS},
     )
     benchmark = run_benchmark(engine_dir, config, report)
-    return as_record(benchmark), as_table(benchmark), benchmark.rows
+    return as_record(benchmark), as_table(benchmark), benchmark.rows, trace_lines(benchmark)
 
 
-def _measure_roofline(engine_dir: Path, flags: dict[str, Any], report: Any) -> tuple[dict[str, Any], Table, list[Any]]:
+def _measure_roofline(engine_dir: Path, flags: dict[str, Any], report: Any) -> Measured:
     from fly_trt.benchmark.report import roofline_record, roofline_table
     from fly_trt.benchmark.roofline import run_roofline
 
     if flags["rounds"] < 1:
         raise ConfigError(f"rounds {flags['rounds']}: expected at least 1")
     roofline = run_roofline(engine_dir, flags["rounds"], flags["num_threads"], report)
-    return roofline_record(roofline), roofline_table(roofline), []
+    return roofline_record(roofline), roofline_table(roofline), [], ()
 
 
 def _loads(flags: dict[str, Any]) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from fly_trt.acceptance import AcceptanceParams
 from fly_trt.cli import options
 from fly_trt.cli.command import command
 from fly_trt.errors import RequestError
@@ -110,13 +111,14 @@ def _run(engine_dir: Path, prompt: str, as_json: bool, flags: dict[str, Any]) ->
         seconds = time.perf_counter() - started
         record = _as_record(output, TokenReader(llm.tokenizer))
         if flags["compare"]:
-            (other,) = llm.generate([given], dataclasses.replace(params, acceptance=flags["compare"]))
+            rule = AcceptanceParams(acceptance=flags["compare"])
+            (other,) = llm.generate([given], dataclasses.replace(params, acceptance=rule))
             record["compared"] = _as_record(other, TokenReader(llm.tokenizer))
     if as_json:
-        click.echo(json.dumps(record))
+        click.echo(json.dumps(record | {"setting": llm.setting.as_dict()}))
     else:
         click.echo()
-        click.echo(_summary(output, seconds), err=True)
+        click.echo(f"{_summary(output, seconds)}; {llm.setting}", err=True)
 
 
 def _output_form(schema: str | None, regex: str | None) -> dict[str, str] | None:
@@ -149,6 +151,10 @@ def _summary(output: RequestOutput, seconds: float) -> str:
             f", mean acceptance length {metrics.mean_acceptance_length:.2f} over {metrics.num_spec_steps} steps, "
             f"{metrics.num_loosened_tokens} loosened tokens"
         )
+        if metrics.num_loosened_tokens:
+            text += f" saved {metrics.num_saved_tokens}"
+        for guard, count in metrics.num_refused_loosenings_by_guard.items():
+            text += f", {guard} refused {count}"
     return text
 
 

@@ -42,6 +42,7 @@ EXAMPLES = """
 Examples:
   fly-serve engines/demo
   fly-serve engines/demo --port 8080 --acceptance exact               # lossless
+  fly-serve engines/demo --max-loosened-per-100 2 --exact-first 8     # no request goes beyond, some may ask for less
   fly-serve engines/llama-70b --host 0.0.0.0 --served-model-name llama --devices 0,1,2,3
   fly-serve engines/demo --audit-fraction 0.05 --audit-log audit.jsonl --min-quality 0.98 --breaker-reset-seconds 3600
   FLY_TRT_API_KEY=secret fly-serve engines/demo --host 0.0.0.0 --ssl-certfile cert.pem --ssl-keyfile key.pem
@@ -210,15 +211,11 @@ def _set_up_logs(flags: dict[str, Any]) -> None:
 
 def _summary(url: str, config: "ServerConfig", pool: "EnginePool") -> str:
     """One line."""
-    speculative, sizes = pool.llms[0].speculative_config, pool.llms[0].sizes
-    drafts = "no drafts"
-    if speculative.method is not None:
-        drafts = f"{speculative.method} drafts of up to {speculative.num_speculative_tokens} tokens"
+    llm = pool.llms[0]
     engines = f", {len(pool.llms)} engines" if len(pool.llms) > 1 else ""
     return (
-        f"fly-serve: {' '.join(config.model_names)} at {url}: acceptance {speculative.acceptance} "
-        f"({speculative.preset}), {drafts}, {sizes.max_batch_size} requests of up to {sizes.max_seq_len} tokens in "
-        f"flight{engines}"
+        f"fly-serve: {' '.join(config.model_names)} at {url}: {llm.sizes.max_batch_size} requests of up to "
+        f"{llm.sizes.max_seq_len} tokens in flight{engines}: {llm.setting}"
     )
 
 

@@ -1,5 +1,6 @@
 """`fly-tune`: finds the fastest setting of an engine directory that keeps the target's quality on a user's prompts."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ CONFIG_FLAGS = (
     *("prompts", "chat", "max_tokens", "concurrency", "min_retention", "confidence", "judge", "score_command"),
     *("methods", "acceptances", "num_candidates", "num_finalists", "budget", "seed", "num_threads", "devices"),
 )
+FILE_WIDTH = 132  # columns where there is no terminal that has its own
 EXAMPLES = """
 \b
 Examples:
@@ -97,15 +99,20 @@ def main(engine_dir: Path, **flags: Any) -> None:
 
 
 def _run(engine_dir: Path, flags: dict[str, Any]) -> None:
+    from fly_trt.tuning.page import write_page
     from fly_trt.tuning.tune import TuningConfig, run_tuning
 
     state = flags["state"] or Path(f"fly-tune-{engine_dir.resolve().name}.jsonl")
     config = TuningConfig(state=state, **{name: flags[name] for name in CONFIG_FLAGS})
+    if state.exists():
+        click.echo(f"{state}: goes on with what was measured; with another --state all is measured anew", err=True)
     result = _with_progress(lambda report: run_tuning(engine_dir, config, report))
-    _show(result, flags["as_json"])
     if flags["output"] is not None:
-        _write_text(flags["output"], result.to_json())
-    click.echo(f"measurements: {state}; with another --state all is measured anew", err=True)
+        with new_file(flags["output"]) as file:
+            file.write_text(result.to_json(), encoding="utf-8")
+    if flags["html"] is not None:
+        write_page(result, flags["html"])
+    _show(result, flags["as_json"])
     if flags["write"]:
         _write_setting(engine_dir, result)
 
@@ -125,12 +132,15 @@ def _with_progress(run: Any) -> Any:
 
 
 def _show(result: Any, as_json: bool) -> None:
+    from fly_trt.tuning.report import as_table
+
     if as_json:
         click.echo(result.to_json(), nl=False)
         return
-    for one in result.candidates:
-        click.echo(f"{one.speed:6.2f}x  {one.quality:6.3f}  {one.candidate.name}: {one.verdict}")
-    click.echo(" ".join(result.verdict.sentences))
+    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+    console.print(as_table(result))
+    for sentence in ("", *result.verdict.sentences):
+        console.print(sentence, markup=False, highlight=False)
 
 
 def _write_setting(engine_dir: Path, result: Any) -> None:
@@ -140,11 +150,6 @@ def _write_setting(engine_dir: Path, result: Any) -> None:
         click.echo("nothing was written: no setting qualified that is faster than plain decoding", err=True)
         raise SystemExit(1)
     click.echo(f"{engine_dir}: {result.chosen.candidate.name} is the default now", err=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with new_file(path) as file:
-        file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -78,6 +78,8 @@ def read_metrics(fields: Fields) -> Record:
 
 def read_tokens(fields: Fields, name: str) -> list[Record]:
     """The tokens of a list, whose rounds go on one by one."""
+    if (num_tokens := len(fields.items(name))) > MAX_TOKENS:
+        raise ConfigError(f"{fields.where}.{name}: {num_tokens} tokens, a page shows {MAX_TOKENS} at most")
     tokens = [read_token(token) for token in fields.objects(name)]
     last = -1
     for at, token in enumerate(tokens):

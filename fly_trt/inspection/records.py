@@ -20,7 +20,7 @@ TraceRecord = dict[str, Any]
 
 
 def save_trace(
-    outputs: RequestOutput | Iterable[RequestOutput], path: str | Path, tokenizer: Tokenizer, *, name: str = ""
+    outputs: RequestOutput | Iterable[RequestOutput], path: str | Path, tokenizer: Tokenizer, *, name: str = "request"
 ) -> None:
     """Writes what `speculation_trace` said of finished outputs, whole ones and not deltas, as one file for fly-inspect.
 
@@ -28,9 +28,17 @@ def save_trace(
     for an output without a trace."""
     reader = TokenReader(tokenizer)
     listed = [outputs] if isinstance(outputs, RequestOutput) else list(outputs)
+    prompts = [tuple(output.prompt_token_ids) for output in listed]
     requests = [
-        request_record(reader, output, completion, source="LLM", name=" ".join(filter(None, [name, output.request_id])))
-        for output in listed
+        request_record(
+            reader,
+            output,
+            completion,
+            source="LLM",
+            name=f"{name} {output.request_id}",
+            group=f"prompt {prompts.index(prompt)}" if prompts.count(prompt) > 1 else None,
+        )
+        for output, prompt in zip(listed, prompts, strict=True)
         for completion in output.outputs
     ]
     with new_file(Path(path)) as file:

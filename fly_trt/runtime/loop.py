@@ -255,12 +255,12 @@ class GenerationLoop:
             keeps_logits=request.params.logprobs is not None,
         )
         request.hold(round_.num_held(verdict))
-        num_kept = before + self._commit(request, round_, verdict)
+        num_emitted = before + self._commit(request, round_, verdict)
         round_.num_committed = verdict.num_accepted
         if verdict.next_token is None and not request.is_finished:
             round_.go_on()
         else:
-            self._end_round(request, round_, min(num_kept, verdict.num_accepted))
+            self._end_round(request, round_, num_emitted)
 
     def _commit(self, request: Request, round_: Round, verdict: Verdict) -> int:
         """Emits what the verdict adds, and returns how many tokens that is: less where the request ends before."""
@@ -282,13 +282,14 @@ class GenerationLoop:
         self._changed[request] = None
         return num_emitted
 
-    def _end_round(self, request: Request, round_: Round, num_kept: int) -> None:
-        """num_kept: draft tokens that were emitted."""
+    def _end_round(self, request: Request, round_: Round, num_emitted: int) -> None:
+        """num_emitted: tokens of the round, the target's own among them, that the request took."""
         request.round = None
         if round_.evidence.num_known:
-            counts = round_.counts(num_kept)
+            counts = round_.counts(num_emitted)
             request.metrics.record_round(counts)
             self._metrics.record_round(counts, request.policy.name)
+        num_kept = min(num_emitted, round_.num_committed)
         if round_.costs is not None:
             request.record_round_trace(round_, num_kept)
         self.speculation.end_round(request, round_, num_kept)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from fly_trt.acceptance import GUARDS
 from fly_trt.outputs import RoundCounts
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ COUNTERS = {
     "spec_decode_num_draft_tokens": "Draft tokens verified by the target.",
     "spec_decode_num_accepted_tokens": "Draft tokens that were emitted.",
     "spec_decode_num_loosened_tokens": "Emitted draft tokens that the target did not choose.",
+    "spec_decode_num_saved_tokens": "Emitted draft tokens that exact verification had not accepted.",
     "requests_made_exact": "Loose requests that the breaker made exact, as a whole or from somewhere on.",
     "prompt_tokens": "Prompt tokens of admitted requests.",
     "generation_tokens": "Tokens emitted.",
@@ -83,6 +85,7 @@ class Metrics:
         self._rounds_by_length: Counter[int] = Counter()  # rounds by the draft tokens that they emitted
         self._by_source: tuple[Counter[tuple[str, str]], ...] = (Counter(), Counter())  # by policy and source
         self._loosened: Counter[str] = Counter()  # by policy
+        self._refused = Counter(dict.fromkeys(GUARDS, 0))  # by guard
         self._ended: Counter[str] = Counter()
         self._first_token = Histogram("time_to_first_token_seconds", "From arrival.", FIRST_TOKEN_SECONDS)
         self._inter_token = Histogram(
@@ -90,6 +93,7 @@ class Metrics:
         )
         self._latency = Histogram("e2e_request_latency_seconds", "From arrival to the last token.", REQUEST_SECONDS)
         self._num_cache_tokens = 0
+        self._setting: dict[str, str] = {}
         self._window = (0.0, 0, 0, 0)  # time and counters when the last line was logged
         self.registry.register(self)
 
@@ -120,6 +124,14 @@ class Metrics:
         for acceptance, count in dict(self._loosened).items():
             loosened.add_metric([acceptance], count)
         yield loosened
+        refused = CounterMetricFamily(
+            PREFIX + "spec_decode_num_refused_loosenings",
+            "Draft tokens that the policy would have loosened and a guard turned down, by guard.",
+            labels=["guard"],
+        )
+        for guard, count in dict(self._refused).items():
+            refused.add_metric([guard], count)
+        yield refused
         ended = CounterMetricFamily(
             PREFIX + "request_success", "Requests that ended, by reason.", labels=["finished_reason"]
         )
@@ -137,6 +149,12 @@ class Metrics:
             )
             info.add_metric(blocks, 1)
             yield info
+        if self._setting:
+            running = GaugeMetricFamily(
+                PREFIX + "setting_info", "Which setting runs by default; always 1.", labels=list(self._setting)
+            )
+            running.add_metric(list(self._setting.values()), 1)
+            yield running
         for histogram in (self._first_token, self._inter_token, self._latency):
             yield histogram.family()
 
@@ -157,8 +175,12 @@ class Metrics:
         counts["spec_decode_num_accepted_tokens"] += round_.num_accepted
         counts["spec_decode_num_loosened_tokens"] += round_.num_loosened
         self._rounds_by_length[round_.num_accepted] += 1
+        counts["spec_decode_num_saved_tokens"] += round_.num_saved
         self._loosened[acceptance] += round_.num_loosened
-        for table, by_source in zip(self._by_source, round_[-2:], strict=True):
+        if round_.refused_by is not None:
+            self._refused[round_.refused_by] += 1
+        both = round_.drafted_by_source, round_.accepted_by_source
+        for table, by_source in zip(self._by_source, both, strict=True):
             for source, count in by_source.items():
                 table[acceptance, source] += count
 
@@ -186,6 +208,10 @@ class Metrics:
     def set_cache(self, num_tokens: int) -> None:
         """How many tokens the KV cache of all slots holds."""
         self._num_cache_tokens = num_tokens
+
+    def set_setting(self, labels: dict[str, str]) -> None:
+        """Which setting runs by default."""
+        self._setting = labels
 
     def set_load(self, num_running: int, num_waiting: int, cache_usage: float) -> None:
         """The gauges, and once in LOG_SECONDS one line in the log."""

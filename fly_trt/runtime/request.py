@@ -176,7 +176,6 @@ class Request:
             last if round_.num_committed else last + 1,
             of_vocabulary=self.traces_full_entropy,
             text=text,
-            is_paused=self.policy.is_loose and not round_.policy.is_loose,
         )
 
     def record_round_trace(self, round_: Round, num_kept: int) -> None:

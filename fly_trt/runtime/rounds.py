@@ -89,7 +89,8 @@ class Round:
     Where a grammar has a say it `is_guided`: the draft begins with the `num_forced` tokens that the grammar forces, and
     `is_cut` where the grammar forbids the drafter's next one and forces none instead. `is_limited`: the policy wanted
     the draft token to stand at which the round ended. Of a request that wants a trace it has its `costs`, and whether
-    it `needs_top` tokens for it.
+    it `needs_top` tokens for it, and why a loose request's round is exact: its "windows" are closed for a while, or the
+    "breaker" is tripped.
     """
 
     start: int
@@ -107,6 +108,7 @@ class Round:
     is_limited: bool = False
     costs: RoundCosts | None = None
     needs_top: bool = False
+    exact_because: str | None = None
 
     @property
     def draft(self) -> IntArray:
@@ -278,12 +280,27 @@ class Round:
         )
         return WindowCounts(num_agreed - stood, stood + differs, stood, int(failed))
 
-    def counts(self, num_kept: int) -> RoundCounts:
-        """Of a round that is decided, of which `num_kept` draft tokens were emitted."""
-        evidence = self.evidence
-        num_verified = evidence.num_known
-        by_source = [_by_source(evidence.sources[:count]) for count in (num_verified, num_kept)]
-        return RoundCounts(num_verified, num_kept, evidence.num_loosened(num_kept), *by_source)
+    def counts(self, num_emitted: int) -> RoundCounts:
+        """Of a round that is decided, of which the first `num_emitted` tokens were emitted: draft tokens, and the
+        target's own."""
+        evidence, num_kept = self.evidence, min(num_emitted, self.num_committed)
+        num_verified, num_loosened = evidence.num_known, evidence.num_loosened(num_kept)
+        return RoundCounts(
+            num_verified,
+            num_kept,
+            num_loosened,
+            _by_source(evidence.sources[:num_verified]),
+            _by_source(evidence.sources[:num_kept]),
+            num_kept - evidence.num_exact(num_kept) if num_loosened else 0,
+            self._refusal(num_emitted),
+        )
+
+    def _refusal(self, num_emitted: int) -> str | None:
+        """The guard that turned down a loosening, if one did, and its place was reached."""
+        at, evidence = self.num_committed, self.evidence
+        if self.limits.guards is None or not at < min(num_emitted, evidence.num_known) or evidence.matches[at]:
+            return None
+        return self._guard(at)
 
     def traces(
         self,
@@ -293,11 +310,9 @@ class Round:
         *,
         of_vocabulary: bool,
         text: Callable[[int], str],
-        is_paused: bool = False,
     ) -> list[TokenTrace]:
         """How the first `num_tokens` tokens came to be that a verdict adds to what is committed. number: the round's.
-        of_vocabulary: whether the entropy is that of the whole vocabulary. text: of a token. is_paused: whether the
-        request's windows are closed for a while."""
+        of_vocabulary: whether the entropy is that of the whole vocabulary. text: of a token."""
         evidence, first = self.evidence, self.num_committed
         said = evidence.target
         gate = said.entropy if of_vocabulary else said.entropy_topk
@@ -305,7 +320,8 @@ class Round:
         for at in range(first, first + num_tokens):
             entropy, kind = float(gate[at]), self._kind(verdict, at)
             guard = self._guard(at) if kind == "correction" else None
-            decision = Decision(kind, self.policy, evidence, at, is_paused, self.is_limited, guard)
+            waits = kind == "loosened" or (kind == "correction" and guard is None)  # a guard does not wait for a window
+            decision = Decision(kind, self.policy, evidence, at, self.exact_because, self.is_limited, guard)
             traces.append(
                 TokenTrace(
                     kind,
@@ -316,7 +332,7 @@ class Round:
                     rejected=int(evidence.draft[at]) if kind == "correction" else None,
                     reason=explain(decision, self.limits, text),
                     gate=self.policy.gate,
-                    num_agreed=self._num_agreeing(at) if kind in ("loosened", "correction") else None,
+                    num_agreed=self._num_agreeing(at) if waits else None,
                     guard=guard,
                     top=self._top(at) if self.needs_top else None,
                 )
@@ -350,7 +366,8 @@ class Round:
         return num_agreeing(self.policy, self.evidence, at, self.limits.never_loosened)
 
     def _guard(self, at: int) -> str | None:
-        """The guard that turned down what the policy would have loosened there."""
+        """The guard that turned down what the policy would have loosened there, or had opened its window for: whether
+        that fails as well shows only where a step is long."""
         if not (self.is_limited or self.policy.opens_window(self.evidence, at, self.limits.never_loosened)):
             return None
         return self.limits.guard_that_forbids(self.evidence, at)

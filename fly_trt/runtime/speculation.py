@@ -90,13 +90,13 @@ class Speculation:
         length, limit, policy = len(request.sequence), self._limit(request), request.policy
         forced = NO_TOKENS if request.grammar is None else self._forced(request)
         request.forced = None
-        num_draft, is_observed = max(num_draft, min(num_forced, len(forced))), False
+        num_draft, is_observed, exact_because = max(num_draft, min(num_forced, len(forced))), False, "windows"
         closed = EXACT_WITH_ENTROPY if request.traces_full_entropy else EXACT
         if not policy.is_loose:
             num_draft = min(num_draft, limit)
         elif self._is_tripped(request):
             num_draft, policy = min(num_draft, limit), closed
-            request.metrics.exact_because = "breaker"
+            request.metrics.exact_because = exact_because = "breaker"
         elif self._step_costs is None or not policy.has_windows:
             num_draft = limit
         else:
@@ -111,6 +111,7 @@ class Speculation:
         request.round = Round(length, Evidence(num_draft), policy, request.limits, is_observed)
         if request.params.speculation_trace:
             request.round.costs = RoundCosts()
+            request.round.exact_because = exact_because if request.policy.is_loose and policy is closed else None
             request.round.needs_top = self._has_top_tokens or request.sampler is not None
         if request.grammar is not None:
             is_scored = policy.needs_draft_scores or request.draft_stop is not None

@@ -173,6 +173,8 @@ class Admission:
             setting=setting,
         )
         request.metrics.num_prompt_tokens = len(token_ids)
+        if request.guards is not None:
+            request.metrics.guards = acceptance.guard_settings().in_force()
         if self._check is not None:
             self._check(request)
         return request

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from fly_trt.acceptance import PRESET_SETTINGS, AcceptanceParams
+from fly_trt.acceptance import GUARDS, PRESET_SETTINGS, AcceptanceParams
 from fly_trt.checks import check_at_least, check_flag
 from fly_trt.drafting import DRAFTERS
 from fly_trt.engines.directory import EngineSettings, LoadedEngines
@@ -229,7 +229,8 @@ def step_costs(manifest: Manifest, config: SpeculativeConfig) -> StepCosts | Non
 def resolve_speculative_config(manifest: Manifest, overrides: Mapping[str, Any]) -> SpeculativeConfig:
     """The engine's defaults with `overrides` on top, see `merged_settings`."""
     config = SpeculativeConfig.from_dict(merged_settings(manifest, overrides))
-    names = [f.name for f in dataclasses.fields(AcceptanceParams)]
+    # A guard bounds requests with other rules too.
+    names = [f.name for f in dataclasses.fields(AcceptanceParams) if f.name not in GUARDS]
     asked = AcceptanceParams(**{name: overrides[name] for name in names if name in overrides})
     asked.over(config)  # refuses a setting that would have no effect
     return config

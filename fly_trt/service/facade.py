@@ -41,6 +41,7 @@ class Facade:
         self._service = Service(engine_dir, speculative_config, ServiceConfig.from_dict(settings), drafter, on_audit)
         self.manifest = self._service.manifest
         self.speculative_config = self._service.speculative_config
+        self.setting = self._service.setting  # str() of it says in one line what runs, and what is known of its loss
         self.tokenizer = self._service.tokenizer
         self.sizes = self._service.sizes
         self.engine_dir = self._service.engine_dir

@@ -29,6 +29,7 @@ from fly_trt.runtime.thread import EngineThread
 from fly_trt.service.admission import Admission
 from fly_trt.service.config import ServiceConfig, fit_to_shared, resolve_sizes, resolve_speculative_config, step_costs
 from fly_trt.service.inbox import AsyncInbox, Inbox
+from fly_trt.service.setting import describe_setting
 from fly_trt.text.chat import ChatMessage
 from fly_trt.text.prompts import Prompt, TokensPrompt
 
@@ -81,7 +82,9 @@ class Service:
         has_own_drafter = drafter is not None
         self.sizes = resolve_sizes(config, speculative_config, self.manifest, has_own_drafter=has_own_drafter)
         self.tokenizer = engines.tokenizer
+        self.setting = describe_setting(self.manifest, speculative_config, has_own_drafter=has_own_drafter)
         self.metrics = Metrics()
+        self.metrics.set_setting(self.setting.labels())
         self.auditor: Auditor | None = None
         self._reports: AuditReports | None = None
         if engines.backend.schedules:

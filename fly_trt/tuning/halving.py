@@ -112,8 +112,11 @@ def halve(known: Mapping[str, Standing], min_retention: float, num_finalists: in
         dropped |= {s.candidate.name: f"clearly slower than {fastest.candidate.name}, lossless" for s in useless}
         loose = [standing for standing in loose if standing not in useless]
     kept = []
-    for pool in (lossless, loose):
-        going_on = _best_half(sorted(pool, key=lambda s: (s.loses(min_retention), -s.speed)), num_finalists)
+    for pool, is_lossless in ((lossless, True), (loose, False)):
+        # Half of those that began the rung: what was dropped makes room for what looks slower, and loses nothing.
+        num_begun = sum(standing.candidate.is_lossless == is_lossless for standing in others.values())
+        ranked = sorted(pool, key=lambda standing: (standing.loses(min_retention), -standing.speed))
+        going_on = _best(ranked, max(num_finalists, math.ceil(num_begun / 2)))
         kept += going_on
         dropped |= {s.candidate.name: "slower than others of its kind" for s in pool if s not in going_on}
     names = [standing.candidate.name for standing in sorted(kept, key=lambda standing: -standing.speed)]
@@ -131,13 +134,11 @@ def choose_finalists(known: Mapping[str, Standing], min_retention: float, count:
     return [standing.candidate.name for standing in chosen]
 
 
-def _best_half(ranked: Sequence[Standing], least: int) -> list[Standing]:
+def _best(ranked: Sequence[Standing], count: int) -> list[Standing]:
     """And those behind them that are not clearly slower than the last of them, up to a limit."""
-    half = max(least, math.ceil(len(ranked) / 2))
-    kept = list(ranked[:half])
-    limit = max(half, math.floor(len(ranked) * MOST_KEPT))
-    behind = [standing for standing in ranked[half:] if not standing.is_clearly_slower(kept[-1])]
-    return kept + behind[: limit - half]
+    kept, behind = list(ranked[:count]), ranked[count:]
+    limit = math.floor(len(ranked) * MOST_KEPT) - count
+    return kept + [standing for standing in behind if not standing.is_clearly_slower(kept[-1])][: max(0, limit)]
 
 
 def _lower_bound(values: Floats) -> float:

@@ -7,7 +7,7 @@ Content-Security-Policy in it lets nothing else run. The same result gives the s
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ def _bound(result: CandidateResult) -> Cell:
 
 
 def _evidence(result: TuningResult) -> list[tuple[str, str]]:
-    """Names and values; nested ones have their names joined."""
+    """Names and values; nested ones have their names joined, and those that say nothing are left out."""
     settings = result.settings
     told: dict[str, Any] = {
         "Prompts": settings.prompts,
@@ -129,22 +129,25 @@ def _evidence(result: TuningResult) -> list[tuple[str, str]]:
         "Asked for": f"at least {percent(settings.min_retention)} kept, confidence {percent(settings.confidence)}",
         "Seed": settings.seed,
         "Tokens of an answer at most": settings.max_tokens,
-        **dict(settings.extra),
         "Search": "complete" if result.was_complete else "cut short by the budget",
         "Date": result.date,
         "Took": f"{result.seconds / 60:.1f} min",
-        **_flat("engine", result.engine),
-        **_flat("machine", result.machine),
-        **_flat("version", result.versions),
+        "Asked": settings.extra,
+        "Engine": result.engine,
+        "Machine": result.machine,
+        "Version of": result.versions,
     }
-    return [(name, str(value)) for name, value in told.items() if value is not None]
+    return [(name, value) for key, given in told.items() for name, value in _flat(key, given)]
 
 
-def _flat(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(f"{name} {key}", value) if isinstance(value, Mapping) else {f"{name} {key}": value}
-    return found
+def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(f"{name} {key}", inner)
+    elif isinstance(value, (list, tuple)):
+        yield from _flat(name, ", ".join(map(str, value)))
+    elif value not in (None, ""):
+        yield name, str(value)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

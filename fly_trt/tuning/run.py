@@ -39,13 +39,14 @@ Report = Callable[[Progress], None]
 class Clock:
     """Seconds that a run took, those of earlier processes included, and what is left of its budget in minutes."""
 
-    def __init__(self, elapsed: float, budget: float | None) -> None:
-        self._started = time.perf_counter() - elapsed
+    def __init__(self, elapsed: float, budget: float | None, now: Callable[[], float]) -> None:
+        self.now = now
+        self._started = now() - elapsed
         self.budget = None if budget is None else budget * 60
 
     @property
     def elapsed(self) -> float:
-        return time.perf_counter() - self._started
+        return self.now() - self._started
 
     @property
     def left(self) -> float | None:
@@ -69,7 +70,7 @@ class Assessor:
 
 class Run:
     """Measures what is asked for and not yet in the store. prompts: as the file has them, each an index. budget: in
-    minutes."""
+    minutes. now: a clock's seconds."""
 
     def __init__(
         self,
@@ -79,9 +80,10 @@ class Run:
         prompts: Sequence[Prompt],
         budget: float | None,
         report: Report,
+        now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.store = store
-        self.clock = Clock(store.elapsed, budget)
+        self.clock = Clock(store.elapsed, budget, now)
         self._trials = trials
         self._assessor = assessor
         self._prompts = prompts
@@ -92,19 +94,19 @@ class Run:
         """Seconds that one of the candidates takes on average to be opened, and to answer the first block of `prompts`.
         What is measured here is forgotten."""
         given = [self._prompts[index] for index in prompts[: self.block_size]]
-        for candidate in candidates:  # loads the engines
-            self._trials.answer(candidate, given)
-        started = time.perf_counter()
-        for candidate in candidates:
-            self._trials.answer(candidate, given)
-        answering = time.perf_counter() - started
+
+        def seconds() -> float:
+            started = self.clock.now()
+            for candidate in candidates:
+                self._trials.answer(candidate, given)
+            return (self.clock.now() - started) / len(candidates)
+
+        seconds()  # loads the engines
+        answering = seconds()
         self._trials.keep([])
-        started = time.perf_counter()
-        for candidate in candidates:
-            self._trials.answer(candidate, given)
-        opening = max(0.0, time.perf_counter() - started - answering)
+        opening = max(0.0, seconds() - answering)
         self._trials.keep([])
-        return opening / len(candidates), answering / len(candidates)
+        return opening, answering
 
     def measure(
         self, plan: Plan, candidates: Mapping[str, Candidate], stage: Stage, until: float | None, is_over: bool

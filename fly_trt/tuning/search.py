@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fly_trt.tuning.halving import Standing, choose_finalists, halve, standings
-from fly_trt.tuning.result import DEFAULT, PLAIN, Candidate, Stage
+from fly_trt.tuning.result import DEFAULT, PLAIN, Candidate, Outcome, Stage
 from fly_trt.tuning.run import Run
 from fly_trt.tuning.store import Plan
 
@@ -41,7 +41,7 @@ def rung_prompts(prompts: Sequence[int]) -> list[list[int]]:
 
 @dataclass(slots=True)
 class SearchOutcome:
-    """search_prompts, judge_prompts: that chose the finalists, and that were left to judge them. dropped: why a
+    """search_prompts, judge_prompts: that chose the finalists, and that judged them. dropped: why a
     candidate was not judged, by name. was_complete: all that was planned was measured."""
 
     search_prompts: list[int] = field(default_factory=list)
@@ -89,15 +89,15 @@ class Search:
         finalists = choose_finalists(left, self._min_retention, self._num_finalists)
         found.dropped |= dict.fromkeys(names, "not among the finalists")
         found.was_complete &= len(self._candidates) == len(self._plan(f"{SEARCH} 0", [], []).candidates)
-        found.search_prompts = sorted({outcome.prompt_index for outcome in store.outcomes() if outcome.stage == SEARCH})
+        found.search_prompts = _prompts(store.outcomes(), SEARCH)
         # What the search left unread may judge, too.
         unread = [index for share in self._shares for index in share if index not in found.search_prompts]
         plan = self._plan(JUDGE, list(dict.fromkeys((PLAIN, DEFAULT, *finalists))), [*self._judge_prompts, *unread])
-        found.judge_prompts = list(plan.prompts)
         found.was_complete &= self._run.measure(
             plan, self._candidates, JUDGE, self._run.clock.budget, is_over=store.is_finished
         )
         store.finish()
+        found.judge_prompts = _prompts(store.outcomes(), JUDGE)
         return found
 
     def _begin(self) -> tuple[list[str], float | None]:
@@ -130,3 +130,8 @@ class Search:
     def _standings(self, names: Sequence[str], num_rungs: int) -> dict[str, Standing]:
         blocks = self._run.store.blocks(f"{SEARCH} {number}" for number in range(num_rungs))
         return standings({name: self._candidates[name] for name in names}, blocks)
+
+
+def _prompts(outcomes: Sequence[Outcome], stage: Stage) -> list[int]:
+    """Those that a stage has read, in the order of the file."""
+    return sorted({outcome.prompt_index for outcome in outcomes if outcome.stage == stage})

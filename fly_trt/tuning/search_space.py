@@ -23,7 +23,7 @@ EXACT = ExactPolicy.name
 DRAFT_LENGTHS = (3, 5, 8, 12, 20, 30)
 CHANCE_TO_VARY = 0.4  # of each setting of a drawn candidate
 CHANCE_OF_EXACT = 0.4  # of a drawn candidate
-NUM_TRIES = 50  # draws for each candidate that is wanted: a small space has fewer
+NUM_TRIES = 10  # draws for each candidate that is wanted: a small space has fewer
 
 
 class SearchSpace:
@@ -58,7 +58,7 @@ class SearchSpace:
         found: dict[str, Candidate] = {}
         draws = self._draws(np.random.default_rng(seed), NUM_TRIES * count)
         for settings in (*self._usual(), *draws):
-            if len(found) >= count:
+            if len(found) >= count - 1:  # and plain decoding
                 break
             if (made := self.make(settings)) is not None:
                 candidate, config = made
@@ -75,9 +75,11 @@ class SearchSpace:
         except ConfigError:
             return None
         policy = config.policy(head_info(self._manifest))
-        is_lossless = config.method is None or not policy.is_loose
+        if config.method is None:
+            return Candidate(_name(settings), dict(settings), is_lossless=True), config
         preset = config.preset if "preset" in policy.settings else None
-        return Candidate(_name(settings), dict(settings), config.method, policy.name, preset, is_lossless), config
+        candidate = Candidate(_name(settings), dict(settings), config.method, policy.name, preset, not policy.is_loose)
+        return candidate, config
 
     def _default(self) -> Candidate:
         made = self.make({})

@@ -72,7 +72,8 @@ class Store:
     def add_outcomes(self, plan: str, block: int, outcomes: Sequence[Outcome], elapsed: float) -> None:
         self._outcomes[plan, block] = list(outcomes)
         self.elapsed = elapsed
-        records = [dataclasses.asdict(outcome) for outcome in outcomes]
+        names = [one.name for one in dataclasses.fields(Outcome)]
+        records = [{name: getattr(outcome, name) for name in names} for outcome in outcomes]  # asdict copies all tokens
         self._write({"measured": plan, "block": block, "elapsed": elapsed, "outcomes": records})
 
     def finish(self) -> None:
@@ -102,7 +103,8 @@ class Store:
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
         if not whole:
-            if content and not f'{{"format": "{FORMAT}"'.encode().startswith(content[:24]):
+            begun = json.dumps({"format": FORMAT})[:-1].encode()
+            if not begun.startswith(content[: len(begun)]):
                 raise ConfigError(f"{path}: not a state of fly-tune: give another --state")
             self._file.truncate(0)
             self._write({"format": FORMAT, "identity": identity})

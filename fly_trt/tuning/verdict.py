@@ -90,13 +90,12 @@ class _Answers:
 
 
 def conclude(
-    candidates: Sequence[Candidate], outcomes: Sequence[Outcome], rules: Rules, dropped: Mapping[str, str] | None = None
+    candidates: Sequence[Candidate], outcomes: Sequence[Outcome], rules: Rules
 ) -> tuple[list[CandidateResult], Verdict]:
     """All candidates that answered anything, judged ones first and the faster before the slower, and the verdict.
 
     Among the candidates are PLAIN, which answered every prompt that another one did, and perhaps DEFAULT. Outcomes may
-    come in any order. Two candidates are compared on the prompts that both answered in the stage. dropped: why the
-    search dropped a candidate, in a few words, by name.
+    come in any order. Two candidates are compared on the prompts that both answered in the stage.
     """
     table = _by_candidate_and_stage(outcomes)
     num_looks = sum((one.name, "judge") in table and not one.is_lossless for one in candidates)
@@ -105,7 +104,7 @@ def conclude(
     results.sort(key=lambda one: (one.stage != "judge", -one.speed))
     kind, chosen = _choose(results, rules)
     share_that_judges = _share_that_judges(table)
-    wording = Wording(rules.kind, rules.min_retention, share_that_judges, kind, chosen, results, dropped or {})
+    wording = Wording(rules.kind, rules.min_retention, share_that_judges, kind, chosen, results)
     told = [dataclasses.replace(one, verdict=wording.of_candidate(one)) for one in results]
     return told, Verdict(kind, chosen, wording.sentences())
 

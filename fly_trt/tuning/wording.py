@@ -4,7 +4,7 @@ Bounds are cut and never rounded up, so that nobody reads more than was shown.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fly_trt.tuning.quality import KINDS
@@ -22,7 +22,7 @@ def factor(ratio: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Wording:
-    """kind: of the judge. share_that_judges: of the prompts that were used. dropped: why candidates left the search."""
+    """kind: of the judge. share_that_judges: of the prompts that were used."""
 
     kind: str
     min_retention: float
@@ -30,7 +30,6 @@ class Wording:
     verdict: VerdictKind
     chosen: str
     results: Sequence[CandidateResult]
-    dropped: Mapping[str, str]
 
     def of_candidate(self, result: CandidateResult) -> str:
         """In a few words."""
@@ -40,7 +39,7 @@ class Wording:
         if name == PLAIN:
             return "the baseline"
         if result.stage == "search":
-            return self.dropped.get(name, "left in the search")
+            return "left in the search"
         if not result.is_faster_than_plain:
             return "not faster than plain"
         if result.qualifies(self.min_retention):

@@ -65,8 +65,8 @@ class FlyPolicy(AcceptancePolicy):
     def why(self, evidence: Evidence, position: int) -> str:
         """The entropy beside the gate and, over it, what became of the window."""
         entropy = float(self._gate(evidence)[position])
-        if not self.is_loose or not math.isfinite(entropy):
-            return "it must not come" if self.is_loose else "only the target’s own choice stands"
+        if not self.is_loose:
+            return "only the target’s own choice stands"
         if not entropy >= self.entropy_threshold:
             return f"{entropy:.2f} nats, under the gate of {self.entropy_threshold:.2f}"
         over = f"{entropy:.2f} nats, over the gate of {self.entropy_threshold:.2f}"

@@ -13,6 +13,7 @@ So it is the same however the round is cut.
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,17 @@ class GuardSettings:
     @property
     def is_empty(self) -> bool:
         return self == GuardSettings()
+
+    def in_force(self) -> dict[str, Any]:
+        """Those that are set, as JSON has them."""
+        values = {
+            "exact_first": self.exact_first,
+            "exact_token_ids": sorted(self.exact_token_ids),
+            "exact_within": list(self.exact_within),
+        }
+        given = {name: value for name, value in values.items() if value}
+        budget = self.max_loosened_per_100
+        return given if budget is None else given | {"max_loosened_per_100": budget}
 
 
 def check_regions(names: Iterable[str]) -> None:

@@ -163,6 +163,12 @@ class Evidence:
         """How many of the accepted draft tokens differ from the target's choice."""
         return int(np.count_nonzero(self.draft[:num_accepted] != self.target.choices[:num_accepted]))
 
+    def num_exact(self, num_accepted: int) -> int:
+        """How many of the accepted draft tokens come before the first that differs: exact verification of the same
+        draft would have accepted these."""
+        differs = self.draft[:num_accepted] != self.target.choices[:num_accepted]
+        return int(differs.argmax()) if differs.any() else num_accepted
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:

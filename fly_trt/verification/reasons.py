@@ -12,16 +12,22 @@ from fly_trt.outputs import TokenKind
 from fly_trt.verification.guards import Limits
 from fly_trt.verification.policy import AcceptancePolicy, Evidence, percent
 
+EXACT_BECAUSE = {
+    "windows": "windows do not pay here, so it is exact for a while",
+    "breaker": "the circuit breaker is tripped, so it is exact",
+}
+
 
 class Decision(NamedTuple):
-    """One position of a round that is decided. is_paused: the request's windows are closed for a while. is_limited: the
-    rule wanted a token to stand that must not; guard: the setting that says so, where it is one."""
+    """One position of a round that is decided. exact_because: of a round that is exact although its request is loose,
+    one of EXACT_BECAUSE. is_limited: the rule wanted a token to stand that must not; guard: the setting that says so,
+    where it is one."""
 
     kind: TokenKind
     policy: AcceptancePolicy
     evidence: Evidence
     position: int
-    is_paused: bool = False
+    exact_because: str | None = None
     is_limited: bool = False
     guard: str | None = None
 
@@ -69,14 +75,16 @@ def _objection(decision: Decision, limits: Limits) -> str | None:
     """What stands above the rule and speaks against a draft token."""
     _, policy, evidence, at = decision[:4]
     if decision.guard is not None:
-        return f"{policy.why(evidence, at)}, but {decision.guard} wants it exact"
-    if decision.is_paused:
-        return "windows do not pay here, so it is exact for a while"
+        return f"{decision.guard} wants it exact, though the rule was willing"
+    if decision.exact_because is not None:
+        return EXACT_BECAUSE[decision.exact_because]
     if not policy.is_loose:
         return None
     if not limits.never_loosened.isdisjoint((int(evidence.draft[at]), int(evidence.choices[at]))):
         return "the end of a text is never loosened"
-    return "a token that must not come, or comes from elsewhere, is never loosened" if decision.is_limited else None
+    if math.isinf(evidence.target.draft_logprob[at]):
+        return "what was drafted must not come here"
+    return "what comes from elsewhere is never loosened" if decision.is_limited else None
 
 
 def _quoted(text: str) -> str:

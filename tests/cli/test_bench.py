@@ -43,6 +43,8 @@ def test_json_holds_settings_machine_and_every_round(demo_engine: Path, tmp_path
     assert list(settings["modes"]) == ["autoregressive", "exact", "fly"]
     assert settings["modes"]["autoregressive"] == {"method": None}
     assert settings["modes"]["fly"]["fly_window_size"] == 5
+    assert settings["running"]["autoregressive"] == "plain decoding"
+    assert "window 5" in settings["running"]["fly"]
     loads = [{"concurrency": 1, "request_rate": None}, {"concurrency": 2, "request_rate": None}]
     assert settings["loads"] == [*loads, {"concurrency": None, "request_rate": "inf"}]
     assert [row["mode"] for row in record["results"]] == ["autoregressive", "exact", "fly"] * 3

@@ -43,6 +43,8 @@ def test_json_holds_tokens_and_metrics(demo_engine: Path) -> None:
     plain = json.loads(run(str(demo_engine), PROMPT, "--json", "--method", "none").stdout)
     assert record["token_ids"] == plain["token_ids"]
     assert record["metrics"]["num_loosened_tokens"] == 0
+    assert record["setting"]["line"].startswith("exact, ")
+    assert plain["setting"]["line"] == "plain decoding"
     assert record["metrics"]["mean_acceptance_length"] > 1
     assert plain["metrics"]["num_spec_steps"] == 0
 
@@ -95,6 +97,7 @@ def test_the_streamed_text_is_the_whole_text_and_the_summary_counts_all_tokens(d
     result = run(str(demo_engine), PROMPT)
     assert result.stdout == record["text"] + "\n"
     assert result.stderr.startswith(f"{len(record['token_ids'])} tokens, ")
+    assert result.stderr.strip().endswith(record["setting"]["line"])
 
 
 @pytest.mark.parametrize(

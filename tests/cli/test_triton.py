@@ -105,6 +105,9 @@ def test_a_dry_run_prints_what_would_be_written_and_writes_nothing(demo_engine: 
     assert json.loads(run(*flags, "--dry-run", "--json").stdout)["config"] == dry.stdout
     assert run(*flags).exit_code == 0
     assert dry.stdout == (repository / "fly" / "config.pbtxt").read_text(encoding="utf-8")
+    assert (
+        "# As written: fly (reference: threshold 0.3, window 6), model + lookup drafts of 15; not tuned\n" in dry.stdout
+    )
     before = {path: path.stat().st_mtime_ns for path in repository.rglob("*")}
     assert run(*flags, "--dry-run").stdout == dry.stdout  # also where there is a model already
     assert {path: path.stat().st_mtime_ns for path in repository.rglob("*")} == before

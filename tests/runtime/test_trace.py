@@ -17,15 +17,27 @@ from fly_trt.acceptance import AcceptanceSettings
 from fly_trt.outputs import RequestOutput, TokenTrace
 from fly_trt.params import RequestOutputKind, SamplingParams
 from fly_trt.runtime.group import RequestGroup
+from fly_trt.runtime.loop import GenerationLoop, LoopConfig
 from fly_trt.runtime.loosening import StepCosts
 from fly_trt.runtime.request import Request
-from fly_trt.verification import EXACT, POLICIES, PRESETS, AcceptancePolicy, HeadInfo, UniformStream, sampling
+from fly_trt.verification import (
+    EXACT,
+    POLICIES,
+    PRESETS,
+    AcceptancePolicy,
+    GuardSettings,
+    HeadInfo,
+    UniformStream,
+    make_guards,
+    sampling,
+)
 from loop_stack import (
     DRAFTERS,
     NUM_DRAFT_TOKENS,
     PROMPT,
     SHORT_WINDOW,
     Stack,
+    letters,
     make_drafter,
     make_request,
     make_stack,
@@ -34,6 +46,7 @@ from table_engine import (
     FULL_ENTROPY,
     VOCAB_SIZE,
     Logits,
+    TableEngine,
     greedy,
     most_probable,
     sometimes_differs,
@@ -121,6 +134,23 @@ def assert_has_the_rounds(trace: list[TokenTrace], request: Request) -> None:
             assert num_accepted < num_drafted
 
 
+def assert_agrees_with_rounds(request: Request) -> None:
+    """What is kept of whole rounds, beside the tokens and the metrics."""
+    metrics, rounds = request.metrics, request.rounds
+    assert [round_.number for round_ in rounds] == list(range(request.trace[-1].round + 1))
+    drafted = [round_ for round_ in rounds if round_.num_draft]
+    assert [round_.num_draft for round_ in drafted] == metrics.per_step_drafted
+    assert [round_.num_accepted for round_ in drafted] == metrics.per_step_accepted
+    assert sum(round_.num_loosened for round_ in rounds) == metrics.num_loosened_tokens
+    assert all(round_.num_steps >= 1 and round_.verification_seconds > 0 for round_ in rounds)
+    assert all(round_.num_rows >= 1 and round_.draft_seconds >= 0 for round_ in rounds)
+    for of_token in request.trace:
+        assert (of_token.rejected is not None) == (of_token.kind == "correction")
+        assert of_token.reason.startswith(f"{of_token.kind}:")
+        if of_token.rejected is not None:
+            assert of_token.rejected == rounds[of_token.round].rejected[0] != of_token.choice
+
+
 def assert_agrees_with_the_target(trace: list[TokenTrace], request: Request, salt: int) -> None:
     """What the target says of each prefix, computed here without rounds."""
     logits, table_entropy = spread_logits(salt), sometimes_uncertain(salt)
@@ -132,6 +162,7 @@ def assert_agrees_with_the_target(trace: list[TokenTrace], request: Request, sal
         if request.sampler is None:
             entropy = table_entropy(prefix) * (FULL_ENTROPY if uses_full_entropy else 1)
             choice = int(logits(prefix).argmax())
+            shares = sampling.distribution(logits(prefix)[None])
         else:
             output = np.array(tokens[len(PROMPT) : len(prefix)], np.int64)
             scores = logits(prefix)[None]
@@ -146,6 +177,11 @@ def assert_agrees_with_the_target(trace: list[TokenTrace], request: Request, sal
             sampled = sampling.sample(shares, uniforms.at(at, 1)) if params.temperature else sampling.greedy(scores)
             choice = int(sampled[0])
         assert of_token.choice == choice, (at, of_token)
+        assert of_token.top is not None
+        assert sorted(of_token.top, key=lambda top: -top[1]) == of_token.top
+        for token, logprob in of_token.top:
+            assert math.exp(logprob) == pytest.approx(shares[0, token], rel=1e-4)
+        assert math.exp(of_token.top[0][1]) == pytest.approx(shares.max(), rel=1e-4)
         if of_token.entropy is None:
             assert of_token.kind == "correction", "a draft token that must not come"
             assert request.sampler is not None
@@ -179,6 +215,8 @@ def test_it_agrees_with_tokens_metrics_and_target_and_changes_nothing(rule: str,
         assert trace is not None
         assert_agrees_with_metrics(trace, traced.output_token_ids, traced)
         assert_has_the_rounds(trace, traced)
+        assert_agrees_with_rounds(traced)
+        assert plain.rounds == []
         assert_agrees_with_the_target(trace, traced, salt)
 
     check()
@@ -255,17 +293,71 @@ def test_deltas_put_together_are_the_whole_trace(is_traced: bool) -> None:
             assert want.trace is not None
             for part in parts:
                 assert part.trace is not None
+                assert part.rounds is not None
                 assert len(part.trace) == len(part.token_ids)
             last = [parts[-1]] if kind is RequestOutputKind.CUMULATIVE else parts
             assert [of_token for part in last for of_token in part.trace or ()] == want.trace
+            rounds = [round_ for part in last for round_ in part.rounds or ()]
+            assert [round_[:6] for round_ in rounds] == [round_[:6] for round_ in want.rounds or ()]
 
 
 def test_a_request_that_does_not_ask_never_makes_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> list[TokenTrace]:
         raise AssertionError("nobody asked")
 
-    monkeypatch.setattr("fly_trt.runtime.rounds.Round.traces", never)
+    for name in ("Round.traces", "Round.trace", "explain", "RoundCosts.add_draft", "RoundCosts.add_step"):
+        monkeypatch.setattr(f"fly_trt.runtime.rounds.{name}", never)
     monkeypatch.setattr("fly_trt.verification.sampling.gate_entropy", never)
     for way in ({}, {"temperature": 0.9}):
-        assert serve(build(1, "multi_level"), policy=EXACT, **way).output_token_ids
+        stack = build(1, "multi_level")
+        assert serve(stack, policy=EXACT, **way).output_token_ids
+        assert stack.target.top_shapes == []
     assert SamplingParams().speculation_trace is False
+
+
+def test_a_guard_is_named_where_it_turned_a_loosening_down() -> None:
+    """Also where the rule's window would have failed. Without the guard, the first such place is loosened."""
+    num_named = 0
+    for salt in range(12):
+        served = []
+        for settings in (GuardSettings(), GuardSettings(exact_first=12)):
+            request = make_request(policy=SHORT_WINDOW, ignore_eos=True, speculation_trace=True)
+            request.guards = make_guards(settings, str)
+            stack = build(salt, "draft_model")
+            stack.run(request)
+            served.append(request)
+        loose, guarded = served
+        assert all(of_token.guard is None for of_token in loose.trace)
+        named = [at for at, of_token in enumerate(guarded.trace) if of_token.guard is not None]
+        first = next((at for at, of_token in enumerate(loose.trace) if of_token.kind == "loosened"), 99)
+        assert first >= 12 or first in named
+        assert not any(of_token.kind == "loosened" for of_token in guarded.trace[:12])
+        for at in named:
+            assert at < 12
+            assert guarded.trace[at].kind == "correction"
+            assert guarded.trace[at].guard == "exact_first"
+            assert "exact_first wants it exact" in guarded.trace[at].reason
+        num_named += len(named)
+    assert num_named
+
+
+def test_an_engine_that_does_not_name_tokens_leaves_them_out() -> None:
+    language = most_probable(spread_logits(1))
+    engine = TableEngine(language, logits=spread_logits(1), has_top_tokens=False)
+    config = LoopConfig(1, 240, NUM_DRAFT_TOKENS, max_num_tokens=64, max_queue_size=10)
+    loop = GenerationLoop(engine, make_drafter("draft_model", language), config, letters())
+    request = make_request(policy=SHORT_WINDOW, speculation_trace=True)
+    loop.add([request])
+    while loop.has_requests():
+        loop.step()
+    assert {of_token.top for of_token in request.trace} == {None}
+    assert all(of_token.reason for of_token in request.trace)
+
+
+def test_a_share_of_a_batch_is_said_as_one() -> None:
+    stack = build(2, "draft_model", num_slots=3)
+    requests = [make_request(request_id=str(i), ignore_eos=True, speculation_trace=True) for i in range(3)]
+    stack.run(*requests)
+    assert {round_.num_rows for request in requests for round_ in request.rounds} >= {3}
+    alone = serve(build(2, "draft_model"), ignore_eos=True, speculation_trace=True)
+    assert {round_.num_rows for round_ in alone.rounds} == {1}

@@ -112,16 +112,16 @@ def test_a_default_that_loses_too_much_is_named_however_slow_it_is() -> None:
     assert "keeps 90 % as seen" in says(verdict)
 
 
-def test_what_was_only_searched_is_not_judged_and_is_told_why() -> None:
+def test_what_was_only_searched_is_not_judged() -> None:
     simulated = [BASELINE, Simulated("exact", 2), Simulated("left", 3, 0)]
     truth = Truth.drawn(simulated, 60, np.random.default_rng(0))
     outcomes = truth.outcomes([PLAIN, "exact", "left"], range(10), "search")
     outcomes += truth.outcomes([PLAIN, "exact"], range(10, 60), "judge")
     candidates = [one.candidate for one in simulated] + [Simulated("never run", 1).candidate]
-    results, verdict = conclude(candidates, outcomes, RULES, {"left": "no time to try it"})
+    results, verdict = conclude(candidates, outcomes, RULES)
     assert [one.candidate.name for one in results] == ["exact", PLAIN, "left"]
     assert (results[-1].stage, results[-1].num_prompts, results[-1].retention) == ("search", 10, None)
-    assert results[-1].verdict == "no time to try it"
+    assert results[-1].verdict == "left in the search"
     assert verdict.chosen == "exact"
 
 

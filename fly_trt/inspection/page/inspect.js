@@ -14,7 +14,7 @@ function main() {
   const { requests } = JSON.parse(document.getElementById("document").textContent);
   const chooser = document.getElementById("request");
   const beside = document.getElementById("beside");
-  chooser.append(...requests.map((request, at) => option(request.name, at)));
+  chooser.append(...requests.map((request, at) => option(nameOf(request), at)));
   for (const name of ["request-label", "beside-label"]) document.getElementById(name).hidden = requests.length < 2;
   const show = () => draw(requests[chooser.value], requests[beside.value]);
   const choose = () => {
@@ -23,7 +23,7 @@ function main() {
     const others = [...requests.keys()].filter(isOther);
     const mates = others.filter((at) => group !== null && requests[at].group === group);
     const rest = others.filter((at) => !mates.includes(at));
-    beside.replaceChildren(option("nothing", NOTHING_BESIDE), ...[...mates, ...rest].map((at) => option(requests[at].name, at)));
+    beside.replaceChildren(option("nothing", NOTHING_BESIDE), ...[...mates, ...rest].map((at) => option(nameOf(requests[at]), at)));
     beside.value = mates[0] ?? NOTHING_BESIDE;
     show();
   };
@@ -36,6 +36,9 @@ function main() {
 function draw(request, other) {
   const rounds = roundsOf(request);
   const texts = make("div", other ? "texts two" : "texts");
+  const tokens = make("div");
+  if ([request, other].some((each) => each?.tokens.some((token) => token.rejected))) tokens.append(rejectedSwitch(texts));
+  tokens.append(texts);
   const view = answer(texts, request);
   if (other) {
     const marked = differences(ids(request), ids(other));
@@ -51,7 +54,7 @@ function draw(request, other) {
   timeline.onRound = (round) => view.showRound(round);
   view.onPoint = (at) => timeline.mark(at === null ? null : request.tokens[at].round);
 
-  const parts = [titled("Totals", totals(request, rounds)), titled("Tokens", texts), titled("Rounds", timelineBox)];
+  const parts = [titled("Totals", totals(request, rounds)), titled("Tokens", tokens), titled("Rounds", timelineBox)];
   const pair = make("div", "pair");
   pair.append(titled("Rounds by accepted tokens", histogram(request, rounds)), titled("Draft against verification", costs(rounds)));
   parts.push(pair);
@@ -64,17 +67,18 @@ function answer(parent, request) {
   const box = parent.appendChild(make("article", "answer"));
   const head = box.appendChild(make("header"));
   head.append(make("h3", "", request.acceptance ?? request.name), make("p", "answer-note", count(request.tokens.length, "token")));
-  const drawn = box.appendChild(make("div"));
-  const view = new TokenView(drawn, `Tokens of ${request.name}`);
+  const view = new TokenView(box.appendChild(make("div")), `Tokens of ${request.name}`);
   view.append(request.tokens);
-  if (request.tokens.some((token) => token.rejected)) {
-    const label = box.insertBefore(make("label", "switch"), drawn);
-    const box2 = label.appendChild(make("input"));
-    box2.type = "checkbox";
-    label.append(make("span", "", "Show what the draft had wanted"));
-    box2.addEventListener("change", () => drawn.classList.toggle("with-rejected", box2.checked));
-  }
   return view;
+}
+
+function rejectedSwitch(texts) {
+  const label = make("label", "switch");
+  const box = label.appendChild(make("input"));
+  box.type = "checkbox";
+  label.append(make("span", "", "Show what the draft had wanted in place of corrections"));
+  box.addEventListener("change", () => texts.classList.toggle("with-rejected", box.checked));
+  return label;
 }
 
 // What the runtime counted, where the file says it, and otherwise what the trace shows.
@@ -156,6 +160,10 @@ function titled(title, content) {
   element.setAttribute("aria-label", title);
   element.append(make("h2", "", title), content);
   return element;
+}
+
+function nameOf({ name, acceptance }) {
+  return acceptance === null || name.includes(acceptance) ? name : `${name}, ${acceptance}`;
 }
 
 function option(name, value) {

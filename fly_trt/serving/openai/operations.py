@@ -77,6 +77,7 @@ def make_operations_router(pool: EnginePool, config: ServerConfig, lifecycle: Li
         "parent": None,
         "max_model_len": pool.llms[0].sizes.max_seq_len,
         "has_chat_template": bool(template),
+        "setting": pool.llms[0].setting.as_dict(),
     }
 
     @router.get("/health")

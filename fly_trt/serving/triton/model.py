@@ -101,6 +101,7 @@ class TritonPythonModel:
             )
         except FlyError as error:
             raise pb_utils.TritonModelException(str(error)) from None
+        logger.info("%s: %s", args["model_instance_name"], self._llm.setting)
         self._llm.warm_up_grammars()
         labels = {"model": self._name, "version": version, "instance": args["model_instance_name"]}
         self._metrics: TritonMetrics | None = None

@@ -18,6 +18,7 @@ from fly_trt.errors import ConfigError
 from fly_trt.files import new_directory
 from fly_trt.manifest import MANIFEST_NAME, Manifest, read_manifest
 from fly_trt.service.config import DEFAULT_MAX_QUEUE_SIZE, ServiceConfig, resolve_sizes, resolve_speculative_config
+from fly_trt.service.setting import describe_setting
 from fly_trt.serving.triton.configuration import write_parameters
 from fly_trt.serving.triton.tensors import INPUTS, OUTPUTS
 
@@ -105,6 +106,7 @@ def make_plan(
     config = resolve_speculative_config(manifest, speculative or {})
     sizes = resolve_sizes(ServiceConfig.from_dict({**settings, "max_queue_size": max_queue_size}), config, manifest)
     text = _template().render(
+        setting=describe_setting(manifest, config),
         version=fly_trt.__version__,
         engine=manifest.name,
         name=name,

@@ -151,10 +151,13 @@ def _counts(output: RequestOutput) -> dict[str, Array]:
         "total_draft_tokens": metrics.num_draft_tokens,
         "total_accepted_draft_tokens": metrics.num_accepted_tokens,
         "total_loosened_tokens": metrics.num_loosened_tokens,
+        "total_saved_tokens": metrics.num_saved_tokens,
+        "total_refused_loosenings": sum(metrics.num_refused_loosenings_by_guard.values()),
     }
     rate = metrics.num_accepted_tokens / metrics.num_draft_tokens if metrics.num_draft_tokens else 0.0
     return {name: np.array([[count]], np.int32) for name, count in counts.items()} | {
-        "acceptance_rate": np.array([[rate]], np.float32)
+        "acceptance_rate": np.array([[rate]], np.float32),
+        "guards": np.array([[json.dumps(metrics.guards).encode()]], np.object_),
     }
 
 

@@ -55,6 +55,9 @@ def test_models_are_listed_under_all_their_names(client: httpx.Client) -> None:
     assert client.get("/v1/models/other/name").json() == found["data"][1]
     assert found["data"][0]["max_model_len"] == 2048
     assert "/" not in found["data"][0]["root"], "no path of this machine"
+    setting = found["data"][0]["setting"]
+    assert setting["line"] == "fly (reference: threshold 0.3, window 6), model + lookup drafts of 15; not tuned"
+    assert (setting["acceptance"], setting["guards"], setting["tuning"]) == ("fly", {}, None)
 
 
 def test_an_unknown_model_is_404_with_its_code(client: httpx.Client) -> None:

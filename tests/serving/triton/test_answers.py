@@ -1,5 +1,6 @@
 """What a client of a real tritonserver gets for a request that can be served."""
 
+import json
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -90,6 +91,10 @@ def test_acceptance_is_chosen_per_request(server: TritonServer, llm: LLM) -> Non
             answer = server.generate(text_input=prompt, max_tokens=80, **setting)
             assert answer["output_ids"] == want.outputs[0].token_ids, setting
             assert answer["total_loosened_tokens"] == want.metrics.num_loosened_tokens, setting
+            assert answer["total_saved_tokens"] == want.metrics.num_saved_tokens, setting
+            refused = sum(want.metrics.num_refused_loosenings_by_guard.values())
+            assert answer["total_refused_loosenings"] == refused, setting
+            assert json.loads(answer["guards"]) == want.metrics.guards, setting
 
 
 def test_draft_tokens_are_chosen_per_request(server: TritonServer, llm: LLM) -> None:

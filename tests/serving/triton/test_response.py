@@ -26,8 +26,19 @@ COUNTS = {
     "total_draft_tokens",
     "total_accepted_draft_tokens",
     "total_loosened_tokens",
+    "total_saved_tokens",
+    "total_refused_loosenings",
+    "guards",
 }
-METRICS = RequestMetrics(num_draft_tokens=40, num_accepted_tokens=30, num_loosened_tokens=5, num_output_tokens=36)
+METRICS = RequestMetrics(
+    num_draft_tokens=40,
+    num_accepted_tokens=30,
+    num_loosened_tokens=5,
+    num_saved_tokens=11,
+    num_refused_loosenings_by_guard={"exact_first": 2, "max_loosened_per_100": 1},
+    guards={"exact_first": 4, "max_loosened_per_100": 5},
+    num_output_tokens=36,
+)
 
 
 def writer(n: int = 1, *, stream: bool = False, log_probs: bool = False, **settings: Any) -> ResponseWriter:
@@ -85,6 +96,9 @@ def test_one_sequence_is_text_ids_and_length_with_the_counts() -> None:
         "total_draft_tokens": [[40]],
         "total_accepted_draft_tokens": [[30]],
         "total_loosened_tokens": [[5]],
+        "total_saved_tokens": [[11]],
+        "total_refused_loosenings": [[3]],
+        "guards": [[b'{"exact_first": 4, "max_loosened_per_100": 5}']],
     }
 
 

@@ -41,7 +41,10 @@ def metrics_object(
         "speculative_decoding": found,
         "acceptance": _acceptance_name(params.acceptance_params.over(config)),
         "exact_because": total.exact_because,
+        "guards": total.guards,
         "num_loosened_tokens": total.num_loosened_tokens,
+        "num_saved_tokens": total.num_saved_tokens,
+        "num_refused_loosenings_by_guard": total.num_refused_loosenings_by_guard,
         "num_draft_tokens_by_source": total.num_draft_tokens_by_source,
         "num_accepted_tokens_by_source": total.num_accepted_tokens_by_source,
     }

@@ -58,6 +58,7 @@ async function connect() {
     $("model").replaceChildren(...models.map((model) => new Option(model.id, model.id)));
     $("model").disabled = false;
     $("max_tokens").max = models[0].max_model_len;
+    $("setting").textContent = `Server default: ${models[0].setting.line}`;
     allowChat(models[0].has_chat_template);
     $("page-error").textContent = "";
     $("key-form").hidden = true;

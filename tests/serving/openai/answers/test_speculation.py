@@ -93,7 +93,10 @@ def test_it_has_vllms_fields_and_ours_are_beside_it() -> None:
     }
     assert found == {
         "acceptance": "fly",
+        "guards": {},
         "num_loosened_tokens": 0,
+        "num_saved_tokens": 0,
+        "num_refused_loosenings_by_guard": {},
         "num_draft_tokens_by_source": {"model": 8},
         "num_accepted_tokens_by_source": {"model": 4},
     }

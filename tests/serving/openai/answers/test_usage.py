@@ -57,12 +57,17 @@ def test_metrics_are_those_of_generate(client: OpenAI, llm: LLM) -> None:
         "speculative_decoding",
         "acceptance",
         "exact_because",
+        "guards",
         "num_loosened_tokens",
+        "num_saved_tokens",
+        "num_refused_loosenings_by_guard",
         "num_draft_tokens_by_source",
         "num_accepted_tokens_by_source",
     }
     assert found["acceptance"] == "fly"
     assert found["num_loosened_tokens"] == metrics.num_loosened_tokens
+    assert found["num_saved_tokens"] == metrics.num_saved_tokens >= metrics.num_loosened_tokens
+    assert found["guards"] == found["num_refused_loosenings_by_guard"] == {}
     assert found["num_draft_tokens_by_source"] == metrics.num_draft_tokens_by_source
     assert found["num_accepted_tokens_by_source"] == metrics.num_accepted_tokens_by_source
     said = found["speculative_decoding"]

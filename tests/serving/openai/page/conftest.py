@@ -1,9 +1,7 @@
 """Debian's Chromium, and pages in it that must neither complain nor ask any other origin."""
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,24 +10,13 @@ import pytest
 from playwright.sync_api import (
     Browser,
     BrowserContext,
-    ConsoleMessage,
     Locator,
     Page,
     Route,
     expect,
-    sync_playwright,
 )
 
-ARGUMENTS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-SECONDS = 60_000  # milliseconds: an answer may have to wait for other tests' processes
+from watched_pages import SECONDS, launched_chromium, watch
 
 
 @dataclass
@@ -91,14 +78,9 @@ Visit = Callable[..., Playground]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One for a module. Without Chromium its tests are skipped, but not where a build is to be judged."""
-    executable = shutil.which("chromium")
-    if executable is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("chromium is not installed: apt-get install chromium")
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=executable, args=list(ARGUMENTS))
+    """One for a module."""
+    with launched_chromium() as launched:
         yield launched
-        launched.close()
 
 
 @pytest.fixture
@@ -116,13 +98,7 @@ def visit(browser: Browser) -> Iterator[Visit]:
         playground = Playground(page)
         visited.append((url, playground))
 
-        def note(message: ConsoleMessage) -> None:
-            playground.problems.append(message.text)
-
-        page.on("console", note)
-        page.on("pageerror", lambda error: playground.problems.append(str(error)))
-        page.on("dialog", lambda dialog: playground.problems.append(dialog.message))
-        page.on("request", lambda request: playground.urls.append(request.url))
+        watch(page, playground.problems, playground.urls)
         page.goto(url)
         return playground
 
