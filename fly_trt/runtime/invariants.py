@@ -16,6 +16,9 @@ def check_invariants(scheduler: Scheduler) -> None:
         owner = slot.request
         _check(owner is None or owner.slot == index, f"slot {index}: its owner thinks it has another")
         _check(owner is None or not len(slot.kept), f"slot {index}: owned and kept at once")
+    if not slots.loan.is_over and slots.loan.slot < len(slots):
+        lent = slots.table[slots.loan.slot]
+        _check(lent.request is None and not len(lent.kept), f"slot {slots.loan.slot}: lent and in use at once")
     for request in scheduler.waiting:
         _check(request.state is RequestState.WAITING, f"{request.request_id}: waits as {request.state}")
         _check(request.slot == -1, f"{request.request_id}: waits with slot {request.slot}")

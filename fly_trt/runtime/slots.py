@@ -46,7 +46,8 @@ class Loan:
 
 class SlotTable:
     """The slots of one target engine and of the drafter that mirrors them. `table` is by slot; only this class changes
-    it. spare_slot: one of the engine's beyond the table, for loans; None lends free ones that keep nothing."""
+    it. spare_slot: one of the engine's beyond the table, for loans; None lends free ones that keep nothing. `loan`: the
+    last one."""
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class SlotTable:
     ) -> None:
         self.table = [Slot() for _ in range(num_slots)]
         self._spare_slot = spare_slot
-        self._loan = Loan(-1, is_over=True)
+        self.loan = Loan(-1, is_over=True)
         self._target = target
         self._drafter = drafter
         self._prefix_caching = prefix_caching
@@ -147,17 +148,17 @@ class SlotTable:
         """A slot for who reads `tokens` int64 [length], with the longest beginning of them that another slot holds;
         None where there is none to lend. It takes the place of the loan before."""
         slot = self._spare_slot if self._spare_slot is not None else self._slot_to_lend()
-        self._loan.is_over = True
+        self.loan.is_over = True
         if slot is None:
             return None
-        self._loan = Loan(slot)
+        self.loan = Loan(slot)
         if self._prefix_caching:
             others = [index for index in range(len(self.table)) if index != slot]
             source, length = self._longest_prefix(tokens, others)
             if length >= MIN_PREFIX_TOKENS:
                 self._target.copy_slot(source, slot, length)
-                self._loan.num_tokens = length
-        return self._loan
+                self.loan.num_tokens = length
+        return self.loan
 
     def compact(self) -> None:
         """Moves the last active requests into the gaps that finished ones left."""
@@ -171,7 +172,7 @@ class SlotTable:
         last = max(self.table, key=lambda slot: slot.freed_at)
         # An open round's draft may be cached beyond the sequence.
         needed = (max(len(request.sequence), request.num_cached) for request in self.active)
-        lent = 0 if self._loan.is_over else self._loan.num_tokens
+        lent = 0 if self.loan.is_over else self.loan.num_tokens
         longest = max([1, lent, len(last.kept), *needed])  # an idle engine keeps its smallest caches
         held = self._target.trim(longest)
         for slot in self.table:
@@ -201,11 +202,11 @@ class SlotTable:
 
     def _take_back(self, slot: int) -> None:
         """The slot's cache is about to be written by others."""
-        if slot == self._loan.slot:
-            self._loan.is_over = True
+        if slot == self.loan.slot:
+            self.loan.is_over = True
 
     def _keep_nothing(self) -> None:
-        self._loan.is_over = True
+        self.loan.is_over = True
         for slot in self.table:
             slot.kept = NO_TOKENS
 
