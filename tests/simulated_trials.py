@@ -28,20 +28,20 @@ class SimulatedTrials:
         self._interrupt_after = interrupt_after
         self._numbers = {one.name: number for number, one in enumerate(truth.simulated)}
 
-    def answer(self, candidate: Candidate, prompts: Sequence[Prompt]) -> tuple[list[Exchange], float]:
+    def answer(self, candidate: Candidate, prompts: Sequence[Prompt]) -> list[Exchange]:
         if len(self.answers) == self._interrupt_after:
             raise KeyboardInterrupt
-        exchanges, seconds = [], 0.0
+        exchanges = []
         for prompt in prompts:
             (index,) = prompt["prompt_token_ids"]
             self.answers.append((candidate.name, index))
             told = self._truth.outcome(self._numbers[candidate.name], index, "search")
             exchange = Exchange(token_ids=list(told.token_ids), text="right" if told.score else "wrong")
+            exchange.chunk_times.append(told.seconds)
             exchange.metrics.num_loosened_tokens = told.num_loosened
             exchanges.append(exchange)
-            seconds += told.seconds
-        self.seconds += seconds
-        return exchanges, seconds
+            self.seconds += told.seconds
+        return exchanges
 
     def keep(self, candidates: Sequence[Candidate]) -> None:
         """Nothing is open."""

@@ -76,6 +76,11 @@ class Exchange:
         return self.chunk_times[0] - self.sent
 
     @property
+    def latency(self) -> float:
+        """Seconds from sending the request to its last chunk."""
+        return self.chunk_times[-1] - self.sent
+
+    @property
     def nll_per_token(self) -> float | None:
         """Mean of -ln p over the output tokens, in nats."""
         return None if self.log_likelihood is None else -self.log_likelihood / len(self.token_ids)

@@ -152,7 +152,7 @@ def _summary(output: RequestOutput, seconds: float) -> str:
             f"{metrics.num_loosened_tokens} loosened tokens"
         )
         if metrics.num_loosened_tokens:
-            text += f" saved {metrics.num_saved_tokens}"
+            text += f" ({metrics.num_saved_tokens} tokens saved)"
         for guard, count in metrics.num_refused_loosenings_by_guard.items():
             text += f", {guard} refused {count}"
     return text

@@ -34,9 +34,13 @@ def make_page(document: Mapping[str, Any]) -> str:
     style = "".join(_read(name) for name in STYLES)
     # One module instead of several: a page of a file cannot load others.
     script = "".join(EXPORT.sub("", IMPORT.sub("", _read(name))) for name in SCRIPTS)
-    policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; base-uri 'none'"
-    parts = {"policy": policy, "style": style, "script": script, "document": as_data(document)}
+    parts = {"policy": content_policy(script, style), "style": style, "script": script, "document": as_data(document)}
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _read("inspect.html"))
+
+
+def content_policy(script: str, style: str) -> str:
+    """The Content-Security-Policy of a page with this one script and this one style sheet, and nothing else."""
+    return f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; base-uri 'none'"
 
 
 def as_data(document: Mapping[str, Any]) -> str:

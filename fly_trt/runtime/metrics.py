@@ -34,7 +34,7 @@ COUNTERS = {
     "spec_decode_num_draft_tokens": "Draft tokens verified by the target.",
     "spec_decode_num_accepted_tokens": "Draft tokens that were emitted.",
     "spec_decode_num_loosened_tokens": "Emitted draft tokens that the target did not choose.",
-    "spec_decode_num_saved_tokens": "Emitted draft tokens that exact verification had not accepted.",
+    "spec_decode_num_saved_tokens": "Emitted draft tokens that exact verification would not have accepted.",
     "requests_made_exact": "Loose requests that the breaker made exact, as a whole or from somewhere on.",
     "prompt_tokens": "Prompt tokens of admitted requests.",
     "generation_tokens": "Tokens emitted.",

@@ -84,9 +84,9 @@ class RunningSetting:
     def labels(self) -> dict[str, str]:
         """Of a metric."""
         return {
-            "setting": self.description,
             "acceptance": self.acceptance,
             "method": self.method or "none",
+            "setting": self.description,
             "tuning": self.status,
         }
 

@@ -80,8 +80,8 @@ def standings(candidates: Mapping[str, Candidate], blocks: Sequence[Sequence[Out
 
 
 def block_speed(outcomes: Sequence[Outcome]) -> float:
-    """Tokens per second of what was answered one after another, or side by side in shares of the same seconds."""
-    return max(1, sum(outcome.num_tokens for outcome in outcomes)) / sum(outcome.seconds for outcome in outcomes)
+    """Tokens per second of a request."""
+    return sum(outcome.num_tokens for outcome in outcomes) / sum(outcome.seconds for outcome in outcomes)
 
 
 @dataclass(frozen=True, slots=True)

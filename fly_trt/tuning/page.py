@@ -4,8 +4,6 @@ The page is drawn here; its script sorts the table and shows what the mouse or t
 Content-Security-Policy in it lets nothing else run. The same result gives the same bytes.
 """
 
-import base64
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fly_trt.files import new_file
+from fly_trt.inspection.page import content_policy
 from fly_trt.tuning.chart import make_chart, retention
 from fly_trt.tuning.quality import KINDS
 from fly_trt.tuning.report import NOTHING, heading, kept, perplexity, speed
@@ -23,7 +22,6 @@ from fly_trt.tuning.result import CandidateResult, SpeedRatio, TuningResult
 from fly_trt.tuning.wording import factor, percent
 
 FOLDER = Path(__file__).parent / "page"
-POLICY = "default-src 'none'; script-src {script}; style-src {style}; img-src data:; base-uri 'none'"
 STAGES = {"judge": "prompts that did not choose it", "search": "prompts that chose"}
 TITLES = {
     "found": "A faster setting was found",
@@ -46,7 +44,7 @@ def make_page(result: TuningResult) -> str:
     rows = [{name: cell(one) for name, cell in COLUMNS.items()} for one in result.candidates]
     templates = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined)
     return templates.get_template("page.html").render(
-        policy=POLICY.format(script=_hash(script), style=_hash(style)),
+        policy=content_policy(script, style),
         style=Markup(style),
         script=Markup(script),
         title=TITLES[result.verdict.kind],
@@ -163,7 +161,3 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def _settings(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={json.dumps(value)}" for name, value in settings.items()) or "as built"
-
-
-def _hash(content: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

@@ -19,9 +19,12 @@ def as_table(result: TuningResult) -> Table:
     searched = [one for one in result.candidates if one.stage == "search"]
     shown = [one for one in result.candidates if one.stage == "judge"] + searched[:MOST_SEARCHED]
     more = len(result.candidates) - len(shown)
+    notes = [f"and {more} that left the search"] if more else []
+    if not result.was_complete:
+        notes.append("the time was up before all that was planned had been measured")
     table = Table(
         title=heading(result),
-        caption=f"and {more} that left the search" if more else None,
+        caption="\n".join(notes) or None,
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,

@@ -39,7 +39,7 @@ Report = Callable[[Progress], None]
 class Clock:
     """Seconds that a run took, those of earlier processes included, and what is left of its budget in minutes."""
 
-    def __init__(self, elapsed: float, budget: float | None, now: Callable[[], float]) -> None:
+    def __init__(self, elapsed: float, budget: float | None, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
         self._started = now() - elapsed
         self.budget = None if budget is None else budget * 60
@@ -136,20 +136,15 @@ class Run:
     def _block(
         self, candidates: Sequence[Candidate], block: Sequence[int], stage: Stage, say: Callable[[], None]
     ) -> list[Outcome]:
-        """Every candidate's answers, the first prompt's first. Under a load each answer has its share of the block's
-        seconds, by its tokens."""
+        """Every candidate's answers, the first prompt's first."""
         prompts = [self._prompts[index] for index in block]
-        answered: list[tuple[int, str, Exchange, float]] = []
+        answered: list[tuple[int, str, Exchange]] = []
         for candidate in candidates:
-            exchanges, seconds = self._trials.answer(candidate, prompts)
-            num_tokens = max(1, sum(len(exchange.token_ids) for exchange in exchanges))
-            answered += [
-                (index, candidate.name, exchange, seconds * len(exchange.token_ids) / num_tokens)
-                for index, exchange in zip(block, exchanges, strict=True)
-            ]
+            exchanges = self._trials.answer(candidate, prompts)
+            answered += [(index, candidate.name, exchange) for index, exchange in zip(block, exchanges, strict=True)]
             say()
         answered.sort(key=lambda one: block.index(one[0]))
-        scores = self._assessor.scores([(index, exchange) for index, _, exchange, _ in answered])
+        scores = self._assessor.scores([(index, exchange) for index, _, exchange in answered])
         return [
             Outcome(
                 candidate=name,
@@ -157,13 +152,13 @@ class Run:
                 stage=stage,
                 repetition=0,
                 num_tokens=len(exchange.token_ids),
-                seconds=seconds,
+                seconds=exchange.latency,
                 num_loosened=exchange.metrics.num_loosened_tokens,
                 token_ids=exchange.token_ids,
                 score=score.value,
                 log_likelihood=score.log_likelihood,
             )
-            for (index, name, exchange, seconds), score in zip(answered, scores, strict=True)
+            for (index, name, exchange), score in zip(answered, scores, strict=True)
         ]
 
     def _say(self, plan: Plan, done: int, total: int) -> None:

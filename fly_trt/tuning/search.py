@@ -41,8 +41,8 @@ def rung_prompts(prompts: Sequence[int]) -> list[list[int]]:
 
 @dataclass(slots=True)
 class SearchOutcome:
-    """search_prompts, judge_prompts: that chose the finalists, and that judged them. dropped: why a
-    candidate was not judged, by name. was_complete: all that was planned was measured."""
+    """search_prompts, judge_prompts: that chose the finalists, and that judged them. dropped: why a candidate was not
+    judged, by name. was_complete: all that was planned was measured."""
 
     search_prompts: list[int] = field(default_factory=list)
     judge_prompts: list[int] = field(default_factory=list)
@@ -88,7 +88,7 @@ class Search:
         left = {name: known[name] for name in names}
         finalists = choose_finalists(left, self._min_retention, self._num_finalists)
         found.dropped |= dict.fromkeys(names, "not among the finalists")
-        found.was_complete &= len(self._candidates) == len(self._plan(f"{SEARCH} 0", [], []).candidates)
+        found.was_complete &= len(store.plans[f"{SEARCH} 0"].candidates) == len(self._candidates)
         found.search_prompts = _prompts(store.outcomes(), SEARCH)
         # What the search left unread may judge, too.
         unread = [index for share in self._shares for index in share if index not in found.search_prompts]
@@ -103,9 +103,10 @@ class Search:
     def _begin(self) -> tuple[list[str], float | None]:
         """Which candidates there is time for, and when the search must end, in seconds of the run's clock."""
         clock, names = self._run.clock, list(self._candidates)
-        first = self._run.store.plans.get(f"{SEARCH} 0")
-        if clock.budget is None or (first is not None and self._run.store.is_finished):
-            return list(first.candidates) if first is not None else names, clock.budget
+        plans = self._run.store.plans
+        first = plans.get(f"{SEARCH} 0")
+        if clock.budget is None or JUDGE in plans:  # no end, or past it
+            return names if first is None else list(first.candidates), clock.budget
         usual = [self._candidates[name] for name in (PLAIN, DEFAULT)]
         opening, answering = self._run.probe(usual, self._shares[0])
         num_blocks = math.ceil(len(self._judge_prompts) / self._run.block_size)

@@ -35,6 +35,7 @@ MONEY = np.array([0.5, *[0.05] * 10])
 MOST_PROMPTS = 10_000_000  # where a claim would take more, no number is named
 STEPS = 40  # of a bisection
 INTERVAL = 0.9  # of a ratio of speeds
+NOISE = 1e-4  # scores that differ by less are counted as the same: likelihoods are sums of rounded numbers
 LEAST_PROMPTS = 5  # fewer say nothing of how much it varies
 NO_PROMPTS = "no prompt is left to judge by"
 
@@ -68,7 +69,7 @@ def retention_bound(
     if not len(target) or not target.any():
         raise ValueError("the target scores 0 on every prompt" if len(target) else NO_PROMPTS)
     error = (1 - confidence) / num_looks
-    lost, gained = int((candidate < target).sum()), int((candidate > target).sum())
+    lost, gained = (int((sign * (candidate - target) > NOISE).sum()) for sign in (-1, 1))
     bounds = _bounds(target, candidate, error, is_binary)
     method = max(bounds, key=lambda name: bounds[name])
     return RetentionBound(

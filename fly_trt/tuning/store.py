@@ -6,7 +6,6 @@ them; it decides nothing.
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -135,7 +134,6 @@ class Store:
             return
         self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._file.flush()
-        os.fsync(self._file.fileno())
 
 
 def _check_header(path: Path, header: Mapping[str, Any], identity: Mapping[str, Any]) -> None:

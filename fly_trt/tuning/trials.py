@@ -33,10 +33,12 @@ class Trials:
         )
         self._services: dict[str, Service] = {}
 
-    def answer(self, candidate: Candidate, prompts: Sequence[Prompt]) -> tuple[list[Exchange], float]:
-        """The exchanges, in the order of the prompts, and the seconds until the last one was complete."""
+    def answer(self, candidate: Candidate, prompts: Sequence[Prompt]) -> list[Exchange]:
+        """In the order of the prompts. Each request's own time counts: with so many in flight, tokens over the sum of
+        these times are in proportion to what is served in a second."""
         service = self._services.get(candidate.name) or self._open(candidate, prompts[0])
-        return Client(service).complete(prompts, self._params, self._load)
+        exchanges, _ = Client(service).complete(prompts, self._params, self._load)
+        return exchanges
 
     def keep(self, candidates: Sequence[Candidate]) -> None:
         """Closes the services of all others."""

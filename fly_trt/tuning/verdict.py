@@ -32,7 +32,6 @@ from fly_trt.tuning.statistics import Scores, retention_bound, speed_ratio
 from fly_trt.tuning.wording import Wording
 
 NUM_RESAMPLES = 2000  # of each bootstrap
-STAGES: tuple[Stage, ...] = ("judge", "search")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +102,8 @@ def conclude(
     results = [_result(one, table, rules, num_looks) for one in candidates if one.name in answered]
     results.sort(key=lambda one: (one.stage != "judge", -one.speed))
     kind, chosen = _choose(results, rules)
-    share_that_judges = _share_that_judges(table)
-    wording = Wording(rules.kind, rules.min_retention, share_that_judges, kind, chosen, results)
+    num_that_chose = len(table[PLAIN, "search"].prompts) if (PLAIN, "search") in table else 0
+    wording = Wording(rules.kind, rules.min_retention, num_that_chose, kind, chosen, results)
     told = [dataclasses.replace(one, verdict=wording.of_candidate(one)) for one in results]
     return told, Verdict(kind, chosen, wording.sentences())
 
@@ -183,12 +182,6 @@ def _faster(own: _Answers, other: _Answers, rules: Rules) -> SpeedRatio | None:
 def _perplexity_ratio(own: _Answers, plain: _Answers) -> float | None:
     nll, of = (-one.log_likelihoods.sum() / max(1, sum(map(len, one.token_ids))) for one in (own, plain))
     return None if math.isnan(nll - of) else math.exp(nll - of)
-
-
-def _share_that_judges(table: Mapping[tuple[str, Stage], _Answers]) -> float:
-    """Of the prompts that were used at all."""
-    judge, search = (len(table[PLAIN, stage].prompts) if (PLAIN, stage) in table else 0 for stage in STAGES)
-    return judge / (judge + search)
 
 
 def _or_nan(value: float | None) -> float:

@@ -22,11 +22,11 @@ def factor(ratio: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Wording:
-    """kind: of the judge. share_that_judges: of the prompts that were used."""
+    """kind: of the judge. num_that_chose: prompts that cannot judge."""
 
     kind: str
     min_retention: float
-    share_that_judges: float
+    num_that_chose: int
     verdict: VerdictKind
     chosen: str
     results: Sequence[CandidateResult]
@@ -117,10 +117,10 @@ class Wording:
         )
 
     def _number(self, judging: int | None) -> str:
-        """Of prompts that judge, and of as many in the file."""
+        """Of prompts that judge, and in the file with those that choose."""
         if judging is None:
             return "more than can be had"
-        return f"{judging:,} (about {math.ceil(judging / self.share_that_judges):,} in the file)"
+        return f"{judging:,} (with those that choose {judging + self.num_that_chose:,})"
 
     def _loses_too_much(self, bound: RetentionBound) -> bool:
         return bound.estimate < self.min_retention
@@ -131,7 +131,10 @@ def _changes(bound: RetentionBound) -> str:
 
 
 def _ratio(ratio: SpeedRatio | None) -> str:
-    return "" if ratio is None else f"{factor(ratio.estimate)} ({factor(ratio.lower)} to {factor(ratio.upper)})"
+    if ratio is None:
+        return ""
+    interval = f"{factor(ratio.lower)} to {factor(ratio.upper)}" if ratio.lower else "of too few prompts to be sure"
+    return f"{factor(ratio.estimate)} ({interval})"
 
 
 def _speeds(result: CandidateResult) -> str:

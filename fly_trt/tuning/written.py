@@ -18,7 +18,8 @@ def write_setting(engine_dir: Path, result: TuningResult) -> bool:
     for one that is no engine.
     """
     chosen = result.chosen
-    if chosen.candidate.name == PLAIN or not chosen.is_faster_than_plain:
+    qualifies = chosen.qualifies(result.settings.min_retention)
+    if chosen.candidate.name == PLAIN or not chosen.is_faster_than_plain or not qualifies:
         return False
     manifest = read_manifest(engine_dir)
     if manifest.speculative != result.settings.extra["default"]:

@@ -169,4 +169,4 @@ def test_machines_get_it_as_a_record_and_as_labels(tuned: Manifest, tmp_path: Pa
     metrics = Metrics()
     metrics.set_setting(setting.labels())
     (name,) = [name for name in metrics.as_dict() if "setting_info" in name]
-    assert name == (f'fly_trt:setting_info{{setting="{TUNED}",acceptance="fly",method="multi_level",tuning="applies"}}')
+    assert name == (f'fly_trt:setting_info{{acceptance="fly",method="multi_level",setting="{TUNED}",tuning="applies"}}')

@@ -49,6 +49,11 @@ def test_it_fits_the_terminal_and_says_how_many_it_does_not_show() -> None:
     assert "and 5 that left the search" in lines[-1]
 
 
+def test_a_search_that_was_cut_short_is_told() -> None:
+    assert not any("the time was up" in line for line in shown(tuned()))
+    assert any("the time was up" in line for line in shown(dataclasses.replace(tuned(), was_complete=False)))
+
+
 def test_perplexity_has_a_column_where_it_was_read() -> None:
     result = tuned()
     assert not any("ppl" in line for line in shown(result))

@@ -98,6 +98,11 @@ def test_the_order_of_the_prompts_does_not_matter() -> None:
     assert retention_bound(target[order], candidate[order], **ASKED).lower == pytest.approx(bound.lower)
 
 
+def test_what_differs_by_rounding_is_neither_lost_nor_gained() -> None:
+    bound = retention_bound(np.full(10, 0.99999), np.array([*[0.99998] * 4, 1, *[0.9] * 5]), **ASKED)
+    assert (bound.num_lost, bound.num_gained) == (5, 0)
+
+
 def test_to_keep_everything_is_the_most_that_is_claimed() -> None:
     assert retention_bound(np.full(500, 0.2), np.full(500, 0.9), **ASKED).lower == 1
 

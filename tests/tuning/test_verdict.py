@@ -72,7 +72,7 @@ def test_too_few_prompts_are_told_with_the_number_that_would_do() -> None:
     assert bound is not None
     assert bound.lower < 0.99
     assert f"160 prompts show no more than {percent(bound.lower)}" in says(verdict)
-    assert "takes 309 (about 387 in the file) without a loss." in says(verdict)
+    assert "takes 309 (with those that choose 349) without a loss." in says(verdict)
     assert results["loose"].verdict == "too few prompts"
 
 
@@ -95,6 +95,12 @@ def test_nothing_slower_than_plain_decoding_is_chosen_however_little_it_loses() 
     assert (verdict.kind, verdict.chosen) == ("nothing_pays", PLAIN)
     assert "No speculation surely pays here" in says(verdict)
     assert results["exact"].verdict == "not faster than plain"
+
+
+def test_speeds_of_a_few_prompts_are_told_as_such() -> None:
+    _, verdict = judged(Simulated("exact", 2), num_prompts=44)
+    assert verdict.kind == "nothing_pays"
+    assert "(of too few prompts to be sure) the speed of plain decoding" in says(verdict)
 
 
 def test_the_default_stays_where_nothing_is_surely_faster() -> None:
