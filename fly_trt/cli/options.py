@@ -63,6 +63,55 @@ def as_json(help: str) -> Option:
     return click.option("--json", "as_json", is_flag=True, help=help)
 
 
+AUDITS = {
+    "audit_fraction": click.option(
+        "--audit-fraction", type=float, metavar="X", help="Of finished requests, those the target reads again. [0]"
+    ),
+    "audit_exact_fraction": click.option(
+        "--audit-exact-fraction", type=float, metavar="X", help="Of these, those whose exact text is made too. [0.1]"
+    ),
+    "audit_share": click.option(
+        "--audit-share", type=float, metavar="X", help="Of the engine's time while requests run, at most. [0.05]"
+    ),
+    "audit_log": click.option(
+        "--audit-log", type=click.Path(dir_okay=False), help="A line of JSON for each audit goes to this file."
+    ),
+    "audit_log_max_bytes": click.option(
+        "--audit-log-max-bytes", type=int, metavar="N", help="From which on a new file is begun. [10000000]"
+    ),
+    "audit_log_backups": click.option(
+        "--audit-log-backups", type=int, metavar="N", help="Older files that are kept. [5]"
+    ),
+    "audit_log_text": click.option(
+        "--audit-log-text", is_flag=True, default=None, help="Log prompts, answers and exact texts too."
+    ),
+    "min_quality": click.option(
+        "--min-quality",
+        type=float,
+        metavar="X",
+        help="A setting whose audits' mean quality is not above this is exact; 0 makes none so. [0.98]",
+    ),
+    "breaker_error_rate": click.option(
+        "--breaker-error-rate", type=float, metavar="X", help="Chance of that for a good one, in 100,000 audits. [0.01]"
+    ),
+    "breaker_reset_seconds": click.option(
+        "--breaker-reset-seconds", type=float, metavar="SECONDS", help="Try it again after this long. [never]"
+    ),
+}
+
+
+def audit_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the flags of audits and of the breaker to a command that serves."""
+    for option in reversed(AUDITS.values()):
+        command = option(command)
+    return command
+
+
+def audit_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given of them, as fields of ServiceConfig."""
+    return {name: flags[name] for name in AUDITS if flags[name] is not None}
+
+
 class ListOf(click.ParamType[Any]):
     """Items with commas between them; nothing at all is an empty list."""
 

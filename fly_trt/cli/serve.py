@@ -33,6 +33,7 @@ CONFIG_FLAGS = (
     "generation_config",
     "spec_decode_metrics",
     "tool_call_parser",
+    "allow_breaker_reset",
 )
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 FILE = click.Path(dir_okay=False)
@@ -43,6 +44,7 @@ Examples:
   fly-serve engines/demo --port 8080 --acceptance exact               # lossless
   fly-serve engines/demo --max-loosened-per-100 2 --exact-first 8     # no request goes beyond, some may ask for less
   fly-serve engines/llama-70b --host 0.0.0.0 --served-model-name llama --devices 0,1,2,3
+  fly-serve engines/demo --audit-fraction 0.05 --audit-log audit.jsonl --min-quality 0.98 --breaker-reset-seconds 3600
   FLY_TRT_API_KEY=secret fly-serve engines/demo --host 0.0.0.0 --ssl-certfile cert.pem --ssl-keyfile key.pem
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Spell out: 21."}'
 """
@@ -113,6 +115,12 @@ def _seconds(name: str, default: float | None, help: str, **more: Any) -> option
     show_default=True,
     help="What answers say of speculation.",
 )
+@options.audit_options
+@click.option(
+    "--allow-breaker-reset",
+    is_flag=True,
+    help="Clients may POST /breaker/reset, which makes a setting loose again.",
+)
 @click.option("--log-requests", is_flag=True, help="Log the parameters of each prompt, without its texts.")
 @click.option("--log-texts", is_flag=True, help="Log prompts and answers too.")
 @click.option("--access-log/--no-access-log", default=True, help="A line for each request. [yes]")
@@ -158,7 +166,7 @@ def _load(engine_dir: Path, flags: dict[str, Any]) -> "EnginePool":
     from fly_trt import AsyncLLM
     from fly_trt.serving.openai.pool import device_groups, load_pool
 
-    settings = {name: flags[name] for name in ENGINE_FLAGS}
+    settings = {name: flags[name] for name in ENGINE_FLAGS} | options.audit_settings(flags)
     load = functools.partial(
         AsyncLLM,
         engine_dir,

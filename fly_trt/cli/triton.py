@@ -22,6 +22,7 @@ Examples:
   fly-triton engines/qwen3-8b -o model_repository --gpus 0,1,2,3      # an instance on each
   fly-triton engines/demo -o model_repository --copy-engines          # to take it to another machine
   fly-triton engines/demo -o model_repository --name exact --acceptance exact
+  fly-triton engines/demo -o model_repository --audit-fraction 0.05 --breaker-reset-seconds 3600
   tritonserver --model-repository model_repository
 """
 
@@ -47,6 +48,7 @@ Examples:
 @click.option("--max-seq-len", type=int, metavar="N", help="Tokens of prompt and output. [as built]")
 @options.num_threads("CPU threads of an instance. [its share of the cores]")
 @options.speculative_options
+@options.audit_options
 @options.dry_run("Print config.pbtxt and write nothing.")
 @options.as_json("Print one JSON object instead of the summary.")
 def main(engine_dir: Path, output: Path, dry_run: bool, as_json: bool, **flags: Any) -> None:
@@ -69,7 +71,8 @@ def _run(engine_dir: Path, repository: Path, dry_run: bool, as_json: bool, flags
         exclude_input_in_output=flags["exclude_input_in_output"],
         max_queue_size=flags["max_queue_size"],
         speculative=options.speculative_overrides(flags),
-        settings={name: flags[name] for name in SETTING_FLAGS if flags[name] is not None},
+        settings={name: flags[name] for name in SETTING_FLAGS if flags[name] is not None}
+        | options.audit_settings(flags),
         **timeout,
     )
     if dry_run:

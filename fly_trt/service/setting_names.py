@@ -26,7 +26,9 @@ def setting_name(
         return DEFAULT_SETTING
     resolved = asked.over(defaults)
     own_rule = () if policy == default_policy else ("acceptance", *policy.settings)
-    values = [(name, getattr(resolved, name), getattr(defaults, name)) for name in (*own_rule, *GUARDS)]
+    guards, default_guards = resolved.guard_settings(), defaults.guard_settings()
+    values = [(name, getattr(resolved, name), getattr(defaults, name)) for name in own_rule]
+    values += [(name, getattr(guards, name), getattr(default_guards, name)) for name in GUARDS]
     values += [(name, getattr(params, name), getattr(defaults, name)) for name in DRAFTING]
     changed = [
         f"{name}={_text(value)}"
@@ -41,8 +43,8 @@ def setting_name(
 def _text(value: Any) -> str:
     if isinstance(value, AcceptancePolicy):
         return value.name
-    if isinstance(value, (list, tuple)):
-        return _digest(str(list(value))) if value else "none"
+    if isinstance(value, (list, tuple, frozenset)):
+        return _digest(str(sorted(value))) if value else "none"
     return "none" if value is None else str(value)
 
 

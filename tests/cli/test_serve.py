@@ -33,6 +33,8 @@ def run(*arguments: str) -> Result:
         (["--root-path", "fly"], "root_path 'fly': expected a path"),
         (["--uds", "/nowhere/fly.sock"], "/nowhere/fly.sock: No such file or directory"),
         (["--ssl-keyfile", "key.pem"], "ssl_keyfile: has no effect without ssl_certfile"),
+        (["--audit-fraction", "1", "--min-quality", "2"], "min_quality 2.0: expected a number from 0, no breaker, to"),
+        (["--audit-log", "a.jsonl"], "audit_log 'a.jsonl': has no effect without audit_fraction"),
         (["--host", "256.1.1.1", "--port", "0"], "256.1.1.1:0: "),
     ],
 )

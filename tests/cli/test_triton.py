@@ -128,6 +128,15 @@ def test_a_dry_run_prints_what_would_be_written_and_writes_nothing(demo_engine: 
         (["--preset", "paper"], {"preset": "paper"}),
         (["--fly-entropy-threshold", "0.25"], {"fly_entropy_threshold": "0.25"}),
         (["--fly-window-size", "0"], {"fly_window_size": "0"}),
+        (
+            ["--audit-fraction", "0.5", "--audit-log", "a.jsonl", "--audit-log-text", "--breaker-reset-seconds", "60"],
+            {
+                "audit_fraction": "0.5",
+                "audit_log": "a.jsonl",
+                "audit_log_text": "true",
+                "breaker_reset_seconds": "60.0",
+            },
+        ),
     ],
 )
 def test_each_flag_is_one_parameter(

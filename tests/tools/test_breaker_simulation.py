@@ -104,13 +104,13 @@ def test_100000_audits_of_good_settings_and_many_seeds_of_bad_ones(min_quality, 
         name: drawn_from(values)
         for name, values in recorded_settings(lambda mean: mean >= good_quality(min_quality)).items()
     }
-    check_good_settings(good, min_quality, error_rate, num_seeds=100, num_audits=ERROR_AUDITS)
+    check_good_settings(good, min_quality, error_rate, num_seeds=30, num_audits=ERROR_AUDITS)
     bad = {name: each for name, each in bad_settings(min_quality).items() if each[0] <= min_quality - 0.05}
     bad |= {
         name: (values.mean(), drawn_from(values))
         for name, values in recorded_settings(lambda mean: mean <= min_quality - 0.05).items()
     }
-    check_bad_settings(bad, min_quality, error_rate, num_seeds=400)
+    check_bad_settings(bad, min_quality, error_rate, num_seeds=300)
 
 
 def test_the_tool_prints_what_good_and_bad_settings_come_to(tmp_path):

@@ -3,6 +3,7 @@
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from fly_trt.serving.openai.answers.generation import EXACT_BECAUSE
 from fly_trt.serving.openai.api import make_api_router
 from fly_trt.serving.openai.config import ServerConfig
 from fly_trt.serving.openai.http.bodies import JsonRoute
@@ -42,6 +43,6 @@ def _add_middleware(app: FastAPI, config: ServerConfig, lifecycle: Lifecycle) ->
             allow_origins=config.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=[REQUEST_ID, "Retry-After"],
+            expose_headers=[REQUEST_ID, EXACT_BECAUSE, "Retry-After"],
         )
     app.add_middleware(ExchangeMiddleware, lifecycle=lifecycle, log_texts=config.log_texts)

@@ -24,7 +24,8 @@ class ServerConfig:
     client may leave an answer unread. drain_timeout: seconds that running answers have after SIGTERM. log_requests: one
     line of parameters for each prompt; log_texts: with its texts. generation_config: where the defaults of sampling
     come from, as Defaults.read has it; override_generation_config: what goes over it. spec_decode_metrics: how much
-    answers say of speculation. tool_call_parser: its name, None for the chat template's own."""
+    answers say of speculation. tool_call_parser: its name, None for the chat template's own. allow_breaker_reset: a
+    client may make a setting loose again that the breaker has tripped."""
 
     model_names: tuple[str, ...]
     api_keys: tuple[str, ...] = ()
@@ -40,6 +41,7 @@ class ServerConfig:
     override_generation_config: Mapping[str, Any] = field(default_factory=dict)
     spec_decode_metrics: SpecDecodeMetrics = "summary"
     tool_call_parser: str | None = None
+    allow_breaker_reset: bool = False
 
     def __post_init__(self) -> None:
         check_at_least("max_body_bytes", self.max_body_bytes, 1)

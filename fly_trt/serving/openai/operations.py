@@ -1,6 +1,8 @@
-"""What is not generation: health, readiness, version, metrics, the model's card, text to tokens and back."""
+"""What is not generation: health, readiness, version, metrics, the breaker, the model's card, text to tokens and
+back."""
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
@@ -57,6 +59,12 @@ class DetokenizeRequest(_Body):
     tokens: Annotated[list[Annotated[int, Field(ge=0)]], FailFast()]
 
 
+class ResetRequest(_Body):
+    """setting: as the breaker names it; None is all that are tripped."""
+
+    setting: str | None = None
+
+
 def make_operations_router(pool: EnginePool, config: ServerConfig, lifecycle: Lifecycle) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
     registry = pool_registry(pool)
@@ -94,6 +102,21 @@ def make_operations_router(pool: EnginePool, config: ServerConfig, lifecycle: Li
     async def metrics() -> Response:
         """The text format whatever a scraper would rather have: in OpenMetrics the colon of the names is lost."""
         return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    @router.get("/breaker")
+    async def breaker() -> dict[str, Any]:
+        """What audits say of each setting, and whether it is exact for now, engine by engine."""
+        states = [(number, state) for number, llm in enumerate(pool.llms) for state in llm.breaker_state()]
+        return {"settings": [{"engine": number, **dataclasses.asdict(state)} for number, state in states]}
+
+    @router.post("/breaker/reset")
+    async def reset_breaker(body: ResetRequest) -> dict[str, Any]:
+        """Makes settings that are exact loose again, on all engines."""
+        config.check_model(body.model)
+        if not config.allow_breaker_reset:
+            message = "this server lets no client reset the breaker: start it with --allow-breaker-reset"
+            raise ApiError(403, message, code="reset_not_allowed")
+        return {"reset": pool.reset_breaker(body.setting)}
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:

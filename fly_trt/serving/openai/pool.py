@@ -109,6 +109,12 @@ class EnginePool:
         best.last_choice = next(self._choices)
         return best
 
+    def reset_breaker(self, setting: str | None) -> list[str]:
+        """On all engines, of which each judges by its own audits; returns which settings were tripped. Raises
+        RequestError for one that none of them knows, ConfigError without a breaker."""
+        knowing = [llm for llm in self.llms if any(setting in (None, state.setting) for state in llm.breaker_state())]
+        return sorted({name for llm in knowing or self.llms[:1] for name in llm.reset_breaker(setting)})
+
     async def cut_short(self) -> None:
         """Ends the requests that are served: their callers get an error, as do those of later ones. One whose prompt is
         being read now needs another call."""

@@ -123,7 +123,10 @@ class ResponseWriter:
         for completion in output.outputs:
             self._finish_reasons[completion.index] = completion.finish_reason or ""
         if output.finished:
-            tensors |= _counts(output) | {"finish_reason": _strings(list(self._finish_reasons.values()))}
+            tensors |= _counts(output) | {
+                "finish_reason": _strings(list(self._finish_reasons.values())),
+                "exact_because": _strings([output.metrics.exact_because or ""]),
+            }
         return tensors
 
     def _log_prob_tensors(self, completions: Sequence[CompletionOutput]) -> dict[str, Array]:

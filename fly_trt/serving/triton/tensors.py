@@ -71,6 +71,7 @@ OUTPUTS = (
     TensorSpec("total_draft_tokens", "TYPE_INT32"),
     TensorSpec("total_accepted_draft_tokens", "TYPE_INT32"),
     TensorSpec("total_loosened_tokens", "TYPE_INT32"),
+    TensorSpec("exact_because", "TYPE_STRING", (-1,)),
     TensorSpec("total_saved_tokens", "TYPE_INT32"),
     TensorSpec("total_refused_loosenings", "TYPE_INT32"),
     TensorSpec("guards", "TYPE_STRING"),

@@ -10,6 +10,7 @@ import pytest
 from fly_trt import AsyncLLM, ConfigError, EngineError, RequestError, RequestOutput, SamplingParams
 from fly_trt.errors import EngineDeadError
 from fly_trt.grammar import StructuredOutputs, compiler
+from fly_trt.runtime.breaker import Breaker, BreakerConfig, BreakerState
 from fly_trt.serving.openai.http.errors import ApiError
 from fly_trt.serving.openai.pool import EnginePool, PooledEngine, device_groups, group_devices, load_pool
 
@@ -208,3 +209,35 @@ def test_engines_are_loaded_ready_for_grammars(llms: tuple[AsyncLLM, ...], monke
 def test_a_queue_timeout_is_above_zero(timeout: float) -> None:
     with pytest.raises(ConfigError, match="queue_timeout"):
         load_pool([], timeout)
+
+
+class Judged:
+    """As much of an AsyncLLM as has a breaker."""
+
+    def __init__(self) -> None:
+        self.breaker = Breaker(BreakerConfig())
+
+    def breaker_state(self) -> list[BreakerState]:
+        return self.breaker.state()
+
+    def reset_breaker(self, setting: str | None = None) -> list[str]:
+        return [change.setting for change in self.breaker.reset("person", setting)]
+
+    def trip(self, setting: str) -> None:
+        while not self.breaker.is_tripped(setting):
+            self.breaker.record(setting, 0.1)
+
+
+def test_a_reset_reaches_every_engine_that_knows_the_setting() -> None:
+    llms: Any = [Judged(), Judged(), Judged()]
+    pool = EnginePool(llms)
+    llms[0].trip("default")
+    llms[1].trip("default")
+    llms[2].trip("fly_window_size=1")
+    assert pool.reset_breaker("fly_window_size=1") == ["fly_window_size=1"]
+    assert [llm.breaker.is_tripped("default") for llm in llms] == [True, True, False]
+    llms[2].trip("fly_window_size=1")
+    assert pool.reset_breaker(None) == ["default", "fly_window_size=1"]
+    assert not any(state.is_tripped for llm in llms for state in llm.breaker_state())
+    with pytest.raises(RequestError, match="setting 'other': no audit knows it"):
+        pool.reset_breaker("other")

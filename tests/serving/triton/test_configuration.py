@@ -178,6 +178,7 @@ def test_a_parameter_wins_over_the_engines_default(
         ("num_threads", "3", 3),
         ("num_threads", "none", None),
         ("verify_hashes", "true", True),
+        ("audit_fraction", "0.05", 0.05),
     ],
 )
 def test_a_setting_of_the_service_is_a_parameter(

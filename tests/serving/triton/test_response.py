@@ -18,7 +18,7 @@ TOKENIZER = Tokenizer.from_file(str(Path(__file__).parents[2] / "assets" / "pair
 PROMPT = "Tell me"
 PROMPT_IDS = list(TOKENIZER.encode(PROMPT).ids)
 DTYPES = {"TYPE_STRING": np.object_, "TYPE_INT32": np.int32, "TYPE_FP32": np.float32}
-WITHOUT_BATCH_DIMENSION = ("text_output", "finish_reason")
+WITHOUT_BATCH_DIMENSION = ("text_output", "finish_reason", "exact_because")
 COUNTS = {
     "num_input_tokens",
     "num_output_tokens",
@@ -88,6 +88,7 @@ def test_one_sequence_is_text_ids_and_length_with_the_counts() -> None:
     assert tensors["output_ids"].tolist() == [[[5, 6, 7]]]
     assert tensors["sequence_length"].tolist() == [[3]]
     assert reasons(tensors) == ["stop"]
+    assert tensors["exact_because"].tolist() == [b""]
     assert {name: tensors[name].tolist() for name in COUNTS} == {
         "num_input_tokens": [[len(PROMPT_IDS)]],
         "num_output_tokens": [[36]],
@@ -99,6 +100,12 @@ def test_one_sequence_is_text_ids_and_length_with_the_counts() -> None:
         "total_refused_loosenings": [[3]],
         "guards": [[b'{"exact_first": 4, "max_loosened_per_100": 5}']],
     }
+
+
+def test_an_answer_that_the_breaker_made_exact_says_so() -> None:
+    metrics = RequestMetrics(exact_because="breaker")
+    tensors = writer().tensors(output(completion(0, "abc", [5, 6, 7], "stop"), metrics=metrics))
+    assert tensors["exact_because"].tolist() == [b"breaker"]
 
 
 def test_without_drafts_the_acceptance_rate_is_0() -> None:

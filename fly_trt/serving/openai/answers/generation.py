@@ -35,6 +35,9 @@ from fly_trt.serving.openai.requests.sampling import Defaults
 from fly_trt.text.prompts import Prompt
 from fly_trt.text.token_text import TokenReader
 
+EXACT_BECAUSE = "X-Fly-Exact-Because"
+"""A header of answers that were decoded exactly although their setting is loose, or of streams that begin so."""
+
 Outputs = AsyncGenerator[tuple[int, RequestOutput], None]
 
 
@@ -164,11 +167,17 @@ async def respond(request: Request, prompts: Sequence[Prompt], writer: Writer) -
     try:
         if not writer.body.stream:
             found = await while_connected(request.receive, _collect(outputs))
-            return json_response(writer.answer([found[number] for number in range(len(prompts))]))
+            outputs_found = [found[number] for number in range(len(prompts))]
+            return json_response(writer.answer(outputs_found), _headers(outputs_found))
         number, output = await while_connected(request.receive, _next(outputs))
     except ClientGoneError:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return EventStream(writer.events(number, output), _stream(outputs, writer))
+    return EventStream(writer.events(number, output), _stream(outputs, writer), _headers([output]))
+
+
+def _headers(outputs: Sequence[RequestOutput]) -> dict[str, str]:
+    reason = next((output.metrics.exact_because for output in outputs if output.metrics.exact_because), None)
+    return {} if reason is None else {EXACT_BECAUSE: reason}
 
 
 async def _generate(writer: Writer, prompts: Sequence[Prompt]) -> Outputs:

@@ -40,6 +40,7 @@ def metrics_object(
     return {
         "speculative_decoding": found,
         "acceptance": _acceptance_name(params.acceptance_params.over(config)),
+        "exact_because": total.exact_because,
         "guards": total.guards,
         "num_loosened_tokens": total.num_loosened_tokens,
         "num_saved_tokens": total.num_saved_tokens,

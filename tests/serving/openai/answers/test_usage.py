@@ -56,6 +56,7 @@ def test_metrics_are_those_of_generate(client: OpenAI, llm: LLM) -> None:
     assert found.keys() == {
         "speculative_decoding",
         "acceptance",
+        "exact_because",
         "guards",
         "num_loosened_tokens",
         "num_saved_tokens",
