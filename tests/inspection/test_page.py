@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from colours import contrast, variables
 from fly_trt.inspection.page import FOLDER, SCRIPTS, STYLES, make_page, write_page
 from fly_trt.inspection.sources import parse_traces
 from fly_trt.outputs import RequestOutput
@@ -130,7 +131,7 @@ def test_rounds_and_costs_are_those_of_the_trace(saved: dict[str, Any], loose: R
         assert row.locator(".cost-share").inner_text() == f"{100 * seconds / sum(spent.values()):.1f} %"
     assert "up to" in page.locator(".costs .note").inner_text()  # others were in its steps
 
-    strip.click(position={"x": 13, "y": 30})  # the second one
+    strip.click(position={"x": int(strip.get_attribute("data-step") or 0) + 3, "y": 30})  # the second one
     assert page.locator(".round-detail").inner_text().startswith("Round 1 ")
 
 
@@ -219,7 +220,7 @@ def test_no_text_becomes_a_part_of_the_page(open_trace: Any) -> None:
     assert [text for _, text in shown_tokens(page)] == ODD
     for number in range(len(ODD)):
         page.locator(".tokens .token").nth(number).hover()
-        page.locator(".strip").click(position={"x": 10 * number + 3, "y": 30})
+        page.locator(".strip").press("ArrowRight")
     assert page.locator("img, main script, iframe").count() == 0
     assert page.locator("script").count() == 2
     assert page.title() == f"{HOSTILE} · fly-inspect"
@@ -288,3 +289,19 @@ def test_the_same_trace_gives_the_same_page_of_its_own_files_alone(saved: dict[s
     assert {path.name for path in FOLDER.iterdir()} == {*STYLES, *SCRIPTS, "inspect.html"}
     for name in (*STYLES, *SCRIPTS):
         assert "</" not in (FOLDER / name).read_text(encoding="utf-8"), name
+
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+def test_text_and_bars_can_be_told_from_their_ground(mode: int) -> None:
+    colours = variables((FOLDER / "inspect.css").read_text(encoding="utf-8"))[mode]
+    for text in ("text", "muted"):
+        assert min(contrast(colours[text], colours[ground]) for ground in ("ground", "card")) >= 4.5, text
+    for part in ("field-edge", "accent", "bar", "matched", "loosened", "own", "draft", "verification"):
+        assert contrast(colours[part], colours["card"]) >= 3, part
+
+
+def test_a_part_of_the_timeline_is_not_told_from_those_beside_it_by_colour_alone() -> None:
+    """Each has its place in a stack; some are outlines, and the target's own is narrower than what it stands on."""
+    css = (FOLDER / "inspect.css").read_text(encoding="utf-8")
+    outlined = set(re.findall(r"\.part-(\w+) \{ fill: none; stroke:", css))
+    assert outlined == {"rejected", "verification"}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples import examples
-from fly_trt import LLM
+from fly_trt import LLM, RequestOutputKind, SamplingParams
 from fly_trt.errors import ConfigError, RequestError
 from fly_trt.inspection import read_traces, save_trace
 from fly_trt.inspection.document import COUNTS, FORMAT, VERSION, merged
@@ -99,6 +99,10 @@ def test_an_output_without_a_trace_is_refused(llm: LLM, tmp_path: Path) -> None:
     (output,) = llm.generate("x")
     with pytest.raises(RequestError, match="speculation_trace=True"):
         save_trace(output, tmp_path / "trace.json", llm.tokenizer)
+    params = SamplingParams(max_tokens=30, speculation_trace=True, output_kind=RequestOutputKind.DELTA)
+    *_, last = llm.stream("x", params)
+    with pytest.raises(RequestError, match="not DELTA"):
+        save_trace(last, tmp_path / "trace.json", llm.tokenizer)
     assert not list(tmp_path.iterdir())
 
 

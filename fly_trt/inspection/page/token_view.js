@@ -42,6 +42,7 @@ export function categoryOf(token) {
 // Shown by CSS beside the character, so that text that is copied is the answer's.
 const VISIBLE = new Map([[" ", "space"], ["\n", "newline"], ["\t", "tab"], ["\r", "return"]]);
 const HAS_NO_LOOKS = /[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}\ufffd]/u;
+const MOST_REJECTED = 24; // characters of a draft token that is only shown beside
 const STEPS = { ArrowLeft: -1, ArrowRight: 1, PageUp: -20, PageDown: 20, Home: -Infinity, End: Infinity };
 
 export class TokenView {
@@ -128,7 +129,7 @@ export class TokenView {
     element.setAttribute("role", "option");
     element.dataset.at = at;
     element.tabIndex = at === 0 ? 0 : -1;
-    if (token.rejected) element.dataset.rejected = token.rejected.token || `#${token.rejected.token_id}`;
+    if (token.rejected) element.dataset.rejected = cut(token.rejected.token) || `#${token.rejected.token_id}`;
     this._write(element, token);
     this._elements.push(element);
     if (!this._rounds.has(token.round)) this._rounds.set(token.round, []);
@@ -281,6 +282,10 @@ function topTokens(token) {
 
 function isPart(token) {
   return Boolean(token.bytes?.length) && token.token.includes("\ufffd");
+}
+
+function cut(text) {
+  return text.length > MOST_REJECTED ? `${text.slice(0, MOST_REJECTED)}…` : text;
 }
 
 function quoted(token) {
