@@ -17,10 +17,10 @@ EXACT = "exact"
 KINDS = get_args(TokenKind)
 SOURCES = ("LLM", "fly-generate", "fly-serve", "fly-bench")
 NUMBERS = ("num_draft_tokens", "num_accepted_tokens", "num_loosened_tokens", "num_spec_steps")
-SIZES = ("num_prompt_tokens", "num_output_tokens")
+SIZES = ("num_saved_tokens", "num_prompt_tokens", "num_output_tokens")  # not known of every source
 TIMES = ("time_to_first_token", "latency")
-BY_SOURCE = ("num_draft_tokens_by_source", "num_accepted_tokens_by_source")
-COUNTS = (*NUMBERS, "mean_acceptance_length", "acceptance_histogram", *BY_SOURCE, *SIZES, *TIMES)
+BY_NAME = ("num_draft_tokens_by_source", "num_accepted_tokens_by_source", "num_refused_loosenings_by_guard")
+COUNTS = (*NUMBERS, "mean_acceptance_length", "acceptance_histogram", *BY_NAME, *SIZES, *TIMES, "exact_because")
 
 Record = dict[str, Any]
 
@@ -71,9 +71,10 @@ def read_metrics(fields: Fields) -> Record:
     found: Record = {name: fields.count(name) for name in NUMBERS}
     found["mean_acceptance_length"] = fields.number("mean_acceptance_length")
     found["acceptance_histogram"] = fields.counts("acceptance_histogram")
-    found |= {name: fields.counts_by_name(name) if fields.has(name) else {} for name in BY_SOURCE}
+    found |= {name: fields.counts_by_name(name) if fields.has(name) else {} for name in BY_NAME}
     found |= {name: fields.count(name) if fields.has(name) else None for name in SIZES}
-    return found | {name: fields.number(name) if fields.has(name) else None for name in TIMES}
+    found |= {name: fields.number(name) if fields.has(name) else None for name in TIMES}
+    return found | {"exact_because": fields.text("exact_because") if fields.has("exact_because") else None}
 
 
 def read_tokens(fields: Fields, name: str) -> list[Record]:

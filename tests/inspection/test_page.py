@@ -10,6 +10,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from colours import contrast, variables
+from fly_trt.inspection.document import new_document
 from fly_trt.inspection.page import FOLDER, SCRIPTS, STYLES, make_page, write_page
 from fly_trt.inspection.sources import parse_traces
 from fly_trt.outputs import RequestOutput
@@ -79,6 +80,7 @@ def test_colours_reasons_and_totals_are_those_of_the_request(
     assert said["rate"] == f"{100 * metrics.num_accepted_tokens / metrics.num_draft_tokens:.1f} %"
     assert said["accepted"] == str(metrics.num_accepted_tokens)
     assert said["loosened"] == str(metrics.num_loosened_tokens)
+    assert said["saved"] == str(metrics.num_saved_tokens)
     assert said["policy"] == "fly"
     assert said["end"] == completion.finish_reason
     histogram = page.locator(".histogram").get_attribute("aria-label")
@@ -133,6 +135,14 @@ def test_rounds_and_costs_are_those_of_the_trace(saved: dict[str, Any], loose: R
 
     strip.click(position={"x": int(strip.get_attribute("data-step") or 0) + 3, "y": 30})  # the second one
     assert page.locator(".round-detail").inner_text().startswith("Round 1 ")
+
+
+def test_what_guards_and_the_breaker_did_is_among_the_totals(saved: dict[str, Any], open_trace: Any) -> None:
+    request = saved["requests"][0]
+    counts = {"num_refused_loosenings_by_guard": {"exact_first": 2, "exact_within": 1}, "exact_because": "breaker"}
+    page = open_trace(new_document([request | {"metrics": request["metrics"] | counts}]))
+    assert (statistics(page)["refused"], statistics(page)["exact"]) == ("3", "breaker")
+    assert page.locator("[data-stat=refused]").get_attribute("title") == "exact_first: 2, exact_within: 1"
 
 
 def test_another_request_stands_beside_it_with_the_differences_marked(saved: dict[str, Any], open_trace: Any) -> None:

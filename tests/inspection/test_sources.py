@@ -30,6 +30,7 @@ METRICS = {
     "speculative_decoding": SPECULATION,
     "acceptance": "fly",
     "num_loosened_tokens": 1,
+    "num_saved_tokens": 1,
     "num_draft_tokens_by_source": {"model": 4},
     "num_accepted_tokens_by_source": {"model": 1},
 }
@@ -126,6 +127,7 @@ def test_what_fly_serve_answers() -> None:
     assert (request["source"], request["acceptance"], request["finish_reason"]) == ("fly-serve", "fly", "stop")
     assert request["metrics"]["num_accepted_tokens"] == 1
     assert request["metrics"]["num_output_tokens"] == 2
+    assert request["metrics"]["num_saved_tokens"] == 1
     assert request["metrics"]["latency"] is None
     chat = one(ANSWER | {"choices": [CHOICE | {"message": {"role": "assistant", "content": "onetwo"}}]})
     assert chat == request
