@@ -214,6 +214,7 @@ def test_no_text_becomes_a_part_of_the_page(open_trace: Any) -> None:
             "num_draft": 1,
             "num_accepted": 0,
             "num_loosened": 0,
+            "asked": HOSTILE,
             "policy": HOSTILE,
             "rejected": [{"token": text, "token_id": 3}],
             "num_steps": 1,
@@ -231,6 +232,10 @@ def test_no_text_becomes_a_part_of_the_page(open_trace: Any) -> None:
     for number in range(len(ODD)):
         page.locator(".tokens .token").nth(number).hover()
         page.locator(".strip").press("ArrowRight")
+    for said in (page.locator(".round-detail").inner_text(), page.locator(".token-detail .token-name").inner_text()):
+        assert "\u202e" not in said
+    page.locator(".tokens .token").nth(ODD.index("\u202eabc")).hover()
+    assert page.locator(".token-detail .token-name").inner_text() == '"\\u{202e}abc"'
     assert page.locator("img, main script, iframe").count() == 0
     assert page.locator("script").count() == 2
     assert page.title() == f"{HOSTILE} · fly-inspect"

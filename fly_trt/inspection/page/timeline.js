@@ -1,7 +1,7 @@
 // The rounds of a request, one after another: what each drafted and what stood, above what it took. A click or the arrow
 // keys choose one. A few paths draw all of them, however many there are.
 
-import { make, seconds } from "./elements.js";
+import { make, quote, seconds } from "./elements.js";
 
 const STEPS = { few: 20, many: 10 }; // pixels from one round to the next
 const FEW = 50;
@@ -136,9 +136,9 @@ function describe(round) {
   if (!round.isDrafted) parts.push("nothing drafted");
   else parts.push(`${round.num_draft} drafted`, `${round.num_accepted} accepted, ${round.num_loosened} of them loosened`);
   parts.push(`ended by ${{ correction: "a correction", bonus: "a bonus token", plain: "the target’s token" }[round.end] ?? "the answer’s end"}`);
-  if (round.policy) parts.push(`rule: ${round.policy}`);
+  if (round.policy) parts.push(`rule: ${round.policy}${round.policy === round.asked ? "" : ` instead of ${round.asked}`}`);
   if (round.draft_seconds !== undefined) parts.push(`drafting ${seconds(round.draft_seconds)}, verification ${seconds(round.verification_seconds)}${round.num_rows > 1 ? `, its share of ${round.num_rows} requests' steps` : ""}`);
-  if (round.rejected.length) parts.push(`rejected ${round.rejected.map((token) => JSON.stringify(token.token)).join(" ")}`);
+  if (round.rejected.length) parts.push(`rejected ${round.rejected.map((token) => quote(token.token)).join(" ")}`);
   return parts.join(" · ");
 }
 

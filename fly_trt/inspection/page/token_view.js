@@ -9,7 +9,7 @@
 // shows where it is there: `reason`, the rule's in words; `top`, the target's most probable tokens as {token, token_id,
 // logprob}; `rejected`, the draft token that a correction took the place of, as {token, token_id}.
 
-import { make, percent } from "./elements.js";
+import { make, percent, quote } from "./elements.js";
 
 const MATCHED = {
   model: "matched: draft model",
@@ -265,9 +265,9 @@ function facts(token) {
   const from = token.source ? `, ${SOURCES[token.source] ?? token.source}` : "";
   const found = [["", `${token.kind}${from}`], ["round", String(token.round)]];
   found.push(["entropy", token.entropy === null ? "not known" : `${token.entropy.toFixed(3)} nats`]);
-  if (token.rejected) found.push(["in place of", `${JSON.stringify(token.rejected.token)} (id ${token.rejected.token_id})`]);
+  if (token.rejected) found.push(["in place of", `${quote(token.rejected.token)} (id ${token.rejected.token_id})`]);
   const isOwn = token.choice === token.token_id;
-  found.push(["target’s choice", isOwn ? "this token" : `${JSON.stringify(token.choice_token)} (id ${token.choice})`]);
+  found.push(["target’s choice", isOwn ? "this token" : `${quote(token.choice_token)} (id ${token.choice})`]);
   return found;
 }
 
@@ -275,7 +275,7 @@ function facts(token) {
 function topTokens(token) {
   const list = make("span", "token-top", "most probable ");
   for (const { token: text, token_id: id, logprob } of token.top) {
-    list.append(make("b", id === token.token_id ? "own" : "", JSON.stringify(text)), ` ${percent(Math.exp(logprob))} `);
+    list.append(make("b", id === token.token_id ? "own" : "", quote(text)), ` ${percent(Math.exp(logprob))} `);
   }
   return list;
 }
@@ -289,7 +289,7 @@ function cut(text) {
 }
 
 function quoted(token) {
-  return isPart(token) ? `bytes ${hex(token.bytes)}` : JSON.stringify(token.token);
+  return isPart(token) ? `bytes ${hex(token.bytes)}` : quote(token.token);
 }
 
 function hex(bytes) {
