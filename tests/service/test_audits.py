@@ -16,9 +16,9 @@ from fly_trt.runtime.audit import AuditResult
 from fly_trt.service.config import ServiceConfig
 
 SECONDS = 60.0
-PROMPTS = [record["prompt"] for record in load_eval_prompts()[::40]]
-LOOSE = SamplingParams(max_tokens=40, acceptance=AcceptanceParams(fly_entropy_threshold=0.0, fly_window_size=1))
-EXACT = SamplingParams(max_tokens=40, acceptance=AcceptanceParams(acceptance="exact"))
+PROMPTS = [record["prompt"] for record in load_eval_prompts()[::60]]
+LOOSE = SamplingParams(max_tokens=32, acceptance=AcceptanceParams(fly_entropy_threshold=0.0, fly_window_size=1))
+EXACT = SamplingParams(max_tokens=32, acceptance=AcceptanceParams(acceptance="exact"))
 AUDITS: dict[str, Any] = {"audit_fraction": 1.0, "audit_exact_fraction": 1.0}
 
 
@@ -42,7 +42,7 @@ def test_every_answer_is_read_as_a_likelihood_reads_it_and_its_exact_text_is_the
         unaudited = llm.generate(PROMPTS, LOOSE)
     assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in unaudited]
     assert [o.metrics.num_cached_tokens for o in outputs] == [o.metrics.num_cached_tokens for o in unaudited]
-    assert sum(output.metrics.num_loosened_tokens for output in outputs) > 10
+    assert sum(output.metrics.num_loosened_tokens for output in outputs) > 3
     with LoadedEngines(weak_engine, max_batch_size=1) as engines:
         likelihood = Likelihood(engines)
         for output, other in zip(outputs, exact, strict=True):
