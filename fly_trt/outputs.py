@@ -65,16 +65,18 @@ class RoundTrace(NamedTuple):
     """What one round of a request drafted, what stood, and what it cost, where the request asked for a trace.
 
     number: as TokenTrace.round has it. num_draft, num_accepted, num_loosened: draft tokens verified, emitted, and
-    emitted although the target had chosen another. policy: the rule that decided it, which is "exact" while a loose
-    request's windows are closed. rejected: the draft tokens that did not stand, verified or not. num_steps: of the
-    target. draft_seconds, verification_seconds: the request's share of what drafting and those steps took, which is one
-    of as many as requests were in them, num_rows at most. The first round's steps read the end of the prompt as well.
+    emitted although the target had chosen another. asked: the request's rule. policy: the one that decided the round,
+    which is "exact" while a loose request's windows are closed. rejected: the draft tokens that did not stand, verified
+    or not. num_steps: of the target. draft_seconds, verification_seconds: the request's share of what drafting and
+    those steps took, which is one of as many as requests were in them, num_rows at most. The first round's steps read
+    the end of the prompt as well.
     """
 
     number: int
     num_draft: int
     num_accepted: int
     num_loosened: int
+    asked: str
     policy: str
     rejected: list[int]
     num_steps: int

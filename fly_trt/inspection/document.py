@@ -13,14 +13,13 @@ from fly_trt.outputs import TokenKind
 
 FORMAT, VERSION = "fly-trt trace", 1
 MAX_TOKENS = 200_000  # of all requests: more is no page that anybody reads
-EXACT = "exact"
 KINDS = get_args(TokenKind)
 SOURCES = ("LLM", "fly-generate", "fly-serve", "fly-bench")
 NUMBERS = ("num_draft_tokens", "num_accepted_tokens", "num_loosened_tokens", "num_spec_steps")
-SIZES = ("num_prompt_tokens", "num_output_tokens")
+SIZES = ("num_saved_tokens", "num_prompt_tokens", "num_output_tokens")  # not known of every source
 TIMES = ("time_to_first_token", "latency")
-BY_SOURCE = ("num_draft_tokens_by_source", "num_accepted_tokens_by_source")
-COUNTS = (*NUMBERS, "mean_acceptance_length", "acceptance_histogram", *BY_SOURCE, *SIZES, *TIMES)
+BY_NAME = ("num_draft_tokens_by_source", "num_accepted_tokens_by_source", "num_refused_loosenings_by_guard")
+COUNTS = (*NUMBERS, "mean_acceptance_length", "acceptance_histogram", *BY_NAME, *SIZES, *TIMES, "exact_because")
 
 Record = dict[str, Any]
 
@@ -56,11 +55,9 @@ def read_request(fields: Fields) -> Record:
 
 
 def acceptance_of(rounds: Sequence[Record]) -> str | None:
-    """The rule of a request whose file does not say it: that of its rounds, and the loose one where windows were closed
-    for a while. None without a round that had a draft."""
-    rules = dict.fromkeys(round_["policy"] for round_ in rounds if round_["num_draft"])
-    loose = [rule for rule in rules if rule != EXACT]
-    return loose[0] if loose else EXACT if rules else None
+    """The rule that a request asked for, where its file says it with its rounds alone; None where nothing was
+    drafted."""
+    return next((round_["asked"] for round_ in rounds if round_["num_draft"]), None)
 
 
 def read_finish_reason(fields: Fields) -> str | None:
@@ -71,9 +68,10 @@ def read_metrics(fields: Fields) -> Record:
     found: Record = {name: fields.count(name) for name in NUMBERS}
     found["mean_acceptance_length"] = fields.number("mean_acceptance_length")
     found["acceptance_histogram"] = fields.counts("acceptance_histogram")
-    found |= {name: fields.counts_by_name(name) if fields.has(name) else {} for name in BY_SOURCE}
+    found |= {name: fields.counts_by_name(name) if fields.has(name) else {} for name in BY_NAME}
     found |= {name: fields.count(name) if fields.has(name) else None for name in SIZES}
-    return found | {name: fields.number(name) if fields.has(name) else None for name in TIMES}
+    found |= {name: fields.number(name) if fields.has(name) else None for name in TIMES}
+    return found | {"exact_because": fields.text("exact_because") if fields.has("exact_because") else None}
 
 
 def read_tokens(fields: Fields, name: str) -> list[Record]:
@@ -124,7 +122,7 @@ def read_rounds(fields: Fields, name: str) -> list[Record]:
 def _read_round(fields: Fields) -> Record:
     return {
         **{name: fields.count(name) for name in ("number", "num_draft", "num_accepted", "num_loosened")},
-        "policy": fields.text("policy"),
+        **{name: fields.text(name) for name in ("asked", "policy")},
         "rejected": [_read_named(token) for token in fields.objects("rejected")],
         **{name: fields.count(name) for name in ("num_steps", "num_rows")},
         **{name: fields.number(name) for name in ("draft_seconds", "verification_seconds")},

@@ -19,8 +19,8 @@ FOLDER = Path(__file__).parent / "page"
 STYLES = ("token_view.css", "histogram.css", "inspect.css")
 # Each behind those that it imports.
 SCRIPTS = ("elements.js", "difference.js", "histogram.js", "token_view.js", "timeline.js", "inspect.js")
-IMPORT = re.compile(r"^import .*\n", re.MULTILINE)
-EXPORT = re.compile(r"^export ", re.MULTILINE)
+IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./([\w.]+)";$', re.MULTILINE)
+EXPORT = re.compile(r"^export ((?:const|class|(?:async )?function\*?) (\w+))", re.MULTILINE)
 
 
 def write_page(document: Mapping[str, Any], path: str | Path) -> None:
@@ -32,8 +32,8 @@ def write_page(document: Mapping[str, Any], path: str | Path) -> None:
 def make_page(document: Mapping[str, Any]) -> str:
     """The page, to be written as UTF-8."""
     style = "".join(_read(name) for name in STYLES)
-    # One module instead of several: a page of a file cannot load others.
-    script = "".join(EXPORT.sub("", IMPORT.sub("", _read(name))) for name in SCRIPTS)
+    # One script instead of several modules: a page that is a file cannot load others.
+    script = "const modules = {};\n" + "".join(_as_function(name) for name in SCRIPTS)
     parts = {"policy": content_policy(script, style), "style": style, "script": script, "document": as_data(document)}
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _read("inspect.html"))
 
@@ -41,6 +41,14 @@ def make_page(document: Mapping[str, Any]) -> str:
 def content_policy(script: str, style: str) -> str:
     """The Content-Security-Policy of a page with this one script and this one style sheet, and nothing else."""
     return f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; base-uri 'none'"
+
+
+def _as_function(name: str) -> str:
+    """A module as a function of its own, whose result is what it exports."""
+    text = _read(name)
+    exported = ", ".join(found[2] for found in EXPORT.finditer(text))
+    body = EXPORT.sub(r"\1", IMPORT.sub(r'const \1 = modules["\2"];', text))
+    return f'modules["{name}"] = (() => {{\n{body}\nreturn {{ {exported} }};\n}})();\n'
 
 
 def as_data(document: Mapping[str, Any]) -> str:

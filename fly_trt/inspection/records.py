@@ -58,6 +58,8 @@ def request_record(
     RequestError where it has no trace."""
     if completion.trace is None:
         raise RequestError(f"request {output.request_id} has no trace: ask for one with speculation_trace=True")
+    if completion.trace and completion.trace[0].round:
+        raise RequestError(f"request {output.request_id}: a part of its output, expected the whole: not DELTA")
     is_alone = len(output.outputs) == 1
     return {
         "name": name if is_alone else f"{name} #{completion.index}",

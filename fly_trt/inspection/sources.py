@@ -169,21 +169,10 @@ def _metrics_of(answer: Fields, metrics: Fields) -> Record | None:
     if not metrics.has("speculative_decoding"):
         return None
     said = metrics.object("speculative_decoding")
-    found: Record = dict.fromkeys(COUNTS)
-    found |= {
-        "num_draft_tokens": said.count("num_draft_tokens"),
-        "num_accepted_tokens": said.count("num_accepted_draft_tokens"),
-        "num_loosened_tokens": metrics.count("num_loosened_tokens"),
-        "num_spec_steps": said.count("num_spec_steps"),
-        "mean_acceptance_length": said.number("mean_acceptance_length"),
-        "acceptance_histogram": said.counts("acceptance_histogram"),
-        "num_draft_tokens_by_source": metrics.counts_by_name("num_draft_tokens_by_source"),
-        "num_accepted_tokens_by_source": metrics.counts_by_name("num_accepted_tokens_by_source"),
-    }
+    known = {name: metrics.raw(name) for name in COUNTS if metrics.has(name)}
+    known |= {name: said.raw(name) for name in COUNTS if said.has(name)}
+    known["num_accepted_tokens"] = said.raw("num_accepted_draft_tokens")
     if answer.has("usage"):
         usage = answer.object("usage")
-        found |= {
-            "num_prompt_tokens": usage.count("prompt_tokens"),
-            "num_output_tokens": usage.count("completion_tokens"),
-        }
-    return found
+        known |= {"num_prompt_tokens": usage.raw("prompt_tokens"), "num_output_tokens": usage.raw("completion_tokens")}
+    return read_metrics(Fields(known, metrics.where))

@@ -180,7 +180,7 @@ class Request:
 
     def record_round_trace(self, round_: Round, num_kept: int) -> None:
         """What became of a round that has ended, of which `num_kept` draft tokens were emitted."""
-        self.rounds.append(round_.trace(self.trace[-1].round, num_kept))
+        self.rounds.append(round_.trace(self.trace[-1].round, num_kept, self.policy.name))
 
     def seconds_since_tokens(self) -> float:
         """Seconds since this was asked last, which is where tokens are emitted, or since the request came."""

@@ -339,14 +339,15 @@ class Round:
             )
         return traces
 
-    def trace(self, number: int, num_kept: int) -> RoundTrace:
-        """Of a round that is decided, of which `num_kept` draft tokens were emitted."""
+    def trace(self, number: int, num_kept: int, asked: str) -> RoundTrace:
+        """Of a round that is decided, of which `num_kept` draft tokens were emitted. asked: the request's rule."""
         evidence, costs = self.evidence, self.costs or RoundCosts()
         return RoundTrace(
             number,
             evidence.num_known,
             num_kept,
             evidence.num_loosened(num_kept),
+            asked,
             self.policy.name,
             self.draft[self.num_committed :].tolist(),
             costs.num_steps,

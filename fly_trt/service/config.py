@@ -27,7 +27,8 @@ AUDIT = AuditConfig()
 AUDIT_LOG = AuditLogConfig(path="audit.jsonl")
 OF_AUDIT_LOG = ("audit_log_max_bytes", "audit_log_backups", "audit_log_text")
 OF_BREAKER = ("breaker_error_rate", "breaker_reset_seconds")
-OF_AUDITS = ("audit_log", "min_quality", *OF_AUDIT_LOG, *OF_BREAKER)
+OF_AUDITOR = tuple(f"audit_{field.name}" for field in dataclasses.fields(AuditConfig) if field.name != "fraction")
+OF_AUDITS = ("audit_log", "min_quality", *OF_AUDIT_LOG, *OF_BREAKER, *OF_AUDITOR)
 ALIASES = {"max_num_seqs": "max_batch_size", "max_model_len": "max_seq_len"}
 ENGINE_SETTINGS = tuple(field.name for field in dataclasses.fields(EngineSettings))
 

@@ -90,8 +90,8 @@ class SearchSpace:
     def _usual(self) -> Iterator[dict[str, Any]]:
         """The engine's default comes first, so that what is the same is not there twice."""
         yield {}
-        if EXACT in self._acceptances:
-            yield from ({"method": method, "acceptance": EXACT} for method in self._methods)
+        exactly = self._methods if EXACT in self._acceptances else self._methods[:1]  # one as a baseline, whoever asks
+        yield from ({"method": method, "acceptance": EXACT} for method in exactly)
         for method in self._methods:
             usual = DRAFTERS[method].acceptance
             for settings in self._presets(usual) if usual in self._acceptances and usual != EXACT else ():

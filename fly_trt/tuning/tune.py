@@ -20,7 +20,7 @@ from fly_trt.errors import ConfigError, RequestError
 from fly_trt.params import SamplingParams
 from fly_trt.text.prompts import Prompt, PromptReader
 from fly_trt.tuning.quality import Judge, make_judge
-from fly_trt.tuning.result import CandidateResult, TuningResult, TuningSettings
+from fly_trt.tuning.result import Candidate, CandidateResult, TuningResult, TuningSettings
 from fly_trt.tuning.run import Assessor, Report, Run
 from fly_trt.tuning.search import Search, SearchOutcome, split_prompts
 from fly_trt.tuning.search_space import SearchSpace
@@ -97,7 +97,7 @@ def run_tuning(engine_dir: Path, config: TuningConfig, report: Report = lambda p
         judge = make_judge(prompts, likelihood, judge=config.judge, score_command=config.score_command)
         search_prompts, judge_prompts = split_prompts(len(prompts), config.seed)
         with (
-            Store(config.state, _identity(engines, config, judge)) as store,
+            Store(config.state, _identity(engines, config, judge, candidates)) as store,
             Trials(engines, config.concurrency, config.max_tokens) as trials,
         ):
             run = Run(trials, store, Assessor(judge, likelihood, engines.turn), given, config.budget, report)
@@ -169,7 +169,9 @@ def _check_engines(engines: LoadedEngines, config: TuningConfig) -> None:
         )
 
 
-def _identity(engines: LoadedEngines, config: TuningConfig, judge: Judge) -> Mapping[str, Any]:
+def _identity(
+    engines: LoadedEngines, config: TuningConfig, judge: Judge, candidates: Sequence[Candidate]
+) -> Mapping[str, Any]:
     return {
         "fly-trt version": fly_trt.__version__,
         "engine": engines.manifest.engine_sha256(),
@@ -177,6 +179,8 @@ def _identity(engines: LoadedEngines, config: TuningConfig, judge: Judge) -> Map
         "prompts file": _sha256(config.prompts),
         "judge": judge.kind,
         **{name: getattr(config, name) for name in IDENTITY},
+        # Of a program that has policies or drafters of its own, which the version says nothing of.
+        "list of candidates": hashlib.sha256(repr([one.name for one in candidates]).encode()).hexdigest(),
     }
 
 

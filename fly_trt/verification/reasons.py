@@ -88,4 +88,6 @@ def _objection(decision: Decision, limits: Limits) -> str | None:
 
 
 def _quoted(text: str) -> str:
-    return f"“{text}”"
+    """In one line, with what has no looks of its own as its code."""
+    shown = (letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    return f"“{''.join(shown)}”"

@@ -3,12 +3,14 @@ generate, in batches, in every mode of speculation, greedy and sampled, with pro
 """
 
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 
 from eval_prompts import load_eval_prompts
 from fly_trt import LLM, AcceptanceParams, EngineError, SamplingParams
+from fly_trt.runtime.audit import AuditResult
 from simulated_cuda import Error, SimulatedCuda
 
 RECORDS = load_eval_prompts()
@@ -59,6 +61,23 @@ def test_long_prompts_are_read_in_chunks(demo_engine: Path, simulated_engine: Pa
     got = generate(simulated_engine, prompts, *CASES["FLy"])
     assert len(want[1].prompt_token_ids) > 100
     assert [output.outputs[0].token_ids for output in got] == [output.outputs[0].token_ids for output in want]
+
+
+def test_audits_find_what_they_find_on_onnxruntime(
+    demo_engine: Path, simulated_engine: Path, gpu: SimulatedCuda
+) -> None:
+    """In a slot beyond those that were built for."""
+    params = SamplingParams(max_tokens=40, acceptance=AcceptanceParams(fly_entropy_threshold=0.0, fly_window_size=1))
+    found: list[list[tuple[Any, ...]]] = []
+    for directory in (demo_engine, simulated_engine):
+        results: SimpleQueue[AuditResult] = SimpleQueue()
+        with LLM(directory, audit_fraction=1.0, audit_exact_fraction=1.0, on_audit=results.put) as llm:
+            outputs = llm.generate(PROMPTS[:3], params)
+            audits = sorted((results.get(timeout=60) for _ in outputs), key=lambda result: result.request_id)
+        found.append([(audit.num_differing, audit.parted_at, audit.exact) for audit in audits])
+        assert [audit.num_differing for audit in audits] == [o.metrics.num_loosened_tokens for o in outputs]
+    assert found[0] == found[1]
+    assert sum(num_differing for num_differing, *_ in found[0]) > 0
 
 
 def test_shutting_down_frees_the_gpu(simulated_engine: Path, gpu: SimulatedCuda) -> None:

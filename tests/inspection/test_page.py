@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from colours import contrast, variables
+from fly_trt.inspection.document import new_document
 from fly_trt.inspection.page import FOLDER, SCRIPTS, STYLES, make_page, write_page
 from fly_trt.inspection.sources import parse_traces
 from fly_trt.outputs import RequestOutput
@@ -78,6 +80,7 @@ def test_colours_reasons_and_totals_are_those_of_the_request(
     assert said["rate"] == f"{100 * metrics.num_accepted_tokens / metrics.num_draft_tokens:.1f} %"
     assert said["accepted"] == str(metrics.num_accepted_tokens)
     assert said["loosened"] == str(metrics.num_loosened_tokens)
+    assert said["saved"] == str(metrics.num_saved_tokens)
     assert said["policy"] == "fly"
     assert said["end"] == completion.finish_reason
     histogram = page.locator(".histogram").get_attribute("aria-label")
@@ -130,8 +133,16 @@ def test_rounds_and_costs_are_those_of_the_trace(saved: dict[str, Any], loose: R
         assert row.locator(".cost-share").inner_text() == f"{100 * seconds / sum(spent.values()):.1f} %"
     assert "up to" in page.locator(".costs .note").inner_text()  # others were in its steps
 
-    strip.click(position={"x": 13, "y": 30})  # the second one
+    strip.click(position={"x": int(strip.get_attribute("data-step") or 0) + 3, "y": 30})  # the second one
     assert page.locator(".round-detail").inner_text().startswith("Round 1 ")
+
+
+def test_what_guards_and_the_breaker_did_is_among_the_totals(saved: dict[str, Any], open_trace: Any) -> None:
+    request = saved["requests"][0]
+    counts = {"num_refused_loosenings_by_guard": {"exact_first": 2, "exact_within": 1}, "exact_because": "breaker"}
+    page = open_trace(new_document([request | {"metrics": request["metrics"] | counts}]))
+    assert (statistics(page)["refused"], statistics(page)["exact"]) == ("3", "breaker")
+    assert page.locator("[data-stat=refused]").get_attribute("title") == "exact_first: 2, exact_within: 1"
 
 
 def test_another_request_stands_beside_it_with_the_differences_marked(saved: dict[str, Any], open_trace: Any) -> None:
@@ -203,6 +214,7 @@ def test_no_text_becomes_a_part_of_the_page(open_trace: Any) -> None:
             "num_draft": 1,
             "num_accepted": 0,
             "num_loosened": 0,
+            "asked": HOSTILE,
             "policy": HOSTILE,
             "rejected": [{"token": text, "token_id": 3}],
             "num_steps": 1,
@@ -219,7 +231,11 @@ def test_no_text_becomes_a_part_of_the_page(open_trace: Any) -> None:
     assert [text for _, text in shown_tokens(page)] == ODD
     for number in range(len(ODD)):
         page.locator(".tokens .token").nth(number).hover()
-        page.locator(".strip").click(position={"x": 10 * number + 3, "y": 30})
+        page.locator(".strip").press("ArrowRight")
+    for said in (page.locator(".round-detail").inner_text(), page.locator(".token-detail .token-name").inner_text()):
+        assert "\u202e" not in said
+    page.locator(".tokens .token").nth(ODD.index("\u202eabc")).hover()
+    assert page.locator(".token-detail .token-name").inner_text() == '"\\u{202e}abc"'
     assert page.locator("img, main script, iframe").count() == 0
     assert page.locator("script").count() == 2
     assert page.title() == f"{HOSTILE} · fly-inspect"
@@ -288,3 +304,19 @@ def test_the_same_trace_gives_the_same_page_of_its_own_files_alone(saved: dict[s
     assert {path.name for path in FOLDER.iterdir()} == {*STYLES, *SCRIPTS, "inspect.html"}
     for name in (*STYLES, *SCRIPTS):
         assert "</" not in (FOLDER / name).read_text(encoding="utf-8"), name
+
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+def test_text_and_bars_can_be_told_from_their_ground(mode: int) -> None:
+    colours = variables((FOLDER / "inspect.css").read_text(encoding="utf-8"))[mode]
+    for text in ("text", "muted"):
+        assert min(contrast(colours[text], colours[ground]) for ground in ("ground", "card")) >= 4.5, text
+    for part in ("field-edge", "accent", "bar", "matched", "loosened", "own", "draft", "verification"):
+        assert contrast(colours[part], colours["card"]) >= 3, part
+
+
+def test_a_part_of_the_timeline_is_not_told_from_those_beside_it_by_colour_alone() -> None:
+    """Each has its place in a stack; some are outlines, and the target's own is narrower than what it stands on."""
+    css = (FOLDER / "inspect.css").read_text(encoding="utf-8")
+    outlined = set(re.findall(r"\.part-(\w+) \{ fill: none; stroke:", css))
+    assert outlined == {"rejected", "verification"}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples import examples
-from fly_trt import LLM
+from fly_trt import LLM, RequestOutputKind, SamplingParams
 from fly_trt.errors import ConfigError, RequestError
 from fly_trt.inspection import read_traces, save_trace
 from fly_trt.inspection.document import COUNTS, FORMAT, VERSION, merged
@@ -30,6 +30,7 @@ METRICS = {
     "speculative_decoding": SPECULATION,
     "acceptance": "fly",
     "num_loosened_tokens": 1,
+    "num_saved_tokens": 1,
     "num_draft_tokens_by_source": {"model": 4},
     "num_accepted_tokens_by_source": {"model": 1},
 }
@@ -99,6 +100,10 @@ def test_an_output_without_a_trace_is_refused(llm: LLM, tmp_path: Path) -> None:
     (output,) = llm.generate("x")
     with pytest.raises(RequestError, match="speculation_trace=True"):
         save_trace(output, tmp_path / "trace.json", llm.tokenizer)
+    params = SamplingParams(max_tokens=30, speculation_trace=True, output_kind=RequestOutputKind.DELTA)
+    *_, last = llm.stream("x", params)
+    with pytest.raises(RequestError, match="not DELTA"):
+        save_trace(last, tmp_path / "trace.json", llm.tokenizer)
     assert not list(tmp_path.iterdir())
 
 
@@ -122,6 +127,7 @@ def test_what_fly_serve_answers() -> None:
     assert (request["source"], request["acceptance"], request["finish_reason"]) == ("fly-serve", "fly", "stop")
     assert request["metrics"]["num_accepted_tokens"] == 1
     assert request["metrics"]["num_output_tokens"] == 2
+    assert request["metrics"]["num_saved_tokens"] == 1
     assert request["metrics"]["latency"] is None
     chat = one(ANSWER | {"choices": [CHOICE | {"message": {"role": "assistant", "content": "onetwo"}}]})
     assert chat == request

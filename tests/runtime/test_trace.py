@@ -139,6 +139,7 @@ def assert_agrees_with_rounds(request: Request) -> None:
     metrics, rounds = request.metrics, request.rounds
     assert [round_.number for round_ in rounds] == list(range(request.trace[-1].round + 1))
     drafted = [round_ for round_ in rounds if round_.num_draft]
+    assert {round_.asked for round_ in rounds} == {request.policy.name}
     assert [round_.num_draft for round_ in drafted] == metrics.per_step_drafted
     assert [round_.num_accepted for round_ in drafted] == metrics.per_step_accepted
     assert sum(round_.num_loosened for round_ in rounds) == metrics.num_loosened_tokens
@@ -298,7 +299,7 @@ def test_deltas_put_together_are_the_whole_trace(is_traced: bool) -> None:
             last = [parts[-1]] if kind is RequestOutputKind.CUMULATIVE else parts
             assert [of_token for part in last for of_token in part.trace or ()] == want.trace
             rounds = [round_ for part in last for round_ in part.rounds or ()]
-            assert [round_[:6] for round_ in rounds] == [round_[:6] for round_ in want.rounds or ()]
+            assert [round_[:7] for round_ in rounds] == [round_[:7] for round_ in want.rounds or ()]
 
 
 def test_a_request_that_does_not_ask_never_makes_one(monkeypatch: pytest.MonkeyPatch) -> None:

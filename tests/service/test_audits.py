@@ -31,13 +31,13 @@ def serve(llm: LLM, queue: "SimpleQueue[AuditResult]") -> tuple[list[RequestOutp
 
 def test_every_answer_is_read_as_a_likelihood_reads_it_and_its_exact_text_is_the_exact_one(weak_engine: Path) -> None:
     queue: SimpleQueue[AuditResult] = SimpleQueue()
-    with LLM(weak_engine, max_batch_size=2, on_audit=queue.put, **AUDITS) as llm:
+    with LLM(weak_engine, on_audit=queue.put, **AUDITS) as llm:  # as many slots as were built, and one more
         outputs, results = serve(llm, queue)
         exact = llm.generate(PROMPTS, EXACT)
         assert llm.audits is not None
         assert llm.audits.num_audited == len(PROMPTS)
         assert llm.audits.left_out == {"exact": len(PROMPTS)}
-    with LLM(weak_engine, max_batch_size=2) as llm:
+    with LLM(weak_engine) as llm:
         assert llm.audits is None
         unaudited = llm.generate(PROMPTS, LOOSE)
     assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in unaudited]
@@ -79,3 +79,5 @@ def test_asked_for_settings_become_those_of_audits() -> None:
     assert ServiceConfig().audit_config().fraction == 0
     with pytest.raises(ConfigError, match="audit_fraction 2: expected a number from 0 to 1"):
         ServiceConfig(audit_fraction=2)
+    with pytest.raises(ConfigError, match=r"audit_share 0\.1: has no effect without audit_fraction"):
+        ServiceConfig(audit_share=0.1)

@@ -131,6 +131,12 @@ def test_filters_leave_plain_decoding_and_the_default_to_compare_with() -> None:
     }
 
 
+def test_an_exact_baseline_is_there_whichever_policy_is_asked_for() -> None:
+    found = candidates(manifest(), 30, acceptances=["margin"])
+    assert [candidate.name for candidate in found[2:4]] == ["multi_level+exact", "multi_level+margin"]
+    assert {candidate.policy for candidate in found[4:]} == {"margin"}
+
+
 @pytest.mark.parametrize(
     ("filters", "message"),
     [

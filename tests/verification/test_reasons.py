@@ -184,6 +184,12 @@ def test_a_rule_that_says_nothing_of_its_own_is_named() -> None:
     assert sentences == {"loosened: by the rule likely"}
 
 
+def test_texts_without_looks_of_their_own_leave_the_sentence_in_one_line() -> None:
+    decision = next(decision for decision, _ in decisions(RULES["exact"]) if decision.kind == "correction")
+    sentence = explain(decision, Limits(STOPS), lambda token: "a\n\u202eé\ud800\u2028")
+    assert "“a\\n\\u202eé\\ud800\\u2028”" in sentence
+
+
 def test_probabilities_for_people() -> None:
     said = [percent(value) for value in (0.0, -0.01, -2.5, -6.0, -20.0, float("-inf"), float("nan"))]
     assert said == ["100 %", "99 %", "8.2 %", "0.2 %", "under 0.1 %", "under 0.1 %", ""]

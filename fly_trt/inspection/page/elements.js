@@ -8,6 +8,11 @@ export function make(tag, className, text) {
   return element;
 }
 
+/** A text in quotes, with what has no looks of its own as its code. */
+export function quote(text) {
+  return JSON.stringify(text).replace(/[\p{Cf}\p{Zl}\p{Zp}\u007f-\u009f]/gu, (letter) => `\\u{${letter.codePointAt(0).toString(16)}}`);
+}
+
 /** "97.1 %" */
 export function percent(share) {
   return `${(100 * share).toFixed(1)} %`;

@@ -103,9 +103,13 @@ function totals(request, rounds) {
   add("rate", "Acceptance rate", numDraft ? percent(accepted / numDraft) : BLANK, "Share of the draft tokens that were accepted");
   add("accepted", "Accepted", accepted, "Draft tokens that are part of the answer");
   add("loosened", "Loosened", loosened, "Accepted draft tokens that are not the target's choice");
+  if (metrics?.num_saved_tokens != null) add("saved", "Saved", metrics.num_saved_tokens, "Accepted draft tokens from a round's first loosened one on: exact verification would have rejected them");
+  const refused = Object.entries(metrics?.num_refused_loosenings_by_guard ?? {});
+  if (refused.length) add("refused", "Turned down", sum(refused.map(([, number]) => number)), refused.map(([guard, number]) => `${guard}: ${number}`).join(", "));
   add("corrections", "Corrections", kinds("correction"), "The target's tokens in place of rejected draft tokens");
   if (tokens.length) add("share", "Loosened of all", percent(loosened / tokens.length), "Share of the answer's tokens");
   add("policy", "Acceptance", request.acceptance ?? BLANK, "The rule that was asked for");
+  if (metrics?.exact_because != null) add("exact", "Exact because of", metrics.exact_because, "Why a loose request was decoded exactly");
   add("end", "Ended by", request.finish_reason ?? BLANK, "The finish reason");
   if (metrics?.time_to_first_token != null) add("first", "First token", seconds(metrics.time_to_first_token), "From the request's arrival");
   if (metrics?.latency != null) add("latency", "Latency", seconds(metrics.latency), "From the request's arrival to its end");

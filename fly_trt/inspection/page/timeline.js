@@ -1,10 +1,10 @@
 // The rounds of a request, one after another: what each drafted and what stood, above what it took. A click or the arrow
 // keys choose one. A few paths draw all of them, however many there are.
 
-import { make, seconds } from "./elements.js";
+import { make, quote, seconds } from "./elements.js";
 
-const STEP = 10; // pixels from one round to the next
-const BAR = 8;
+const STEPS = { few: 20, many: 10 }; // pixels from one round to the next
+const FEW = 50;
 const TALL = 72; // of the drafts' bars
 const LOW = 40; // of the times' bars
 const GAP = 10;
@@ -39,6 +39,7 @@ export class Timeline {
     this.onRound = () => {}; // told the number of a round that was chosen
     this._rounds = rounds;
     this._at = 0;
+    this._step = rounds.length <= FEW ? STEPS.few : STEPS.many;
     parent.classList.add("timeline");
     this._strip = parent.appendChild(make("div", "strip"));
     this._strip.tabIndex = 0;
@@ -46,6 +47,7 @@ export class Timeline {
     this._strip.setAttribute("aria-label", "Round");
     this._strip.setAttribute("aria-valuemin", 0);
     this._strip.setAttribute("aria-valuemax", rounds.length - 1);
+    this._strip.dataset.step = this._step;
     this._strip.append(this._draw());
     this._detail = parent.appendChild(make("p", "round-detail"));
     parent.append(legend(rounds));
@@ -62,16 +64,16 @@ export class Timeline {
       return;
     }
     this._at = number;
-    this._mark.setAttribute("x", number * STEP - 1);
+    this._mark.setAttribute("x", number * this._step - 1);
     this._detail.textContent = this._say(number);
   }
 
   _choose(number) {
     this.mark(number);
     this.onRound(number);
-    const left = number * STEP;
+    const left = number * this._step;
     const { scrollLeft, clientWidth } = this._strip;
-    if (left < scrollLeft || left + STEP > scrollLeft + clientWidth) this._strip.scrollLeft = left - clientWidth / 3;
+    if (left < scrollLeft || left + this._step > scrollLeft + clientWidth) this._strip.scrollLeft = left - clientWidth / 3;
   }
 
   _say(number) {
@@ -86,7 +88,7 @@ export class Timeline {
     const steps = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageUp: -20, PageDown: 20, Home: -Infinity, End: Infinity };
     this._strip.addEventListener("click", (event) => {
       const { left } = this._strip.getBoundingClientRect();
-      const number = Math.floor((event.clientX - left + this._strip.scrollLeft) / STEP);
+      const number = Math.floor((event.clientX - left + this._strip.scrollLeft) / this._step);
       if (number >= 0 && number <= last) this._choose(number);
     });
     this._strip.addEventListener("keydown", (event) => {
@@ -98,8 +100,9 @@ export class Timeline {
 
   _draw() {
     const rounds = this._rounds;
+    const step = this._step;
     const isTimed = rounds.some((round) => round.draft_seconds !== undefined);
-    const width = rounds.length * STEP;
+    const width = rounds.length * step;
     const height = TALL + (isTimed ? GAP + LOW : 0);
     const drawing = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
     const tall = TALL / Math.max(...rounds.map((round) => round.num_draft + 1), 1);
@@ -107,21 +110,22 @@ export class Timeline {
     const parts = Object.fromEntries(PATHS.map((name) => [name, []]));
     rounds.forEach((round, at) => {
       let y = TALL;
-      const stack = (name, size, scale, least = 0) => {
+      const stack = (name, size, scale, least = 0, inset = 0) => {
         const top = Math.max(y - size * scale, least);
         if (!(top < y)) return;
-        parts[name].push(`M${at * STEP} ${round2(y)}h${BAR}V${round2(top)}h${-BAR}z`);
+        const width = step - 2 - 2 * inset;
+        parts[name].push(`M${at * step + inset} ${round2(y)}h${width}V${round2(top)}h${-width}z`);
         y = top;
       };
       stack("matched", round.num_accepted - round.num_loosened, tall);
       stack("loosened", round.num_loosened, tall);
-      stack("own", round.numTokens - round.num_accepted, tall);
+      stack("own", round.numTokens - round.num_accepted, tall, 0, step / 5); // narrower, so that not colour alone tells
       stack("rejected", Math.max(0, round.num_draft - round.num_accepted), tall);
       y = height;
       stack("verification", round.verification_seconds, low, height - LOW);
       stack("draft", round.draft_seconds, low, height - LOW);
     });
-    this._mark = drawing.appendChild(svg("rect", { y: 0, width: STEP, height, class: "mark" }));
+    this._mark = drawing.appendChild(svg("rect", { y: 0, width: step, height, class: "mark" }));
     for (const name of PATHS) drawing.append(svg("path", { d: parts[name].join(""), class: `part-${name}` }));
     return drawing;
   }
@@ -132,9 +136,9 @@ function describe(round) {
   if (!round.isDrafted) parts.push("nothing drafted");
   else parts.push(`${round.num_draft} drafted`, `${round.num_accepted} accepted, ${round.num_loosened} of them loosened`);
   parts.push(`ended by ${{ correction: "a correction", bonus: "a bonus token", plain: "the target’s token" }[round.end] ?? "the answer’s end"}`);
-  if (round.policy) parts.push(`rule: ${round.policy}`);
+  if (round.policy) parts.push(`rule: ${round.policy}${round.policy === round.asked ? "" : ` instead of ${round.asked}`}`);
   if (round.draft_seconds !== undefined) parts.push(`drafting ${seconds(round.draft_seconds)}, verification ${seconds(round.verification_seconds)}${round.num_rows > 1 ? `, its share of ${round.num_rows} requests' steps` : ""}`);
-  if (round.rejected.length) parts.push(`rejected ${round.rejected.map((token) => JSON.stringify(token.token)).join(" ")}`);
+  if (round.rejected.length) parts.push(`rejected ${round.rejected.map((token) => quote(token.token)).join(" ")}`);
   return parts.join(" · ");
 }
 

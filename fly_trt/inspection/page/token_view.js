@@ -9,7 +9,7 @@
 // shows where it is there: `reason`, the rule's in words; `top`, the target's most probable tokens as {token, token_id,
 // logprob}; `rejected`, the draft token that a correction took the place of, as {token, token_id}.
 
-import { make, percent } from "./elements.js";
+import { make, percent, quote } from "./elements.js";
 
 const MATCHED = {
   model: "matched: draft model",
@@ -42,6 +42,7 @@ export function categoryOf(token) {
 // Shown by CSS beside the character, so that text that is copied is the answer's.
 const VISIBLE = new Map([[" ", "space"], ["\n", "newline"], ["\t", "tab"], ["\r", "return"]]);
 const HAS_NO_LOOKS = /[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}\ufffd]/u;
+const MOST_REJECTED = 24; // characters of a draft token that is only shown beside
 const STEPS = { ArrowLeft: -1, ArrowRight: 1, PageUp: -20, PageDown: 20, Home: -Infinity, End: Infinity };
 
 export class TokenView {
@@ -128,7 +129,7 @@ export class TokenView {
     element.setAttribute("role", "option");
     element.dataset.at = at;
     element.tabIndex = at === 0 ? 0 : -1;
-    if (token.rejected) element.dataset.rejected = token.rejected.token || `#${token.rejected.token_id}`;
+    if (token.rejected) element.dataset.rejected = cut(token.rejected.token) || `#${token.rejected.token_id}`;
     this._write(element, token);
     this._elements.push(element);
     if (!this._rounds.has(token.round)) this._rounds.set(token.round, []);
@@ -264,9 +265,9 @@ function facts(token) {
   const from = token.source ? `, ${SOURCES[token.source] ?? token.source}` : "";
   const found = [["", `${token.kind}${from}`], ["round", String(token.round)]];
   found.push(["entropy", token.entropy === null ? "not known" : `${token.entropy.toFixed(3)} nats`]);
-  if (token.rejected) found.push(["in place of", `${JSON.stringify(token.rejected.token)} (id ${token.rejected.token_id})`]);
+  if (token.rejected) found.push(["in place of", `${quote(token.rejected.token)} (id ${token.rejected.token_id})`]);
   const isOwn = token.choice === token.token_id;
-  found.push(["target’s choice", isOwn ? "this token" : `${JSON.stringify(token.choice_token)} (id ${token.choice})`]);
+  found.push(["target’s choice", isOwn ? "this token" : `${quote(token.choice_token)} (id ${token.choice})`]);
   return found;
 }
 
@@ -274,7 +275,7 @@ function facts(token) {
 function topTokens(token) {
   const list = make("span", "token-top", "most probable ");
   for (const { token: text, token_id: id, logprob } of token.top) {
-    list.append(make("b", id === token.token_id ? "own" : "", JSON.stringify(text)), ` ${percent(Math.exp(logprob))} `);
+    list.append(make("b", id === token.token_id ? "own" : "", quote(text)), ` ${percent(Math.exp(logprob))} `);
   }
   return list;
 }
@@ -283,8 +284,12 @@ function isPart(token) {
   return Boolean(token.bytes?.length) && token.token.includes("\ufffd");
 }
 
+function cut(text) {
+  return text.length > MOST_REJECTED ? `${text.slice(0, MOST_REJECTED)}…` : text;
+}
+
 function quoted(token) {
-  return isPart(token) ? `bytes ${hex(token.bytes)}` : JSON.stringify(token.token);
+  return isPart(token) ? `bytes ${hex(token.bytes)}` : quote(token.token);
 }
 
 function hex(bytes) {
