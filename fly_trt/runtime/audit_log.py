@@ -52,7 +52,7 @@ class AuditLogConfig:
 
 
 class AuditLog:
-    """`num_written` and `num_lost` lines, counted by the thread that writes, which starts with the first line."""
+    """`num_written` and `num_lost` lines so far. The thread that writes starts with the first line."""
 
     def __init__(self, config: AuditLogConfig) -> None:
         self.num_written = 0
