@@ -4,6 +4,7 @@ It knows outputs and a tokenizer; the form itself is `document.py`'s.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ def save_trace(
     reader = TokenReader(tokenizer)
     listed = [outputs] if isinstance(outputs, RequestOutput) else list(outputs)
     prompts = [tuple(output.prompt_token_ids) for output in listed]
+    counts = Counter(prompts)
+    numbers = {prompt: number for number, prompt in enumerate(counts)}
     requests = [
         request_record(
             reader,
@@ -36,7 +39,7 @@ def save_trace(
             completion,
             source="LLM",
             name=f"{name} {output.request_id}",
-            group=f"prompt {prompts.index(prompt)}" if prompts.count(prompt) > 1 else None,
+            group=f"prompt {numbers[prompt]}" if counts[prompt] > 1 else None,
         )
         for output, prompt in zip(listed, prompts, strict=True)
         for completion in output.outputs

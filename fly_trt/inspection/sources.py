@@ -126,35 +126,35 @@ def _read_completion(fields: Fields, name: str, group: str | None) -> Record:
 
 
 def _read_answer(fields: Fields) -> list[Record]:
-    """What fly-serve answers with, to completions and to chats."""
-    model = fields.text("model") if fields.has("model") else "fly-serve"
+    """What fly-serve answers with, to completions and to chats. Of several choices nobody knows whose the metrics are,
+    but for the rule."""
     choices = list(fields.objects("choices"))
     metrics = fields.object("metrics") if fields.has("metrics") else None
-    found = []
-    for choice in choices:
-        if not choice.has("speculation_trace"):
-            raise ConfigError(
-                f'{choice.where}: no speculation_trace: ask the server for it with "speculation_trace": true'
-            )
-        name = f"{model} {fields.text('id')}" if fields.has("id") else model
-        rounds = read_rounds(choice, "speculation_rounds")
-        found.append(
-            {
-                "name": f"{name} #{choice.count('index')}" if len(choices) > 1 else name,
-                "group": None,
-                "source": "fly-serve",
-                "acceptance": metrics.text("acceptance")
-                if metrics and metrics.has("acceptance")
-                else acceptance_of(rounds),
-                "prompt": None,
-                "text": _text_of(choice),
-                "finish_reason": read_finish_reason(choice),
-                "metrics": _metrics_of(fields, metrics) if metrics and len(choices) == 1 else None,
-                "tokens": read_tokens(choice, "speculation_trace"),
-                "rounds": rounds,
-            }
-        )
-    return found
+    rule = metrics.text("acceptance") if metrics and metrics.has("acceptance") else None
+    model = fields.text("model") if fields.has("model") else "fly-serve"
+    name = f"{model} {fields.text('id')}" if fields.has("id") else model
+    if len(choices) > 1:
+        return [_read_choice(choice, f"{name} #{choice.count('index')}", rule) for choice in choices]
+    counts = _metrics_of(fields, metrics) if metrics else None
+    return [_read_choice(choice, name, rule) | {"metrics": counts} for choice in choices]
+
+
+def _read_choice(choice: Fields, name: str, rule: str | None) -> Record:
+    if not choice.has("speculation_trace"):
+        raise ConfigError(f'{choice.where}: no speculation_trace: ask the server for it with "speculation_trace": true')
+    rounds = read_rounds(choice, "speculation_rounds")
+    return {
+        "name": name,
+        "group": None,
+        "source": "fly-serve",
+        "acceptance": rule or acceptance_of(rounds),
+        "prompt": None,
+        "text": _text_of(choice),
+        "finish_reason": read_finish_reason(choice),
+        "metrics": None,
+        "tokens": read_tokens(choice, "speculation_trace"),
+        "rounds": rounds,
+    }
 
 
 def _text_of(choice: Fields) -> str:
