@@ -1,6 +1,7 @@
 """The routes that generate text: /v1/completions and /v1/chat/completions."""
 
 import asyncio
+import logging
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -18,6 +19,8 @@ from fly_trt.serving.openai.requests.sampling import Defaults
 from fly_trt.text.chat import ChatTemplate
 from fly_trt.text.token_text import TokenReader
 
+logger = logging.getLogger(__name__)
+
 
 def make_api_router(pool: EnginePool, config: ServerConfig) -> APIRouter:
     """Reads the model's defaults of sampling and its way to call tools once. Raises ConfigError where there is no such
@@ -26,9 +29,15 @@ def make_api_router(pool: EnginePool, config: ServerConfig) -> APIRouter:
     template = ChatTemplate(one.engine_dir / "tokenizer").source(has_tools=True)
     calling = ToolCalling(config.tool_call_parser, template, one.tokenizer)
     router = APIRouter(route_class=JsonRoute)
+    defaults = Defaults.read(one.engine_dir, config.generation_config, config.override_generation_config)
+    if one.audits is not None and defaults.is_sampled:
+        logger.warning(
+            "audits judge greedy answers alone: requests that do not ask for temperature 0 are sampled and left out: "
+            """--override-generation-config '{"temperature": 0}' makes those greedy that ask for nothing"""
+        )
     shared = Shared(
         reader=TokenReader(one.tokenizer),
-        defaults=Defaults.read(one.engine_dir, config.generation_config, config.override_generation_config),
+        defaults=defaults,
         spec_decode_metrics=config.spec_decode_metrics,
         developer=developer_role(template),
     )

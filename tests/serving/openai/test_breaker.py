@@ -127,6 +127,10 @@ def test_a_planted_setting_is_found_answers_become_exact_and_a_reset_brings_loos
     assert "WARNING breaker: setting 'default' is loose again: reset by a person" in process.log
 
 
+def test_whoever_audits_is_told_that_sampled_answers_are_not_audited(process: ServeProcess) -> None:
+    assert "WARNING audits judge greedy answers alone" in process.log
+
+
 def test_the_breaker_is_asked_and_reset_with_a_key_and_by_a_setting_that_it_knows(client: Client) -> None:
     for method, path in (("GET", "/breaker"), ("POST", "/breaker/reset")):
         response = httpx.request(method, f"{client.http.base_url}{path}", json={})

@@ -77,6 +77,11 @@ class Defaults:
             raise ConfigError(f"override_generation_config: unknown field {unknown[0]!r}: expected one of {known}")
         return cls(values | _known(override, "override_generation_config"))
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether a request that says nothing is."""
+        return bool(self.values["temperature"] > 0)
+
 
 def _read(path: Path, *, may_be_missing: bool) -> dict[str, Any]:
     if may_be_missing and not path.exists():
