@@ -17,8 +17,9 @@ from fly_trt.verification import POLICIES
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 CONFIG_FLAGS = (
-    *("prompts", "chat", "max_tokens", "concurrency", "min_retention", "confidence", "judge", "score_command"),
-    *("methods", "acceptances", "num_candidates", "num_finalists", "budget", "seed", "num_threads", "devices"),
+    *("prompts", "chat", "max_tokens", "concurrency", "min_retention", "confidence", "judge"),
+    *("score_command", "score_timeout", "methods", "acceptances", "num_candidates", "num_finalists", "budget", "seed"),
+    *("num_threads", "devices"),
 )
 FILE_WIDTH = 132  # columns where there is no terminal that has its own
 EXAMPLES = """
@@ -58,6 +59,14 @@ Everything that is measured goes into a file (--state): a run that was stopped g
 @click.option("--confidence", type=float, default=0.95, show_default=True, help="With which that is claimed.")
 @click.option("--judge", metavar="KIND", help="checks, references or agreement. [the first that the file is fit for]")
 @click.option("--score-command", metavar="COMMAND", help="Scores answers from 0 to 1, see the README.")
+@click.option(
+    "--score-timeout",
+    type=float,
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Of it, for a batch.",
+)
 @click.option(
     "--method",
     "methods",
@@ -105,14 +114,15 @@ def _run(engine_dir: Path, flags: dict[str, Any]) -> None:
     state = flags["state"] or Path(f"fly-tune-{engine_dir.resolve().name}.jsonl")
     config = TuningConfig(state=state, **{name: flags[name] for name in CONFIG_FLAGS})
     if state.exists():
-        click.echo(f"{state}: goes on with what was measured; with another --state all is measured anew", err=True)
+        what = "goes on with what was measured, or shows a finished run"
+        click.echo(f"{state}: {what}; with another --state all is measured anew", err=True)
     result = _with_progress(lambda report: run_tuning(engine_dir, config, report))
+    _show(result, flags["as_json"])  # at once: a file that cannot be written must not cost the result
     if flags["output"] is not None:
         with new_file(flags["output"]) as file:
             file.write_text(result.to_json(), encoding="utf-8")
     if flags["html"] is not None:
         write_page(result, flags["html"])
-    _show(result, flags["as_json"])
     if flags["write"]:
         _write_setting(engine_dir, result)
 
@@ -149,7 +159,10 @@ def _write_setting(engine_dir: Path, result: Any) -> None:
     if not write_setting(engine_dir, result):
         click.echo("nothing was written: no setting qualified that is faster than plain decoding", err=True)
         raise SystemExit(1)
-    click.echo(f"{engine_dir}: {result.chosen.candidate.name} is the default now", err=True)
+    if result.verdict.kind == "default_stays":
+        click.echo(f"{engine_dir}: the default stays, with this evidence for it", err=True)
+    else:
+        click.echo(f"{engine_dir}: {result.chosen.candidate.name} is the default now", err=True)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ class RunningSetting:
         if self.status == "other setting":
             verb = "differs" if len(self.differing) == 1 else "differ"
             return f"not as tuned on {tuning.date} ({', '.join(self.differing)} {verb}): that evidence is not about it"
+        if not self.is_loose:  # the target's own answers, so that a confidence would be of nothing
+            return f"tuned on {tuning.date}: {tuning.speedup_over_plain:.1f}x plain on {tuning.num_prompts} prompts"
         kept, sure = _percent(tuning.lower_bound), _percent(tuning.confidence)
         return (
             f"tuned on {tuning.date}: keeps {kept} with {sure} confidence on {tuning.num_prompts} prompts, "

@@ -28,7 +28,7 @@ TITLES = {
     "default_stays": "The engine's default is the fastest that qualifies",
     "too_few_prompts": "Too few prompts to claim anything faster",
     "nothing_qualifies": "Nothing faster keeps enough",
-    "nothing_pays": "No speculation pays here",
+    "nothing_pays": "No speculation surely pays here",
 }
 
 

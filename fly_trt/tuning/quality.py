@@ -198,7 +198,8 @@ class CommandJudge:
             )
         except subprocess.TimeoutExpired:
             raise self._error(
-                f"not done with {len(lines)} answers after {self._timeout:g} s: make it faster, or allow it more time"
+                f"not done with {len(lines)} answers after {self._timeout:g} s: make it faster, or give it more time "
+                "with --score-timeout"
             ) from None
         except OSError as error:
             raise self._error(f"{error.strerror}: give a program that can be run") from None

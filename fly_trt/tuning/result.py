@@ -78,8 +78,8 @@ class RetentionBound:
 
 @dataclass(frozen=True, slots=True)
 class SpeedRatio:
-    """Tokens per second relative to another candidate's, on the same prompts: as seen, and a paired bootstrap's 90 %
-    interval over the prompts."""
+    """Tokens per second relative to another candidate's, on the same prompts: as seen, and a paired 90 % interval
+    over the prompts."""
 
     estimate: float
     lower: float

@@ -88,22 +88,22 @@ def retention_bound(
     )
 
 
-def speed_ratio(
-    seconds: Scores, tokens: Scores, other_seconds: Scores, other_tokens: Scores, *, num_resamples: int, seed: int
-) -> SpeedRatio:
-    """Tokens per second relative to another candidate's, each [n] on the same n prompts, whose times are neighbours. Of
-    a few prompts the interval begins at 0: they are sure of nothing."""
+def speed_ratio(seconds: Scores, tokens: Scores, other_seconds: Scores, other_tokens: Scores) -> SpeedRatio:
+    """Tokens per second relative to another candidate's, each [n] on the same n prompts, whose times are neighbours.
 
-    def ratio(own_s: Any, own_t: Any, other_s: Any, other_t: Any, axis: int = -1) -> Any:
-        own, other = own_t.sum(axis) / own_s.sum(axis), other_t.sum(axis) / other_s.sum(axis)
-        return own / other
-
-    samples = (seconds, tokens, other_seconds, other_tokens)
-    estimate = float(ratio(*samples))
-    if len(seconds) < LEAST_PROMPTS:
+    The interval is Student's, of the logarithm of the ratio, linear in each prompt's share of the four sums. Over few
+    prompts a bootstrap's percentiles are too sure: of eight, what is as fast is called faster in 15 % of the draws
+    instead of 5. Of fewer than five the interval begins at 0: they are sure of nothing.
+    """
+    samples = ((1, tokens), (-1, seconds), (-1, other_tokens), (1, other_seconds))
+    estimate = float(tokens.sum() / seconds.sum() / (other_tokens.sum() / other_seconds.sum()))
+    count = len(seconds)
+    if count < LEAST_PROMPTS:
         return SpeedRatio(estimate, 0.0, estimate)
-    found = _bootstrap(samples, ratio, INTERVAL, "two-sided", num_resamples, seed)
-    return SpeedRatio(estimate, float(found.low), float(found.high))
+    shares = sum((sign * sample / sample.mean() for sign, sample in samples), np.zeros(count))
+    quantile = float(load_scipy_stats().t.ppf((1 + INTERVAL) / 2, count - 1))
+    width = math.exp(quantile * shares.std(ddof=1) / math.sqrt(count))
+    return SpeedRatio(estimate, estimate / width, estimate * width)
 
 
 def _bounds(target: Scores, candidate: Scores, error: float, is_binary: bool) -> dict[str, float]:
@@ -194,26 +194,15 @@ def _bootstrap_lower(target: Scores, candidate: Scores, confidence: float, num_r
         means = other.mean(axis)
         return own.mean(axis) / np.where(means > 0, means, np.inf)
 
-    return float(_bootstrap((candidate, target), ratio, confidence, "greater", num_resamples, seed).low)
-
-
-def _bootstrap(
-    samples: tuple[Scores, ...],
-    statistic: Callable[..., Any],
-    confidence: float,
-    alternative: str,
-    num_resamples: int,
-    seed: int,
-) -> Any:
     found = load_scipy_stats().bootstrap(
-        samples,
-        statistic,
+        (candidate, target),
+        ratio,
         paired=True,
         vectorized=True,
         confidence_level=confidence,
-        alternative=alternative,
+        alternative="greater",
         method="percentile",
         n_resamples=num_resamples,
         rng=np.random.default_rng(seed),
     )
-    return found.confidence_interval
+    return float(found.confidence_interval.low)

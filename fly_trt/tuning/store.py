@@ -141,10 +141,20 @@ def _check_header(path: Path, header: Mapping[str, Any], identity: Mapping[str, 
         raise ConfigError(f"{path}: not a state of this fly-tune: give another --state")
     for name, value in identity.items():
         if (held := header["identity"].get(name)) != value:
+            held, value = _differing(held, value)
             raise ConfigError(
                 f"{path}: a run with another {name} ({_short(held)}, now {_short(value)}): give another --state, or "
                 "remove the file to begin again"
             )
+
+
+def _differing(one: Any, other: Any) -> tuple[Any, Any]:
+    """Of two objects what they do not share, which a short text may have room for."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return one, other
+    shared = {key for key in one.keys() & other.keys() if one[key] == other[key]}
+    first, second = ({key: value for key, value in each.items() if key not in shared} for each in (one, other))
+    return first, second
 
 
 def _short(value: Any) -> str:

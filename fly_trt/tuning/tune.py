@@ -5,6 +5,7 @@ candidates are searched and judged.
 import dataclasses
 import datetime
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from fly_trt.engines.directory import LoadedEngines
 from fly_trt.errors import ConfigError, RequestError
 from fly_trt.params import SamplingParams
 from fly_trt.text.prompts import Prompt, PromptReader
-from fly_trt.tuning.quality import Judge, make_judge
+from fly_trt.tuning.quality import DEFAULT_COMMAND_TIMEOUT, Judge, make_judge
 from fly_trt.tuning.result import Candidate, CandidateResult, TuningResult, TuningSettings
 from fly_trt.tuning.run import Assessor, Report, Run
 from fly_trt.tuning.search import Search, SearchOutcome, split_prompts
@@ -45,7 +46,8 @@ class TuningConfig:
 
     prompts: a JSON Lines file. chat: put them into the model's chat template. max_tokens: of an answer at most.
     concurrency: requests in flight. min_retention: the share of the target's quality that is to be kept; confidence:
-    with which that is claimed. judge, score_command: as make_judge has them. methods, acceptances: drafters and
+    with which that is claimed. judge, score_command, score_timeout: as make_judge has them, in
+    seconds. methods, acceptances: drafters and
     policies to look at, none means all. num_candidates, num_finalists: how many are tried, and judged. budget: minutes,
     None for no limit. seed: of the order of the prompts and of the candidates that are drawn. state: where measurements
     are kept, so that the run can be continued; None keeps none. num_threads, devices: of the engines.
@@ -59,6 +61,7 @@ class TuningConfig:
     confidence: float = 0.95
     judge: str | None = None
     score_command: str | None = None
+    score_timeout: float = DEFAULT_COMMAND_TIMEOUT
     methods: Sequence[str] = ()
     acceptances: Sequence[str] = ()
     num_candidates: int = DEFAULT_CANDIDATES
@@ -76,8 +79,10 @@ class TuningConfig:
         for name in ("min_retention", "confidence"):
             if not 0 < (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} {value:g}: expected a share between 0 and 1, such as 0.95")
-        if self.budget is not None and not self.budget > 0:
+        if self.budget is not None and not 0 < self.budget < math.inf:
             raise ConfigError(f"budget {self.budget:g}: expected minutes, above 0")
+        if not 0 < self.score_timeout < math.inf:
+            raise ConfigError(f"score_timeout {self.score_timeout:g}: expected seconds, above 0")
         SamplingParams(max_tokens=self.max_tokens)
 
 
@@ -94,7 +99,13 @@ def run_tuning(engine_dir: Path, config: TuningConfig, report: Report = lambda p
         candidates = space.candidates(config.num_candidates, config.seed)
         given = token_prompts(engines, config, prompts)
         likelihood = Likelihood(engines)
-        judge = make_judge(prompts, likelihood, judge=config.judge, score_command=config.score_command)
+        judge = make_judge(
+            prompts,
+            likelihood,
+            judge=config.judge,
+            score_command=config.score_command,
+            command_timeout=config.score_timeout,
+        )
         search_prompts, judge_prompts = split_prompts(len(prompts), config.seed)
         with (
             Store(config.state, _identity(engines, config, judge, candidates)) as store,

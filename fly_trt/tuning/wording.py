@@ -41,7 +41,7 @@ class Wording:
         if result.stage == "search":
             return "left in the search"
         if not result.is_faster_than_plain:
-            return "not faster than plain"
+            return "not surely faster than plain"
         if result.qualifies(self.min_retention):
             return "qualifies, not the fastest"
         if bound is None:
@@ -72,8 +72,11 @@ class Wording:
         if not others:
             return "No speculation was tried: plain decoding stays."
         best = max(others, key=lambda one: one.speed)
+        finding = "No speculation surely pays here"
+        if best.over_plain is not None and not best.over_plain.lower:
+            finding = "Too few prompts judge to say that speculation pays here"
         return (
-            f"No speculation surely pays here: {best.candidate.name}, the fastest that was tried, has "
+            f"{finding}: {best.candidate.name}, the fastest that was tried, has "
             f"{_ratio(best.over_plain)} the speed of plain decoding, which stays."
         )
 
@@ -82,7 +85,7 @@ class Wording:
         if chosen.candidate.name == PLAIN:
             return []
         if bound is None:
-            return ["Its greedy answers are the target's own, token by token, by construction."]
+            return [self._by_construction(chosen)]
         looks = f"; {bound.num_looks} loose settings were judged, and the confidence is for all of them at once"
         claim = (
             f"It keeps at least {percent(bound.lower)} of the target's {KINDS[self.kind].quality} with "
@@ -90,6 +93,16 @@ class Wording:
             f"{_changes(bound)}{looks if bound.num_looks > 1 else ''}."
         )
         return [claim, *KINDS[self.kind].caveats]
+
+    def _by_construction(self, chosen: CandidateResult) -> str:
+        own = "Its greedy answers are the target's own by construction, so that nothing is claimed of them"
+        num_others = round((1 - chosen.same_answers) * chosen.num_prompts)
+        if not num_others:
+            return f"{own}; all {chosen.num_prompts} were so, token by token."
+        return (
+            f"{own}; here {num_others} of {chosen.num_prompts} were others, as happens where the engine rounds several "
+            "tokens at once in another way than one, and two tokens are as probable."
+        )
 
     def _others(self, chosen: CandidateResult) -> list[str]:
         """Faster ones of which nothing can be claimed, and the engine's default where it does not qualify."""

@@ -91,6 +91,16 @@ def test_what_is_written_is_what_was_chosen_or_nothing(
         assert tuning is None
 
 
+def test_a_page_that_cannot_be_written_does_not_cost_the_table(
+    demo_engine: Path, prompts: Path, state: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    again = run(demo_engine, "--prompts", prompts, *QUICK, "--state", state, "--html", tmp_path / "file" / "x.html")
+    assert again.exit_code == 2
+    assert "x.html" in again.stderr.splitlines()[-1]
+    assert "2 prompts chose and 6 judged" in words(again.stdout)
+
+
 def words(text: str) -> str:
     """On one line."""
     return " ".join(text.split())

@@ -118,6 +118,18 @@ def test_what_was_tuned_comes_with_its_evidence_whose_bound_is_not_rounded_up(tu
     assert line_of(tuned, {"max_loosened_per_100": 2}) == f"{TUNED}; {evidence}", "the same said again"
 
 
+def test_of_a_lossless_setting_no_confidence_is_told(manifest: Manifest, tuned: Manifest) -> None:
+    assert tuned.tuning is not None
+    setting = {"acceptance": "exact"}
+    lossless = manifest.model_copy(
+        update={
+            "speculative": setting,
+            "tuning": tuned.tuning.model_copy(update={"setting": setting, "retention": 1.0, "lower_bound": 1.0}),
+        }
+    )
+    assert line_of(lossless, {}) == "exact, model + lookup drafts of 15; tuned on 2026-11-27: 2.3x plain on 160 prompts"
+
+
 @pytest.mark.parametrize(
     ("overrides", "why"),
     [

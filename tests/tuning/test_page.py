@@ -187,9 +187,9 @@ def test_what_a_file_or_a_setting_is_called_runs_nowhere(open_result: Open) -> N
 @pytest.mark.parametrize(
     ("judged", "title"),
     [
-        ((JUDGED[0], Simulated("ngram+exact", 0.9)), "No speculation pays here"),
+        ((JUDGED[0], Simulated("ngram+exact", 0.9)), "No speculation surely pays here"),
         ((JUDGED[0], Simulated("loose", 2, 0.1)), "Nothing faster keeps enough"),
-        ((JUDGED[0],), "No speculation pays here"),
+        ((JUDGED[0],), "No speculation surely pays here"),
     ],
 )
 def test_where_nothing_is_chosen_the_page_says_so(open_result: Open, judged: tuple[Simulated, ...], title: str) -> None:

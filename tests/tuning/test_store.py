@@ -68,6 +68,16 @@ def test_measurements_of_another_run_are_refused_by_name(state: Path, change: di
     assert state.read_bytes() == before
 
 
+def test_of_another_default_what_differs_is_named(tmp_path: Path) -> None:
+    """As after --write, which leaves most of it as it was."""
+    default = {"draft_token_cost": 0.12, "verification_token_cost": 0.06, "acceptance": "fly"}
+    path = tmp_path / "state.jsonl"
+    Store(path, {"default": default}).__exit__(None, None, None)
+    with pytest.raises(ConfigError) as caught:
+        Store(path, {"default": default | {"acceptance": "exact", "preset": "vllm"}})
+    assert '({"acceptance": "fly"}, now {"acceptance": "exact", "preset": "v ...)' in str(caught.value)
+
+
 @pytest.mark.parametrize("content", ['{"prompt": "x"}\n', "hello", "[]\n", '{"format": "fly-tune 0"}\n', "\xff\n"])
 def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path, content: str) -> None:
     path = tmp_path / "prompts.jsonl"

@@ -180,6 +180,8 @@ def test_a_directory_that_is_no_engine_is_refused(tmp_path: Path) -> None:
         ({"min_retention": 1.0}, "min_retention 1: expected a share"),
         ({"confidence": 0}, "confidence 0: expected a share"),
         ({"budget": 0}, "budget 0: expected minutes, above 0"),
+        ({"budget": float("inf")}, "budget inf: expected minutes, above 0"),
+        ({"score_timeout": 0}, "score_timeout 0: expected seconds, above 0"),
         ({"concurrency": 0}, "concurrency 0"),
         ({"num_finalists": 0}, "num_finalists 0"),
         ({"max_tokens": 0}, "max_tokens 0"),

@@ -61,8 +61,17 @@ def test_what_is_lossless_needs_no_claim() -> None:
     results, verdict = judged(Simulated("exact", 1.5), num_prompts=60)
     assert (verdict.kind, verdict.chosen) == ("found", "exact")
     assert results["exact"].retention is None
-    assert "token by token, by construction" in says(verdict)
+    assert "are the target's own by construction" in says(verdict)
+    assert "all 20 were so, token by token" in says(verdict)
     assert "confidence" not in says(verdict)
+
+
+def test_lossless_answers_that_rounding_has_changed_are_counted() -> None:
+    """A graphics card that reads eight tokens at once rounds otherwise than one that reads them one by one."""
+    _, verdict = judged(Simulated("exact", 1.5), num_prompts=90, lost={"exact": 3})
+    assert verdict.chosen == "exact"
+    assert "here 3 of 50 were others" in says(verdict)
+    assert "token by token" not in says(verdict)
 
 
 def test_too_few_prompts_are_told_with_the_number_that_would_do() -> None:
@@ -94,12 +103,13 @@ def test_nothing_slower_than_plain_decoding_is_chosen_however_little_it_loses() 
     results, verdict = judged(Simulated("exact", 0.8), Simulated("loose", 0.9, 0), Simulated("even", 1.0))
     assert (verdict.kind, verdict.chosen) == ("nothing_pays", PLAIN)
     assert "No speculation surely pays here" in says(verdict)
-    assert results["exact"].verdict == "not faster than plain"
+    assert results["exact"].verdict == "not surely faster than plain"
 
 
 def test_speeds_of_a_few_prompts_are_told_as_such() -> None:
     _, verdict = judged(Simulated("exact", 2), num_prompts=44)
     assert verdict.kind == "nothing_pays"
+    assert "Too few prompts judge to say that speculation pays here" in says(verdict)
     assert "(of too few prompts to be sure) the speed of plain decoding" in says(verdict)
 
 
@@ -109,6 +119,18 @@ def test_the_default_stays_where_nothing_is_surely_faster() -> None:
     _, verdict = judged(Simulated(DEFAULT, 2), Simulated("other", 2.2))
     assert (verdict.kind, verdict.chosen) == ("found", "other")
     assert "the engine's default" in says(verdict)
+
+
+def test_a_default_that_looks_faster_stays_where_it_varies_too_much_to_be_surely_faster_than_plain() -> None:
+    simulated = [BASELINE, Simulated(DEFAULT, 2), Simulated("steady", 1.3)]
+    truth = Truth.drawn(simulated, 20, np.random.default_rng(0))
+    truth.seconds[1] *= np.where(np.arange(20) < 4, 6, 0.1)
+    outcomes = truth.outcomes([one.name for one in simulated], range(20), "judge")
+    results, verdict = conclude([one.candidate for one in simulated], outcomes, RULES)
+    default = next(one for one in results if one.candidate.name == DEFAULT)
+    assert default.speed > 1.3
+    assert not default.is_faster_than_plain
+    assert (verdict.kind, verdict.chosen) == ("default_stays", DEFAULT)
 
 
 def test_a_default_that_loses_too_much_is_named_however_slow_it_is() -> None:
