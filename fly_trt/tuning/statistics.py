@@ -89,7 +89,8 @@ def retention_bound(
 
 
 def speed_ratio(seconds: Scores, tokens: Scores, other_seconds: Scores, other_tokens: Scores) -> SpeedRatio:
-    """Tokens per second relative to another candidate's, each [n] on the same n prompts, whose times are neighbours.
+    """Tokens per second relative to another candidate's, each [n] on the same n prompts or blocks of some, whose times
+    are neighbours.
 
     The interval is Student's, of the logarithm of the ratio, linear in each prompt's share of the four sums. Over few
     prompts a bootstrap's percentiles are too sure: of eight, what is as fast is called faster in 15 % of the draws

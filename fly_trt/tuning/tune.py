@@ -115,7 +115,8 @@ def run_tuning(engine_dir: Path, config: TuningConfig, report: Report = lambda p
             search = Search(run, candidates, search_prompts, judge_prompts, config.min_retention, config.num_finalists)
             found = search.run()
         rules = Rules(judge.kind, config.min_retention, config.confidence, config.seed)
-        results, verdict = conclude(candidates, store.outcomes(), rules)
+        blocks = [list({one.prompt_index: None for one in block}) for block in store.blocks(store.plans)]
+        results, verdict = conclude(candidates, store.outcomes(), rules, blocks)
         return TuningResult(
             settings=_settings(engines, config, judge, len(prompts)),
             candidates=[_with_reason(result, found) for result in results],

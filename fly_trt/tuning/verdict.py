@@ -89,17 +89,23 @@ class _Answers:
 
 
 def conclude(
-    candidates: Sequence[Candidate], outcomes: Sequence[Outcome], rules: Rules
+    candidates: Sequence[Candidate],
+    outcomes: Sequence[Outcome],
+    rules: Rules,
+    blocks: Sequence[Sequence[int]] = (),
 ) -> tuple[list[CandidateResult], Verdict]:
     """All candidates that answered anything, judged ones first and the faster before the slower, and the verdict.
 
     Among the candidates are PLAIN, which answered every prompt that another one did, and perhaps DEFAULT. Outcomes may
-    come in any order. Two candidates are compared on the prompts that both answered in the stage.
+    come in any order. Two candidates are compared on the prompts that both answered in the stage. blocks: prompts that
+    each candidate answered in one go, no prompt in two of them: a slow moment has hit all of a block, whose speeds are
+    one observation. A prompt that is in none is one by itself.
     """
+    block_of = {index: block[0] for block in blocks for index in block}
     table = _by_candidate_and_stage(outcomes)
     num_looks = sum((one.name, "judge") in table and not one.is_lossless for one in candidates)
     answered = {name for name, _ in table}
-    results = [_result(one, table, rules, num_looks) for one in candidates if one.name in answered]
+    results = [_result(one, table, rules, num_looks, block_of) for one in candidates if one.name in answered]
     results.sort(key=lambda one: (one.stage != "judge", -one.speed))
     kind, chosen = _choose(results, rules)
     num_that_chose = len(table[PLAIN, "search"].prompts) if (PLAIN, "search") in table else 0
@@ -136,7 +142,11 @@ def _by_candidate_and_stage(outcomes: Sequence[Outcome]) -> dict[tuple[str, Stag
 
 
 def _result(
-    candidate: Candidate, table: Mapping[tuple[str, Stage], _Answers], rules: Rules, num_looks: int
+    candidate: Candidate,
+    table: Mapping[tuple[str, Stage], _Answers],
+    rules: Rules,
+    num_looks: int,
+    block_of: Mapping[int, int],
 ) -> CandidateResult:
     stage: Stage = "judge" if (candidate.name, "judge") in table else "search"
     own = table[candidate.name, stage]
@@ -161,8 +171,8 @@ def _result(
         num_prompts=len(own.prompts),
         num_tokens=int(own.tokens.sum()),
         tokens_per_second=float(own.tokens.sum() / own.seconds.sum()),
-        over_plain=None if candidate.name == PLAIN else _faster(own, plain),
-        over_default=None if default is None or candidate.name == DEFAULT else _faster(own, default),
+        over_plain=None if candidate.name == PLAIN else _faster(own, plain, block_of),
+        over_default=None if default is None or candidate.name == DEFAULT else _faster(own, default, block_of),
         quality=float(own.scores.mean()),
         target_quality=float(plain.scores.mean()),
         loosened_per_100=float(100 * own.loosened.sum() / own.tokens.sum()),
@@ -173,12 +183,14 @@ def _result(
     )
 
 
-def _faster(own: _Answers, other: _Answers) -> SpeedRatio | None:
+def _faster(own: _Answers, other: _Answers, block_of: Mapping[int, int]) -> SpeedRatio | None:
     shared = sorted(set(own.prompts) & set(other.prompts))
     if not shared:
         return None
     own, other = own.on(shared), other.on(shared)
-    return speed_ratio(own.seconds, own.tokens, other.seconds, other.tokens)
+    _, block = np.unique([block_of.get(index, index) for index in shared], return_inverse=True)
+    samples = (own.seconds, own.tokens, other.seconds, other.tokens)
+    return speed_ratio(*(np.bincount(block, sample).astype(float) for sample in samples))
 
 
 def _perplexity_ratio(own: _Answers, plain: _Answers) -> float | None:

@@ -50,7 +50,7 @@ class Wording:
 
     def sentences(self) -> list[str]:
         chosen = next(one for one in self.results if one.candidate.name == self.chosen)
-        return [*self._finding(chosen), *self._claim(chosen), *self._others(chosen)]
+        return [*self._finding(chosen), *self._claim(chosen), *self._others(chosen), *self._emptiness(chosen)]
 
     def _finding(self, chosen: CandidateResult) -> list[str]:
         keeps = f"keeps {percent(self.min_retention)} of the target's {KINDS[self.kind].quality}"
@@ -112,6 +112,16 @@ class Wording:
             if one.retention is not None
             and not one.qualifies(self.min_retention)
             and (one.candidate.name == DEFAULT or (one.is_faster_than_plain and one.speed > chosen.speed))
+        ]
+
+    def _emptiness(self, chosen: CandidateResult) -> list[str]:
+        """Most likely the file is not fit, and not the model."""
+        if chosen.target_quality > 0:
+            return []
+        return [
+            f"The target itself scores 0 on all {chosen.num_prompts} prompts, so that nothing can be claimed of what "
+            "is loose: see whether prompts are as the model knows them (--chat), answers have room (--max-tokens), and "
+            "what scores them is right."
         ]
 
     def _why_not(self, result: CandidateResult, bound: RetentionBound) -> str:

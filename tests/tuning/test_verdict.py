@@ -113,6 +113,22 @@ def test_speeds_of_a_few_prompts_are_told_as_such() -> None:
     assert "(of too few prompts to be sure) the speed of plain decoding" in says(verdict)
 
 
+def test_under_a_load_a_block_of_prompts_is_one_observation_of_speed() -> None:
+    """Every other block met a slow machine; the 16 prompts of each say so 16 times."""
+    simulated = [BASELINE, Simulated("exact", 1.2)]
+    truth = Truth.drawn(simulated, 96, np.random.default_rng(0))
+    blocks = [list(range(first, first + 16)) for first in range(0, 96, 16)]
+    for block in blocks[::2]:
+        truth.seconds[1, block] *= 1.3
+    outcomes = truth.outcomes([PLAIN, "exact"], range(96), "judge")
+    candidates = [one.candidate for one in simulated]
+    for known, is_sure in ((), True), (blocks, False):
+        (exact,) = [one for one in conclude(candidates, outcomes, RULES, known)[0] if one.candidate.name == "exact"]
+        assert exact.over_plain is not None
+        assert exact.over_plain.estimate > 1
+        assert exact.is_faster_than_plain == is_sure
+
+
 def test_the_default_stays_where_nothing_is_surely_faster() -> None:
     _, verdict = judged(Simulated(DEFAULT, 2), Simulated("other", 2.0001))
     assert (verdict.kind, verdict.chosen) == ("default_stays", DEFAULT)
@@ -195,6 +211,7 @@ def test_a_target_that_gets_nothing_right_leaves_nothing_to_claim() -> None:
     assert results["loose"].retention is None
     assert (verdict.kind, verdict.chosen) == ("nothing_qualifies", PLAIN)
     assert results["loose"].verdict == "nothing to keep"
+    assert "The target itself scores 0 on all 360 prompts" in says(verdict)
 
 
 def test_percentages_are_cut_and_never_rounded_up() -> None:
