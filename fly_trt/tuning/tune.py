@@ -36,7 +36,7 @@ DEFAULT_BUDGET = 30.0
 # What decides what is measured, beside the engines and the prompts.
 IDENTITY = (
     *("seed", "max_tokens", "chat", "concurrency", "min_retention", "confidence", "num_candidates", "num_finalists"),
-    *("methods", "acceptances", "score_command"),
+    *("methods", "acceptances", "score_command", "num_threads"),
 )
 
 
@@ -78,7 +78,8 @@ class TuningConfig:
         check_at_least("seed", self.seed, 0)
         for name in ("min_retention", "confidence"):
             if not 0 < (value := getattr(self, name)) < 1:
-                raise ConfigError(f"{name} {value:g}: expected a share between 0 and 1, such as 0.95")
+                lossless = "; acceptance exact tries lossless settings alone" if name == "min_retention" else ""
+                raise ConfigError(f"{name} {value:g}: expected a share between 0 and 1, such as 0.95{lossless}")
         if self.budget is not None and not 0 < self.budget < math.inf:
             raise ConfigError(f"budget {self.budget:g}: expected minutes, above 0")
         if not 0 < self.score_timeout < math.inf:
@@ -184,10 +185,12 @@ def _check_engines(engines: LoadedEngines, config: TuningConfig) -> None:
 def _identity(
     engines: LoadedEngines, config: TuningConfig, judge: Judge, candidates: Sequence[Candidate]
 ) -> Mapping[str, Any]:
+    machine = machine_record(engines)
     return {
         "fly-trt version": fly_trt.__version__,
         "engine": engines.manifest.engine_sha256(),
         "default of the engine": engines.manifest.speculative,
+        "machine": {name: machine[name] for name in ("cpu", "num_cores", "gpu")},
         "prompts file": _sha256(config.prompts),
         "judge": judge.kind,
         **{name: getattr(config, name) for name in IDENTITY},

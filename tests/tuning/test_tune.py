@@ -112,6 +112,7 @@ def test_a_finished_run_is_shown_again_without_engines(
     [
         ({"seed": 1}, "another seed"),
         ({"max_tokens": 13}, "another max_tokens"),
+        ({"num_threads": 2}, "another num_threads"),
         ({"acceptances": ["exact"]}, "another acceptances"),
     ],
 )
@@ -120,6 +121,14 @@ def test_the_state_of_another_run_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         run_tuning(demo_engine, dataclasses.replace(config, **change))
+
+
+def test_what_another_machine_measured_is_no_evidence_for_this_one(
+    demo_engine: Path, config: TuningConfig, result: TuningResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1000)
+    with pytest.raises(ConfigError, match=r'another machine \(\{"num_cores": \d+\}, now \{"num_cores": 1000\}\)'):
+        run_tuning(demo_engine, config)
 
 
 def test_other_prompts_are_another_run(
@@ -177,7 +186,10 @@ def test_a_directory_that_is_no_engine_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"min_retention": 1.0}, "min_retention 1: expected a share"),
+        (
+            {"min_retention": 1.0},
+            "such as 0.95; acceptance exact tries lossless settings alone",
+        ),
         ({"confidence": 0}, "confidence 0: expected a share"),
         ({"budget": 0}, "budget 0: expected minutes, above 0"),
         ({"budget": float("inf")}, "budget inf: expected minutes, above 0"),
