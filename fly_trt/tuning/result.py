@@ -35,9 +35,9 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One prompt answered once. prompt_index: in the file. repetition: those of all candidates are neighbours in time.
-    seconds: from sending to the last token. num_loosened: tokens that the target did not choose. score: in 0..1.
-    log_likelihood: of the answer under the target, in nats, where the judge reads it."""
+    """One prompt answered once. prompt_index: among the texts of the file. repetition: those of all candidates are
+    neighbours in time. seconds: from sending to the last token. num_loosened: tokens that the target did not choose.
+    score: in 0..1. log_likelihood: of the answer under the target, in nats, where the judge reads it."""
 
     candidate: str
     prompt_index: int
