@@ -49,6 +49,11 @@ class _Case:
     num_loans: int = 0
 
     @property
+    def length(self) -> int:
+        """Tokens that a slot holds of it."""
+        return max(len(self.tokens), 0 if self.exact is None else self.exact.num_tokens)
+
+    @property
     def prompt(self) -> IntArray:
         return self.tokens[: self.result.num_prompt_tokens].astype(np.int64)
 
@@ -89,6 +94,7 @@ class Auditor:
         self._case: _Case | None = None
         self._loan: Loan | None = None
         self._num_failures = 0
+        self._longest = 0  # tokens that a slot held for an audit since the caches were trimmed for requests
         self._credit = 0.0  # seconds that audits may take beside what runs
 
     @property
@@ -130,18 +136,21 @@ class Auditor:
         self._count_waiting()
 
     def step(self, *, is_beside: bool = False) -> None:
-        """One step of an audit. is_beside: requests run, which it takes a share of the time from. Raises
-        EngineDeadError, and what reading the caches of running requests again raises after a step that failed."""
+        """One step of an audit. is_beside: requests run, which it takes a share of the time from; what is longer than
+        all that they need of the caches then waits. Raises EngineDeadError, and what reading the caches of running
+        requests again raises after a step that failed."""
         started = time.perf_counter()
-        case, is_over = self._next_case(), False
+        case, is_over = self._next_case(self._slots.num_room + STEP_TOKENS if is_beside else None), False
+        if case is None:
+            return
         try:
             loan = self._borrow(case)
             if loan is not None:
                 is_over = self._advance(case, loan)
                 self._num_failures = 0
+                self._longest = max(self._longest, loan.num_tokens)
                 if is_over and not self._queue:
-                    loan.is_over = True
-                    self._slots.trim()
+                    self.make_way()
         except EngineDeadError:
             raise
         except NotNumbersError as error:
@@ -154,6 +163,13 @@ class Auditor:
             self._charge(case, time.perf_counter() - started, is_beside=is_beside)
         if is_over and self._case is case:
             self._finish(case)
+
+    def make_way(self) -> None:
+        """Requests are to run, or no audit is: the caches shrink to what requests need. Raises what the engines
+        raise."""
+        if self._longest > self._slots.num_room + STEP_TOKENS:
+            self._slots.trim()
+        self._longest = 0
 
     def leave_turn(self) -> None:
         """Others may write to the caches from now on, where they are shared."""
@@ -178,15 +194,24 @@ class Auditor:
             return "too_long"
         return None
 
-    def _next_case(self) -> _Case:
-        """The one that is under way, or the newest: its prompt is likely to be in a cache still."""
-        if self._case is None:
-            self._case = self._queue.pop()
-            self._num_queued_tokens -= len(self._case.tokens)
-            if self._loan is not None:
-                self._loan.is_over = True
-            self._count_waiting()
-        return self._case
+    def _next_case(self, room: int | None) -> _Case | None:
+        """The one that is under way, or the newest: its prompt is likely to be in a cache still. With `room` for so
+        many tokens none that is longer: one that is under way waits again."""
+        if self._case is not None and (room is None or self._case.length <= room):
+            return self._case
+        fitting = (at for at in reversed(range(len(self._queue))) if room is None or self._queue[at].length <= room)
+        if (newest := next(fitting, None)) is None:
+            return None
+        case = self._queue.pop(newest)
+        self._num_queued_tokens -= len(case.tokens)
+        if self._case is not None:
+            self._queue.append(self._case)
+            self._num_queued_tokens += len(self._case.tokens)
+        if self._loan is not None:
+            self._loan.is_over = True
+        self._case = case
+        self._count_waiting()
+        return case
 
     def _borrow(self, case: _Case) -> Loan | None:
         """A slot for the case, one with the prompt where another slot holds it; None where there is none, and where the

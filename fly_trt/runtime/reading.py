@@ -99,6 +99,11 @@ class ExactText:
     def text(self) -> IntArray:
         return self._tokens[self._num_prompt :]
 
+    @property
+    def num_tokens(self) -> int:
+        """With the prompt."""
+        return len(self._tokens)
+
     def comparison(self) -> ExactComparison:
         parted_at = self._parted_at
         return ExactComparison(len(self.text), parted_at, self.text.copy())

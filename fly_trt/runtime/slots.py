@@ -65,6 +65,7 @@ class SlotTable:
         self._drafter = drafter
         self._prefix_caching = prefix_caching
         self._num_freed = 0
+        self._num_room = 0  # tokens that each of the engine's slots had room for when it was trimmed last
 
     def __len__(self) -> int:
         return len(self.table)
@@ -160,6 +161,13 @@ class SlotTable:
                 self.loan.num_tokens = length
         return self.loan
 
+    @property
+    def num_room(self) -> int:
+        """Tokens that a slot may hold without the caches growing beyond what requests need, which slows down every step
+        where its cost follows their length."""
+        running = (max(len(request.sequence), request.num_cached) for request in self.active)
+        return max([self._num_room, *running, *(len(slot.kept) for slot in self.table)])
+
     def compact(self) -> None:
         """Moves the last active requests into the gaps that finished ones left."""
         active = [index for index, slot in enumerate(self.table) if slot.request is not None]
@@ -168,13 +176,14 @@ class SlotTable:
                 self._swap(hole, active.pop())
 
     def trim(self) -> None:
-        """Lets the engines shrink to the longest running sequence and the one that ended last."""
+        """Lets the engines shrink to the longest running sequence and the one that ended last. A loan that does not fit
+        is over."""
         last = max(self.table, key=lambda slot: slot.freed_at)
         # An open round's draft may be cached beyond the sequence.
         needed = (max(len(request.sequence), request.num_cached) for request in self.active)
-        lent = 0 if self.loan.is_over else self.loan.num_tokens
-        longest = max([1, lent, len(last.kept), *needed])  # an idle engine keeps its smallest caches
-        held = self._target.trim(longest)
+        longest = max([1, len(last.kept), *needed])  # an idle engine keeps its smallest caches
+        self._num_room = held = self._target.trim(longest)
+        self.loan.is_over |= self.loan.num_tokens > held
         for slot in self.table:
             slot.kept = slot.kept[:held]
         if self._drafter is not None:

@@ -224,15 +224,20 @@ class EngineThread:
     def _audit_beside(self, auditor: Auditor, seconds: float) -> None:
         """A step of an audit beside the requests, which had one of so many seconds, where audits have a share left."""
         auditor.earn(seconds)
-        if auditor.has_share and auditor.has_work and not self._turn.is_wanted:
-            self._run_engines(lambda: auditor.step(is_beside=self._executor.has_work))
+        if auditor.has_share and auditor.has_work and self._executor.has_work and not self._turn.is_wanted:
+            self._run_engines(lambda: auditor.step(is_beside=True))
 
     def _audit_while_idle(self) -> None:
         """Steps of audits until there is something to serve, or somebody else wants the turn."""
-        while self._auditor is not None and self._auditor.has_work and not (self._is_stopping or self._turn.is_wanted):
+        auditor = self._auditor
+        if auditor is None or not auditor.has_work:
+            return
+        while auditor.has_work and not (self._is_stopping or self._turn.is_wanted):
             if self._executor.has_work or self._aborts or self._failure is not None:
-                return
-            self._run_engines(self._auditor.step)
+                break
+            self._run_engines(auditor.step)
+        if not self._is_stopping and self._failure is None:
+            self._run_engines(auditor.make_way)
 
     def _end_aborted(self) -> None:
         while self._aborts:

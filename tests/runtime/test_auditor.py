@@ -255,6 +255,49 @@ def test_requests_do_not_notice_audits(history: History) -> None:
     assert counts.num_drawn == counts.num_finished == counts.num_audited + sum(counts.left_out.values())
 
 
+def test_beside_requests_no_audit_makes_the_caches_longer_than_these_need() -> None:
+    audited = Audited(num_slots=1, max_num_tokens=64, trim_block=16)
+    auditor, engine = audited.auditor, audited.engine
+    assert auditor is not None
+    for number, length in enumerate([20, 180, 30]):  # each has the slot of the one before
+        audited.stack.run(make_request(random_prompt(number, length), policy=LOOSE, request_id=str(number)))
+    running = make_request(random_prompt(7, 20), policy=LOOSE, request_id="3", max_tokens=90, ignore_eos=True)
+    audited.stack.loop.add([running])
+    while len(audited.results) < 2:
+        audited.stack.step()
+        assert not running.is_finished
+        for _ in range(10):
+            auditor.step(is_beside=True)
+            audited.stack.check()
+            assert len(engine.slots[1]) < 150
+    assert [result.request_id for result in audited.results] == ["2", "0"]
+    num_runs = engine.num_runs
+    auditor.step(is_beside=True)
+    assert (engine.num_runs, auditor.counts.num_waiting) == (num_runs, 1)
+    audited.stack.run()
+    assert [result.request_id for result in audited.audit()][2:] == ["3", "1"]
+
+
+def test_a_long_audit_makes_way_for_requests_and_goes_on_when_nothing_runs() -> None:
+    audited = Audited(num_slots=1, max_num_tokens=64, trim_block=16)
+    auditor, engine = audited.auditor, audited.engine
+    assert auditor is not None
+    audited.stack.run(make_request(random_prompt(1, 180), policy=LOOSE, request_id="long"))
+    audited.stack.run(make_request(random_prompt(2, 10), policy=LOOSE, request_id="short", max_tokens=5))
+    while len(engine.slots[1]) < 120:
+        auditor.step()
+    num_trims = len(engine.trims)
+    auditor.make_way()
+    assert max(len(slot) for slot in engine.slots) <= 32
+    auditor.make_way()
+    assert len(engine.trims) == num_trims + 1, "there was nothing to give back"
+    outputs = {result.request_id: result for result in audited.audit()}
+    for result in outputs.values():
+        expected = log_likelihoods(audited.logits, result.prompt_token_ids.tolist(), result.token_ids.tolist())
+        assert (result.log_likelihood, result.best_log_likelihood) == pytest.approx(expected, rel=1e-4)
+    assert sorted(outputs) == ["long", "short"]
+
+
 def test_a_request_gets_the_slot_at_once_and_the_audit_goes_on_later() -> None:
     audited = Audited(num_slots=1, has_spare_slot=False, prefix_caching=False, max_num_tokens=8)
     assert audited.auditor is not None
