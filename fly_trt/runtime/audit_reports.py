@@ -42,7 +42,9 @@ class AuditReports:
 
     def __call__(self, result: AuditResult) -> None:
         self._metrics.record(result)
-        change = None if self.breaker is None else self.breaker.record(result.setting, result.quality)
+        change = (
+            None if self.breaker is None else self.breaker.record(result.setting, result.quality, result.finished_at)
+        )
         if self._log is not None:
             self._log.write(lambda: self._record(result, change))
 

@@ -80,6 +80,7 @@ class _Setting:
         self.name = name
         self.watch = watch
         self.since = time.time()
+        self.reset_at = -math.inf  # as time.time()
         self.tripped_at: float | None = None  # of the breaker's clock
         self.why: str | None = None
         self.num_trips = 0
@@ -119,14 +120,17 @@ class Breaker:
         self._settings: dict[str, _Setting] = {DEFAULT_SETTING: self._new_setting(DEFAULT_SETTING)}
         self._num_tripped = 0  # most of the time none is, which is all that a request has to look at
 
-    def record(self, setting: str, quality: float) -> BreakerChange | None:
-        """Takes one audit. What comes of requests that ran when their setting was tripped counts no more."""
+    def record(self, setting: str, quality: float, finished_at: float = math.inf) -> BreakerChange | None:
+        """Takes one audit of a request that finished then, as time.time() has it. What comes of requests that ran
+        before their setting was tripped counts no more, also after the reset."""
         with self._lock:
             name = self._name(setting)
             if name not in self._settings:
                 self._settings[name] = self._new_setting(name)
             kept = self._settings[name]
-            if kept.tripped_at is not None or (verdict := kept.watch.observe(quality)) is None:
+            if kept.tripped_at is not None or finished_at < kept.reset_at:
+                return None
+            if (verdict := kept.watch.observe(quality)) is None:
                 return None
             kept.tripped_at, kept.since = self._clock(), time.time()
             kept.why = self._reason(verdict, kept.watch)
@@ -179,7 +183,8 @@ class Breaker:
 
     def _reset(self, name: str, by: ResetBy) -> BreakerChange:
         kept = self._settings[name]
-        kept.watch, kept.tripped_at, kept.since, kept.why = self._new_watch(), None, time.time(), by
+        kept.watch, kept.tripped_at, kept.why = self._new_watch(), None, by
+        kept.since = kept.reset_at = time.time()
         self._num_tripped -= 1
         return BreakerChange(name, False, by)
 

@@ -1,6 +1,7 @@
 """The circuit breaker: which settings it trips and for whom, and how they are loose again."""
 
 import threading
+import time
 
 import pytest
 
@@ -70,6 +71,18 @@ def test_audits_of_requests_that_ran_when_their_setting_was_tripped_change_nothi
     assert all(breaker.record(DEFAULT_SETTING, quality) is None for quality in (BAD, GOOD) * 50)
     assert state_of(breaker) == before
     assert len(changes) == 1
+
+
+def test_requests_that_finished_before_a_reset_are_not_held_against_what_runs_since(breaker, changes):
+    finished_at = time.time() - 1
+    trip(breaker)
+    breaker.reset()
+    for _ in range(100):
+        breaker.record(DEFAULT_SETTING, BAD, finished_at)
+    assert state_of(breaker).num_audits == 0
+    assert not breaker.is_tripped(DEFAULT_SETTING)
+    breaker.record(DEFAULT_SETTING, BAD, time.time() + 1)
+    assert state_of(breaker).num_audits == 1
 
 
 def test_a_good_setting_is_not_tripped(breaker, changes):
