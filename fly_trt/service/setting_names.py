@@ -3,6 +3,7 @@ same setting. Audits judge requests by it, so that who changes anything is judge
 """
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 from fly_trt.acceptance import GUARDS, AcceptanceParams
@@ -27,17 +28,21 @@ def setting_name(
     resolved = asked.over(defaults)
     own_rule = () if policy == default_policy else ("acceptance", *policy.settings)
     guards, default_guards = resolved.guard_settings(), defaults.guard_settings()
-    values = [(name, getattr(resolved, name), getattr(defaults, name)) for name in own_rule]
-    values += [(name, getattr(guards, name), getattr(default_guards, name)) for name in GUARDS]
-    values += [(name, getattr(params, name), getattr(defaults, name)) for name in DRAFTING]
-    changed = [
-        f"{name}={_text(value)}"
-        for name, value, default in values
-        if _text(value) != _text(default) and not (name in DRAFTING and value is None)
+    of_rule = [(name, getattr(resolved, name), getattr(defaults, name)) for name in own_rule]
+    of_others = [(name, getattr(guards, name), getattr(default_guards, name)) for name in GUARDS]
+    of_others += [
+        (name, value, getattr(defaults, name)) for name in DRAFTING if (value := getattr(params, name)) is not None
     ]
+    changed = _changed(of_rule)
     if own_rule and not changed:  # rules of somebody's own, of one name
         changed = [f"acceptance={policy.name}"]
+    changed += _changed(of_others)
     return _short(" ".join(changed)) or DEFAULT_SETTING
+
+
+def _changed(values: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    """Of names with a request's value and the engine's."""
+    return [f"{name}={_text(value)}" for name, value, default in values if _text(value) != _text(default)]
 
 
 def _text(value: Any) -> str:

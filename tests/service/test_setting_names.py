@@ -71,6 +71,10 @@ def test_a_rule_of_the_callers_own_is_not_the_default_where_it_has_its_name():
     object.__setattr__(other, "entropy_threshold", 1.0)
     assert name_of(defaults) == name_of(defaults, acceptance=LikelyPolicy()) == "default"
     assert name_of(defaults, acceptance=other) == f"acceptance={LikelyPolicy.name}"
+    guarded = {"exact_first": 4}
+    assert name_of(defaults, acceptance=guarded) == "exact_first=4"
+    own = AcceptanceParams(acceptance=other, **guarded)
+    assert name_of(defaults, acceptance=own) == f"acceptance={LikelyPolicy.name} exact_first=4"
 
 
 def test_a_clients_own_words_and_long_lists_are_not_in_the_name():
