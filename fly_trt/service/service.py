@@ -50,6 +50,8 @@ class Service:
         drafter: Drafter | MakeDrafter | None = None,
         on_audit: OnResult | None = None,
     ) -> None:
+        if on_audit is not None and not config.audit_fraction:
+            raise ConfigError("on_audit: has no effect without audit_fraction: add it, or leave this out")
         self._on_audit = on_audit or _count_only
         if isinstance(engine_dir, LoadedEngines):
             engines, release = engine_dir, _leave_to_the_others
@@ -138,8 +140,10 @@ class Service:
         loop.speculation.breaker = reports.breaker
 
         def release_all() -> None:
-            release()
-            reports.close()
+            try:
+                release()
+            finally:
+                reports.close()
 
         return release_all
 

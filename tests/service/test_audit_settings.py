@@ -52,6 +52,11 @@ def test_what_cannot_be_or_has_no_effect_is_refused_by_its_name(settings, said):
         ServiceConfig(**settings)
 
 
+def test_who_takes_results_of_audits_that_are_not_made_is_told(demo_engine: Path):
+    with pytest.raises(ConfigError, match="on_audit: has no effect without audit_fraction"):
+        LLM(demo_engine, on_audit=print)
+
+
 def test_without_audits_there_is_no_breaker_to_ask_or_to_reset_and_no_metric_of_one(demo_engine: Path):
     with LLM(demo_engine, max_batch_size=1) as llm:
         assert llm.breaker_state() == []
