@@ -25,8 +25,8 @@ class SteppedEngine(TableEngine):
     """Runs as many steps as were allowed, and then waits. A step that is told to raise has written nonsense into every
     cache."""
 
-    def __init__(self, *, num_slots: int = 4, is_free: bool = True) -> None:
-        super().__init__(LANGUAGE, max_batch_size=num_slots)
+    def __init__(self, *, num_slots: int = 4, is_free: bool = True, trim_block: int | None = None) -> None:
+        super().__init__(LANGUAGE, max_batch_size=num_slots, trim_block=trim_block)
         self.is_free = is_free
         self.failure: BaseException | None = None
         self.num_failures: float = math.inf  # steps that raise it

@@ -117,6 +117,28 @@ def test_beside_requests_audits_run_where_they_have_a_share(
     served.thread.shutdown()
 
 
+def test_caches_that_a_long_audit_made_long_are_short_again_before_a_request_runs() -> None:
+    engine = SteppedEngine(num_slots=NUM_SLOTS + 1, is_free=False, trim_block=16)
+    served = Served(engine, config=AuditConfig(fraction=1.0, share=0.0))
+    long = served.submit(random_prompt(0, 200), "long", policy=SHORT_WINDOW)
+    later = served.submit([3], "later", max_tokens=30)  # whose end leaves the caches as short as it is
+    assert engine.arrived.acquire(timeout=SECONDS)
+    while len(engine.slots[NUM_SLOTS]) < 160:
+        engine.allow(1)
+        assert engine.arrived.acquire(timeout=SECONDS)
+    num_runs = engine.num_runs
+    inbox = served.submit([3, 4, 5], max_tokens=20)
+    engine.allow(1)
+    assert engine.arrived.acquire(timeout=SECONDS)
+    assert (engine.num_runs, engine.shapes[num_runs][0]) == (num_runs + 1, NUM_SLOTS), "the audit's last step"
+    assert max(len(slot) for slot in engine.slots) <= 48
+    engine.let_go()
+    assert inbox.all()[-1].outputs[0].token_ids == greedy(LANGUAGE, [3, 4, 5], 20)
+    assert served.result().request_id == "long"
+    assert (long.all()[-1].finished, later.all()[-1].finished) == (True, True)
+    served.thread.shutdown()
+
+
 def test_shutdown_ends_an_audit_with_its_step(served: Served, engine: SteppedEngine) -> None:
     engine.is_free = False
     served.start_audit()
