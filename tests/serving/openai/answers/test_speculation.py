@@ -94,6 +94,7 @@ def test_it_has_vllms_fields_and_ours_are_beside_it() -> None:
     assert found == {
         "acceptance": "fly",
         "guards": {},
+        "exact_because": None,
         "num_loosened_tokens": 0,
         "num_saved_tokens": 0,
         "num_refused_loosenings_by_guard": {},
