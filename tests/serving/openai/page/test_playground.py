@@ -67,8 +67,8 @@ def loose_prompt(site: Any) -> str:
 def test_the_tokens_shown_are_those_of_the_trace(site: Any, visit: Any, loose_prompt: str) -> None:
     trace, metrics, text = traced(site, loose_prompt, acceptance="fly")
     playground = visit(site.base_url)
-    default = playground.page.locator("#setting").inner_text()
-    assert default.startswith("Server default: fly (reference: threshold 0.3, window 6), ")
+    said = "Server default: fly (reference: threshold 0.3, window 6), "  # when the page has asked for it
+    expect(playground.page.locator("#setting")).to_contain_text(said)
     playground.run(loose_prompt, acceptance="fly", max_tokens=MAX_TOKENS)
     assert playground.tokens() == [shown(token) for token in trace]
     assert bytes(byte for token in trace for byte in token["bytes"]).decode().removesuffix("<|eos|>") == text
