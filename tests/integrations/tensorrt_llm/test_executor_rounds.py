@@ -7,6 +7,7 @@ import pytest
 from fly_trt import EngineError
 from fly_trt.drafting.ngram import NgramIndex
 from fly_trt.integrations.tensorrt_llm.executor_rounds import UNGUESSED_TOKENS, Flight, Piece, RoundSettings
+from fly_trt.outputs import RoundCounts
 from fly_trt.verification import DraftSource
 from loop_stack import make_request
 
@@ -118,10 +119,10 @@ def test_what_stands_is_the_beginning_of_the_draft_and_a_token() -> None:
 def test_counts_are_of_one_source_and_say_nothing_of_loosened_tokens() -> None:
     of = flight([5, 6, 7])
     of.draft = [8, 9, 10]
-    assert of.end_round(2, DraftSource.MODEL) == (3, 2, 0, {"model": 3}, {"model": 2})
+    assert of.end_round(2, DraftSource.MODEL) == RoundCounts(3, 2, 0, {"model": 3}, {"model": 2})
     assert of.draft == []
     of.draft = [8]
-    assert of.end_round(0, DraftSource.LOOKUP) == (1, 0, 0, {"lookup": 1}, {})
+    assert of.end_round(0, DraftSource.LOOKUP) == RoundCounts(1, 0, 0, {"lookup": 1}, {})
 
 
 @pytest.mark.parametrize("seed", range(20))
