@@ -86,6 +86,11 @@ def _numbers(context: click.Context, option: click.Parameter, value: str | None)
 )
 @click.option("--plugin-library", metavar="FILE", help="libfly_plugins.so for the head. [the graph's own functions]")
 @click.option(
+    "--cpu-kernels",
+    metavar="auto|off|FILE",
+    help="Of onnxruntime: own kernels, compiled here where a C++ compiler is found. [auto]",
+)
+@click.option(
     "--timing-cache", metavar="FILE", help="Of tensorrt: kernel timings kept between builds. [in ~/.cache/fly-trt]"
 )
 @options.output("Engine directory. [engines/NAME]")

@@ -27,6 +27,7 @@ NUMPY_DTYPES: dict[Dtype, npt.DTypeLike] = {
     "bfloat16": ml_dtypes.bfloat16,
 }
 CONTRIB_DOMAIN = "com.microsoft"
+CPU_DOMAIN = "fly.cpu"  # of the operators of plugins/cpu
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class GraphEdits:
         return self.initializer(name, self.computed, shape, lambda: compute().astype(stored).reshape(shape))
 
     def insert(self, before: ir.Node, operator: str, inputs: list[ir.Value], **attributes: object) -> ir.Value:
-        """The output of a new node of standard ONNX, or of CONTRIB_DOMAIN given as `domain`."""
+        """The output of a new node of standard ONNX, or of the one given as `domain`."""
         domain = str(attributes.pop("domain", ""))
         node = ir.node(operator, inputs, attributes, domain=domain)  # type: ignore[arg-type]
         self.graph.insert_before(before, node)

@@ -15,14 +15,15 @@ import onnx_ir as ir
 import torch
 
 from fly_build import quantization as q
-from fly_build.graph_edits import CONTRIB_DOMAIN, NUMPY_DTYPES, GraphEdits, Linear
+from fly_build.graph_edits import CONTRIB_DOMAIN, CPU_DOMAIN, NUMPY_DTYPES, GraphEdits, Linear
 from fly_build.quantization import Array, FloatArray
 from fly_build.quantized_weight import Codes, QuantizedWeight
 from fly_trt.errors import CheckpointError
 from fly_trt.manifest import Dtype, Quantization
 
-Kernels = Literal["cpu", "cuda", "tensorrt"]
-"""Whose the kernels are: ONNX Runtime's on the CPU or for CUDA, or TensorRT's."""
+Kernels = Literal["cpu", "fly_cpu", "cuda", "tensorrt"]
+"""Whose the kernels are: ONNX Runtime's on the CPU, this project's there (plugins/cpu), ONNX Runtime's for CUDA, or
+TensorRT's."""
 
 Layers = list[tuple[Linear, QuantizedWeight]]
 
@@ -134,6 +135,27 @@ class RowwiseInt8(LinearForm):
         if rows is not None:
             known[rows] = points
         return points
+
+
+@dataclass(frozen=True)
+class PackedInt8(RowwiseInt8):
+    """The same numbers as RowwiseInt8, bit for bit, by one operator of plugins/cpu, with the weight as it reads it."""
+
+    def _product(
+        self,
+        edits: GraphEdits,
+        linear: Linear,
+        weight: QuantizedWeight,
+        zero_points: dict[tuple[str, ...], ir.Value],
+    ) -> ir.Value:
+        name, (columns, rows) = weight.name, weight.shape
+        shape = q.packed_shape(columns, rows)
+        inputs = [
+            linear.input,
+            edits.initializer(f"{name}.packed", ir.DataType.UINT8, shape, lambda: q.pack_int8(weight.codes())),
+            edits.scales(f"{name}.scale", (columns,), weight.scales),
+        ]
+        return edits.insert(linear.matmul, "Int8Linear", inputs, domain=CPU_DOMAIN)
 
 
 @dataclass(frozen=True)
@@ -289,6 +311,8 @@ class Dequantized(LinearForm):
 FORMS: dict[tuple[Kernels, Quantization], LinearForm] = {
     ("cpu", "int8"): RowwiseInt8(),
     ("cpu", "int4"): BlockwiseNBits(4, accumulates_int8=True),
+    ("fly_cpu", "int8"): PackedInt8(),
+    ("fly_cpu", "int4"): BlockwiseNBits(4, accumulates_int8=True),
     ("cuda", "int8"): BlockwiseNBits(8),
     ("cuda", "int4"): BlockwiseNBits(4),
     ("tensorrt", "int8"): Dequantized("int8"),
@@ -299,6 +323,7 @@ FORMS: dict[tuple[Kernels, Quantization], LinearForm] = {
 
 STORED_FORMS: dict[Kernels, LinearForm] = {
     "cpu": FORMS["cpu", "int4"],
+    "fly_cpu": FORMS["cpu", "int4"],
     "cuda": FORMS["cuda", "int4"],
     "tensorrt": FORMS["tensorrt", "int8"],
 }

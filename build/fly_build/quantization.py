@@ -16,6 +16,7 @@ ACTIVATION_ZERO_POINT = 128
 SMALLEST_ROW_MAXIMUM = 1e-12
 
 BLOCK_SIZE = 32
+PACKED_COLUMNS, PACKED_ROWS = 16, 64  # multiples that a packed weight's outputs and inputs are padded to
 INT8_ACCUMULATION = 4
 
 FP8_LIMIT = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
@@ -32,6 +33,20 @@ def quantize_int8(weight: FloatArray) -> tuple[CodeArray, FloatArray]:
     scales = np.maximum(np.abs(weight).max(axis=1), np.finfo(np.float32).tiny * WEIGHT_LIMIT) / WEIGHT_LIMIT
     quantized = np.rint(weight / scales[:, None]).astype(np.int8)
     return np.ascontiguousarray(quantized.T), scales.astype(np.float32)
+
+
+def packed_shape(columns: int, rows: int) -> tuple[int, int, int, int]:
+    return -(-columns // PACKED_COLUMNS), -(-rows // PACKED_ROWS) * (PACKED_ROWS // 4), PACKED_COLUMNS, 4
+
+
+def pack_int8(codes: Array) -> Array:
+    """codes [N, K] in -64..64 -> uint8 [N / 16, K / 4, 16, 4], 64 added, N and K padded up with zeros: what Int8Linear
+    of plugins/cpu reads from front to back."""
+    shape = packed_shape(*codes.shape)
+    blocks, fours, columns, four = shape
+    padded = np.full((blocks * columns, fours * four), WEIGHT_LIMIT, np.uint8)
+    padded[: codes.shape[0], : codes.shape[1]] = codes.astype(np.int16) + WEIGHT_LIMIT
+    return np.ascontiguousarray(padded.reshape(blocks, columns, fours, four).transpose(0, 2, 1, 3))
 
 
 def quantize_blocks(

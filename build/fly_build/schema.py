@@ -62,6 +62,9 @@ class Recipe(BaseModel):
     checkpoints support, at most 8192 tokens; `dtype` None means the backend's default; `self_draft` is instead of
     `draft`; `inner_draft` guesses for `draft`, and `chain` says when.
 
+    cpu_kernels, of ONNX Runtime on the CPU: "auto" (None is the same) compiles the library of plugins/cpu where there
+    is a compiler for it, "off" goes without, and anything else is the file of a compiled one.
+
     Of TensorRT alone: which of its two libraries (None: the first that is installed), the plugin library whose kernels
     the head shall use (None: the graph's own functions), where kernel timings are kept between builds, and over how
     many GPUs of one machine the target is spread, and the draft: that one runs on all of them, or on the first, as an
@@ -82,6 +85,7 @@ class Recipe(BaseModel):
     quantization: Quantization = "none"
     tensorrt_library: TensorRTLibrary | None = None
     plugin_library: str | None = None
+    cpu_kernels: str | None = None
     timing_cache: str | None = None
     tensorrt_llm_release: TensorRTLlmRelease | None = None
     speculative_mode: SpeculativeMode | None = None

@@ -78,7 +78,12 @@ def load(
             "on the CPU: leave it out, or rebuild with --device cuda"
         )
     return OnnxRuntimeEngine(
-        directory / model.model, model, info, num_slots=settings.num_slots, num_threads=settings.num_threads
+        directory / model.model,
+        model,
+        info,
+        num_slots=settings.num_slots,
+        num_threads=settings.num_threads,
+        cpu_kernels=directory / model.cpu_kernels if model.cpu_kernels else None,
     )
 
 
@@ -86,7 +91,14 @@ class OnnxRuntimeEngine:
     """One decoder graph with its slots. Raises EngineError when the model file does not load."""
 
     def __init__(
-        self, model_path: Path, model: ModelEngine, info: EngineInfo, *, num_slots: int, num_threads: int | None = None
+        self,
+        model_path: Path,
+        model: ModelEngine,
+        info: EngineInfo,
+        *,
+        num_slots: int,
+        num_threads: int | None = None,
+        cpu_kernels: Path | None = None,
     ) -> None:
         self.info = info
         self.num_preparations = 0
@@ -100,6 +112,8 @@ class OnnxRuntimeEngine:
         self._logits = LogitsBuffer(info.vocab_size)
         try:
             options = session_options(num_threads)
+            if cpu_kernels is not None:
+                options.register_custom_ops_library(str(cpu_kernels))
             self._session = ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a class of its own for each status code
             reason = one_line(error)

@@ -1,10 +1,12 @@
 """ONNX Runtime on the CPU: the traced graph with the head is what the engine directory holds. It computes in float32,
 whatever the weights are stored in."""
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fly_build.backends.base import Backend
+from fly_build.cpu_library import LIBRARY_NAME, find_library
 from fly_build.measure import measure_costs
 from fly_build.schema import Recipe
 from fly_trt.errors import ConfigError
@@ -12,16 +14,26 @@ from fly_trt.manifest import Dtype, Manifest, ModelEngine
 
 if TYPE_CHECKING:
     from fly_build.export import DecoderGraph
+    from fly_build.linear_forms import Kernels
     from fly_build.model_build import ModelBuild
     from fly_build.tensors import Tensors
 
 
 class OnnxRuntimeBackend(Backend):
+    _library: Path | None = None
     default_dtype = "float32"
     model_file = "model.onnx"
     quantizations = ("none", "int8", "int4")
     shares_weights = True
     runs_where_built = True
+    own_fields = ("cpu_kernels",)
+
+    def prepare(self) -> None:
+        self._library = find_library(self.recipe.cpu_kernels or "auto")
+
+    @property
+    def kernels(self) -> "Kernels":
+        return "cpu" if self._library is None else "fly_cpu"
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
@@ -35,10 +47,19 @@ class OnnxRuntimeBackend(Backend):
         return "float32"
 
     def build_model(self, build: "ModelBuild") -> ModelEngine:
-        return build.save_graph(self._graph(build), "float32", build.path)
+        engine = build.save_graph(self._graph(build), "float32", build.path)
+        return self._with_library(engine, build.workspace)
 
     def build_sharing(self, build: "ModelBuild", target: ModelEngine, tensors: "Tensors") -> ModelEngine:
-        return build.save_sharing(self._graph(build), tensors, "float32", build.workspace / target.model)
+        engine = build.save_sharing(self._graph(build), tensors, "float32", build.workspace / target.model)
+        return self._with_library(engine, build.workspace)
+
+    def _with_library(self, engine: ModelEngine, workspace: Path) -> ModelEngine:
+        if self._library is None:
+            return engine
+        if not (workspace / LIBRARY_NAME).exists():
+            shutil.copy(self._library, workspace / LIBRARY_NAME)
+        return engine.model_copy(update={"cpu_kernels": LIBRARY_NAME})
 
     def _graph(self, build: "ModelBuild") -> "DecoderGraph":
         from fly_build.attention import make_shape_invariant

@@ -1,0 +1,76 @@
+// The loops that touch every number, once for each kind of vector unit. All kinds give the same bits: integers are added
+// exactly, and floats in the order that 16 lanes have everywhere (lanes_*.h).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fly {
+
+// What is done to a row before it is rounded to 8 bits.
+enum class Prologue : int64_t { kNone = 0, kRmsNorm = 1, kSilu = 2, kGeluTanh = 3 };
+
+// One row of a linear layer's input. `depth` values come out, padded with zeros to `padded_depth`.
+struct RowInput {
+    const float* x;       // [depth], or [2 * depth] of gates and values for an activation
+    const float* weight;  // [depth] of the RMS norm, or null
+    Prologue prologue;
+    float epsilon;
+    size_t depth;
+    size_t padded_depth;
+};
+
+// Rows of 8 bits times a packed weight. `sums` are of the rows' values. Values lie in groups of 8 rows, so that what a
+// step of the product reads lies together: [groups][padded_depth / 4][8 rows][4].
+struct Rows {
+    const int8_t* values;
+    const int32_t* sums;
+    const float* scales;
+    size_t count;
+    size_t padded_depth;
+};
+
+// A weight of -64..64, as uint8 with kWeightOffset added, [blocks][padded_depth / 4][16 outputs][4 inputs].
+struct PackedWeight {
+    const uint8_t* values;
+    const float* scales;    // [outputs]
+    const float* bias;      // [outputs] or null
+    const float* residual;  // [count, outputs], added to the result, or null
+    size_t outputs;
+};
+
+constexpr int32_t kWeightOffset = 64;
+constexpr size_t kBlock = 16;       // outputs of a block of a packed weight
+constexpr size_t kRowGroup = 8;
+constexpr size_t kDepthStep = 64;   // depth is padded to a multiple
+constexpr float kActivationLimit = 127.0F;
+constexpr float kSmallestRowMaximum = 1e-12F;
+
+// Where row `row` begins among the values of all, and how many there are with those of the last group's missing rows.
+constexpr size_t row_start(size_t row, size_t padded_depth) {
+    return row / kRowGroup * kRowGroup * padded_depth + row % kRowGroup * 4;
+}
+constexpr size_t row_values(size_t count, size_t padded_depth) {
+    return (count + kRowGroup - 1) / kRowGroup * kRowGroup * padded_depth;
+}
+
+struct Kernels {
+    const char* name;
+
+    // Writes the rounded row and its sum, and returns its scale: value = scale * rounded. A row with a number that is
+    // not finite has the scale NaN. `values`: where the row begins in its group. `scratch` [depth].
+    float (*quantize_row)(const RowInput& input, float* scratch, int8_t* values, int32_t* sum);
+
+    // output [count, outputs] at the columns of blocks first to end.
+    void (*multiply)(const Rows& rows, const PackedWeight& weight, size_t first, size_t end, float* output);
+};
+
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx512_vnni_kernels();
+
+// Those of this machine, or of the environment variable FLY_TRT_CPU_ISA. Throws std::runtime_error where there are none,
+// or not the asked-for ones.
+const Kernels& kernels();
+
+}  // namespace fly

@@ -1,0 +1,80 @@
+// 16 floats side by side, in two AVX2 registers. lanes_avx512.h has the same names.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace fly {
+namespace {
+
+struct Lanes {
+    __m256 low, high;
+
+    static Lanes zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+    static Lanes all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+    static Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+    // The first n, zeros behind them.
+    static Lanes load(const float* p, size_t n) {
+        if (n >= 16) return load(p);
+        float padded[16] = {};
+        std::memcpy(padded, p, n * sizeof(float));
+        return load(padded);
+    }
+    void store(float* p) const {
+        _mm256_storeu_ps(p, low);
+        _mm256_storeu_ps(p + 8, high);
+    }
+    void store(float* p, size_t n) const {
+        if (n >= 16) return store(p);
+        float whole[16];
+        store(whole);
+        std::memcpy(p, whole, n * sizeof(float));
+    }
+    // Rounded to the nearest, ties to even; within -128..127.
+    void store_int8(int8_t* p) const {
+        const __m256i pairs = _mm256_packs_epi32(_mm256_cvtps_epi32(low), _mm256_cvtps_epi32(high));
+        const __m256i ordered = _mm256_permute4x64_epi64(pairs, 0xD8);
+        const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+    }
+};
+
+inline Lanes operator+(Lanes a, Lanes b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+inline Lanes operator-(Lanes a, Lanes b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+inline Lanes operator*(Lanes a, Lanes b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+inline Lanes operator/(Lanes a, Lanes b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+inline Lanes fma(Lanes a, Lanes b, Lanes c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline Lanes max(Lanes a, Lanes b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+inline Lanes min(Lanes a, Lanes b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
+inline __m256 without_sign(__m256 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0F), a); }
+inline Lanes magnitude(Lanes a) { return {without_sign(a.low), without_sign(a.high)}; }
+inline Lanes rounded(Lanes a) {
+    constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(a.low, mode), _mm256_round_ps(a.high, mode)};
+}
+// 2 to the power of whole numbers n in -126..127.
+inline __m256 power_of_two(__m256 n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+}
+inline Lanes power_of_two(Lanes n) { return {power_of_two(n.low), power_of_two(n.high)}; }
+// Whether one of them is not finite.
+inline bool any_not_finite(Lanes a) {
+    const __m256 most = _mm256_set1_ps(3.4028234664e38F);
+    const __m256 is_low = _mm256_cmp_ps(without_sign(a.low), most, _CMP_NLE_UQ);
+    const __m256 is_high = _mm256_cmp_ps(without_sign(a.high), most, _CMP_NLE_UQ);
+    return _mm256_movemask_ps(_mm256_or_ps(is_low, is_high)) != 0;
+}
+
+inline __m256 halves_low(Lanes a) { return a.low; }
+inline __m256 halves_high(Lanes a) { return a.high; }
+
+}  // namespace
+}  // namespace fly
+
+#include "lanes_reduce.h"

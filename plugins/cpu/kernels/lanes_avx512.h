@@ -1,0 +1,52 @@
+// 16 floats side by side, in one AVX-512 register. lanes_avx2.h has the same names.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fly {
+namespace {
+
+struct Lanes {
+    __m512 v;
+
+    static Lanes zero() { return {_mm512_setzero_ps()}; }
+    static Lanes all(float x) { return {_mm512_set1_ps(x)}; }
+    static Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
+    // The first n, zeros behind them.
+    static Lanes load(const float* p, size_t n) { return {_mm512_maskz_loadu_ps(mask(n), p)}; }
+    void store(float* p) const { _mm512_storeu_ps(p, v); }
+    void store(float* p, size_t n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
+    // Rounded to the nearest, ties to even; within -128..127.
+    void store_int8(int8_t* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v))); }
+
+    static __mmask16 mask(size_t n) { return static_cast<__mmask16>(n >= 16 ? 0xFFFF : (1U << n) - 1); }
+};
+
+inline Lanes operator+(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Lanes operator-(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Lanes operator*(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Lanes operator/(Lanes a, Lanes b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Lanes max(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Lanes min(Lanes a, Lanes b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Lanes magnitude(Lanes a) { return {_mm512_abs_ps(a.v)}; }
+inline Lanes rounded(Lanes a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// 2 to the power of whole numbers n in -126..127.
+inline Lanes power_of_two(Lanes n) {
+    const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23))};
+}
+// Whether one of them is not finite.
+inline bool any_not_finite(Lanes a) { return _mm512_fpclass_ps_mask(a.v, 0x99) != 0; }
+
+// In the order ((l0 + l8) + (l4 + l12)) + ..., the same as in lanes_avx2.h.
+inline __m256 halves_low(Lanes a) { return _mm512_castps512_ps256(a.v); }
+inline __m256 halves_high(Lanes a) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.v), 1)); }
+
+}  // namespace
+}  // namespace fly
+
+#include "lanes_reduce.h"

@@ -1,0 +1,39 @@
+// From 16 lanes to one number, in one order for every kind of lanes. Included by lanes_*.h.
+#pragma once
+
+namespace fly {
+namespace {
+
+inline float sum(Lanes a) {
+    const __m256 eight = _mm256_add_ps(halves_low(a), halves_high(a));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+inline float largest(Lanes a) {
+    const __m256 eight = _mm256_max_ps(halves_low(a), halves_high(a));
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+// exp(x) within 2 units in the last place; 0 below -87.3, and what exp(88.7) is above.
+inline Lanes exponential(Lanes x) {
+    const Lanes bounded = max(min(x, Lanes::all(88.3762626647949F)), Lanes::all(-87.3365478515625F));
+    const Lanes n = rounded(bounded * Lanes::all(1.44269504088896341F));
+    // x - n ln 2, with ln 2 in two parts.
+    const Lanes r = fma(n, Lanes::all(2.12194440054690583e-4F), fma(n, Lanes::all(-0.693359375F), bounded));
+    Lanes p = Lanes::all(1.0F / 5040);
+    p = fma(p, r, Lanes::all(1.0F / 720));
+    p = fma(p, r, Lanes::all(1.0F / 120));
+    p = fma(p, r, Lanes::all(1.0F / 24));
+    p = fma(p, r, Lanes::all(1.0F / 6));
+    p = fma(p, r, Lanes::all(0.5F));
+    p = fma(p, r, Lanes::all(1.0F));
+    p = fma(p, r, Lanes::all(1.0F));
+    return p * power_of_two(n);
+}
+
+}  // namespace
+}  // namespace fly

@@ -1,0 +1,24 @@
+// The entry point that ONNX Runtime looks for in a library of custom operators.
+#include "int8_linear.h"
+#include "operator.h"
+
+namespace {
+
+constexpr const char* kDomain = "fly.cpu";
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) fly::abi::Status* RegisterCustomOps(
+    fly::abi::SessionOptions* options, const fly::abi::ApiBase* base) {
+    using namespace fly;
+    const abi::Api* api = base->GetApi(abi::API_VERSION);
+    if (api == nullptr) return nullptr;  // an older ONNX Runtime: it says that it does not know the operators
+    static abi::CustomOpDomain* domain = nullptr;
+    if (domain == nullptr) {
+        const abi::CustomOp* const operators[] = {operator_of<Int8Linear>()};
+        if (auto* status = api->get<abi::Status*(const char*, abi::CustomOpDomain**)>(abi::kCreateCustomOpDomain)(kDomain, &domain)) return status;
+        for (const abi::CustomOp* op : operators)
+            if (auto* status = api->get<abi::Status*(abi::CustomOpDomain*, const abi::CustomOp*)>(abi::kCustomOpDomainAdd)(domain, op)) return status;
+    }
+    return api->get<abi::Status*(abi::SessionOptions*, abi::CustomOpDomain*)>(abi::kAddCustomOpDomain)(options, domain);
+}

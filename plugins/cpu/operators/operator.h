@@ -1,0 +1,244 @@
+// What an operator sees of ONNX Runtime: tensors, attributes, threads. An operator is a class with
+//
+//   static constexpr const char* name;
+//   static constexpr Slot inputs[], outputs[];
+//   explicit Operator(const Attributes&);
+//   void compute(Context&) const;
+//
+// that `operator_of<Operator>()` turns into what ONNX Runtime registers. `compute` may run in several threads at once:
+// what it needs besides its tensors comes from `Scratch`. Exceptions become errors of the step.
+#pragma once
+
+#include <cstdlib>
+#include <initializer_list>
+#include <iterator>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "onnxruntime_abi.h"
+
+namespace fly {
+
+using abi::ElementType;
+using abi::Presence;
+
+struct Slot {
+    ElementType type;  // kUndefined: any
+    Presence presence = Presence::kRequired;
+};
+
+constexpr size_t kMaxRank = 5;
+
+struct Shape {
+    int64_t sizes[kMaxRank] = {};
+    size_t rank = 0;
+
+    int64_t operator[](size_t axis) const { return sizes[axis]; }
+    int64_t last() const { return sizes[rank - 1]; }
+    int64_t count(size_t first, size_t end) const {
+        int64_t product = 1;
+        for (size_t axis = first; axis < end; ++axis) product *= sizes[axis];
+        return product;
+    }
+    int64_t count() const { return count(0, rank); }
+    // All axes but the last: what operators on rows work on.
+    int64_t rows() const { return count(0, rank - 1); }
+    Shape with_last(int64_t size) const {
+        Shape shape = *this;
+        shape.sizes[rank - 1] = size;
+        return shape;
+    }
+};
+
+struct Tensor {
+    void* data = nullptr;
+    Shape shape;
+    ElementType type = ElementType::kUndefined;
+
+    explicit operator bool() const { return data != nullptr; }
+    template <typename T>
+    T* as() const {
+        return static_cast<T*>(data);
+    }
+};
+
+class Failure : public std::runtime_error {
+   public:
+    using std::runtime_error::runtime_error;
+};
+
+inline void check(const abi::Api* api, abi::Status* status) {
+    if (status == nullptr) return;
+    api->get<void(abi::Status*)>(abi::kReleaseStatus)(status);
+    throw Failure("ONNX Runtime refused what a fly.cpu operator asked for");
+}
+
+class Attributes {
+   public:
+    Attributes(const abi::Api* api, const abi::KernelInfo* info) : api_(api), info_(info) {}
+
+    int64_t integer(const char* name, int64_t otherwise) const { return get(abi::kKernelInfoGetAttributeInt64, name, otherwise); }
+    float number(const char* name, float otherwise) const { return get(abi::kKernelInfoGetAttributeFloat, name, otherwise); }
+
+   private:
+    template <typename T>
+    T get(abi::Entry entry, const char* name, T otherwise) const {
+        T value = otherwise;
+        auto* status = api_->get<abi::Status*(const abi::KernelInfo*, const char*, T*)>(entry)(info_, name, &value);
+        if (status == nullptr) return value;
+        api_->get<void(abi::Status*)>(abi::kReleaseStatus)(status);
+        return otherwise;
+    }
+
+    const abi::Api* api_;
+    const abi::KernelInfo* info_;
+};
+
+class Context {
+   public:
+    Context(const abi::Api* api, abi::KernelContext* context) : api_(api), context_(context) {}
+
+    // An optional input that the node does not have has no data.
+    Tensor input(size_t index) const {
+        const abi::Value* value = nullptr;
+        check(api_, api_->get<abi::Status*(const abi::KernelContext*, size_t, const abi::Value**)>(
+                        abi::kKernelContextGetInput)(context_, index, &value));
+        if (value == nullptr) return {};
+        Tensor tensor;
+        tensor.data = data(const_cast<abi::Value*>(value));
+        abi::TensorShape* info = nullptr;
+        check(api_, api_->get<abi::Status*(const abi::Value*, abi::TensorShape**)>(abi::kGetTensorTypeAndShape)(value, &info));
+        api_->get<abi::Status*(const abi::TensorShape*, size_t*)>(abi::kGetDimensionsCount)(info, &tensor.shape.rank);
+        const bool fits = tensor.shape.rank <= kMaxRank;
+        if (fits) api_->get<abi::Status*(const abi::TensorShape*, int64_t*, size_t)>(abi::kGetDimensions)(info, tensor.shape.sizes, tensor.shape.rank);
+        api_->get<void(abi::TensorShape*)>(abi::kReleaseTensorTypeAndShapeInfo)(info);
+        if (!fits) throw Failure("a fly.cpu operator got a tensor of more than 5 axes");
+        return tensor;
+    }
+
+    template <typename T>
+    T* output(size_t index, const Shape& shape) const {
+        abi::Value* value = nullptr;
+        check(api_, api_->get<abi::Status*(abi::KernelContext*, size_t, const int64_t*, size_t, abi::Value**)>(
+                        abi::kKernelContextGetOutput)(context_, index, shape.sizes, shape.rank, &value));
+        return value == nullptr ? nullptr : static_cast<T*>(data(value));
+    }
+
+    // Calls work(i) for each i below `count`, on the threads of the session, and waits for all of them. Which thread
+    // has which i is not fixed. `work` must not throw.
+    template <typename Work>
+    void parallel(size_t count, const Work& work) const {
+        if (count == 0) return;
+        if (count == 1) return work(size_t{0});
+        auto call = [](void* data, size_t index) { (*static_cast<const Work*>(data))(index); };
+        void (*function)(void*, size_t) = call;
+        check(api_, api_->get<abi::Status*(const abi::KernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>(
+                        abi::kKernelContextParallelFor)(context_, function, count, 0, const_cast<Work*>(&work)));
+    }
+
+   private:
+    void* data(abi::Value* value) const {
+        void* pointer = nullptr;
+        check(api_, api_->get<abi::Status*(abi::Value*, void**)>(abi::kGetTensorMutableData)(value, &pointer));
+        return pointer;
+    }
+
+    const abi::Api* api_;
+    abi::KernelContext* context_;
+};
+
+// Memory of the calling thread, kept for the next call: a step allocates nothing. `take` forgets what was taken before.
+class Scratch {
+   public:
+    static Scratch& of_thread() {
+        thread_local Scratch scratch;
+        return scratch;
+    }
+
+    // Bytes behind each other, each part aligned to 64: sizes first, then parts in their order.
+    void reserve(std::initializer_list<size_t> sizes) {
+        size_t all = 0;
+        for (const size_t size : sizes) all += aligned(size);
+        if (all > capacity_) {
+            std::free(bytes_);
+            capacity_ = 0;
+            bytes_ = static_cast<char*>(std::aligned_alloc(64, all));
+            if (bytes_ == nullptr) throw std::bad_alloc();
+            capacity_ = all;
+        }
+        next_ = bytes_;
+    }
+    template <typename T>
+    T* take(size_t count) {
+        T* part = reinterpret_cast<T*>(next_);
+        next_ += aligned(count * sizeof(T));
+        return part;
+    }
+
+    Scratch() = default;
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    ~Scratch() { std::free(bytes_); }
+
+   private:
+    static size_t aligned(size_t size) { return (size + 63) / 64 * 64; }
+
+    char* bytes_ = nullptr;
+    char* next_ = nullptr;
+    size_t capacity_ = 0;
+};
+
+template <typename Operator>
+const abi::CustomOp* operator_of() {
+    struct Kernel {
+        const abi::Api* api;
+        Operator op;
+    };
+    static auto failed = [](const abi::Api* api, const char* message) {
+        return api->get<abi::Status*(abi::ErrorCode, const char*)>(abi::kCreateStatus)(abi::ErrorCode::kFail, message);
+    };
+    static const abi::CustomOp table = [] {
+        abi::CustomOp op{};
+        op.version = abi::API_VERSION;
+        op.GetName = [](const abi::CustomOp*) { return Operator::name; };
+        op.GetExecutionProviderType = [](const abi::CustomOp*) -> const char* { return nullptr; };
+        op.GetInputType = [](const abi::CustomOp*, size_t i) { return Operator::inputs[i].type; };
+        op.GetInputTypeCount = [](const abi::CustomOp*) { return std::size(Operator::inputs); };
+        op.GetOutputType = [](const abi::CustomOp*, size_t i) { return Operator::outputs[i].type; };
+        op.GetOutputTypeCount = [](const abi::CustomOp*) { return std::size(Operator::outputs); };
+        op.GetInputCharacteristic = [](const abi::CustomOp*, size_t i) { return Operator::inputs[i].presence; };
+        op.GetOutputCharacteristic = [](const abi::CustomOp*, size_t i) { return Operator::outputs[i].presence; };
+        op.GetInputMemoryType = [](const abi::CustomOp*, size_t) { return abi::Memory::kDefault; };
+        op.GetVariadicInputMinArity = [](const abi::CustomOp*) { return 0; };
+        op.GetVariadicInputHomogeneity = [](const abi::CustomOp*) { return 0; };
+        op.GetVariadicOutputMinArity = [](const abi::CustomOp*) { return 0; };
+        op.GetVariadicOutputHomogeneity = [](const abi::CustomOp*) { return 0; };
+        op.GetStartVersion = [](const abi::CustomOp*) { return 1; };
+        op.GetEndVersion = [](const abi::CustomOp*) { return 1; };
+        op.CreateKernelV2 = [](const abi::CustomOp*, const abi::Api* api, const abi::KernelInfo* info, void** kernel) -> abi::Status* {
+            try {
+                *kernel = new Kernel{api, Operator(Attributes(api, info))};
+                return nullptr;
+            } catch (const std::exception& error) {
+                return failed(api, error.what());
+            }
+        };
+        op.KernelComputeV2 = [](void* kernel, abi::KernelContext* context) -> abi::Status* {
+            auto* made = static_cast<Kernel*>(kernel);
+            try {
+                Context own(made->api, context);
+                made->op.compute(own);
+                return nullptr;
+            } catch (const std::exception& error) {
+                return failed(made->api, error.what());
+            }
+        };
+        op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+        return op;
+    }();
+    return &table;
+}
+
+}  // namespace fly
