@@ -4,158 +4,25 @@ full-precision weight is rounded for it. FORMS is the table: one line for each k
 It knows operators and layouts, and nothing of checkpoints or models.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from fly_build import quantization as q
-from fly_build.graph_edits import CONTRIB_DOMAIN, CPU_DOMAIN, NUMPY_DTYPES, GraphEdits, Linear
-from fly_build.quantization import Array, FloatArray
+from fly_build.graph_edits import CONTRIB_DOMAIN, NUMPY_DTYPES, GraphEdits, Linear
+from fly_build.linear_form import Kernels, Layers, LinearForm, Source, adapted_input, lazily, place_joined, transposed
 from fly_build.quantized_weight import Codes, QuantizedWeight
+from fly_build.rowwise_forms import PackedInt8, RowwiseInt8
 from fly_trt.errors import CheckpointError
 from fly_trt.manifest import Dtype, Quantization
 
-Kernels = Literal["cpu", "fly_cpu", "cuda", "tensorrt"]
-"""Whose the kernels are: ONNX Runtime's on the CPU, this project's there (plugins/cpu), ONNX Runtime's for CUDA, or
-TensorRT's."""
-
-Layers = list[tuple[Linear, QuantizedWeight]]
-
-ROUNDED_AT_ONCE = 1 << 18  # weights that are converted to float32 and rounded together: what caches hold
 TENSORRT_INT4_BLOCK = 64
 TENSORRT_INT4_BLOCKS = (128, 64, 32, 16)  # of inputs, that its kernels unpack as they multiply
 NBITS_BLOCKS = (128, 64, 32, 16)  # larger ones end a single token's step of 4 bits on CUDA with an error
 STORED_TYPES = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4, "fp8": ir.DataType.FLOAT8E4M3FN}
-
-
-@dataclass(frozen=True)
-class Source:
-    """A full-precision weight [out, in] of a linear layer, which is read when it is written."""
-
-    name: str
-    shape: tuple[int, int]
-    read: Callable[[], torch.Tensor]
-
-
-class LinearForm(ABC):
-    @abstractmethod
-    def bits(self, plain: int) -> tuple[float, float]:
-        """What a weight takes with its scales, in a linear layer and in the vocabulary projection; unquantised weights
-        and activations have `plain` bits."""
-
-    @abstractmethod
-    def quantize(self, source: Source, dtype: Dtype, *, is_output: bool) -> QuantizedWeight | None:
-        """A full-precision weight rounded for this form with activations of `dtype`; None where it stays as
-        it is. `is_output`: it is the vocabulary projection, which sees nothing after it that could level errors out."""
-
-    @abstractmethod
-    def place(self, edits: GraphEdits, layers: Layers) -> None:
-        """Computes these layers with these weights."""
-
-
-@dataclass(frozen=True)
-class RowwiseInt8(LinearForm):
-    """ONNX Runtime's integer product on the CPU: activations quantised per row (token), so that no row depends on
-    another, and weights of 7 bits. Layers of one input are one product and a Split. The product's kernel scales the
-    columns; a row's scale is left to one Mul."""
-
-    def bits(self, plain: int) -> tuple[float, float]:
-        return 8, 8
-
-    def quantize(self, source: Source, dtype: Dtype, *, is_output: bool) -> QuantizedWeight:
-        def rounded(weight: FloatArray) -> tuple[Array, FloatArray]:
-            codes, scales = q.quantize_int8(weight)
-            return codes.T, scales[:, None]
-
-        return _lazily(source, "int8", source.shape[1], rounded)
-
-    def place(self, edits: GraphEdits, layers: Layers) -> None:
-        zero_points: dict[tuple[str, ...], ir.Value] = {}
-        _place_joined(
-            edits, layers, lambda _: (), lambda linear, weight: self._product(edits, linear, weight, zero_points)
-        )
-
-    def _product(
-        self,
-        edits: GraphEdits,
-        linear: Linear,
-        weight: QuantizedWeight,
-        zero_points: dict[tuple[str, ...], ir.Value],
-    ) -> ir.Value:
-        name, (columns, rows) = weight.name, weight.shape
-        tokens, row_scale = self._quantize_rows(edits, linear, rows, zero_points)
-        inputs = [
-            tokens,
-            edits.initializer(f"{name}.int8", ir.DataType.INT8, (rows, columns), lambda: _transposed(weight)),
-            edits.constant("int8.one", np.float32(1)),
-            edits.scales(f"{name}.scale", (columns,), weight.scales),
-            edits.constant("int8.zero", np.uint8(q.ACTIVATION_ZERO_POINT)),
-        ]
-        product = edits.insert(linear.matmul, "MatMulIntegerToFloat", inputs, domain=CONTRIB_DOMAIN)
-        return edits.insert(linear.matmul, "Mul", [product, row_scale])
-
-    def _quantize_rows(
-        self, edits: GraphEdits, linear: Linear, num_values: int, zero_points: dict[tuple[str, ...], ir.Value]
-    ) -> tuple[ir.Value, ir.Value]:
-        """uint8 tokens and float32 scales [B, T, 1] of the layer's input [B, T, num_values]."""
-        x, matmul = linear.input, linear.matmul
-        last = edits.constant("int8.last_axis", np.array([-1], np.int64))
-        magnitude = edits.insert(matmul, "Abs", [x])
-        largest = edits.insert(matmul, "ReduceMax", [magnitude, last], keepdims=1)
-        tiny = edits.constant("int8.tiny", np.float32(q.SMALLEST_ROW_MAXIMUM))
-        bounded = edits.insert(matmul, "Max", [largest, tiny])
-        limit = edits.constant("int8.range", np.float32(q.ACTIVATION_LIMIT))
-        scale = edits.insert(matmul, "Div", [bounded, limit])
-        points = self._zero_points_like(edits, scale, x.shape, matmul, zero_points)
-        # One block along the last axis is one row.
-        tokens = edits.insert(matmul, "QuantizeLinear", [x, scale, points], axis=-1, block_size=num_values)
-        return tokens, scale
-
-    def _zero_points_like(
-        self,
-        edits: GraphEdits,
-        scale: ir.Value,
-        shape: ir.Shape | None,
-        before: ir.Node,
-        known: dict[tuple[str, ...], ir.Value],
-    ) -> ir.Value:
-        """A zero point for each row; computed once for all inputs that have the same rows."""
-        rows = None if shape is None or None in shape[:-1] else tuple(str(size) for size in shape[:-1])
-        if rows is not None and rows in known:
-            return known[rows]
-        size = edits.insert(before, "Shape", [scale])
-        value = ir.tensor(np.array([q.ACTIVATION_ZERO_POINT], np.uint8))
-        points = edits.insert(before, "ConstantOfShape", [size], value=value)
-        if rows is not None:
-            known[rows] = points
-        return points
-
-
-@dataclass(frozen=True)
-class PackedInt8(RowwiseInt8):
-    """The same numbers as RowwiseInt8, bit for bit, by one operator of plugins/cpu, with the weight as it reads it."""
-
-    def _product(
-        self,
-        edits: GraphEdits,
-        linear: Linear,
-        weight: QuantizedWeight,
-        zero_points: dict[tuple[str, ...], ir.Value],
-    ) -> ir.Value:
-        name, (columns, rows) = weight.name, weight.shape
-        shape = q.packed_shape(columns, rows)
-        inputs = [
-            linear.input,
-            edits.initializer(f"{name}.packed", ir.DataType.UINT8, shape, lambda: q.pack_int8(weight.codes())),
-            edits.scales(f"{name}.scale", (columns,), weight.scales),
-        ]
-        return edits.insert(linear.matmul, "Int8Linear", inputs, domain=CPU_DOMAIN)
 
 
 @dataclass(frozen=True)
@@ -175,7 +42,7 @@ class BlockwiseNBits(LinearForm):
         bits = 8 if is_output else self.own_bits
         kind: Codes = "int8" if bits == 8 else "int4"
         stored = NUMPY_DTYPES[dtype]
-        return _lazily(source, kind, q.BLOCK_SIZE, lambda weight: q.quantize_blocks(weight, bits, stored))
+        return lazily(source, kind, q.BLOCK_SIZE, lambda weight: q.quantize_blocks(weight, bits, stored))
 
     def place(self, edits: GraphEdits, layers: Layers) -> None:
         for linear, weight in layers:
@@ -232,18 +99,18 @@ class Dequantized(LinearForm):
     def quantize(self, source: Source, dtype: Dtype, *, is_output: bool) -> QuantizedWeight | None:
         inputs, stored = source.shape[1], NUMPY_DTYPES[dtype]
         if self.own_kind == "fp8":
-            return None if is_output else _lazily(source, "fp8", inputs, lambda w: q.quantize_fp8(w, stored))
+            return None if is_output else lazily(source, "fp8", inputs, lambda w: q.quantize_fp8(w, stored))
         if self.own_kind == "int4" and not is_output:
             sizes = [size for size in TENSORRT_INT4_BLOCKS if size <= TENSORRT_INT4_BLOCK and inputs % size == 0]
             if sizes:
-                return _lazily(source, "int4", sizes[0], lambda w: q.quantize_int4(w, sizes[0], stored))
-        return _lazily(source, "int8", inputs, lambda weight: q.quantize_channels(weight, stored))
+                return lazily(source, "int4", sizes[0], lambda w: q.quantize_int4(w, sizes[0], stored))
+        return lazily(source, "int8", inputs, lambda weight: q.quantize_channels(weight, stored))
 
     def place(self, edits: GraphEdits, layers: Layers) -> None:
         """Layers of one input, and of one kind, are one product and a Split: left apart the builder joins them for some
         of its profiles and not for others, and the plan has their int4 weights twice (seen in tensorrt_rtx 1.7.1)."""
         rounded: dict[tuple[ir.Value, float], ir.Value] = {}
-        _place_joined(
+        place_joined(
             edits, layers, _joint_properties, lambda linear, weight: self._product(edits, linear, weight, rounded)
         )
 
@@ -279,7 +146,7 @@ class Dequantized(LinearForm):
         """The weight [in, out] in the type of the activations."""
         name, (columns, rows), blocks = weight.name, weight.shape, weight.num_blocks
         stored = STORED_TYPES[weight.kind]
-        codes = edits.initializer(f"{name}.{weight.kind}", stored, (rows, columns), lambda: _transposed(weight))
+        codes = edits.initializer(f"{name}.{weight.kind}", stored, (rows, columns), lambda: transposed(weight))
         if weight.has_one_scale:
             scale = edits.scales(f"{name}.scale", (), weight.scales)
             return edits.insert(matmul, "DequantizeLinear", [codes, scale])
@@ -335,46 +202,11 @@ def bits_per_weight(kernels: Kernels, quantization: Quantization, plain: int) ->
     return (plain, plain) if quantization == "none" else FORMS[kernels, quantization].bits(plain)
 
 
-def adapted_input(edits: GraphEdits, linear: Linear, weight: QuantizedWeight) -> ir.Value:
-    """The layer's input in the order of the weight's inputs, and multiplied by its factors."""
-    x, matmul = linear.input, linear.matmul
-    if (factors := weight.input_factors) is not None:
-        scale = edits.scales(f"{weight.name}.input_factors", (weight.shape[1],), factors)
-        x = edits.insert(matmul, "Mul", [x, scale])
-    if (order := weight.input_order) is not None:
-        indices = edits.initializer(f"{weight.name}.input_order", ir.DataType.INT64, order.shape, lambda: order)
-        x = edits.insert(matmul, "Gather", [x, indices], axis=-1)
-    return x
-
-
-def _place_joined(
-    edits: GraphEdits,
-    layers: Layers,
-    properties: Callable[[QuantizedWeight], tuple[object, ...]],
-    product: Callable[[Linear, QuantizedWeight], ir.Value],
-) -> None:
-    """Layers that read the same value and whose weights have the same properties, such as query, key and value
-    projections, become one `product` and a Split, in the graph's order."""
-    order = {node: index for index, node in enumerate(edits.graph)}
-    groups: dict[tuple[object, ...], Layers] = {}
-    for linear, weight in sorted(layers, key=lambda layer: order[layer[0].matmul]):
-        groups.setdefault((linear.input, *properties(weight)), []).append((linear, weight))
-    for group in groups.values():
-        linears, weights = [linear for linear, _ in group], [weight for _, weight in group]
-        joined = product(linears[0], QuantizedWeight.joined(weights))
-        edits.replace_joined(linears, joined, [weight.shape[0] for weight in weights])
-
-
 def _joint_properties(weight: QuantizedWeight) -> tuple[object, ...]:
     """Weights of which these are equal can be one."""
     arrays = (weight.input_factors and weight.input_factors(), weight.input_order)
     content = [None if array is None else array.tobytes() for array in arrays]
     return weight.kind, weight.block_size, weight.activation_scale, weight.zero_points is None, *content
-
-
-def _transposed(weight: QuantizedWeight) -> Array:
-    codes = np.ascontiguousarray(weight.codes().T)
-    return codes.astype(ml_dtypes.int4) if weight.kind == "int4" else codes
 
 
 def _cut_into(weight: QuantizedWeight, sizes: Iterable[int], *, must_divide: bool = False) -> QuantizedWeight:
@@ -389,40 +221,3 @@ def _cut_into(weight: QuantizedWeight, sizes: Iterable[int], *, must_divide: boo
         f"{weight.name}: no kernel has scales for blocks of {weight.block_size} of {inputs} inputs: expected multiples "
         f"of one of {known}"
     )
-
-
-def _lazily(
-    source: Source,
-    kind: Codes,
-    block_size: int,
-    rounded: Callable[[FloatArray], tuple[Array, FloatArray]],
-) -> QuantizedWeight:
-    """A weight that is rounded when codes or scales are asked for, and kept until both have been had."""
-    rows, columns = source.shape
-    at_once = max(1, ROUNDED_AT_ONCE // max(columns, 1))
-
-    def compute() -> tuple[Array, FloatArray]:
-        tensor = source.read()
-        parts = [
-            rounded(tensor[start : start + at_once].to(torch.float32).numpy()) for start in range(0, rows, at_once)
-        ]
-        codes, scales = zip(*parts, strict=True)
-        return np.concatenate(codes), np.concatenate(scales)
-
-    once = _Once(compute)
-    return QuantizedWeight(source.name, kind, (rows, columns), block_size, lambda: once()[0], lambda: once()[1])
-
-
-class _Once:
-    """Keeps a result until both of its two readers have had it."""
-
-    def __init__(self, compute: Callable[[], tuple[Array, FloatArray]]) -> None:
-        self.compute = compute
-        self.result: tuple[Array, FloatArray] | None = None
-
-    def __call__(self) -> tuple[Array, FloatArray]:
-        if self.result is not None:
-            result, self.result = self.result, None
-            return result
-        self.result = self.compute()
-        return self.result

@@ -17,7 +17,7 @@ from fly_build.tensors import INPUT_NAME, OUTPUT_NAME
 from fly_trt.manifest import Head, Limits, ModelEngine
 
 if TYPE_CHECKING:
-    from fly_build.linear_forms import Kernels
+    from fly_build.linear_form import Kernels
 
 Report = Callable[[str, float], None]
 """Is told the name of a step and which fraction of it is done."""

@@ -17,7 +17,8 @@ from fly_build.blocks import BlockDecoder, check_blocks, kept_attentions, num_bl
 from fly_build.calibration import calibration_text
 from fly_build.checkpoint import Checkpoint
 from fly_build.knapsack import BlockTimes, Prospect
-from fly_build.linear_forms import Kernels, bits_per_weight
+from fly_build.linear_form import Kernels
+from fly_build.linear_forms import bits_per_weight
 from fly_build.measure import measure_target_steps
 from fly_build.model_build import ModelBuild
 from fly_build.plan import ModelPlan, Report

@@ -13,7 +13,8 @@ import onnx_ir as ir
 import torch
 
 from fly_build.graph_edits import DTYPES, GraphEdits, Linear, find_linears
-from fly_build.linear_forms import FORMS, STORED_FORMS, Kernels, Source
+from fly_build.linear_form import Kernels, Source
+from fly_build.linear_forms import FORMS, STORED_FORMS
 from fly_build.quantization import Array
 from fly_build.quantized_weight import QuantizedWeight
 from fly_build.tensors import OUTPUT_NAME, Parameter, Tensors, place_of

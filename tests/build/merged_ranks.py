@@ -13,7 +13,7 @@ import onnxruntime as ort
 from fly_build.checkpoint import Checkpoint
 from fly_build.collectives import OPERATOR
 from fly_build.head import append_head
-from fly_build.linear_forms import Kernels
+from fly_build.linear_form import Kernels
 from fly_build.sharding import Sharding, shard
 from fly_build.weights import WeightWriter
 from fly_trt.engines.onnxruntime import session_options

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from examples import examples
 from fly_build import quantization as q
 from fly_build.graph_edits import Linear
-from fly_build.linear_forms import FORMS, STORED_FORMS, Kernels, Source
+from fly_build.linear_form import Kernels, Source
+from fly_build.linear_forms import FORMS, STORED_FORMS
 from fly_build.quantized_weight import Codes, QuantizedWeight
 from fly_build.weights import WeightWriter
 from fly_trt.engines.onnxruntime import session_options

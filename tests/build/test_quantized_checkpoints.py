@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from fly_build.checkpoint import open_checkpoint
 from fly_build.cli import main
-from fly_build.linear_forms import Kernels
+from fly_build.linear_form import Kernels
 from fly_build.pipeline import make_plan
 from fly_build.quantized_weight import QuantizedWeight
 from fly_build.recipe import load_recipe

@@ -21,7 +21,7 @@ from fly_build.attention import make_shape_invariant
 from fly_build.checkpoint import Checkpoint, open_checkpoint
 from fly_build.export import DecoderGraph
 from fly_build.head import append_head
-from fly_build.linear_forms import Kernels
+from fly_build.linear_form import Kernels
 from fly_build.operators import AttentionForm
 from fly_build.weights import WeightWriter
 from fly_trt.engines.onnxruntime import session_options

@@ -16,7 +16,7 @@ from fly_trt.manifest import Dtype, Head, Limits, Manifest, ModelEngine, Quantiz
 if TYPE_CHECKING:
     from fly_build.checkpoint import Checkpoint
     from fly_build.gpu_memory import GpuPlan
-    from fly_build.linear_forms import Kernels
+    from fly_build.linear_form import Kernels
     from fly_build.model_build import ModelBuild
     from fly_build.plan import ModelPlan, Report
     from fly_build.tensors import Tensors
@@ -74,7 +74,7 @@ class Backend(ABC):
 
     @property
     def kernels(self) -> "Kernels":
-        """Whose kernels compute the linear layers, see linear_forms.py."""
+        """Whose kernels compute the linear layers, see linear_form.py."""
         return "cpu"
 
     @property

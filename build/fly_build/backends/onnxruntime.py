@@ -14,7 +14,7 @@ from fly_trt.manifest import Dtype, Manifest, ModelEngine
 
 if TYPE_CHECKING:
     from fly_build.export import DecoderGraph
-    from fly_build.linear_forms import Kernels
+    from fly_build.linear_form import Kernels
     from fly_build.model_build import ModelBuild
     from fly_build.tensors import Tensors
 

@@ -15,7 +15,7 @@ from fly_trt.errors import ConfigError
 from fly_trt.manifest import Dtype, Limits, Manifest, ModelEngine
 
 if TYPE_CHECKING:
-    from fly_build.linear_forms import Kernels
+    from fly_build.linear_form import Kernels
     from fly_build.model_build import ModelBuild
 
 

@@ -23,7 +23,7 @@ from fly_trt.manifest import Dtype, LayerSummary, Limits, Manifest, ModelEngine
 
 if TYPE_CHECKING:
     from fly_build.gpu_memory import GpuPlan
-    from fly_build.linear_forms import Kernels
+    from fly_build.linear_form import Kernels
     from fly_build.model_build import ModelBuild
     from fly_build.plan import ModelPlan
 
