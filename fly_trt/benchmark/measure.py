@@ -14,6 +14,7 @@ from fly_trt.benchmark.client import Client, Load
 from fly_trt.benchmark.likelihood import Likelihood
 from fly_trt.benchmark.modes import choose_modes
 from fly_trt.benchmark.results import Round, Row, summarise
+from fly_trt.benchmark.step_log import NotedStep, StepLog
 from fly_trt.benchmark.workload import BenchmarkPrompt, built_in_prompts, random_prompts, read_prompts, repeated
 from fly_trt.engines.directory import LoadedEngines
 from fly_trt.errors import ConfigError, RequestError
@@ -94,7 +95,7 @@ class BenchmarkConfig:
 class Benchmark:
     """What was measured: `rows` by load and mode, `modes` as they were configured, the engines' load times in
     seconds, and the prompts with their checks. `traced`: by mode an output for each prompt, under the first load, where
-    traces were asked for."""
+    traces were asked for. `steps`: of each row, what the engines did in all of its rounds, where a log was kept."""
 
     engines: LoadedEngines
     config: BenchmarkConfig
@@ -102,6 +103,7 @@ class Benchmark:
     prompts: list[BenchmarkPrompt]
     rows: list[Row]
     traced: dict[str, list[RequestOutput]]
+    steps: list[list[NotedStep]]
 
 
 def run_benchmark(
@@ -112,7 +114,6 @@ def run_benchmark(
     Raises ConfigError for what does not fit the engine directory, before any engine is loaded where that can be told,
     EngineError for a directory that cannot be used, and RequestError for a prompt that cannot be served.
     """
-    _check_concurrency(config)
     slots = config.most_in_flight
     engines = LoadedEngines(engine_dir, max_batch_size=slots, num_threads=config.num_threads, devices=config.devices)
     if engines.backend.schedules:
@@ -120,24 +121,30 @@ def run_benchmark(
             f"{engine_dir}: {engines.manifest.backend} loads its models by itself, and modes here share what is loaded "
             "once: measure it with trtllm-bench, or with LLM by one mode a process"
         )
+    with engines:
+        return measure_modes(engines, config, progress)
+
+
+def measure_modes(
+    engines: LoadedEngines, config: BenchmarkConfig, progress: Progress, log: StepLog | None = None
+) -> Benchmark:
+    """As `run_benchmark`, on engines that are there; `log`: what watches them, for `Benchmark.steps`."""
+    _check_concurrency(config)
     limit = engines.manifest.limits.max_batch_size
     if engines.max_batch_size > limit:
         raise ConfigError(
             f"concurrency {engines.max_batch_size}: {engines.manifest.name} was built for {limit} requests in flight: "
             f"rebuild with --max-batch-size {engines.max_batch_size}"
         )
-    with engines:
-        modes = choose_modes(config.modes, engines.manifest, config.speculative)
-        prompts = _prompts(config, engines)
-        total = len(config.loads) * len(modes) * config.rounds * len(prompts)
-        meter = _Meter(progress, total)
-        rows: list[Row] = []
-        traced: dict[str, list[RequestOutput]] = {}
-        meter.say("loading engines")
-        for load in config.loads:
-            keeps = traced if config.traces and load is config.loads[0] else None
-            rows += _measure(engines, modes, prompts, load, config, meter, keeps)
-    return Benchmark(engines, config, modes, prompts, rows, traced)
+    modes = choose_modes(config.modes, engines.manifest, config.speculative)
+    prompts = _prompts(config, engines)
+    total = len(config.loads) * len(modes) * config.rounds * len(prompts)
+    meter = _Meter(progress, total)
+    benchmark = Benchmark(engines, config, modes, prompts, rows=[], traced={}, steps=[])
+    meter.say("loading engines")
+    for load in config.loads:
+        _measure(benchmark, load, meter, log)
+    return benchmark
 
 
 class _Meter:
@@ -167,25 +174,18 @@ def _prompts(config: BenchmarkConfig, engines: LoadedEngines) -> list[BenchmarkP
     return repeated(prompts, config.num_prompts)
 
 
-def _measure(
-    engines: LoadedEngines,
-    modes: Mapping[str, SpeculativeConfig],
-    prompts: list[BenchmarkPrompt],
-    load: Load,
-    config: BenchmarkConfig,
-    meter: _Meter,
-    traced: dict[str, list[RequestOutput]] | None,
-) -> list[Row]:
-    """One load in all modes. traced: takes the outputs of each, with their traces."""
+def _measure(benchmark: Benchmark, load: Load, meter: _Meter, log: StepLog | None) -> None:
+    """One load in all modes."""
+    engines, config, prompts = benchmark.engines, benchmark.config, benchmark.prompts
     settings = ServiceConfig(
         max_batch_size=load.concurrency,
         max_queue_size=max(len(prompts), DEFAULT_MAX_QUEUE_SIZE),
         enable_prefix_caching=False,
     )
     services: dict[str, Service] = {}
-    rounds: dict[str, list[Round]] = {mode: [] for mode in modes}
+    rounds: dict[str, list[Round]] = {mode: [] for mode in benchmark.modes}
     try:
-        for mode, speculative_config in modes.items():
+        for mode, speculative_config in benchmark.modes.items():
             services[mode] = Service(engines, speculative_config, settings)
         given = [_as_given(prompt, config, services[mode]) for prompt in prompts]
         for mode, service in services.items():
@@ -193,19 +193,20 @@ def _measure(
             num_warmup = WARMUP_PROMPTS * (load.concurrency or engines.max_batch_size)
             Client(service).complete(given[:num_warmup], config.sampling_params(), Load(request_rate=float("inf")))
         for number in range(config.rounds):
-            for mode, round_ in _round(services, given, load, config, number, meter).items():
+            for mode, round_ in _round(services, given, load, config, number, meter, log).items():
                 rounds[mode].append(round_)
-        if traced is not None:
+        if config.traces and load is config.loads[0]:
             for mode, service in services.items():
                 meter.say(f"traces, {mode}")
-                traced[mode] = Client(service).outputs(given, config.sampling_params(is_traced=True), load)
+                benchmark.traced[mode] = Client(service).outputs(given, config.sampling_params(is_traced=True), load)
     finally:
         for service in services.values():
             service.shutdown()
     if config.perplexity:
         meter.say(f"perplexity, {load}")
         _score(rounds, Likelihood(engines))
-    return summarise(load, rounds, prompts)
+    benchmark.rows.extend(summarise(load, rounds, prompts))
+    benchmark.steps.extend([step for round_ in own for step in round_.steps] for own in rounds.values())
 
 
 def _round(
@@ -215,19 +216,23 @@ def _round(
     config: BenchmarkConfig,
     number: int,
     meter: _Meter,
+    log: StepLog | None,
 ) -> dict[str, Round]:
     """Every prompt in every mode once. Whose turn comes first changes with every turn."""
     shares = [[prompt] for prompt in prompts] if load.concurrency == 1 else [prompts]
     rounds = {mode: Round([], 0.0) for mode in services}
     order = list(services)
+    log = log or StepLog()
     for turn, share in enumerate(shares, start=number):
         first = turn % len(order)
         for mode in order[first:] + order[:first]:
             meter.say(f"{mode}, {load}, round {number + 1} of {config.rounds}")
+            log.take()
             client = Client(services[mode])
             exchanges, seconds = client.complete(share, config.sampling_params(), load, config.seed + number)
             rounds[mode].exchanges += exchanges
             rounds[mode].seconds += seconds
+            rounds[mode].steps += log.take()
             meter.say(f"{mode}, {load}, round {number + 1} of {config.rounds}", len(share))
     return rounds
 

@@ -6,7 +6,6 @@ import os
 import platform
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -15,9 +14,9 @@ from rich.text import Text
 
 import fly_trt
 from fly_trt.benchmark.client import Load
+from fly_trt.benchmark.machine_limits import cpu_info, matrix_instructions
 from fly_trt.benchmark.measure import Benchmark
 from fly_trt.benchmark.results import Row, Spread
-from fly_trt.benchmark.roofline import ModelCost, Roofline
 from fly_trt.engines import find_backend
 from fly_trt.engines.directory import LoadedEngines
 from fly_trt.manifest import Manifest, ModelEngine
@@ -82,47 +81,6 @@ def as_table(benchmark: Benchmark) -> Table:
         # As texts, in which brackets are no markup.
         table.add_row(Text(row.mode.replace(",", ", ")), *(Text(figure(row)) for _, figure in shown))
     return table
-
-
-def roofline_record(roofline: Roofline) -> dict[str, Any]:
-    """Limits in bytes and MACs per second, what the models need of them, and the steps in ms."""
-    manifest = roofline.engines.manifest
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "engine": engine_record(roofline.engines),
-        "machine": machine_record(roofline.engines) | {"limits": dataclasses.asdict(roofline.machine)},
-        "versions": version_record(manifest),
-        "costs": {role: dataclasses.asdict(cost) for role, cost in roofline.costs.items()},
-        "steps": [{**dataclasses.asdict(step), "limit_ms": step.limit_ms} for step in roofline.steps],
-    }
-
-
-def roofline_table(roofline: Roofline) -> Table:
-    """A row for each step: medians with their range, beside the time that weights and products take at least."""
-    machine = roofline.machine
-    rates = ", ".join(f"{kind} products {rate / 1e9:.0f} GMAC/s" for kind, rate in machine.product_rates.items())
-    table = Table(
-        title=f"{roofline.engines.directory}: memory {machine.memory_bandwidth / 1e9:.1f} GB/s, {rates}",
-        caption="; ".join(f"{role}: {_cost(cost)}" for role, cost in roofline.costs.items()),
-    )
-    for name in ("engine", "rows x tokens", "measured ms", "weights ms", "products ms", "limit", "measured / limit"):
-        table.add_column(name, justify="left" if name in ("engine", "limit") else "right")
-    for step in roofline.steps:
-        table.add_row(
-            step.role,
-            f"{step.batch_size} x {step.num_tokens}",
-            f"{step.measured.median:.2f} ({step.measured.min:.2f}-{step.measured.max:.2f})",
-            f"{step.memory_ms:.2f}",
-            f"{step.arithmetic_ms:.2f}",
-            "memory" if step.memory_ms > step.arithmetic_ms else "arithmetic",
-            f"{step.measured.median / step.limit_ms:.2f}",
-        )
-    return table
-
-
-def _cost(cost: ModelCost) -> str:
-    macs = " and ".join(f"{count / 1e6:.1f} M {kind}" for kind, count in cost.macs_per_token.items())
-    return f"{cost.weight_bytes / 1e6:.1f} MB of weights a step, {macs} MACs a token"
 
 
 def _number(spread: Spread | None, form: str) -> str:
@@ -253,19 +211,13 @@ def machine_record(engines: LoadedEngines) -> dict[str, Any]:
 
         num_threads = num_pool_threads()
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_info().get("model name") or platform.processor() or platform.machine(),
+        "instructions": matrix_instructions(),
         "num_cores": os.cpu_count(),
         "gpu": gpu,
         "num_threads": num_threads,
         "platform": platform.platform(),
     }
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def version_record(manifest: Manifest) -> dict[str, str]:

@@ -7,13 +7,14 @@ that compare two modes do it within each round, since modes take turns and a slo
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from fly_trt.benchmark.checks import is_right
 from fly_trt.benchmark.client import Exchange, Load
 from fly_trt.benchmark.modes import AUTOREGRESSIVE, EXACT
+from fly_trt.benchmark.step_log import NotedStep
 from fly_trt.benchmark.workload import BenchmarkPrompt
 from fly_trt.drafting.base import common_prefix
 from fly_trt.outputs import RequestMetrics
@@ -41,10 +42,12 @@ class Spread:
 
 @dataclass(slots=True)
 class Round:
-    """One mode in one round: its exchanges by prompt, and the seconds that they took."""
+    """One mode in one round: its exchanges by prompt, the seconds that they took, and, where a log is kept, the steps
+    of the engines."""
 
     exchanges: list[Exchange]
     seconds: float
+    steps: list[NotedStep] = field(default_factory=list)
 
     def metrics(self) -> RequestMetrics:
         """Counts over all requests."""

@@ -1,78 +1,62 @@
-"""How far the steps of an engine are from the limits of this machine (`fly-bench --roofline`), on ONNX Runtime.
+"""How far the steps of engines, and whole modes, are from the limits of this machine (`fly-bench --roofline`), on ONNX
+Runtime.
 
-A step reads every weight once, so it cannot take less time than their bytes over the memory bandwidth; and it
-multiplies every weight with every token, so not less than its multiply-accumulates (MACs) over the rate of matrix
-products. Both limits are measured here, in turns with the steps, on the threads that the engines use. Attention, norms
-and the verification head are no part of the limits: what they take shows as distance from them.
+A step reads every weight once and the keys and values that its tokens see, so it cannot take less time than their bytes
+over the memory bandwidth; and not less than its multiply-accumulates over the rate of products (model_cost.py). Both
+limits are measured here (machine_limits.py), in turns with the steps. The limit of a mode is the sum of the limits of
+the steps that its engines really made.
 """
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
 
 import numpy as np
 
+from fly_trt.benchmark.machine_limits import MachineLimits
+from fly_trt.benchmark.measure import Benchmark, BenchmarkConfig, measure_modes
+from fly_trt.benchmark.model_cost import Machine, ModelCost, Row, count_cost
+from fly_trt.benchmark.results import Row as ModeRow
 from fly_trt.benchmark.results import Spread
+from fly_trt.benchmark.step_log import NotedStep, StepLog
 from fly_trt.engines import find_backend
-from fly_trt.engines.base import Engine, Step
+from fly_trt.engines.base import Engine
 from fly_trt.engines.directory import LoadedEngines, Role
 from fly_trt.errors import ConfigError
+from fly_trt.manifest import read_manifest
 from fly_trt.service.config import resolve_speculative_config
 
-Arithmetic = Literal["float32", "int8"]
-
-BANDWIDTH_BYTES = 256 << 20  # beyond any cache that a CPU has today
-PRODUCT_SIZE = 2048  # of the square matrix, with PRODUCT_ROWS rows on the other side: 1.07e9 MACs
-PRODUCT_ROWS = 256
 CACHED_TOKENS = 128
 PROMPT_TOKENS = 64
 SEVERAL_ROWS = 4
 RUNS = 3  # of a step in each round
-INT8_PRODUCTS = ("MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits")
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """The best of the rounds: a limit is what the machine can do when nothing else happens on it.
-
-    memory_bandwidth: bytes read per second. product_rates: MACs per second of large matrix products.
-    """
-
-    memory_bandwidth: float
-    product_rates: Mapping[Arithmetic, float]
-
-
-@dataclass(frozen=True, slots=True)
-class ModelCost:
-    """What one step has to do at least: bytes of weights that it reads, and MACs for each token. Experts of mixtures,
-    of which a token uses few, are not counted."""
-
-    weight_bytes: int
-    macs_per_token: Mapping[Arithmetic, int]
-
-    def memory_ms(self, machine: Machine) -> float:
-        return 1e3 * self.weight_bytes / machine.memory_bandwidth
-
-    def arithmetic_ms(self, machine: Machine, num_tokens: int) -> float:
-        macs = self.macs_per_token.items()
-        return 1e3 * num_tokens * sum(count / machine.product_rates[kind] for kind, count in macs)
 
 
 @dataclass(frozen=True, slots=True)
 class StepFigures:
-    """A step of `batch_size` rows of `num_tokens` tokens, in ms."""
+    """A step of `batch_size` rows of `num_tokens` tokens behind `num_cached`, of which the logits of `num_logits` are
+    read, in ms: what it takes, and at least for what."""
 
     role: Role
     batch_size: int
     num_tokens: int
+    num_cached: int
+    num_logits: int
     measured: Spread
-    memory_ms: float
-    arithmetic_ms: float
+    weights_ms: float
+    cache_ms: float
+    products_ms: float
+    attention_ms: float
+
+    @property
+    def memory_ms(self) -> float:
+        return self.weights_ms + self.cache_ms
+
+    @property
+    def arithmetic_ms(self) -> float:
+        return self.products_ms + self.attention_ms
 
     @property
     def limit_ms(self) -> float:
@@ -80,167 +64,193 @@ class StepFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class ModeFigures:
+    """A mode under a load, in ms by output token: all of it, the steps of the engines by role, and those at their
+    limits. tokens_per_second over all rounds; at_limit: of the engines' limits alone."""
+
+    mode: str
+    load: str
+    num_steps: Mapping[Role, int]
+    tokens_per_second: float
+    at_limit: float
+    total_ms: float
+    measured_ms: Mapping[Role, float]
+    limit_ms: Mapping[Role, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Roofline:
+    """`modes` and `benchmark` where modes were asked for."""
+
     engines: LoadedEngines
     machine: Machine
     costs: Mapping[Role, ModelCost]
     steps: list[StepFigures]
+    modes: list[ModeFigures]
+    benchmark: Benchmark | None
 
 
 def run_roofline(
-    engine_dir: Path, rounds: int, num_threads: int | None, progress: Callable[[str, int, int], None]
+    engine_dir: Path,
+    rounds: int,
+    num_threads: int | None,
+    progress: Callable[[str, int, int], None],
+    *,
+    cached: Sequence[int] = (),
+    config: BenchmarkConfig | None = None,
 ) -> Roofline:
-    """Raises ConfigError for engines of a GPU, and where the extra `bench` is not installed."""
+    """cached: tokens in each slot before the steps. config: the modes to measure on the same engines; none without.
+
+    Raises ConfigError for engines of a GPU, for steps that the engines were not built for, and where the extra `bench`
+    is not installed."""
     onnx = _import_onnx()
-    engines = LoadedEngines(engine_dir, num_threads=num_threads)
-    if find_backend(engine_dir, engines.manifest).is_gpu:
+    log = StepLog()
+    manifest = read_manifest(engine_dir)
+    if find_backend(engine_dir, manifest).is_gpu:
         raise ConfigError(
-            f"roofline: {engines.manifest.name} was built for {engines.manifest.backend} on cuda: the limits of a GPU "
+            f"roofline: {manifest.name} was built for {manifest.backend} on cuda: the limits of a GPU "
             "are not measured, leave --roofline out"
         )
+    limit = manifest.limits.max_batch_size
+    slots = max(min(SEVERAL_ROWS, limit), (config and config.most_in_flight) or limit)
+    engines = LoadedEngines(engine_dir, max_batch_size=slots, num_threads=num_threads, watch=log.watch)
     with engines:
-        known: tuple[Role, ...] = ("target", "draft", "inner_draft")
-        roles = [role for role in known if getattr(engines.manifest, role) is not None]
         progress("loading engines", 0, rounds)
-        steps = [step for role in roles for step in _steps(role, engines)]
-        limits = _Limits(onnx)
+        known: tuple[Role, ...] = ("target", "draft", "inner_draft")
+        roles = [role for role in known if getattr(manifest, role) is not None]
+        groups = _step_groups(engines, roles, cached)
+        limits = MachineLimits(onnx)
         for number in range(rounds):
-            progress(f"round {number + 1} of {rounds}", number, rounds)
+            progress(f"steps, round {number + 1} of {rounds}", number, rounds)
             limits.measure()
-            for step in steps:
-                step.measure()
-        costs = {role: _cost(onnx, engines.directory / getattr(engines.manifest, role).model) for role in roles}
+            for group in groups:
+                _measure_together(group)
+        benchmark = None if config is None else measure_modes(engines, config, progress, log)
+        limits.measure()
         machine = limits.machine()
-        return Roofline(engines, machine, costs, [step.figures(costs[step.role], machine) for step in steps])
+        costs = _costs(onnx, engines)
+        by_role = {role: costs[getattr(manifest, role).model] for role in roles}
+        steps = [step.figures(by_role[step.role], machine) for group in groups for step in group]
+        modes = [] if benchmark is None else _mode_figures(benchmark, costs, machine)
+        return Roofline(engines, machine, by_role, steps, modes, benchmark)
 
 
 @dataclass(slots=True)
 class _MeasuredStep:
+    """rows: all alike."""
+
     role: Role
     engine: Engine
-    step: Step
+    rows: tuple[Row, ...]
     milliseconds: list[float] = field(default_factory=list)
 
     def measure(self) -> None:
-        self.engine.run(self.step)
+        num_cached, num_tokens, num_logits = self.rows[0]
+        num_context = num_tokens - num_logits + 1
+        step = self.engine.step(0, len(self.rows), num_tokens)
+        ids = np.random.default_rng(0).integers(0, self.engine.info.vocab_size, num_tokens)
+        for row in range(len(self.rows)):
+            step.set_row(row, num_cached, ids[:num_context], ids[num_context:])
+        self.engine.run(step)  # makes room
+        for row in range(len(self.rows)):
+            self.engine.clear_slot(row, 0)  # memory that was never written need not be read
+        self.engine.run(step)
         started = time.perf_counter()
         for _ in range(RUNS):
-            self.engine.run(self.step)
+            self.engine.run(step)
         self.milliseconds.append(1e3 * (time.perf_counter() - started) / RUNS)
 
     def figures(self, cost: ModelCost, machine: Machine) -> StepFigures:
-        rows, length = self.step.input_ids.shape
-        arithmetic = cost.arithmetic_ms(machine, rows * length)
         measured = Spread.of(self.milliseconds)
         assert measured is not None
-        return StepFigures(self.role, rows, length, measured, cost.memory_ms(machine), arithmetic)
+        num_cached, num_tokens, num_logits = self.rows[0]
+        return StepFigures(
+            role=self.role,
+            batch_size=len(self.rows),
+            num_tokens=num_tokens,
+            num_cached=num_cached,
+            num_logits=num_logits,
+            measured=measured,
+            weights_ms=cost.weights_ms(machine, self.rows),
+            cache_ms=cost.cache_ms(machine, self.rows),
+            products_ms=cost.products_ms(machine, self.rows),
+            attention_ms=cost.attention_ms(machine, self.rows),
+        )
 
 
-def _steps(role: Role, engines: LoadedEngines) -> Iterator[_MeasuredStep]:
-    """One token, a verification, a prompt, and the first two of several sequences at once."""
-    manifest, engine = engines.manifest, getattr(engines, role)
+def _measure_together(steps: Sequence[_MeasuredStep]) -> None:
+    """Of as many cached tokens: what a longer cache left allocated would cost them time, and those that come after."""
+    engines = {id(step.engine): step.engine for step in steps}.values()
+    for engine in engines:
+        engine.trim(0)
+    for step in steps:
+        step.measure()
+    for engine in engines:
+        engine.trim(0)
+
+
+def _step_groups(engines: LoadedEngines, roles: Sequence[Role], cached: Sequence[int]) -> list[list[_MeasuredStep]]:
+    """For each number of cached tokens one token, a verification, a prompt, and the first two of several sequences at
+    once, in every engine."""
+    limits = engines.manifest.limits
+    verified = 1 + resolve_speculative_config(engines.manifest, {}).num_speculative_tokens
+    prompt = Row(0, min(PROMPT_TOKENS, limits.max_num_tokens))
     several = min(SEVERAL_ROWS, engines.max_batch_size)
-    verified = 1 + resolve_speculative_config(manifest, {}).num_speculative_tokens
-    shapes = [(1, 1), (1, verified), (1, min(PROMPT_TOKENS, manifest.limits.max_num_tokens))]
-    shapes += [(several, 1), (several, verified)] if several > 1 else []
-    rng = np.random.default_rng(0)
-    for batch_size, num_tokens in shapes:
-        cached = min(CACHED_TOKENS, manifest.limits.max_seq_len - num_tokens)
-        if cached < 0 or batch_size * num_tokens > manifest.limits.max_num_tokens:
-            continue
-        step = engine.step(0, batch_size, num_tokens)
-        for row in range(batch_size):
-            step.set_row(row, cached, rng.integers(0, engine.info.vocab_size, num_tokens))
-        yield _MeasuredStep(role, engine, step)
+    shapes = [(1, Row(0, 1)), (1, Row(0, verified, verified)), (1, prompt)]
+    shapes += [(several, Row(0, 1)), (several, Row(0, verified, verified))] if several > 1 else []
+    shapes = [(count, row) for count, row in shapes if count * row.num_tokens <= limits.max_num_tokens]
+    longest = limits.max_seq_len - max(row.num_tokens for _, row in shapes)
+    for num_cached in cached:
+        if not 0 <= num_cached <= longest:
+            raise ConfigError(
+                f"cached_tokens {num_cached}: {engines.manifest.name} was built for max_seq_len {limits.max_seq_len}, "
+                f"expected 0 to {longest} before a step: give fewer, or rebuild with a larger --max-seq-len"
+            )
+    return [
+        [
+            _MeasuredStep(role, getattr(engines, role), count * (row._replace(num_cached=num_cached),))
+            for role in roles
+            for count, row in shapes
+        ]
+        for num_cached in cached or (min(CACHED_TOKENS, longest),)
+    ]
 
 
-class _Limits:
-    """What the machine does at best: seconds of one pass over memory, and of one product of each kind."""
-
-    def __init__(self, onnx: ModuleType) -> None:
-        from fly_trt.engines.onnxruntime import num_pool_threads, session_options
-
-        self._threads = num_pool_threads() or 1
-        self._memory = np.ones(BANDWIDTH_BYTES // 8, np.int64)
-        self._products = {kind: _product(onnx, kind, session_options()) for kind in ("float32", "int8")}
-        self._seconds: dict[str, float] = {}
-
-    def measure(self) -> None:
-        parts = np.array_split(self._memory, self._threads)
-        with ThreadPoolExecutor(self._threads) as pool:
-            self._time("memory", lambda: list(pool.map(np.max, parts)))
-        for kind, multiply in self._products.items():
-            self._time(kind, multiply)
-
-    def machine(self) -> Machine:
-        macs = PRODUCT_ROWS * PRODUCT_SIZE**2
-        rates: dict[Any, float] = {kind: macs / self._seconds[kind] for kind in self._products}
-        return Machine(BANDWIDTH_BYTES / self._seconds["memory"], rates)
-
-    def _time(self, name: str, work: Callable[[], object]) -> None:
-        work()
-        for _ in range(RUNS):
-            started = time.perf_counter()
-            work()
-            taken = time.perf_counter() - started
-            self._seconds[name] = min(taken, self._seconds.get(name, math.inf))
+def _costs(onnx: ModuleType, engines: LoadedEngines) -> dict[str, ModelCost]:
+    """By model file."""
+    manifest = engines.manifest
+    drafts = (manifest.draft, manifest.inner_draft, *(draft.engine for draft in manifest.self_drafts))
+    models = {model.model: model for model in filter(None, (manifest.target, *drafts))}
+    return {path: count_cost(onnx, engines.directory / path, model) for path, model in models.items()}
 
 
-def _product(onnx: ModuleType, kind: str, options: Any) -> Callable[[], object]:
-    """One large matrix product by the kernel that the engines use."""
-    import onnxruntime as ort
+def _mode_figures(benchmark: Benchmark, costs: Mapping[str, ModelCost], machine: Machine) -> list[ModeFigures]:
+    return [_mode(row, steps, costs, machine) for row, steps in zip(benchmark.rows, benchmark.steps, strict=True)]
 
-    rng = np.random.default_rng(0)
-    shape = (PRODUCT_SIZE, PRODUCT_SIZE)
-    types = onnx.TensorProto
-    if kind == "int8":
-        weight: Any = rng.integers(-64, 65, shape).astype(np.int8)
-        x: Any = rng.integers(0, 256, (PRODUCT_ROWS, PRODUCT_SIZE)).astype(np.uint8)
-        operator, given, result = "MatMulInteger", types.UINT8, types.INT32
-    else:
-        weight = rng.standard_normal(shape, np.float32)
-        x = rng.standard_normal((PRODUCT_ROWS, PRODUCT_SIZE), np.float32)
-        operator, given, result = "MatMul", types.FLOAT, types.FLOAT
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node(operator, ["x", "weight"], ["y"])],
-        "product",
-        [onnx.helper.make_tensor_value_info("x", given, x.shape)],
-        [onnx.helper.make_tensor_value_info("y", result, x.shape)],
-        [onnx.numpy_helper.from_array(weight, "weight")],
+
+def _mode(row: ModeRow, steps: Sequence[NotedStep], costs: Mapping[str, ModelCost], machine: Machine) -> ModeFigures:
+    """Over all rounds together."""
+    assert row.num_output_tokens is not None
+    assert row.seconds is not None
+    num_tokens, seconds = sum(row.num_output_tokens.rounds), sum(row.seconds.rounds)
+    num_steps: dict[Role, int] = {}
+    measured: dict[Role, float] = {}
+    limits: dict[Role, float] = {}
+    for step in steps:
+        limit = costs[step.model].limit_ms(machine, step.rows)
+        num_steps[step.role] = num_steps.get(step.role, 0) + 1
+        measured[step.role] = measured.get(step.role, 0.0) + 1e3 * step.seconds / num_tokens
+        limits[step.role] = limits.get(step.role, 0.0) + limit / num_tokens
+    return ModeFigures(
+        mode=row.mode,
+        load=str(row.load),
+        num_steps=num_steps,
+        tokens_per_second=num_tokens / seconds,
+        at_limit=1e3 / sum(limits.values()),
+        total_ms=1e3 * seconds / num_tokens,
+        measured_ms=measured,
+        limit_ms=limits,
     )
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)], ir_version=10)
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return lambda: session.run(None, {"x": x})
-
-
-def _cost(onnx: ModuleType, path: Path) -> ModelCost:
-    graph = onnx.load(path, load_external_data=False).graph
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    # Half precision is cast and a shared embedding table transposed when the session is made: a step reads float32.
-    widened: dict[str, Any] = {}
-    for node in graph.node:
-        if node.op_type in ("Cast", "Transpose") and (source := (weights | widened).get(node.input[0])) is not None:
-            widened[node.output[0]] = source
-    macs: dict[Arithmetic, int] = {"float32": 0, "int8": 0}
-    num_bytes = 0
-    for node in graph.node:
-        if node.op_type != "MatMul" and node.op_type not in INT8_PRODUCTS:
-            continue
-        read = [weights[name] for name in node.input if name in weights]
-        num_bytes += sum(math.prod(tensor.dims) * _item_bytes(onnx, tensor) for tensor in read)
-        computed = [widened[name] for name in node.input if name in widened]
-        num_bytes += sum(4 * math.prod(tensor.dims) for tensor in computed)
-        if node.op_type == "MatMulNBits":
-            sizes = {attribute.name: attribute.i for attribute in node.attribute}
-            macs["int8"] += sizes["K"] * sizes["N"]
-        else:
-            kind: Arithmetic = "float32" if node.op_type == "MatMul" else "int8"
-            macs[kind] += sum(math.prod(tensor.dims) for tensor in [*read, *computed] if len(tensor.dims) == 2)
-    return ModelCost(num_bytes, {kind: count for kind, count in macs.items() if count})
-
-
-def _item_bytes(onnx: ModuleType, tensor: Any) -> int:
-    return int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def _import_onnx() -> ModuleType:

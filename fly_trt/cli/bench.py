@@ -9,7 +9,6 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from fly_trt.benchmark.modes import modes
 from fly_trt.cli import options
@@ -22,8 +21,8 @@ CONFIG_FLAGS = (
     *("rounds", "prompts", "random_tokens", "num_prompts", "chat"),
     *("max_tokens", "ignore_eos", "temperature", "perplexity"),
 )
-ROOFLINE_FLAGS = ("engine_dir", "roofline", "rounds", "num_threads", "output", "as_json")
-Measured = tuple[dict[str, Any], Table, list[Any], Iterable[str]]  # the record, the table, its rows, lines of traces
+NOT_WITH_ROOFLINE = ("request_rate", "perplexity", "plot", "traces", "devices")
+Measured = tuple[dict[str, Any], Any, list[Any], Iterable[str]]  # the record, the tables, rows, lines of traces
 FILE_WIDTH = 132  # columns where there is no terminal that has its own
 EXAMPLES = (
     f"""
@@ -42,7 +41,8 @@ Examples:
   fly-bench engines/demo --mode exact --mode ngram+fly --mode w0=multi_level+fly,fly_window_size=0
   fly-bench engines/demo --modes exact,fly --traces traces.jsonl && fly-inspect traces.jsonl
   fly-bench engines/demo --request-rate 2,inf --json -o bench.json
-  fly-bench engines/demo --roofline --rounds 10                     # how far each step is from this machine's limits
+  fly-bench engines/demo --roofline --rounds 10                     # how far it is from this machine's limits
+  fly-bench engines/demo --roofline --cached-tokens 100,1000,3000 --num-prompts 0    # steps alone
   fly-bench engines/llama-70b --random-tokens 1024 --max-tokens 256 --ignore-eos
   fly-bench engines/llama-70b --chat --preset paper --num-speculative-tokens 25
 
@@ -89,8 +89,10 @@ Perplexity (ppl) is the target's, of what a mode emitted; its ratio is to autore
 @click.option(
     "--roofline",
     is_flag=True,
-    help="Instead: the steps of the engines beside what memory bandwidth and arithmetic allow (extra bench).",
+    help="Steps of the engines, and the modes, beside what memory bandwidth and arithmetic allow (extra bench). "
+    "--num-prompts 0: no modes.",
 )
+@click.option("--cached-tokens", multiple=True, metavar="N,N", help="With --roofline: before each step. [128]")
 @options.tuning_options
 @options.num_threads()
 @options.devices()
@@ -113,8 +115,7 @@ def _run(engine_dir: Path, plot: Path | None, output: Path | None, as_json: bool
     from fly_trt.benchmark.plot import check_plot, write_plot
     from fly_trt.files import new_file
 
-    if flags["roofline"]:
-        _check_roofline_flags(click.get_current_context())
+    _check_roofline_flags(click.get_current_context(), is_roofline=flags["roofline"])
     if plot is not None:
         check_plot(plot)
     console = Console(stderr=True)
@@ -143,19 +144,17 @@ def _run(engine_dir: Path, plot: Path | None, output: Path | None, as_json: bool
         write_plot(rows, str(engine_dir), plot)
 
 
-def _check_roofline_flags(context: click.Context) -> None:
-    for name in context.params:
-        is_given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-        if is_given and name not in ROOFLINE_FLAGS:
-            raise ConfigError(f"{name}: has no effect with --roofline, which has no prompts: leave one of them out")
+def _check_roofline_flags(context: click.Context, *, is_roofline: bool) -> None:
+    for name in NOT_WITH_ROOFLINE if is_roofline else ("cached_tokens",):
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            effect = "has no effect with --roofline" if is_roofline else "has no effect without --roofline"
+            raise ConfigError(f"{name}: {effect}: leave one of them out")
 
 
-def _measure_modes(engine_dir: Path, flags: dict[str, Any], report: Any) -> Measured:
-    from fly_trt.benchmark.measure import BenchmarkConfig, run_benchmark
-    from fly_trt.benchmark.report import as_record, as_table
-    from fly_trt.benchmark.traces import trace_lines
+def _config(flags: dict[str, Any]) -> Any:
+    from fly_trt.benchmark.measure import BenchmarkConfig
 
-    config = BenchmarkConfig(
+    return BenchmarkConfig(
         modes=flags["modes"],
         loads=_loads(flags),
         seed=flags["seed"],
@@ -165,18 +164,27 @@ def _measure_modes(engine_dir: Path, flags: dict[str, Any], report: Any) -> Meas
         traces=flags["traces"] is not None,
         **{name: flags[name] for name in CONFIG_FLAGS},
     )
-    benchmark = run_benchmark(engine_dir, config, report)
+
+
+def _measure_modes(engine_dir: Path, flags: dict[str, Any], report: Any) -> Measured:
+    from fly_trt.benchmark.measure import run_benchmark
+    from fly_trt.benchmark.report import as_record, as_table
+    from fly_trt.benchmark.traces import trace_lines
+
+    benchmark = run_benchmark(engine_dir, _config(flags), report)
     return as_record(benchmark), as_table(benchmark), benchmark.rows, trace_lines(benchmark)
 
 
 def _measure_roofline(engine_dir: Path, flags: dict[str, Any], report: Any) -> Measured:
-    from fly_trt.benchmark.report import roofline_record, roofline_table
     from fly_trt.benchmark.roofline import run_roofline
+    from fly_trt.benchmark.roofline_report import roofline_record, roofline_tables
 
     if flags["rounds"] < 1:
         raise ConfigError(f"rounds {flags['rounds']}: expected at least 1")
-    roofline = run_roofline(engine_dir, flags["rounds"], flags["num_threads"], report)
-    return roofline_record(roofline), roofline_table(roofline), [], ()
+    config = _config(flags | {"perplexity": False}) if flags["num_prompts"] else None
+    cached = [_number("cached_tokens", item, int) for item in _items(flags["cached_tokens"])]
+    roofline = run_roofline(engine_dir, flags["rounds"], flags["num_threads"], report, cached=cached, config=config)
+    return roofline_record(roofline), roofline_tables(roofline), [], ()
 
 
 def _loads(flags: dict[str, Any]) -> list[Any]:

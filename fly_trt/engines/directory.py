@@ -79,6 +79,7 @@ class LoadedEngines:
 
     The settings are those of EngineSettings; whoever shares the engines may use fewer than max_batch_size slots. The
     target has num_spare_slots more, in which no requests run.
+    `watch(role, model, engine)` returns what stands in for each engine, once it is loaded: one that notes its steps.
     `load_seconds` has the time that each engine took, the self-drafts together. Raises EngineError for a directory that
     cannot be used, and ConfigError for a setting that cannot be.
     """
@@ -93,6 +94,7 @@ class LoadedEngines:
         devices: Sequence[int] | None = None,
         verify_hashes: bool = False,
         num_spare_slots: int = 0,
+        watch: Callable[[Role, ModelEngine, Engine], Engine] | None = None,
     ) -> None:
         wanted = EngineSettings(
             max_batch_size=max_batch_size or None,
@@ -107,6 +109,7 @@ class LoadedEngines:
         self.max_batch_size = wanted.max_batch_size or self.manifest.limits.max_batch_size
         self.num_spare_slots = num_spare_slots
         self.load_seconds: dict[Role, float] = {}
+        self._watch = watch
         self.turn = Turn()
         self._home = HomeProcess("engines")
         if backend.schedules:
@@ -201,7 +204,7 @@ class LoadedEngines:
         else:
             engine = load_engine(self.directory, self.manifest, model, **settings, **self._settings)
         self.load_seconds[role] = self.load_seconds.get(role, 0.0) + time.perf_counter() - started
-        return engine
+        return engine if self._watch is None else self._watch(role, model, engine)
 
 
 def num_ranks(manifest: Manifest) -> int:

@@ -9,10 +9,12 @@ import pytest
 from click.testing import CliRunner
 from safetensors import safe_open
 
-from fly_trt.benchmark.roofline import Machine, ModelCost, Roofline, run_roofline
+from fly_trt.benchmark.measure import BenchmarkConfig
+from fly_trt.benchmark.roofline import Roofline, run_roofline
 from fly_trt.cli.bench import main
 from fly_trt.errors import ConfigError
 
+FEW = ("--roofline", "--rounds", "1", "--num-prompts", "1", "--max-tokens", "4")
 PAIR = Path(__file__).parents[1] / "assets" / "pair"
 
 
@@ -53,23 +55,57 @@ def test_every_step_has_its_time_and_the_larger_limit(roofline: Roofline) -> Non
         assert step.limit_ms == max(step.memory_ms, step.arithmetic_ms) > 0
 
 
-def test_limits_are_bytes_over_bandwidth_and_macs_over_rate() -> None:
-    machine = Machine(memory_bandwidth=20e9, product_rates={"float32": 50e9, "int8": 100e9})
-    cost = ModelCost(weight_bytes=200_000_000, macs_per_token={"float32": 10_000_000, "int8": 100_000_000})
-    assert cost.memory_ms(machine) == pytest.approx(10)
-    assert cost.arithmetic_ms(machine, 16) == pytest.approx(16 * (0.2 + 1.0))
+def test_a_mode_has_the_limit_of_the_steps_that_it_made(demo_engine: Path) -> None:
+    config = BenchmarkConfig(modes=["autoregressive,exact"], num_prompts=2, rounds=2, max_tokens=12, perplexity=False)
+    roofline = run_roofline(demo_engine, 1, None, lambda what, done, total: None, config=config)
+    assert roofline.benchmark is not None
+    plain, exact = roofline.modes
+    assert (plain.mode, exact.mode) == ("autoregressive", "exact")
+    tokens = [sum(row.num_output_tokens.rounds) for row in roofline.benchmark.rows]
+    assert plain.num_steps == {"target": tokens[0]}  # the prompt's step brings the first one
+    assert 0 < exact.num_steps["target"] < tokens[1]
+    assert exact.num_steps["draft"] > 0
+    for mode, steps in zip(roofline.modes, roofline.benchmark.steps, strict=True):
+        assert sum(mode.measured_ms.values()) <= mode.total_ms
+        limits = {
+            role: sum(roofline.costs[role].limit_ms(roofline.machine, step.rows) for step in steps if step.role == role)
+            for role in mode.num_steps
+        }
+        num_tokens = tokens[roofline.modes.index(mode)]
+        assert mode.limit_ms == pytest.approx({role: limit / num_tokens for role, limit in limits.items()})
+        assert mode.at_limit == pytest.approx(1e3 * num_tokens / sum(limits.values()))
+        firsts = [step.rows for step in steps if step.role == "target" and step.rows[0].num_cached == 0]
+        assert len(firsts) == 4  # prompts, whole, by rounds
+        assert all(len(rows) == 1 for rows in firsts)
+
+
+def test_steps_are_measured_behind_as_many_tokens_as_asked_for(demo_engine: Path) -> None:
+    roofline = run_roofline(demo_engine, 1, None, lambda what, done, total: None, cached=[0, 700])
+    assert roofline.modes == []
+    own = [step for step in roofline.steps if step.role == "target"]
+    assert [step.num_cached for step in own] == [0] * 5 + [700] * 5
+    for short, long in zip(own[:5], own[5:], strict=True):
+        assert (short.batch_size, short.num_tokens) == (long.batch_size, long.num_tokens)
+        assert (short.weights_ms, short.products_ms) == (long.weights_ms, long.products_ms)
+        assert long.cache_ms > short.cache_ms > 0
+        assert long.attention_ms > short.attention_ms > 0
+    longest = 2048 - 64
+    with pytest.raises(ConfigError, match=f"cached_tokens 2000: .* max_seq_len 2048, expected 0 to {longest}"):
+        run_roofline(demo_engine, 1, None, lambda what, done, total: None, cached=[2000])
 
 
 def test_the_command_prints_machine_and_steps(demo_engine: Path) -> None:
-    result = CliRunner().invoke(main, [str(demo_engine), "--roofline", "--rounds", "1", "--json"])
+    result = CliRunner().invoke(main, [str(demo_engine), *FEW, "--json"])
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
     assert record["machine"]["limits"]["memory_bandwidth"] > 1e8
     assert record["machine"]["limits"]["product_rates"].keys() == {"float32", "int8"}
+    assert [mode["mode"] for mode in record["modes"]] == list(record["benchmark"]["settings"]["modes"])
     assert [step["num_tokens"] for step in record["steps"] if step["role"] == "draft"] == [1, 16, 64, 1, 16]
-    table = CliRunner().invoke(main, [str(demo_engine), "--roofline", "--rounds", "1"])
+    table = CliRunner().invoke(main, [str(demo_engine), *FEW, "--modes", "fly"])
     assert "GB/s" in table.stdout
     assert "1 x 16" in table.stdout
+    assert "at the limit" in table.stdout
 
 
 def test_engines_of_another_backend_and_flags_without_effect_are_refused(demo_engine: Path, tmp_path: Path) -> None:
@@ -81,7 +117,10 @@ def test_engines_of_another_backend_and_flags_without_effect_are_refused(demo_en
         (engine / "fly.json").write_text(json.dumps(manifest | {"backend": backend, "device": "cuda"}))
         with pytest.raises(ConfigError, match=f"built for {backend} on cuda: the limits of a GPU"):
             run_roofline(engine, 1, None, lambda what, done, total: None)
-    for name, value in (("plot", "a.png"), ("modes", "fly"), ("num_prompts", "16"), ("preset", "paper")):
+    for name, value in (("plot", "a.png"), ("traces", "a.jsonl"), ("request_rate", "2"), ("devices", "0")):
         result = CliRunner().invoke(main, [str(demo_engine), "--roofline", f"--{name.replace('_', '-')}", value])
         assert result.exit_code == 2
         assert f"{name}: has no effect with --roofline" in result.stderr
+    result = CliRunner().invoke(main, [str(demo_engine), "--cached-tokens", "100"])
+    assert result.exit_code == 2
+    assert "cached_tokens: has no effect without --roofline" in result.stderr

@@ -1,0 +1,134 @@
+"""What the machine does at best: bytes that it reads and products that it makes in a second, measured on the threads
+that the engines use, and beside them what its integer units could do by their number.
+
+A rate of products is that of the fastest of several kernels, each as one large product, so that no library's
+shortcomings pass for the machine's. Another kernel is a line in KERNELS: a function that returns the work, or None
+where this process cannot run it.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from fly_trt.benchmark.model_cost import Arithmetic, Machine
+
+BANDWIDTH_BYTES = 256 << 20  # beyond any cache that a CPU has today
+ROWS, INPUTS, OUTPUTS = 256, 1024, 1024  # of a product: 0.27e9 MACs, with operands that fit into a core's cache
+RUNS = 10  # of each kernel in a round: a limit is a best moment
+MEMORY_RUNS = 3
+
+# MACs a cycle and core, of 8-bit integers, by the flag of the CPU that says so: where a core has two such units, the
+# sum of both. Without VNNI a product takes three instructions.
+INTEGER_UNITS = (("amx_int8", 1024), ("avx512_vnni", 128), ("avx_vnni", 64), ("avx512bw", 64), ("avx2", 32))
+
+
+def onnx_product(operator: str) -> Callable[[ModuleType, Any], Callable[[], object] | None]:
+    """By an operator of ONNX Runtime's own: activations uint8 for integers, as its fast kernels want them."""
+
+    def make(onnx: ModuleType, options: Any) -> Callable[[], object]:
+        rng = np.random.default_rng(0)
+        types = onnx.TensorProto
+        if operator == "MatMul":
+            x: Any = rng.standard_normal((ROWS, INPUTS), np.float32)
+            weight: Any = rng.standard_normal((INPUTS, OUTPUTS), np.float32)
+            given, result = types.FLOAT, types.FLOAT
+        else:
+            x = rng.integers(0, 256, (ROWS, INPUTS)).astype(np.uint8)
+            weight = rng.integers(-64, 65, (INPUTS, OUTPUTS)).astype(np.int8)
+            given, result = types.UINT8, types.INT32
+        graph = onnx.helper.make_graph(
+            [onnx.helper.make_node(operator, ["x", "weight"], ["y"])],
+            "product",
+            [onnx.helper.make_tensor_value_info("x", given, x.shape)],
+            [onnx.helper.make_tensor_value_info("y", result, (ROWS, OUTPUTS))],
+            [onnx.numpy_helper.from_array(weight, "weight")],
+        )
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)], ir_version=10)
+        return session_run(model.SerializeToString(), options, {"x": x})
+
+    return make
+
+
+def session_run(model: bytes, options: Any, feed: dict[str, Any]) -> Callable[[], object]:
+    """A run of a model in a session of these options, into the same memory each time."""
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    for name, value in feed.items():
+        binding.bind_cpu_input(name, value)
+    for output in session.get_outputs():
+        binding.bind_output(output.name, "cpu")
+    return lambda: session.run_with_iobinding(binding)
+
+
+KERNELS: tuple[tuple[str, Arithmetic, Callable[[ModuleType, Any], Callable[[], object] | None]], ...] = (
+    ("MatMul", "float32", onnx_product("MatMul")),
+    ("MatMulInteger", "int8", onnx_product("MatMulInteger")),
+)
+
+
+class MachineLimits:
+    """Measured in turns with what shall be compared with them: the best of all rounds counts."""
+
+    def __init__(self, onnx: ModuleType) -> None:
+        from fly_trt.engines.onnxruntime import num_pool_threads, session_options
+
+        self._threads = num_pool_threads() or 1
+        self._memory = np.ones(BANDWIDTH_BYTES // 8, np.int64)
+        made = [(name, kind, make(onnx, session_options())) for name, kind, make in KERNELS]
+        self._kernels = {name: (kind, run) for name, kind, run in made if run is not None}
+        self._seconds: dict[str, float] = {}
+
+    def measure(self) -> None:
+        parts = np.array_split(self._memory, self._threads)
+        with ThreadPoolExecutor(self._threads) as pool:
+            self._time("memory", lambda: list(pool.map(np.max, parts)), MEMORY_RUNS)
+        for name, (_, multiply) in self._kernels.items():
+            self._time(name, multiply, RUNS)
+
+    def machine(self) -> Machine:
+        kernels = {name: ROWS * INPUTS * OUTPUTS / self._seconds[name] for name in self._kernels}
+        rates: dict[Arithmetic, float] = {}
+        for name, (kind, _) in self._kernels.items():
+            rates[kind] = max(kernels[name], rates.get(kind, 0.0))
+        bandwidth = BANDWIDTH_BYTES / self._seconds["memory"]
+        return Machine(bandwidth, rates, kernels, nominal_int8_rate(self._threads))
+
+    def _time(self, name: str, work: Callable[[], object], runs: int) -> None:
+        work()
+        for _ in range(runs):
+            started = time.perf_counter()
+            work()
+            taken = time.perf_counter() - started
+            self._seconds[name] = min(taken, self._seconds.get(name, math.inf))
+
+
+def cpu_info(path: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
+    """What the system says of the first core; nothing where it has no such file."""
+    if not path.is_file():
+        return {}
+    lines = path.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0].splitlines()
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def matrix_instructions() -> list[str]:
+    """Of the CPU, those that decide how fast it multiplies, widest first."""
+    flags = set(cpu_info().get("flags", "").split())
+    of_interest = ("amx_int8", "amx_bf16", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx512f", "avx2")
+    return [flag for flag in of_interest if flag in flags]
+
+
+def nominal_int8_rate(num_threads: int) -> float | None:
+    """MACs per second of the integer units of so many cores at the clock that the system shows, in case each core has
+    two of them, as all with AVX-512 VNNI but the smallest have; None where flags or clock are not known."""
+    info = cpu_info()
+    flags, clock = set(info.get("flags", "").split()), info.get("cpu MHz")
+    macs = next((macs for flag, macs in INTEGER_UNITS if flag in flags), None)
+    return None if macs is None or clock is None else num_threads * macs * 1e6 * float(clock)

@@ -1,0 +1,67 @@
+"""Which steps the engines made while something was measured: an engine that stands before another one and notes each of
+its steps, with the rows that it had to process and the time that it took. It changes nothing.
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from fly_trt.benchmark.model_cost import Row
+from fly_trt.engines.base import Engine, EngineInfo, Step
+from fly_trt.engines.directory import Role
+from fly_trt.manifest import ModelEngine
+
+
+class NotedStep(NamedTuple):
+    """model: the engine's file. rows: without padding and idle slots. A step's prompt tokens are all processed, and of
+    their logits the last ones read, of draft tokens those of each."""
+
+    role: Role
+    model: str
+    rows: tuple[Row, ...]
+    seconds: float
+
+
+@dataclass(slots=True)
+class StepLog:
+    """`steps` since somebody took them."""
+
+    steps: list[NotedStep] = field(default_factory=list)
+
+    def watch(self, role: Role, model: ModelEngine, engine: Engine) -> Engine:
+        """For LoadedEngines."""
+        return WatchedEngine(engine, role, model.model, self.steps)
+
+    def take(self) -> list[NotedStep]:
+        taken = self.steps.copy()
+        self.steps.clear()
+        return taken
+
+
+class WatchedEngine:
+    """An engine whose steps are noted in `steps`."""
+
+    def __init__(self, engine: Engine, role: Role, model: str, steps: list[NotedStep]) -> None:
+        self.info: EngineInfo = engine.info
+        self._engine = engine
+        self._role: Role = role
+        self._model = model
+        self._steps = steps
+        # As they are: nothing stands between.
+        self.copy_slot, self.swap_slots, self.clear_slot = engine.copy_slot, engine.swap_slots, engine.clear_slot
+        self.step, self.trim, self.close = engine.step, engine.trim, engine.close
+
+    @property
+    def num_preparations(self) -> int:
+        return self._engine.num_preparations
+
+    def run(self, step: Step) -> None:
+        started = time.perf_counter()
+        self._engine.run(step)
+        seconds = time.perf_counter() - started
+        self._steps.append(NotedStep(self._role, self._model, rows_of(step), seconds))
+
+
+def rows_of(step: Step) -> tuple[Row, ...]:
+    rows = zip(step.write_indices.tolist(), step.num_context.tolist(), step.num_draft.tolist(), strict=True)
+    return tuple(Row(cached, context + draft, 1 + draft) for cached, context, draft in rows if context + draft)
