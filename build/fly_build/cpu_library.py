@@ -29,6 +29,7 @@ AVX512_FLAGS = (*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512v
 # By the end of a source's name: the instructions that it may use.
 INSTRUCTIONS = {
     "_avx2": AVX2_FLAGS,
+    "_avx_vnni": (*AVX2_FLAGS, "-mavxvnni"),
     "_avx512": AVX512_FLAGS,
     "_avx512_vnni": (*AVX512_FLAGS, "-mavx512vnni"),
 }

@@ -113,8 +113,10 @@ class OnnxRuntimeEngine:
         try:
             options = session_options(num_threads)
             if cpu_kernels is not None:
-                options.register_custom_ops_library(str(cpu_kernels))
+                _register_kernels(options, cpu_kernels)
             self._session = ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
+        except EngineError:
+            raise
         except Exception as error:  # ONNX Runtime raises a class of its own for each status code
             reason = one_line(error)
             raise EngineError(f"{model_path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from None
@@ -233,6 +235,17 @@ class OnnxRuntimeEngine:
             self._capacity, self._num_held = 0, [0] * self._num_slots
             raise
         self._capacity = capacity
+
+
+def _register_kernels(options: ort.SessionOptions, library: Path) -> None:
+    """Raises EngineError where the library of an engine directory does not run here, as on another kind of CPU."""
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:
+        reason = one_line(error).rpartition(" : FAIL : ")[2]
+        if reason.startswith("Failed to"):  # the system's words, not the library's, which name a fix
+            reason += ": rebuild with fly-build on this machine, or with --cpu-kernels off"
+        raise EngineError(f"{library}: {reason}") from None
 
 
 def _whole_blocks(num_tokens: int) -> int:

@@ -34,7 +34,7 @@ def test_json_holds_settings_machine_and_every_round(demo_engine: Path, tmp_path
     assert record["engine"]["directory"] == str(demo_engine)
     assert record["engine"]["load_seconds"].keys() == {"target", "draft"}
     assert record["engine"]["target"]["num_parameters"] > record["engine"]["draft"]["num_parameters"]
-    assert record["machine"].keys() == {"cpu", "num_cores", "gpu", "num_threads", "platform"}
+    assert record["machine"].keys() == {"cpu", "instructions", "num_cores", "gpu", "num_threads", "platform"}
     assert record["machine"]["num_threads"] >= 1
     assert record["versions"].keys() >= {"fly-trt", "python", "numpy", "tokenizers", "onnxruntime"}
     settings = record["settings"]

@@ -1,22 +1,80 @@
-// Which kernels run here.
+// Which kernels run here: the best kind that the processor and the system offer and whose sums are right.
+#include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 #include "kernels.h"
+#include "self_test.h"
 
 namespace fly {
 namespace {
 
-const Kernels& chosen() {
-    if (__builtin_cpu_supports("avx512vnni")) return *avx512_vnni_kernels();
-    throw std::runtime_error("no");
+struct Kind {
+    const char* name;
+    bool (*is_offered)();
+    const Kernels* (*kernels)();
+};
+
+bool offers_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool offers_avx_vnni() { return offers_avx2() && __builtin_cpu_supports("avxvnni"); }
+bool offers_avx512() {
+    return offers_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool offers_avx512_vnni() { return offers_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+// The best first.
+constexpr Kind kKinds[] = {
+    {"avx512_vnni", offers_avx512_vnni, avx512_vnni_kernels},
+    {"avx_vnni", offers_avx_vnni, avx_vnni_kernels},
+    {"avx512", offers_avx512, avx512_kernels},
+    {"avx2", offers_avx2, avx2_kernels},
+};
+
+constexpr const char* kVariable = "FLY_TRT_CPU_ISA";
+
+std::string offered_names() {
+    std::string names;
+    for (const Kind& kind : kKinds)
+        if (kind.is_offered()) names += (names.empty() ? "" : ", ") + std::string(kind.name);
+    return names;
+}
+
+[[noreturn]] void fail_without_kernels() {
+    throw std::runtime_error(
+        "this CPU has no AVX2, FMA and F16C, which fly-trt's own kernels need: rebuild with fly-build --cpu-kernels off");
+}
+
+const Kernels& named(const std::string& name) {
+    if (offered_names().empty()) fail_without_kernels();
+    const std::string asked = std::string(kVariable) + " '" + name + "': ";
+    for (const Kind& kind : kKinds) {
+        if (name != kind.name || !kind.is_offered()) continue;
+        if (multiplies_rightly(*kind.kernels())) return *kind.kernels();
+        throw std::runtime_error(asked + "gives wrong sums on this machine: unset it");
+    }
+    throw std::runtime_error(asked + "expected one of this machine's kinds: " + offered_names());
+}
+
+const Kernels& best() {
+    for (const Kind& kind : kKinds) {
+        if (!kind.is_offered()) continue;
+        if (multiplies_rightly(*kind.kernels())) return *kind.kernels();
+        std::fprintf(stderr, "fly-trt: the CPU kernels %s give wrong sums on this machine and are not used\n", kind.name);
+    }
+    fail_without_kernels();
 }
 
 }  // namespace
 
 const Kernels& kernels() {
-    static const Kernels& table = chosen();
+    static const Kernels& table = [&]() -> const Kernels& {
+        const char* name = std::getenv(kVariable);
+        return name != nullptr && *name != '\0' ? named(name) : best();
+    }();
     return table;
 }
 

@@ -1,5 +1,9 @@
 // The loops that touch every number, once for each kind of vector unit. All kinds give the same bits: integers are added
 // exactly, and floats in the order that 16 lanes have everywhere (lanes_*.h).
+//
+// The file of a kind is compiled with that kind's instructions. What it includes has internal linkage or is always
+// inlined: of an inline function that two files have the linker keeps one, and it may be the one that this machine
+// cannot run.
 #pragma once
 
 #include <cstddef>
@@ -20,14 +24,29 @@ struct RowInput {
     size_t padded_depth;
 };
 
-// Rows of 8 bits times a packed weight. `sums` are of the rows' values. Values lie in groups of 8 rows, so that what a
-// step of the product reads lies together: [groups][padded_depth / 4][8 rows][4].
+// Where the values of rows lie, so that what a step of the product reads lies together:
+// [groups of rows][padded_depth / chunk][rows of the group][chunk]. The last group has room for all of its rows.
+struct RowLayout {
+    size_t group;
+    size_t chunk;  // bytes; divides kDepthStep
+
+    [[gnu::always_inline]] size_t start(size_t row, size_t padded_depth) const {
+        return row / group * group * padded_depth + row % group * chunk;
+    }
+    [[gnu::always_inline]] size_t groups(size_t count) const { return (count + group - 1) / group; }
+    [[gnu::always_inline]] size_t size(size_t count, size_t padded_depth) const {
+        return groups(count) * group * padded_depth;
+    }
+};
+
+// Rows of 8 bits for a product. `sums` are of the rows' values.
 struct Rows {
     const int8_t* values;
     const int32_t* sums;
     const float* scales;
     size_t count;
     size_t padded_depth;
+    RowLayout layout;
 };
 
 // A weight of -64..64, as uint8 with kWeightOffset added, [blocks][padded_depth / 4][16 outputs][4 inputs].
@@ -41,33 +60,31 @@ struct PackedWeight {
 
 constexpr int32_t kWeightOffset = 64;
 constexpr size_t kBlock = 16;       // outputs of a block of a packed weight
-constexpr size_t kRowGroup = 8;
 constexpr size_t kDepthStep = 64;   // depth is padded to a multiple
 constexpr float kActivationLimit = 127.0F;
 constexpr float kSmallestRowMaximum = 1e-12F;
 
-// Where row `row` begins among the values of all, and how many there are with those of the last group's missing rows.
-constexpr size_t row_start(size_t row, size_t padded_depth) {
-    return row / kRowGroup * kRowGroup * padded_depth + row % kRowGroup * 4;
-}
-constexpr size_t row_values(size_t count, size_t padded_depth) {
-    return (count + kRowGroup - 1) / kRowGroup * kRowGroup * padded_depth;
-}
-
 struct Kernels {
     const char* name;
 
+    // How this many rows have to lie for `multiply`.
+    RowLayout (*row_layout)(size_t count);
+
     // Writes the rounded row and its sum, and returns its scale: value = scale * rounded. A row with a number that is
-    // not finite has the scale NaN. `values`: where the row begins in its group. `scratch` [depth].
-    float (*quantize_row)(const RowInput& input, float* scratch, int8_t* values, int32_t* sum);
+    // not finite has the scale NaN. `values`: where the row begins. `scratch` [depth].
+    float (*quantize_row)(const RowInput& input, float* scratch, RowLayout layout, int8_t* values, int32_t* sum);
 
     // output [count, outputs] at the columns of blocks first to end.
     void (*multiply)(const Rows& rows, const PackedWeight& weight, size_t first, size_t end, float* output);
 };
 
+// Kinds with the same lanes differ in the product alone.
 const Kernels* avx2_kernels();
+const Kernels* avx_vnni_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_vnni_kernels();
+const Kernels* amx_kernels();
+const Kernels* amx_emulated_kernels();
 
 // Those of this machine, or of the environment variable FLY_TRT_CPU_ISA. Throws std::runtime_error where there are none,
 // or not the asked-for ones.

@@ -16,6 +16,7 @@ struct Lanes {
     static Lanes zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     static Lanes all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
     static Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+    static Lanes of_integers(const int32_t* p, int32_t less) { return {floats(p, less), floats(p + 8, less)}; }
     // The first n, zeros behind them.
     static Lanes load(const float* p, size_t n) {
         if (n >= 16) return load(p);
@@ -39,6 +40,12 @@ struct Lanes {
         const __m256i ordered = _mm256_permute4x64_epi64(pairs, 0xD8);
         const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+    }
+
+   private:
+    static __m256 floats(const int32_t* p, int32_t less) {
+        const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        return _mm256_cvtepi32_ps(_mm256_sub_epi32(eight, _mm256_set1_epi32(less)));
     }
 };
 

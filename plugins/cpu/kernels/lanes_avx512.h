@@ -15,6 +15,9 @@ struct Lanes {
     static Lanes zero() { return {_mm512_setzero_ps()}; }
     static Lanes all(float x) { return {_mm512_set1_ps(x)}; }
     static Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
+    static Lanes of_integers(const int32_t* p, int32_t less) {
+        return {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(p), _mm512_set1_epi32(less)))};
+    }
     // The first n, zeros behind them.
     static Lanes load(const float* p, size_t n) { return {_mm512_maskz_loadu_ps(mask(n), p)}; }
     void store(float* p) const { _mm512_storeu_ps(p, v); }

@@ -58,7 +58,8 @@ inline const float* prepared(const RowInput& input, float* scratch) {
     return input.x;
 }
 
-float quantize_row(const RowInput& input, float* scratch, int8_t* values, int32_t* row_sum) {
+// Which numbers a row's own may be depends on the largest alone, so that no row depends on another.
+float quantize_row(const RowInput& input, float* scratch, RowLayout layout, int8_t* values, int32_t* row_sum) {
     const float* x = prepared(input, scratch);
     Lanes most = Lanes::zero();
     bool is_finite = true;
@@ -69,12 +70,16 @@ float quantize_row(const RowInput& input, float* scratch, int8_t* values, int32_
     }
     const float scale = std::fmax(largest(most), kSmallestRowMaximum) / kActivationLimit;
     const Lanes divisor = Lanes::all(scale);
+    const size_t step = layout.group * layout.chunk;
     int32_t total = 0;
     for (size_t i = 0; i < input.padded_depth; i += 16) {
         alignas(16) int8_t part[16] = {};
         if (is_finite && i < input.depth) (Lanes::load(x + i, input.depth - i) / divisor).store_int8(part);
         for (size_t j = 0; j < 16; ++j) total += part[j];
-        for (size_t j = 0; j < 4; ++j) std::memcpy(values + (i + 4 * j) * kRowGroup, part + 4 * j, 4);
+        for (size_t j = 0; j < 16; j += 4) {
+            const size_t k = i + j;
+            std::memcpy(values + k / layout.chunk * step + k % layout.chunk, part + j, 4);
+        }
     }
     *row_sum = total;
     return is_finite ? scale : std::numeric_limits<float>::quiet_NaN();

@@ -33,22 +33,25 @@ void Int8Linear::compute(const Context& context) const {
     float* y = context.output<float>(0, x.shape.with_last(outputs));
     if (count == 0) return;
 
+    const RowLayout layout = kernels_.row_layout(count);
+    const size_t size = layout.size(count, padded_depth);
     Scratch& scratch = Scratch::of_thread();
-    scratch.reserve({row_values(count, padded_depth), count * sizeof(int32_t), count * sizeof(float), count * depth * sizeof(float)});
-    auto* values = scratch.take<int8_t>(row_values(count, padded_depth));
+    scratch.reserve({size, count * sizeof(int32_t), count * sizeof(float), count * depth * sizeof(float)});
+    auto* values = scratch.take<int8_t>(size);
     auto* sums = scratch.take<int32_t>(count);
     auto* row_scales = scratch.take<float>(count);
     auto* prepared = scratch.take<float>(count * depth);
     const auto quantize = [&](size_t row) {
         const RowInput input = {x.as<float>() + row * width, norm.as<float>(), prologue_, epsilon_, depth, padded_depth};
-        row_scales[row] = kernels_.quantize_row(input, prepared + row * depth, values + row_start(row, padded_depth), sums + row);
+        int8_t* rounded = values + layout.start(row, padded_depth);
+        row_scales[row] = kernels_.quantize_row(input, prepared + row * depth, layout, rounded, sums + row);
     };
     if (count * depth <= kRowsAtOnce)
         for (size_t row = 0; row < count; ++row) quantize(row);
     else
         context.parallel(count, quantize);
 
-    const Rows rows = {values, sums, row_scales, count, padded_depth};
+    const Rows rows = {values, sums, row_scales, count, padded_depth, layout};
     const PackedWeight weight = {packed.as<uint8_t>(), scales.as<float>(), bias.as<float>(), residual.as<float>(), outputs};
     const size_t step = task_blocks(padded_depth);
     context.parallel((num_blocks + step - 1) / step, [&](size_t task) {

@@ -8,11 +8,25 @@ constexpr const char* kDomain = "fly.cpu";
 
 }  // namespace
 
+// The kind of kernels that runs in this process (dispatch.cpp); null where there is none.
+extern "C" __attribute__((visibility("default"))) const char* fly_cpu_kernels_name() {
+    try {
+        return fly::kernels().name;
+    } catch (const std::exception&) {
+        return nullptr;
+    }
+}
+
 extern "C" __attribute__((visibility("default"))) fly::abi::Status* RegisterCustomOps(
     fly::abi::SessionOptions* options, const fly::abi::ApiBase* base) {
     using namespace fly;
     const abi::Api* api = base->GetApi(abi::API_VERSION);
     if (api == nullptr) return nullptr;  // an older ONNX Runtime: it says that it does not know the operators
+    try {
+        kernels();
+    } catch (const std::exception& error) {
+        return failed(api, error.what());
+    }
     static abi::CustomOpDomain* domain = nullptr;
     if (domain == nullptr) {
         const abi::CustomOp* const operators[] = {operator_of<Int8Linear>()};

@@ -75,6 +75,10 @@ inline void check(const abi::Api* api, abi::Status* status) {
     throw Failure("ONNX Runtime refused what a fly.cpu operator asked for");
 }
 
+inline abi::Status* failed(const abi::Api* api, const char* message) {
+    return api->get<abi::Status*(abi::ErrorCode, const char*)>(abi::kCreateStatus)(abi::ErrorCode::kFail, message);
+}
+
 class Attributes {
    public:
     Attributes(const abi::Api* api, const abi::KernelInfo* info) : api_(api), info_(info) {}
@@ -195,9 +199,6 @@ const abi::CustomOp* operator_of() {
     struct Kernel {
         const abi::Api* api;
         Operator op;
-    };
-    static auto failed = [](const abi::Api* api, const char* message) {
-        return api->get<abi::Status*(abi::ErrorCode, const char*)>(abi::kCreateStatus)(abi::ErrorCode::kFail, message);
     };
     static const abi::CustomOp table = [] {
         abi::CustomOp op{};
