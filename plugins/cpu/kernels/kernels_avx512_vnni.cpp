@@ -6,6 +6,7 @@
 #include "lanes_avx512.h"
 #include "finish.h"
 #include "quantize.h"
+#include "read_logits.h"
 
 namespace fly {
 namespace {
@@ -96,7 +97,7 @@ void multiply(const Rows& rows, const PackedWeight& weight, size_t first, size_t
 }  // namespace
 
 const Kernels* avx512_vnni_kernels() {
-    static const Kernels table = {"avx512_vnni", quantize_row, multiply};
+    static const Kernels table = {"avx512_vnni", quantize_row, multiply, read_logits};
     return &table;
 }
 
