@@ -1,5 +1,7 @@
 """The portable verification head alone, as a model whose logits are an input, so that a test chooses them."""
 
+from pathlib import Path
+
 import onnx_ir as ir
 import onnxruntime as ort
 
@@ -8,9 +10,14 @@ from fly_trt.engines.onnxruntime import session_options
 
 
 def head_session(
-    vocab_size: int, stops: list[int], top_k: int = 3, form: HeadForm = "functions"
+    vocab_size: int,
+    stops: list[int],
+    top_k: int = 3,
+    form: HeadForm = "functions",
+    cpu_kernels: Path | None = None,
 ) -> ort.InferenceSession:
-    """Inputs are those of the head, input_ids, write_indices, and the logits as `given` float32 [B, T, V]."""
+    """Inputs are those of the head, input_ids, write_indices, and the logits as `given` float32 [B, T, V]. cpu_kernels
+    is the library of the operators, for that form."""
     shape = ir.Shape([ir.SymbolicDim("B"), ir.SymbolicDim("T")])
     ids = ir.Value(name="input_ids", type=ir.TensorType(ir.DataType.INT64), shape=shape)
     write = ir.Value(name="write_indices", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([shape[0]]))
@@ -23,4 +30,7 @@ def head_session(
     model = ir.Model(graph, ir_version=11)
     append_head(model, top_k, stops, form=form)
     proto = ir.to_proto(model).SerializeToString()
-    return ort.InferenceSession(proto, session_options(), providers=["CPUExecutionProvider"])
+    options = session_options()
+    if cpu_kernels is not None:
+        options.register_custom_ops_library(str(cpu_kernels))
+    return ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])

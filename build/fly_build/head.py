@@ -1,10 +1,10 @@
 """The verification head: EntropyGate and LooseWindowAccept as ONNX local functions of standard opset-24 ops.
 
 These functions are the portable definition of the rule: TensorRT compiles them, ONNX Runtime inlines and runs them
-(the gate in a form that reads the vocabulary less often), and a TensorRT build with the plugin library replaces the two
-nodes by kernels of the same name. They know nothing of models: the exporter appends them to any decoder that has
-`logits`. The rule itself is written out for humans in fly_trt/verification/fly.py, which is also what they are tested
-against.
+(the gate in a form that reads the vocabulary less often). A build with the operators of plugins/cpu, or for TensorRT
+with the plugin library, has nodes of the same names that are kernels. They know nothing of models: the exporter appends
+them to any decoder that has `logits`. The rule itself is written out for humans in fly_trt/verification/fly.py, which
+is also what they are tested against.
 """
 
 from typing import Literal
@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnxscript import script
 from onnxscript.values import OnnxFunction, Opset
 
+from fly_build.graph_edits import CPU_DOMAIN
 from fly_build.operators import OPSET_VERSION
 from fly_trt.engines.tensorrt_library import PLUGIN_NAMESPACE, PLUGIN_VERSION
 
@@ -39,9 +40,9 @@ GATE_OUTPUTS = {
     "top_logprobs": (ir.DataType.FLOAT, 3),
 }
 
-# How the gate is computed: "functions" in any engine, "lazy_functions" on ONNX Runtime's CPU provider, "plugins" by the
-# kernels of the plugin library.
-HeadForm = Literal["functions", "lazy_functions", "plugins"]
+# How the head is computed: "functions" in any engine, "lazy_functions" on ONNX Runtime's CPU provider, "operators" by
+# those of plugins/cpu there, "plugins" by the kernels of TensorRT's plugin library.
+HeadForm = Literal["functions", "lazy_functions", "operators", "plugins"]
 
 op = Opset("", OPSET_VERSION)
 fly = Opset(DOMAIN, 1)
@@ -174,12 +175,14 @@ def append_head(
     """Adds the head's inputs, nodes, functions and outputs to a decoder graph with `input_ids` and `logits`, in place.
 
     `stop_token_ids` (end-of-sequence and end-of-turn tokens) are never loosened; -1 stands for "none". For plugins the
-    functions are left out: where no plugin library is loaded TensorRT would compile them in silence.
+    functions are left out: where no plugin library is loaded TensorRT would compile them in silence. So they are for
+    operators.
     """
     graph = model.graph
-    graph.opset_imports[DOMAIN] = 1
-    use_plugins, is_lazy = form == "plugins", form == "lazy_functions"
-    if not use_plugins:
+    domain = CPU_DOMAIN if form == "operators" else DOMAIN
+    graph.opset_imports[domain] = 1
+    use_plugins, is_lazy, has_kernels = form == "plugins", form == "lazy_functions", form in ("operators", "plugins")
+    if not has_kernels:
         _add_functions(model, LazyEntropyGate if is_lazy else EntropyGate, LooseWindowAccept)
 
     def constant(name: str, values: list[int]) -> ir.Value:
@@ -208,15 +211,15 @@ def append_head(
     next_tokens = ir.node("Concat", [shifted.outputs[0], first.outputs[0]], {"axis": 1})
     stop_tokens = constant("fly.stop_token_ids", stop_token_ids or [-1])
     gate_inputs = [logits, next_tokens.outputs[0]]
-    if not use_plugins:
+    if not has_kernels:
         gate_inputs.append(constant("fly.entropy_top_k", [entropy_top_k]))
     if is_lazy:
         gate_inputs.append(head_inputs["use_full_entropy"])
     gate = ir.node(
         "LazyEntropyGate" if is_lazy else "EntropyGate",
         gate_inputs,
-        PLUGIN_ATTRIBUTES | {"top_k": entropy_top_k} if use_plugins else {},
-        domain=DOMAIN,
+        (PLUGIN_ATTRIBUTES if use_plugins else {}) | ({"top_k": entropy_top_k} if has_kernels else {}),
+        domain=domain,
         num_outputs=len(GATE_OUTPUTS),
     )
     argmax, entropy, entropy_topk, *_ = gate.outputs
@@ -228,7 +231,7 @@ def append_head(
         "LooseWindowAccept",
         [next_tokens.outputs[0], argmax, entropy, entropy_topk, *row_inputs.values(), stop_tokens],
         PLUGIN_ATTRIBUTES if use_plugins else {},
-        domain=DOMAIN,
+        domain=domain,
         num_outputs=len(ACCEPT_OUTPUTS),
     )
     graph.extend([shifted, first, next_tokens, gate, *casts, accept])

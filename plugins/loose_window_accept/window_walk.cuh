@@ -9,21 +9,21 @@
 
 #include <cstdint>
 
+#include "cpu/rule/window_rule.h"
+
 namespace fly::loose_window_accept {
 
 inline constexpr int32_t kWarpSize = 32;
 inline constexpr uint32_t kAllLanes = 0xffffffffu;
-// Far beyond any position, and sums of a few stay within int64.
-inline constexpr int64_t kFar = int64_t{1} << 60;
 
 // The first of the positions [first, limit) whose draft token neither is the target's choice nor is loosened, or limit.
 // Evidence has draftToken(position), choice(position) and isLoosened(position, nextMismatch, draft, target), which a
-// mismatch's lane calls once, with the position of the next mismatch or kFar. There is at least one position.
+// mismatch's lane calls once, with the position of the next mismatch or window_rule::kFar. There is at least one position.
 template <typename Evidence>
 __device__ __forceinline__ int64_t firstRejected(
     Evidence const& evidence, int64_t first, int64_t limit, int32_t lane) {
     int64_t found = limit;
-    int64_t nextMismatch = kFar;
+    int64_t nextMismatch = window_rule::kFar;
     for (int64_t base = first + (limit - first - 1) / kWarpSize * kWarpSize; base >= first; base -= kWarpSize) {
         int64_t const position = base + lane;
         int64_t const draft = position < limit ? evidence.draftToken(position) : 0;

@@ -6,8 +6,9 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from fly_build.head import GATE_OUTPUTS
+from fly_build.head import GATE_OUTPUTS, HeadForm
 from fly_trt.verification import EXACT, AcceptancePolicy, FlyPolicy, accept
+from one_operator import cpu_kernels
 from portable_head import head_session
 
 VOCAB_SIZE = 97
@@ -16,9 +17,16 @@ NUM_CASES = 400
 OUTPUTS = ("num_accepted", "next_token", *GATE_OUTPUTS)
 
 
-@pytest.fixture(scope="module", params=["functions", "lazy_functions"])
+FORMS: list[HeadForm] = ["functions", "lazy_functions", "operators"]
+
+
+@pytest.fixture(scope="module", params=FORMS)
 def session(request: pytest.FixtureRequest) -> ort.InferenceSession:
-    return head_session(VOCAB_SIZE, STOPS, form=request.param)
+    return session_of(request.param)
+
+
+def session_of(form: HeadForm, top_k: int = 3) -> ort.InferenceSession:
+    return head_session(VOCAB_SIZE, STOPS, top_k, form, cpu_kernels() if form == "operators" else None)
 
 
 @dataclass
@@ -116,11 +124,11 @@ def test_entropies_and_log_probabilities_agree_with_numpy(session: ort.Inference
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 40, VOCAB_SIZE])
-@pytest.mark.parametrize("form", ["functions", "lazy_functions"])
-def test_the_most_probable_tokens_agree_with_numpy(form: str, top_k: int) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_the_most_probable_tokens_agree_with_numpy(form: HeadForm, top_k: int) -> None:
     """With many ties, where the lowest id comes first, and impossible tokens."""
     rng = np.random.default_rng(9)
-    session = head_session(VOCAB_SIZE, STOPS, top_k, form)
+    session = session_of(form, top_k)
     for round_to in (None, 0, -1):
         batch = Batch.random(rng)
         if round_to is not None:

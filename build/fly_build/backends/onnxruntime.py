@@ -68,7 +68,7 @@ class OnnxRuntimeBackend(Backend):
         with build.step("trace"):
             decoder = build.export("float32", attention="lengths")
             make_shape_invariant(decoder.model, checkpoint.config.num_attention_heads, checkpoint.num_kv_heads)
-            build.append_head(decoder, form="lazy_functions")
+            build.append_head(decoder, form="lazy_functions" if self._library is None else "operators")
         return decoder
 
     @staticmethod

@@ -64,6 +64,14 @@ constexpr size_t kDepthStep = 64;   // depth is padded to a multiple
 constexpr float kActivationLimit = 127.0F;
 constexpr float kSmallestRowMaximum = 1e-12F;
 
+// What a row of logits says of itself. The log probability of a logit x is x - largest - log_sum.
+struct RowEntropies {
+    float entropy;       // nats, of the whole vocabulary
+    float entropy_topk;  // of the most probable tokens, not renormalised
+    double largest;
+    double log_sum;
+};
+
 struct Kernels {
     const char* name;
 
@@ -76,6 +84,10 @@ struct Kernels {
 
     // output [count, outputs] at the columns of blocks first to end.
     void (*multiply)(const Rows& rows, const PackedWeight& weight, size_t first, size_t end, float* output);
+
+    // Of `vocab_size` logits the `top_k` most probable tokens, the lowest id first among equals, their log probabilities
+    // and the entropies. A logit of -inf has no share. With a NaN, +inf, or nothing but -inf all floats are NaN.
+    RowEntropies (*read_logits)(const float* logits, size_t vocab_size, size_t top_k, int64_t* top_ids, float* top_logprobs);
 };
 
 // Kinds with the same lanes differ in the product alone.

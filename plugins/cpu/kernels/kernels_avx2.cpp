@@ -2,6 +2,7 @@
 #include "lanes_avx2.h"
 #include "product.h"
 #include "quantize.h"
+#include "read_logits.h"
 #include "registers_avx2.h"
 
 namespace fly {
@@ -20,7 +21,7 @@ struct Avx2 : Registers256 {
 }  // namespace
 
 const Kernels* avx2_kernels() {
-    static const Kernels table = {"avx2", Product<Avx2>::layout, quantize_row, Product<Avx2>::multiply};
+    static const Kernels table = {"avx2", Product<Avx2>::layout, quantize_row, Product<Avx2>::multiply, read_logits};
     return &table;
 }
 

@@ -2,6 +2,7 @@
 #include "lanes_avx512.h"
 #include "product.h"
 #include "quantize.h"
+#include "read_logits.h"
 #include "registers_avx512.h"
 
 namespace fly {
@@ -18,7 +19,7 @@ struct Avx512 : Registers512 {
 }  // namespace
 
 const Kernels* avx512_kernels() {
-    static const Kernels table = {"avx512", Product<Avx512>::layout, quantize_row, Product<Avx512>::multiply};
+    static const Kernels table = {"avx512", Product<Avx512>::layout, quantize_row, Product<Avx512>::multiply, read_logits};
     return &table;
 }
 

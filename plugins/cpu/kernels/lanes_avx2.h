@@ -64,7 +64,7 @@ inline Lanes rounded(Lanes a) {
     constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     return {_mm256_round_ps(a.low, mode), _mm256_round_ps(a.high, mode)};
 }
-// 2 to the power of whole numbers n in -126..127.
+// 2 to the power of whole numbers n in -127..127, as which -127 gives 0.
 inline __m256 power_of_two(__m256 n) {
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
@@ -75,6 +75,12 @@ inline bool any_not_finite(Lanes a) {
     const __m256 most = _mm256_set1_ps(3.4028234664e38F);
     const __m256 is_low = _mm256_cmp_ps(without_sign(a.low), most, _CMP_NLE_UQ);
     const __m256 is_high = _mm256_cmp_ps(without_sign(a.high), most, _CMP_NLE_UQ);
+    return _mm256_movemask_ps(_mm256_or_ps(is_low, is_high)) != 0;
+}
+
+// Whether a is more than b anywhere.
+inline bool any_greater(Lanes a, Lanes b) {
+    const __m256 is_low = _mm256_cmp_ps(a.low, b.low, _CMP_GT_OQ), is_high = _mm256_cmp_ps(a.high, b.high, _CMP_GT_OQ);
     return _mm256_movemask_ps(_mm256_or_ps(is_low, is_high)) != 0;
 }
 

@@ -37,13 +37,15 @@ inline Lanes max(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Lanes min(Lanes a, Lanes b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Lanes magnitude(Lanes a) { return {_mm512_abs_ps(a.v)}; }
 inline Lanes rounded(Lanes a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// 2 to the power of whole numbers n in -126..127.
+// 2 to the power of whole numbers n in -127..127, as which -127 gives 0.
 inline Lanes power_of_two(Lanes n) {
     const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23))};
 }
 // Whether one of them is not finite.
 inline bool any_not_finite(Lanes a) { return _mm512_fpclass_ps_mask(a.v, 0x99) != 0; }
+// Whether a is more than b anywhere.
+inline bool any_greater(Lanes a, Lanes b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
 
 // In the order ((l0 + l8) + (l4 + l12)) + ..., the same as in lanes_avx2.h.
 inline __m256 halves_low(Lanes a) { return _mm512_castps512_ps256(a.v); }

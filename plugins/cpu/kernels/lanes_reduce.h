@@ -18,9 +18,10 @@ inline float largest(Lanes a) {
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
-// exp(x) within 2 units in the last place; 0 below -87.3, and what exp(88.7) is above.
+// exp(x) within 2 units in the last place; 0 from kNoPower down, and what exp(88.3) is above.
+constexpr float kNoPower = -88.0F;  // n is -127, whose power of two has no bits
 inline Lanes exponential(Lanes x) {
-    const Lanes bounded = max(min(x, Lanes::all(88.3762626647949F)), Lanes::all(-87.3365478515625F));
+    const Lanes bounded = max(min(x, Lanes::all(88.3762626647949F)), Lanes::all(kNoPower));
     const Lanes n = rounded(bounded * Lanes::all(1.44269504088896341F));
     // x - n ln 2, with ln 2 in two parts.
     const Lanes r = fma(n, Lanes::all(2.12194440054690583e-4F), fma(n, Lanes::all(-0.693359375F), bounded));

@@ -1,6 +1,9 @@
 // The entry point that ONNX Runtime looks for in a library of custom operators.
+#include "entropy_gate.h"
 #include "int8_linear.h"
+#include "loose_window_accept.h"
 #include "operator.h"
+#include "rotary_tables.h"
 
 namespace {
 
@@ -29,7 +32,12 @@ extern "C" __attribute__((visibility("default"))) fly::abi::Status* RegisterCust
     }
     static abi::CustomOpDomain* domain = nullptr;
     if (domain == nullptr) {
-        const abi::CustomOp* const operators[] = {operator_of<Int8Linear>()};
+        const abi::CustomOp* const operators[] = {
+            operator_of<EntropyGate>(),
+            operator_of<Int8Linear>(),
+            operator_of<LooseWindowAccept>(),
+            operator_of<RotaryTables>(),
+        };
         if (auto* status = api->get<abi::Status*(const char*, abi::CustomOpDomain**)>(abi::kCreateCustomOpDomain)(kDomain, &domain)) return status;
         for (const abi::CustomOp* op : operators)
             if (auto* status = api->get<abi::Status*(abi::CustomOpDomain*, const abi::CustomOp*)>(abi::kCustomOpDomainAdd)(domain, op)) return status;
