@@ -32,6 +32,8 @@ INSTRUCTIONS = {
     "_avx_vnni": (*AVX2_FLAGS, "-mavxvnni"),
     "_avx512": AVX512_FLAGS,
     "_avx512_vnni": (*AVX512_FLAGS, "-mavx512vnni"),
+    "_amx": (*AVX512_FLAGS, "-mamx-tile", "-mamx-int8"),
+    "_amx_emulated": AVX2_FLAGS,
 }
 
 

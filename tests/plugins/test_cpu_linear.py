@@ -55,7 +55,7 @@ def bits(values: np.ndarray) -> np.ndarray:
     return values.view(np.uint32)
 
 
-@pytest.fixture(scope="module", params=["avx2", "avx_vnni", "avx512", "avx512_vnni"])
+@pytest.fixture(scope="module", params=["avx2", "avx_vnni", "avx512", "avx512_vnni", "amx", "amx_emulated"])
 def kind(request: pytest.FixtureRequest, offered_kinds: list[str]) -> str:
     if request.param not in offered_kinds:
         pytest.skip(f"this machine has {', '.join(offered_kinds)}")

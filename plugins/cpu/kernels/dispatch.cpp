@@ -1,4 +1,7 @@
 // Which kernels run here: the best kind that the processor and the system offer and whose sums are right.
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
@@ -26,12 +29,21 @@ bool offers_avx512() {
 }
 bool offers_avx512_vnni() { return offers_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
-// The best first.
+// A process has to ask for the tiles' registers; the system keeps them for all of its threads from then on.
+bool offers_amx() {
+    if (!offers_avx512_vnni() || !__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-int8")) return false;
+    constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+
+// The best first. The emulation is for tests and asked for by its name alone.
 constexpr Kind kKinds[] = {
+    {"amx", offers_amx, amx_kernels},
     {"avx512_vnni", offers_avx512_vnni, avx512_vnni_kernels},
     {"avx_vnni", offers_avx_vnni, avx_vnni_kernels},
     {"avx512", offers_avx512, avx512_kernels},
     {"avx2", offers_avx2, avx2_kernels},
+    {"amx_emulated", offers_avx2, amx_emulated_kernels},
 };
 
 constexpr const char* kVariable = "FLY_TRT_CPU_ISA";
