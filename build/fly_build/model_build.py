@@ -10,6 +10,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from fly_build.cpu_linears import fuse_linears
 from fly_build.export import DecoderGraph, export_decoder
 from fly_build.graph_edits import DTYPES, NUMPY_DTYPES
 from fly_build.head import HeadForm, append_head
@@ -79,7 +80,7 @@ class ModelBuild(Build):
         compute_dtype: Dtype,
         prepare: Callable[[str, Parameter], Parameter] = lambda name, tensor: tensor,
     ) -> None:
-        """Gives the graph its weights, see WeightWriter."""
+        """Gives the graph its weights, see WeightWriter, in the operators that the kernels have."""
         engine = self.model.engine
         writer = WeightWriter(
             graph=decoder.model.graph,
@@ -91,6 +92,8 @@ class ModelBuild(Build):
             prepare=prepare,
         )
         writer.attach(decoder.parameters)
+        if self.model.kernels == "fly_cpu":
+            fuse_linears(decoder.model)
 
     def _with_parameters(self, tensors: Tensors) -> ModelEngine:
         engine = self.model.engine

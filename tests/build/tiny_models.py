@@ -19,6 +19,7 @@ import transformers
 
 from fly_build.attention import make_shape_invariant
 from fly_build.checkpoint import Checkpoint, open_checkpoint
+from fly_build.cpu_linears import fuse_linears
 from fly_build.export import DecoderGraph
 from fly_build.head import append_head
 from fly_build.linear_form import Kernels
@@ -109,6 +110,8 @@ def finish_graph(
         make_shape_invariant(decoder.model, checkpoint.config.num_attention_heads, checkpoint.num_kv_heads)
     writer = WeightWriter(decoder.model.graph, checkpoint.load_weights(), dtype, quantization, kernels=kernels)
     writer.attach(decoder.parameters)
+    if kernels == "fly_cpu":
+        fuse_linears(decoder.model)
     append_head(decoder.model, 3, [2], form="lazy_functions" if attention == "lengths" else "functions")
     ir.save(decoder.model, path, external_data=f"{path.name}.data")
     return decoder.model
@@ -132,8 +135,17 @@ class TinyPair:
 class Runner:
     """A graph with its cache; each step copies the cache, which costs nothing at this size."""
 
-    def __init__(self, path: Path, checkpoint: Checkpoint, batch_size: int = 2, num_layers: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        checkpoint: Checkpoint,
+        batch_size: int = 2,
+        num_layers: int | None = None,
+        cpu_kernels: Path | None = None,
+    ) -> None:
         options = session_options()
+        if cpu_kernels is not None:
+            options.register_custom_ops_library(str(cpu_kernels))
         options.log_severity_level = SILENT_BELOW_ERROR  # TensorScatter warns about the copies
         options.add_session_config_entry(*EXACT_PRODUCTS)
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

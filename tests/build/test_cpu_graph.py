@@ -1,0 +1,162 @@
+"""The graph of operators of plugins/cpu: what stands around a product is taken into it where it matches, stays where it
+does not, and the logits are those of ONNX Runtime's own operators.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import pytest
+from test_architectures import CONFIGS
+
+from fly_build.checkpoint import open_checkpoint
+from fly_build.cpu_library import find_library
+from fly_build.cpu_linears import Prologue, fuse_linears
+from fly_build.graph_edits import CPU_DOMAIN
+from fly_build.linear_form import Kernels
+from tiny_models import MAX_SEQ_LEN, SHAPE, Runner, count_operators, finish_graph, save_tiny
+from traced_once import export_once
+
+LENGTH, PREFILL = 48, 40
+WIDTH = 32
+
+
+@pytest.fixture(scope="module")
+def cpu_library() -> Path:
+    if (library := find_library("auto")) is None:
+        pytest.skip("no compiler, or not an x86-64 CPU")
+    return library
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp(request.param)
+    save_tiny(CONFIGS[request.param](), folder)
+    return open_checkpoint(str(folder))
+
+
+def _logits(checkpoint, path: Path, kernels: Kernels, library: Path | None) -> npt.NDArray[np.float32]:
+    """[2, LENGTH, V] of a prompt and steps behind it, one of a single token, in int8."""
+    finish_graph(export_once(checkpoint, MAX_SEQ_LEN), checkpoint, path, "float32", "int8", kernels=kernels)
+    runner = Runner(path, checkpoint, cpu_kernels=library)
+    ids = np.random.default_rng(0).integers(3, SHAPE["vocab_size"], (2, LENGTH))
+    steps = [(0, PREFILL), (PREFILL, LENGTH - 1), (LENGTH - 1, LENGTH)]
+    return np.concatenate([runner.step(ids[:, a:b], [a, a])["logits"] for a, b in steps], axis=1)
+
+
+def test_every_architecture_computes_what_it_computes_with_onnxruntimes_operators(
+    checkpoint, cpu_library: Path, tmp_path: Path
+) -> None:
+    own = _logits(checkpoint, tmp_path / "own.onnx", "cpu", None)
+    fused = _logits(checkpoint, tmp_path / "fused.onnx", "fly_cpu", cpu_library)
+    assert np.abs(fused - own).mean() < 1e-3 * own.std()
+
+
+def _value(name: str, *sizes: int | str) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(sizes))
+
+
+def _weight(graph: ir.Graph, name: str, size: int) -> ir.Value:
+    value = ir.val(name, const_value=ir.tensor(np.ones(size, np.float32), name=name))
+    graph.register_initializer(value)
+    return value
+
+
+def _linear(graph: ir.Graph, x: ir.Value, size: int, name: str) -> ir.Value:
+    return _add(graph, "Int8Linear", [x, _weight(graph, f"{name}.packed", size)], name, size, domain=CPU_DOMAIN)
+
+
+def _add(graph: ir.Graph, operator: str, inputs: list[ir.Value], name: str, size: int, **fields) -> ir.Value:
+    domain = fields.pop("domain", "")
+    node = ir.node(operator, inputs, fields, domain=domain, outputs=[_value(name, "B", "T", size)])
+    graph.append(node)
+    return node.outputs[0]
+
+
+def _normed(graph: ir.Graph, x: ir.Value) -> ir.Value:
+    return _add(graph, "RMSNormalization", [x, _weight(graph, "norm", WIDTH)], "normed", WIDTH, axis=-1, epsilon=1e-6)
+
+
+def _fused(*build: Callable[[ir.Graph, ir.Value], ir.Value]) -> tuple[ir.Model, list[ir.Node]]:
+    """The graph that has what each `build` makes of its input as an output, after all passes, and its products."""
+    x = _value("x", "B", "T", WIDTH)
+    graph = ir.Graph([x], [], nodes=[], opset_imports={"": 24, CPU_DOMAIN: 1}, name="linears")
+    for make in build:
+        graph.outputs.append(make(graph, x))
+    model = ir.Model(graph, ir_version=11)
+    fuse_linears(model)
+    return model, [node for node in model.graph if node.op_type == "Int8Linear"]
+
+
+def test_a_norm_that_somebody_else_reads_stays() -> None:
+    normed: list[ir.Value] = []
+
+    def twice(graph: ir.Graph, x: ir.Value) -> ir.Value:
+        normed.append(_normed(graph, x))
+        return _linear(graph, normed[0], 8, "first")
+
+    model, (first, second) = _fused(twice, lambda graph, x: _linear(graph, normed[0], 8, "second"))
+    assert count_operators(model)["RMSNormalization"] == 1
+    assert "prologue" not in first.attributes.keys() | second.attributes.keys()
+
+
+def test_a_norm_is_taken_in_through_rows_that_are_picked_behind_it() -> None:
+    def picked(graph: ir.Graph, x: ir.Value) -> ir.Value:
+        rows = ir.node("Reshape", [_normed(graph, x), _weight(graph, "shape", 2)], outputs=[_value("rows", "N", WIDTH)])
+        graph.append(rows)
+        return _linear(graph, _add(graph, "Gather", [rows.outputs[0], x], "picked", WIDTH, axis=0), 8, "y")
+
+    model, (product,) = _fused(picked)
+    assert count_operators(model) == {"Reshape": 1, "Gather": 1, "Int8Linear": 1}
+    assert product.attributes["prologue"].value == Prologue.RMS_NORM
+
+
+def test_a_gate_needs_its_halves_in_order() -> None:
+    def gated(graph: ir.Graph, x: ir.Value, gate: int, name: str) -> ir.Value:
+        split = ir.node("Split", [x], {"axis": -1, "num_outputs": 2}, num_outputs=2)
+        for half in split.outputs:
+            half.shape = ir.Shape(["B", "T", WIDTH // 2])
+        graph.append(split)
+        activated = _add(graph, "Gelu", [split.outputs[gate]], f"{name}.gelu", WIDTH // 2, approximate="tanh")
+        product = _add(graph, "Mul", [split.outputs[1 - gate], activated], f"{name}.product", WIDTH // 2)
+        return _linear(graph, product, 8, name)
+
+    model, (first, second) = _fused(
+        lambda graph, x: gated(graph, x, 0, "gate first"), lambda graph, x: gated(graph, x, 1, "gate last")
+    )
+    assert (first.attributes["prologue"].value, first.inputs[0].name) == (Prologue.GELU_TANH_GATE, "x")
+    assert (count_operators(model)["Gelu"], "prologue" in second.attributes) == (1, False)
+
+
+def test_biases_of_joined_layers_are_side_by_side_and_the_residual_comes_last() -> None:
+    def layer(graph: ir.Graph, x: ir.Value) -> ir.Value:
+        sizes = (16, 8)
+        split = ir.node("Split", [_linear(graph, x, 24, "joined")], {"axis": -1}, num_outputs=2)
+        graph.append(split)
+        sums = []
+        for part, size in zip(split.outputs, sizes, strict=True):
+            part.shape = ir.Shape(["B", "T", size])
+            sums.append(_add(graph, "Add", [part, _weight(graph, f"bias{size}", size)], f"sum{size}", size))
+        both = _add(graph, "Concat", [*sums, sums[1]], "both", WIDTH, axis=-1)
+        biased = _add(graph, "Add", [_linear(graph, both, WIDTH, "y"), _weight(graph, "bias", WIDTH)], "biased", WIDTH)
+        return _add(graph, "Add", [x, biased], "z", WIDTH)
+
+    model, (first, second) = _fused(layer)
+    assert count_operators(model) == {"Int8Linear": 2, "Split": 1, "Concat": 2}
+    assert [value.name for value in first.inputs[4].producer().inputs] == ["bias16", "bias8"]
+    assert [value and value.name for value in second.inputs[3:]] == [None, "bias", "x"]
+    assert model.graph.outputs[0].name == "z"
+
+
+def test_a_sum_that_is_broadcast_is_no_residual() -> None:
+    row = _value("row", 1, "T", WIDTH)
+
+    def layer(graph: ir.Graph, x: ir.Value) -> ir.Value:
+        graph.inputs.append(row)
+        return _add(graph, "Add", [_linear(graph, x, WIDTH, "y"), row], "z", WIDTH)
+
+    model, (product,) = _fused(layer)
+    assert count_operators(model)["Add"] == 1
+    assert len(product.inputs) == 2
