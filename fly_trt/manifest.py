@@ -60,11 +60,13 @@ class Limits(_Record):
 
 class Head(_Record):
     """What the verification head computes. Stop tokens are never loosened. With `top_tokens` it says which tokens the
-    entropy_top_k most probable are, too: fly-build writes it, and directories that were built before have none."""
+    entropy_top_k most probable are, too, and with `positions` the engines speak of those positions of a step that they
+    are asked of: fly-build writes both, and directories that were built before have none."""
 
     entropy_top_k: int = Field(gt=0)
     stop_token_ids: list[int]
     top_tokens: bool = False
+    positions: bool = False
 
 
 class Source(_Record):

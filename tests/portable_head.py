@@ -16,17 +16,14 @@ def head_session(
     form: HeadForm = "functions",
     cpu_kernels: Path | None = None,
 ) -> ort.InferenceSession:
-    """Inputs are those of the head, input_ids, write_indices, and the logits as `given` float32 [B, T, V]. cpu_kernels
-    is the library of the operators, for that form."""
-    shape = ir.Shape([ir.SymbolicDim("B"), ir.SymbolicDim("T")])
-    ids = ir.Value(name="input_ids", type=ir.TensorType(ir.DataType.INT64), shape=shape)
-    write = ir.Value(name="write_indices", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([shape[0]]))
-    wide = ir.Shape([*shape, vocab_size])
+    """Inputs are those of the head and the logits as `given` float32 [B, L, V]. cpu_kernels is the library of the
+    operators, for that form."""
+    wide = ir.Shape([ir.SymbolicDim("B"), ir.SymbolicDim("L"), vocab_size])
     given = ir.Value(name="given", type=ir.TensorType(ir.DataType.FLOAT), shape=wide)
     node = ir.node("Identity", [given])
     logits = node.outputs[0]
     logits.name, logits.type, logits.shape = "logits", given.type, wide
-    graph = ir.Graph([ids, write, given], [logits], nodes=[node], opset_imports={"": 24}, name="head")
+    graph = ir.Graph([given], [logits], nodes=[node], opset_imports={"": 24}, name="head")
     model = ir.Model(graph, ir_version=11)
     append_head(model, top_k, stops, form=form)
     proto = ir.to_proto(model).SerializeToString()

@@ -70,12 +70,19 @@ def _compile(builder: EngineBuilder, onnx_path: Path, *_: Any) -> tuple[bytes, T
 
 
 def load(
-    built: Path, *, num_slots: int = 3, folder: Path | None = None, top_tokens: bool = True, **changes: Any
+    built: Path,
+    *,
+    num_slots: int = 3,
+    folder: Path | None = None,
+    top_tokens: bool = True,
+    positions: bool = True,
+    **changes: Any,
 ) -> Engine:
     """The draft of the engine directory `built`. `changes` are made to its record in the manifest, or to the record of
-    its plan, and `top_tokens` is what the manifest says of the head; `folder` is where changed files lie."""
+    its plan, and `top_tokens` and `positions` are what the manifest says of the head; `folder` is where changed files
+    lie."""
     manifest = read_manifest(built)
-    head = manifest.head.model_copy(update={"top_tokens": top_tokens})
+    head = manifest.head.model_copy(update={"top_tokens": top_tokens, "positions": positions})
     model = manifest.draft
     of_plan = {name: changes.pop(name) for name in list(changes) if name in TensorRTPlan.model_fields}
     plan = model.tensorrt and model.tensorrt.model_copy(update=of_plan)

@@ -97,7 +97,7 @@ class IPluginRegistry:
 
 
 def serialise(onnx_model: bytes, library: str, profiles: list[Any]) -> bytes:
-    """A plan: an ONNX model, and for which library and which least and most (B, T) it was built."""
+    """A plan: an ONNX model, and for which library and which least and most (B, T, L) it was built."""
     return json.dumps({"library": library, "profiles": profiles}).encode() + b"\n" + onnx_model
 
 
@@ -200,7 +200,7 @@ class IExecutionContext:
             return self._refuse(f"{name} is no input")
         if self._profile is None:
             return self._refuse(f"{name}: a shape before a profile")
-        limits = dict(zip("BT", zip(*self._engine._profiles[self._profile], strict=True), strict=True))
+        limits = dict(zip("BTL", zip(*self._engine._profiles[self._profile], strict=True), strict=True))
         for got, size in zip(shape, self._engine._inputs[name].shape, strict=True):
             least, most = limits.get(size, (size, size))
             if not least <= got <= most:

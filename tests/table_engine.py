@@ -3,10 +3,10 @@
 It keeps the tokens of each slot as a real engine keeps its cache, refuses a step that reads what was never written,
 uses a shape's buffers again, and decides with the reference rule, so that loops and drafters can be tested on any
 acceptance pattern. A position that is no number (its entropy is not, or its logits are not) spoils the whole row, and
-every later step of the slot until it is written over or cleared. It gives no more than an engine promises: what a step
-says of its padding is not a number (no token has the id -1), nor are the full entropies of a step in which no row uses
-them, nor the logits of an earlier step once others are asked for; and what it says of a spoilt row looks right where it
-is no float.
+every later step of the slot until it is written over or cleared. It gives no more than an engine promises: a step has
+nothing of positions that were not asked for, what it says of its padding is not a number (no token has the id -1), nor
+are the full entropies of a step in which no row uses them, nor the logits of an earlier step once others are asked for;
+and what it says of a spoilt row looks right where it is no float.
 
 What it was asked to do is recorded: `shapes` of the steps, `copies` and `swaps` of slots, `trims`, and the positions of
 steps with logits and with the most probable tokens.
@@ -17,7 +17,16 @@ from functools import cache
 
 import numpy as np
 
-from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, TOP_OUTPUTS, EngineInfo, Step, StepCache, StepShape
+from fly_trt.engines.base import (
+    POSITION_INPUTS,
+    ROW_INPUTS,
+    TOKEN_OUTPUTS,
+    TOP_OUTPUTS,
+    EngineInfo,
+    Step,
+    StepCache,
+    StepShape,
+)
 from fly_trt.verification import FlyPolicy, accept
 
 VOCAB_SIZE = 32
@@ -25,6 +34,7 @@ MAX_STEPS = 10_000
 CERTAIN_LOGIT = 8.0  # of the table's token, where no logits are given; the others have 0
 FULL_ENTROPY = 2.0  # how much larger the entropy of the whole vocabulary is than that of its most probable tokens
 STOP_TOKEN = 1
+NO_TOKEN = -1  # what an older engine says follows the last position of a row
 
 NextToken = Callable[[tuple[int, ...]], int]
 Entropy = Callable[[tuple[int, ...]], float]
@@ -49,6 +59,7 @@ class TableEngine:
         max_seq_len: int = 256,
         trim_block: int | None = None,
         has_top_tokens: bool = True,
+        has_positions: bool = True,
     ) -> None:
         """trim_block: trimming leaves whole blocks of so many tokens in each slot; None leaves everything."""
         self.info = EngineInfo(
@@ -60,6 +71,7 @@ class TableEngine:
             entropy_top_k=3,
             stop_token_ids=frozenset({STOP_TOKEN}),
             has_top_tokens=has_top_tokens,
+            has_positions=has_positions,
         )
         self.num_preparations = 0
         self.closed = False
@@ -73,7 +85,8 @@ class TableEngine:
         self.copies: list[tuple[int, int, int]] = []  # source, target and tokens
         self.swaps: list[tuple[int, int, int]] = []  # two slots and tokens
         self.trims: list[int] = []  # tokens that were still needed
-        self.logits_shapes: list[tuple[int, int]] = []  # rows and tokens of every step with logits
+        self.num_positions: list[int] = []  # of a row of every step
+        self.logits_shapes: list[tuple[int, int]] = []  # rows and positions of every step with logits
         self.top_shapes: list[tuple[int, int]] = []  # of every step with the most probable tokens
         self._steps = StepCache(self.info, max_batch_size, MAX_STEPS)
         self._last_logits = np.empty(0, np.float32)
@@ -83,10 +96,17 @@ class TableEngine:
         return len(self.shapes)
 
     def step(
-        self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False, with_top: bool = False
+        self,
+        first_slot: int,
+        batch_size: int,
+        num_tokens: int,
+        *,
+        num_positions: int | None = None,
+        with_logits: bool = False,
+        with_top: bool = False,
     ) -> Step:
         assert 0 <= first_slot < first_slot + batch_size <= len(self.slots), "the slots exist"
-        shape = StepShape(first_slot, batch_size, num_tokens, with_logits, with_top)
+        shape = StepShape.of(self.info, first_slot, batch_size, num_tokens, num_positions, with_logits, with_top)
         step = self._steps.get(shape, self._make_step)
         if step.logits is not None:
             self._last_logits[:] = np.nan  # one buffer for all: what it held is gone
@@ -97,10 +117,11 @@ class TableEngine:
         shape = (step.first_slot, *step.input_ids.shape)
         self.num_preparations += shape not in self.shapes  # as engines bind a shape when they meet it
         self.shapes.append(shape)
+        self.num_positions.append(step.num_positions)
         if step.logits is not None:
-            self.logits_shapes.append(step.input_ids.shape)
+            self.logits_shapes.append(step.logits.shape[:2])
         if step.top_ids is not None:
-            self.top_shapes.append(step.input_ids.shape)
+            self.top_shapes.append(step.top_ids.shape[:2])
         for row, ids in enumerate(step.input_ids):
             self._run_row(step, row, ids.tolist())
 
@@ -136,19 +157,20 @@ class TableEngine:
         self.closed = True
 
     def _make_step(self, shape: StepShape) -> Step:
-        batch_size, num_tokens = shape.batch_size, shape.num_tokens
+        sizes = batch_size, num_positions = shape.batch_size, shape.num_positions
         rows = {name: np.zeros(batch_size, dtype) for name, dtype in ROW_INPUTS.items()}
-        tokens = {name: np.zeros((batch_size, num_tokens), dtype) for name, dtype in TOKEN_OUTPUTS.items()}
-        ranks = (batch_size, num_tokens, self.info.entropy_top_k)
+        of_positions = TOKEN_OUTPUTS | (POSITION_INPUTS if self.info.has_positions else {})
+        positions = {name: np.zeros(sizes, dtype) for name, dtype in of_positions.items()}
+        ranks = (batch_size, num_positions, self.info.entropy_top_k)
         top = {name: np.zeros(ranks, dtype) for name, dtype in TOP_OUTPUTS.items()} if shape.with_top else {}
         return Step(
             first_slot=shape.first_slot,
-            input_ids=np.zeros((batch_size, num_tokens), np.int64),
+            input_ids=np.zeros((batch_size, shape.num_tokens), np.int64),
             num_accepted=np.zeros(batch_size, np.int64),
             next_token=np.zeros(batch_size, np.int64),
-            logits=np.zeros((batch_size, num_tokens, self.info.vocab_size), np.float32) if shape.with_logits else None,
+            logits=np.zeros((*sizes, self.info.vocab_size), np.float32) if shape.with_logits else None,
             **rows,
-            **tokens,
+            **positions,
             **top,
         )
 
@@ -177,34 +199,23 @@ class TableEngine:
     def _run_row(self, step: Step, row: int, ids: list[int]) -> None:
         slot = self.slots[step.first_slot + row]
         cached, context, drafts = (int(a[row]) for a in (step.write_indices, step.num_context, step.num_draft))
-        assert context >= 1, "a row has at least one context token"
+        positions, following = self._asked(step, row, ids)
+        context += positions[0]
+        assert context > positions[0], "a row has at least one context token, and speaks of the last one"
         assert context + drafts <= len(ids), "context and drafts fit the row"
         assert cached <= len(slot), "the cache holds every token before the write index"
         assert all(0 <= token < self.info.vocab_size for token in ids), "token ids are in the vocabulary"
         slot[cached:] = ids
         spoilt = self._spoilt[step.first_slot + row]
         spoilt.difference_update(range(cached, cached + len(ids)))
-        for t in range(len(ids)):
-            prefix = tuple(slot[: cached + t + 1])
-            is_padding = t >= context + drafts
-            step.argmax[row, t] = 0 if is_padding else self._next_token(prefix)
-            step.entropy_topk[row, t] = np.nan if is_padding else self._entropy(prefix)
-            logits = None if self._logits is None and step.logits is None else self._logits_of(prefix)
-            if not is_padding and logits is not None and (np.isnan(logits).any() or logits.max() == np.inf):
-                step.entropy_topk[row, t] = np.nan
-            if not is_padding and np.isnan(step.entropy_topk[row, t]):
+        for t in range(context + drafts):
+            if self._is_no_number(tuple(slot[: cached + t + 1])):
                 spoilt.add(cached + t)
-            if step.logits is not None:
-                step.logits[row, t] = np.nan if is_padding else logits
-            logprobs = np.nan, np.nan
-            if not is_padding:
-                following = ids[t + 1] if t + 1 < context + drafts else None
-                logprobs = self._logprobs(int(step.argmax[row, t]), logits, following)
-            step.argmax_logprob[row, t], step.token_logprob[row, t] = logprobs
-            if step.top_ids is not None:
-                step.top_ids[row, t], step.top_logprobs[row, t] = -1, np.nan
-                if not is_padding:
-                    step.top_ids[row, t], step.top_logprobs[row, t] = self._top(self._logits_of(prefix))
+        for at, (t, token) in enumerate(zip(positions, following, strict=True)):
+            if t < context + drafts:
+                self._say(step, row, at, tuple(slot[: cached + t + 1]), token if t + 1 < context + drafts else None)
+            else:
+                self._pad(step, row, at)
         if spoilt:
             for scores in (step.entropy_topk, step.argmax_logprob, step.token_logprob):
                 scores[row] = np.nan
@@ -213,19 +224,63 @@ class TableEngine:
                     scores[row] = np.nan
         use_full_entropy = bool(step.use_full_entropy.any())
         step.entropy[row] = FULL_ENTROPY * step.entropy_topk[row] if use_full_entropy else np.nan
+        self._decide(step, row, ids[context : context + drafts])
+        del slot[cached + context + drafts :]
+
+    def _asked(self, step: Step, row: int, ids: list[int]) -> tuple[list[int], list[int]]:
+        """The positions that a row speaks of, and the tokens that it is told follow them."""
+        if step.logits_positions is None or step.next_tokens is None:
+            return list(range(len(ids))), [*ids[1:], NO_TOKEN]
+        positions = (step.logits_positions[row] - row * len(ids)).tolist()
+        first = positions[0]
+        assert positions == [min(first + i, len(ids) - 1) for i in range(len(positions))], "in the row, one by one"
+        return positions, step.next_tokens[row].tolist()
+
+    def _is_no_number(self, prefix: tuple[int, ...]) -> bool:
+        if np.isnan(self._entropy(prefix)):
+            return True
+        if self._logits is None:
+            return False
+        logits = self._logits(prefix)
+        return bool(np.isnan(logits).any() or logits.max() == np.inf)
+
+    def _pad(self, step: Step, row: int, at: int) -> None:
+        step.argmax[row, at] = 0
+        for scores in (step.entropy_topk, step.argmax_logprob, step.token_logprob, step.logits, step.top_logprobs):
+            if scores is not None:
+                scores[row, at] = np.nan
+        if step.top_ids is not None:
+            step.top_ids[row, at] = -1
+
+    def _say(self, step: Step, row: int, at: int, prefix: tuple[int, ...], token: int | None) -> None:
+        """Fills the outputs at one place, `token` being what follows there in the row, if anything."""
+        logits = None if self._logits is None and step.logits is None else self._logits_of(prefix)
+        step.argmax[row, at] = self._next_token(prefix)
+        step.entropy_topk[row, at] = np.nan if self._is_no_number(prefix) else self._entropy(prefix)
+        logprobs = self._logprobs(int(step.argmax[row, at]), logits, token)
+        step.argmax_logprob[row, at], step.token_logprob[row, at] = logprobs
+        if step.logits is not None:
+            step.logits[row, at] = logits
+        if step.top_ids is not None and step.top_logprobs is not None:
+            step.top_ids[row, at], step.top_logprobs[row, at] = self._top(self._logits_of(prefix))
+
+    def _decide(self, step: Step, row: int, draft: list[int]) -> None:
         policy = FlyPolicy(
             entropy_threshold=float(step.entropy_threshold[row]),
             use_full_entropy=bool(step.use_full_entropy[row]),
             window=int(step.window[row]),
             lookahead=int(step.lookahead[row]),
         )
-        draft = step.input_ids[row, context : context + drafts]
-        argmax = step.argmax[row, context - 1 : context + drafts]
+        verified = slice(int(step.num_context[row]) - 1, int(step.num_context[row]) + len(draft))
         entropy = step.entropy if policy.use_full_entropy else step.entropy_topk
-        gate = entropy[row, context - 1 : context + drafts]
-        verdict = accept(draft, argmax, gate, policy, self.info.stop_token_ids)
+        verdict = accept(
+            np.array(draft, np.int64),
+            step.argmax[row, verified],
+            entropy[row, verified],
+            policy,
+            self.info.stop_token_ids,
+        )
         step.num_accepted[row], step.next_token[row] = verdict.num_accepted, verdict.next_token
-        del slot[cached + context + drafts :]
 
 
 def one_hot_logits(next_token: NextToken, vocab_size: int = VOCAB_SIZE) -> Logits:

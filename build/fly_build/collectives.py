@@ -56,7 +56,7 @@ def add_collectives(model: Any, sharding: Sharding) -> None:
 
 def add_rank_output(graph: ir.Graph, projection: ir.Value) -> None:
     """Has a rank's graph say what its vocabulary projection, of this weight, is given: the first channels, float32
-    [B, T, RANK_CHANNELS]. The ranks agree on them where all sums before were made."""
+    [B, L, RANK_CHANNELS]. The ranks agree on them where all sums before were made."""
     (transpose,) = (use.node for use in projection.uses())
     (product,) = (use.node for use in transpose.outputs[0].uses())
     hidden = product.inputs[0]
@@ -70,9 +70,9 @@ def add_rank_output(graph: ir.Graph, projection: ir.Value) -> None:
     cast = ir.node("Cast", [first.outputs[0]], {"to": int(ir.DataType.FLOAT)})
     graph.extend([first, cast])
     output = cast.outputs[0]
-    batch, length = graph.outputs[0].shape[:2] if graph.outputs[0].shape is not None else (None, None)
+    batch, asked = graph.outputs[0].shape[:2] if graph.outputs[0].shape is not None else (None, None)
     output.name, output.type = RANK_OUTPUT, ir.TensorType(ir.DataType.FLOAT)
-    output.shape = ir.Shape([batch, length, RANK_CHANNELS])
+    output.shape = ir.Shape([batch, asked, RANK_CHANNELS])
     graph.outputs.append(output)
 
 

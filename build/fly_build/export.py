@@ -21,6 +21,7 @@ from fly_build.collectives import add_collectives, add_rank_output
 from fly_build.operators import OPSET_VERSION, AttentionForm, onnx_operators, trace_step
 from fly_build.sharding import Sharding
 from fly_build.tensors import OUTPUT_NAME
+from fly_trt.engines.base import POSITIONS_INPUT
 from fly_trt.errors import CheckpointError
 
 
@@ -56,10 +57,15 @@ class _ParameterInputs(torch.nn.Module):
         self.names = [f"model.{name}" for name in names]
 
     def forward(
-        self, input_ids: torch.Tensor, write_indices: torch.Tensor, past: list[torch.Tensor], values: list[torch.Tensor]
+        self,
+        input_ids: torch.Tensor,
+        write_indices: torch.Tensor,
+        logits_positions: torch.Tensor,
+        past: list[torch.Tensor],
+        values: list[torch.Tensor],
     ) -> Any:
         parameters = dict(zip(self.names, values, strict=True))
-        return torch.func.functional_call(self.decoder, parameters, (input_ids, write_indices, past))
+        return torch.func.functional_call(self.decoder, parameters, (input_ids, write_indices, logits_positions, past))
 
 
 class _Decoder(torch.nn.Module):
@@ -68,9 +74,13 @@ class _Decoder(torch.nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: torch.Tensor, write_indices: torch.Tensor, past: list[torch.Tensor]
+        self,
+        input_ids: torch.Tensor,
+        write_indices: torch.Tensor,
+        logits_positions: torch.Tensor,
+        past: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
-        return trace_step(self.model, input_ids, write_indices, past)
+        return trace_step(self.model, input_ids, write_indices, logits_positions, past)
 
 
 def export_decoder(
@@ -82,9 +92,10 @@ def export_decoder(
     skipped: Collection[int] = (),
     sharding: Sharding | None = None,
 ) -> DecoderGraph:
-    """Traces the decoder. Inputs input_ids, write_indices, past_key.i, past_value.i; outputs logits and present_*.
-    Without the blocks `skipped` (blocks.py): i then counts the attentions that are left, and parameters that nothing
-    reads any more are among those that wait for values. With `sharding` it is the decoder of one rank, whichever.
+    """Traces the decoder. Inputs input_ids, write_indices, logits_positions, past_key.i, past_value.i; outputs logits
+    [B, L, V] at those positions (operators.trace_step) and present_*. Without the blocks `skipped` (blocks.py): i then
+    counts the attentions that are left, and parameters that nothing reads any more are among those that wait for
+    values. With `sharding` it is the decoder of one rank, whichever.
 
     `max_seq_len` decides whether a sliding window can ever be outgrown, `dtype` is that of arithmetic, parameters and
     cache (norms and softmax stay float32). Raises CheckpointError when torch cannot export the model.
@@ -106,9 +117,16 @@ def export_decoder(
     num_layers = len(kept_attentions(num_blocks(checkpoint), skipped))
     cache_shape = (2, checkpoint.num_kv_heads, 64, checkpoint.head_dim)
     past = [torch.zeros(cache_shape, dtype=dtype) for _ in range(2 * num_layers)]
-    batch, length, slot = (torch.export.Dim(name) for name in ("B", "T", "S"))
-    arguments = (torch.ones(2, 5, dtype=torch.int64), torch.tensor([3, 7]), past, [parameters[name] for name in names])
-    shapes = ({0: batch, 1: length}, {0: batch}, [{0: batch, 2: slot} for _ in past], [None] * len(names))
+    batch, length, asked, slot = (torch.export.Dim(name) for name in ("B", "T", "L", "S"))
+    ids, positions = torch.ones(2, 5, dtype=torch.int64), torch.tensor([[2, 3, 4], [7, 8, 9]])
+    arguments = (ids, torch.tensor([3, 7]), positions, past, [parameters[name] for name in names])
+    shapes = (
+        {0: batch, 1: length},
+        {0: batch},
+        {0: batch, 1: asked},
+        [{0: batch, 2: slot} for _ in past],
+        [None] * len(names),
+    )
     operators = onnx_operators(model, checkpoint.head_dim, max_seq_len, attention)
     with operators, _fixed_rotary(model), _quiet(), torch.no_grad():
         try:
@@ -136,23 +154,24 @@ def export_decoder(
 def _name_contract(model: ir.Model, names: list[str], num_layers: int) -> DecoderGraph:
     graph = model.graph
     cache = [f"{kind}.{layer}" for layer in range(num_layers) for kind in ("key", "value")]
-    inputs = ["input_ids", "write_indices", *(f"past_{name}" for name in cache), *names]
+    inputs = ["input_ids", "write_indices", POSITIONS_INPUT, *(f"past_{name}" for name in cache), *names]
     for value, name in zip(graph.inputs, inputs, strict=True):
         value.name = name
     outputs = ["logits", *(f"present_{name}" for name in cache)]
     for value, name in zip(graph.outputs, outputs, strict=True):
         value.name = name
-    batch, length = ir.SymbolicDim("B"), ir.SymbolicDim("T")
+    batch, length, asked = (ir.SymbolicDim(name) for name in ("B", "T", "L"))
     by_name = {value.name: value for value in graph.inputs}
     by_name["input_ids"].shape = ir.Shape([batch, length])
     by_name["write_indices"].shape = ir.Shape([batch])
+    by_name[POSITIONS_INPUT].shape = ir.Shape([batch, asked])
     for value in (*graph.inputs, *graph.outputs):
         if value.name and value.name.startswith(("past_", "present_")) and value.shape is not None:
             _, heads, _, channels = value.shape
             value.shape = ir.Shape([batch, heads, ir.SymbolicDim("S"), channels])
     logits = graph.outputs[0]
     assert logits.shape is not None
-    logits.shape = ir.Shape([batch, length, logits.shape[2]])
+    logits.shape = ir.Shape([batch, asked, logits.shape[2]])
     parameters = {name: by_name[name] for name in names}
     for value in parameters.values():
         graph.inputs.remove(value)

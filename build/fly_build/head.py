@@ -2,9 +2,10 @@
 
 These functions are the portable definition of the rule: TensorRT compiles them, ONNX Runtime inlines and runs them
 (the gate in a form that reads the vocabulary less often). A build with the operators of plugins/cpu, or for TensorRT
-with the plugin library, has nodes of the same names that are kernels. They know nothing of models: the exporter appends
-them to any decoder that has `logits`. The rule itself is written out for humans in fly_trt/verification/fly.py, which
-is also what they are tested against.
+with the plugin library, has nodes of the same names that are kernels. They know nothing of models, nor of which
+positions of a step their logits are: the exporter appends them to any decoder that has `logits` [B, L, V], and the
+caller says which token follows each of these positions and how many context tokens a row has from the first of them on.
+The rule itself is written out for humans in fly_trt/verification/fly.py, which is also what they are tested against.
 """
 
 from typing import Literal
@@ -18,7 +19,8 @@ from fly_build.operators import OPSET_VERSION
 from fly_trt.engines.tensorrt_library import PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 DOMAIN = "fly"
-HEAD_INPUTS = {
+NEXT_TOKENS = "next_tokens"  # int64 [B, L]
+HEAD_INPUTS = {  # [B]
     "num_context": ir.DataType.INT64,
     "num_draft": ir.DataType.INT64,
     "entropy_threshold": ir.DataType.FLOAT,
@@ -28,7 +30,7 @@ HEAD_INPUTS = {
 }
 # How TensorRT's ONNX parser finds the plugin of a node; the plugin's fields are attributes too.
 PLUGIN_ATTRIBUTES = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}
-# What the two nodes say: its type, and how many of the axes [batch, length, top k] it has.
+# What the two nodes say: its type, and how many of the axes [B, L, top k] it has.
 ACCEPT_OUTPUTS = {"num_accepted": (ir.DataType.INT64, 1), "next_token": (ir.DataType.INT64, 1)}
 GATE_OUTPUTS = {
     "argmax": (ir.DataType.INT64, 2),
@@ -50,8 +52,8 @@ fly = Opset(DOMAIN, 1)
 
 @script(fly, default_opset=op)
 def EntropyGate(logits, next_tokens, top_k):
-    """logits [B, T, V], next_tokens int64 [B, T], top_k int64 [1] -> five [B, T] tensors, entropies in nats, and the
-    top_k most probable tokens with their log probabilities [B, T, k], the lowest id first among equals.
+    """logits [B, L, V], next_tokens int64 [B, L], top_k int64 [1] -> five [B, L] tensors, entropies in nats, and the
+    top_k most probable tokens with their log probabilities [B, L, k], the lowest id first among equals.
 
     A logit of -inf has no share in the entropies. A row with NaN or +inf has NaN entropies and log probabilities of its
     most probable tokens, so it never loosens, and the runtime reports it.
@@ -127,9 +129,10 @@ def LooseWindowAccept(
     lookahead,
     stop_token_ids,
 ):
-    """Per-position tensors [B, T], per-row tensors [B], stop_token_ids int64 [N] -> num_accepted, next_token int64 [B].
+    """Per-position tensors [B, L], per-row tensors [B], stop_token_ids int64 [N] -> num_accepted, next_token int64 [B].
 
-    Position t predicts token t + 1; the drafts of a row are predicted at positions num_context - 1 onwards.
+    Position t predicts token t + 1; the drafts of a row are predicted at positions num_context - 1 onwards. Positions
+    and num_context begin where the logits do.
     """
     zero = op.Constant(value_int=0)
     one = op.Constant(value_int=1)
@@ -172,7 +175,8 @@ def LooseWindowAccept(
 def append_head(
     model: ir.Model, entropy_top_k: int, stop_token_ids: list[int], *, form: HeadForm = "functions"
 ) -> None:
-    """Adds the head's inputs, nodes, functions and outputs to a decoder graph with `input_ids` and `logits`, in place.
+    """Adds the head's inputs, nodes, functions and outputs to a decoder graph with `logits` [B, L, V], in place. Its
+    inputs, after those of the decoder but the cache, are NEXT_TOKENS and HEAD_INPUTS.
 
     `stop_token_ids` (end-of-sequence and end-of-turn tokens) are never loosened; -1 stands for "none". For plugins the
     functions are left out: where no plugin library is loaded TensorRT would compile them in silence. So they are for
@@ -191,26 +195,21 @@ def append_head(
         graph.register_initializer(value)
         return value
 
-    input_ids = next(value for value in graph.inputs if value.name == "input_ids")
     logits = next(value for value in graph.outputs if value.name == "logits")
-    batch, length = input_ids.shape[0], input_ids.shape[1]
+    assert logits.shape is not None
+    batch, asked = logits.shape[0], logits.shape[1]
+    next_tokens = ir.Value(name=NEXT_TOKENS, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([batch, asked]))
     head_inputs = {
         name: ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape([batch]))
         for name, dtype in HEAD_INPUTS.items()
     }
-    position = next(i for i, value in enumerate(graph.inputs) if value.name == "write_indices") + 1
-    for offset, value in enumerate(head_inputs.values()):
+    is_of_step = [not (value.name or "").startswith("past_") for value in graph.inputs]
+    position = len(is_of_step) - is_of_step[::-1].index(True)
+    for offset, value in enumerate((next_tokens, *head_inputs.values())):
         graph.inputs.insert(position + offset, value)
 
-    # The token that follows each position: the row rotated left, since what the last one has is never read. ONNX
-    # Runtime pads int64 on the CPU alone.
-    begin, second, end = constant("fly.begin", [0]), constant("fly.second", [1]), constant("fly.end", [2**62])
-    axis = constant("fly.axis", [1])
-    shifted = ir.node("Slice", [input_ids, second, end, axis])
-    first = ir.node("Slice", [input_ids, begin, second, axis])
-    next_tokens = ir.node("Concat", [shifted.outputs[0], first.outputs[0]], {"axis": 1})
     stop_tokens = constant("fly.stop_token_ids", stop_token_ids or [-1])
-    gate_inputs = [logits, next_tokens.outputs[0]]
+    gate_inputs = [logits, next_tokens]
     if not has_kernels:
         gate_inputs.append(constant("fly.entropy_top_k", [entropy_top_k]))
     if is_lazy:
@@ -229,17 +228,17 @@ def append_head(
         row_inputs = head_inputs | {"use_full_entropy": casts[0].outputs[0]}
     accept = ir.node(
         "LooseWindowAccept",
-        [next_tokens.outputs[0], argmax, entropy, entropy_topk, *row_inputs.values(), stop_tokens],
+        [next_tokens, argmax, entropy, entropy_topk, *row_inputs.values(), stop_tokens],
         PLUGIN_ATTRIBUTES if use_plugins else {},
         domain=domain,
         num_outputs=len(ACCEPT_OUTPUTS),
     )
-    graph.extend([shifted, first, next_tokens, gate, *casts, accept])
+    graph.extend([gate, *casts, accept])
     outputs = ACCEPT_OUTPUTS | GATE_OUTPUTS
     for at, (value, name) in enumerate(zip([*accept.outputs, *gate.outputs], outputs, strict=True)):
         dtype, rank = outputs[name]
         value.name, value.type = name, ir.TensorType(dtype)
-        value.shape = ir.Shape([batch, length, entropy_top_k][:rank])
+        value.shape = ir.Shape([batch, asked, entropy_top_k][:rank])
         graph.outputs.insert(at, value)
 
 

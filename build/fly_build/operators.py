@@ -284,11 +284,35 @@ def _rotate_both(
     return rotary_embedding(q, cos, sin), rotary_embedding(k, cos, sin)
 
 
+def rows_at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """[B, L, H] of hidden [B, T, H]; positions int64 [B, L] count through all rows of the step, b * T + t.
+
+    Through all rows because of ONNX Runtime's CUDA provider, whose GatherND reads host memory that is gone when a
+    captured graph is launched again."""
+    flat = symbolic(
+        "Reshape",
+        (hidden, torch.tensor([-1, hidden.shape[-1]])),
+        dtype=hidden.dtype,
+        shape=(hidden.shape[0] * hidden.shape[1], hidden.shape[2]),
+        version=OPSET_VERSION,
+    )
+    shape = (*positions.shape, hidden.shape[2])
+    operands = flat, positions
+    return symbolic("Gather", operands, attrs={"axis": 0}, dtype=hidden.dtype, shape=shape, version=OPSET_VERSION)
+
+
 def trace_step(
-    model: torch.nn.Module, input_ids: torch.Tensor, write_indices: torch.Tensor, past: list[torch.Tensor]
+    model: Any, input_ids: torch.Tensor, write_indices: torch.Tensor, positions: torch.Tensor, past: list[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
-    """One decoder step: logits [B, T, V] and the updated cache tensors, in the order of `past`."""
+    """One decoder step: logits [B, L, V] at `positions`, see rows_at, and the updated cache tensors, in the order of
+    `past`. The hidden states are gathered where they enter the vocabulary projection: behind the last norm, before the
+    projection and whatever an architecture does with logits (granite's scale, gemma's soft cap)."""
     cache = SlotCache(past, write_indices, input_ids.shape[1])
     _TracedStep.cache = cache
-    output = model(input_ids=input_ids, position_ids=cache.positions, past_key_values=cache, use_cache=True)
+    projection = model.get_output_embeddings()
+    hook = projection.register_forward_pre_hook(lambda module, given: (rows_at(given[0], positions),))
+    try:
+        output = model(input_ids=input_ids, position_ids=cache.positions, past_key_values=cache, use_cache=True)
+    finally:
+        hook.remove()
     return (output.logits, *cache.present)

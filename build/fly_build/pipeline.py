@@ -109,7 +109,9 @@ def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False, to_build
     if recipe.entropy_top_k > smallest:
         raise ConfigError(f"entropy_top_k {recipe.entropy_top_k}: the vocabulary has {smallest} tokens: use 3")
     warn_of_tokens_without_embedding(target.name, target.tokenizer, target.config.vocab_size)
-    head = Head(entropy_top_k=recipe.entropy_top_k, stop_token_ids=stop_token_ids(target), top_tokens=True)
+    head = Head(
+        entropy_top_k=recipe.entropy_top_k, stop_token_ids=stop_token_ids(target), top_tokens=True, positions=True
+    )
     models = []
     for folder, checkpoint in checkpoints.items():
         engine = _engine(folder, checkpoint, backend, ranks.get(folder, 1))

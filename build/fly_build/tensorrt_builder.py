@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fly_trt.engines.base import POSITION_INPUTS
 from fly_trt.engines.gpu import StepSizes
 from fly_trt.engines.tensorrt_library import Library, cache_folder, keep
 from fly_trt.errors import EngineError
@@ -34,16 +35,20 @@ class AttentionNames:
     output: str
 
 
+Shape = tuple[int, int, int]  # rows, tokens and positions of a step
+
+
 class Sizes(StepSizes):
     """What the engine's optimisation profiles allow, in rows and tokens."""
 
-    def profiles(self) -> Iterator[tuple[tuple[int, int], tuple[int, int], tuple[int, int]]]:
-        """(B, T) at least, at best and at most: decode, verification, prefill. The runtime picks them by this order."""
+    def profiles(self) -> Iterator[tuple[Shape, Shape, Shape]]:
+        """(B, T, L) at least, at best and at most: decode, verification, prefill. The runtime picks them by this order.
+        Of most of a prompt one position is looked at; of one whose log-probabilities are wanted it is all of them."""
         rows, tokens = self.max_batch_size, self.max_row_tokens
-        usual = max(1, rows // 2)
-        yield (1, 1), (usual, 1), (rows, 1)
-        yield (1, 2), (usual, min(16, tokens)), (rows, tokens)
-        yield (1, 1), (1, self.max_num_tokens), (1, self.max_num_tokens)
+        usual, verified = max(1, rows // 2), min(16, tokens)
+        yield (1, 1, 1), (usual, 1, 1), (rows, 1, 1)
+        yield (1, 2, 1), (usual, verified, verified), (rows, tokens, tokens)
+        yield (1, 1, 1), (1, self.max_num_tokens, 1), (1, self.max_num_tokens, self.max_num_tokens)
 
 
 @dataclass
@@ -230,19 +235,20 @@ def _valid_keys(trt: Any, network: Any) -> Any:
     return network.add_cast(sum_, trt.int32).get_output(0)
 
 
-def _make_profile(
-    builder: Any, network: Any, least: tuple[int, int], best: tuple[int, int], most: tuple[int, int]
-) -> Any:
+def _make_profile(builder: Any, network: Any, least: Shape, best: Shape, most: Shape) -> Any:
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        profile.set_shape(tensor.name, *(_shape(tuple(tensor.shape), *sizes) for sizes in (least, best, most)))
+        shapes = (_shape(tensor.name, tuple(tensor.shape), sizes) for sizes in (least, best, most))
+        profile.set_shape(tensor.name, *shapes)
     return profile
 
 
-def _shape(shape: tuple[int, ...], batch_size: int, num_tokens: int) -> tuple[int, ...]:
-    """The first dimension of every input is B; the only other one that varies is T of input_ids."""
-    return (batch_size, *(num_tokens if size == -1 else size for size in shape[1:]))
+def _shape(name: str, shape: tuple[int, ...], sizes: Shape) -> tuple[int, ...]:
+    """The first dimension of every input is B; the only other ones that vary are T and L."""
+    batch_size, num_tokens, num_positions = sizes
+    length = num_positions if name in POSITION_INPUTS else num_tokens
+    return (batch_size, *(length if size == -1 else size for size in shape[1:]))
 
 
 def _make_monitor(trt: Any, report: Callable[[float], None]) -> Any:

@@ -75,7 +75,8 @@ class Likelihood:
             step = target.step(0, 1, len(chunk))
             step.set_row(0, start, chunk)
             target.run(step)
-            self._logprobs += step.token_logprob[0, : len(chunk) - 1].tolist()
-            self._best_logprobs += step.argmax_logprob[0, : len(chunk) - 1].tolist()
+            positions = step.at(0, 0, len(chunk) - 1)
+            self._logprobs += step.token_logprob[0, positions].tolist()
+            self._best_logprobs += step.argmax_logprob[0, positions].tolist()
             start += len(chunk) - 1
         self._held = tokens

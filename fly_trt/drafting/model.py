@@ -263,19 +263,22 @@ class ModelDrafter:
         first, last = min(slots), max(slots)
         num_tokens = max(len(context) + len(guess) for context, guess in zip(contexts, guesses, strict=True))
         with_top = self._top_k > 0 and any(self._slots[slot].wants_scores for slot in slots)
-        step = self._engine.step(first, last - first + 1, num_tokens, with_top=with_top)
+        asked = 1 + max(len(guess) for guess in guesses)  # of what it knows already nobody asks
+        step = self._engine.step(first, last - first + 1, num_tokens, num_positions=asked, with_top=with_top)
         if len(slots) <= last - first:
             for slot in range(first, last + 1):
                 step.set_row(slot - first, self._slots[slot].num_cached if slot in self._slots else 0, IDLE_CONTEXT)
         for slot, context, guess in zip(slots, contexts, guesses, strict=True):
             if not self._has_all_tokens:
                 context = np.minimum(context, self._vocab_size - 1)
-            step.set_row(slot - first, self._slots[slot].num_cached, context, guess, self._head_policy(slot))
+            cached, policy = self._slots[slot].num_cached, self._head_policy(slot)
+            step.set_row(slot - first, cached, context, guess, policy, first=len(context) - 1)
         self._engine.run(step)
         results: list[tuple[list[int], DraftScores | None]] = []
         for slot, context, guess in zip(slots, contexts, guesses, strict=True):
             state = self._slots[slot]
-            if np.isnan(step.entropy_topk[slot - first, : len(context) + len(guess)]).any():
+            said = step.at(slot - first, len(context) - 1, len(context) + len(guess))
+            if np.isnan(step.entropy_topk[slot - first, said]).any():
                 self._engine.clear_slot(slot, state.num_cached)
                 if not len(guess):
                     state.lost_at = state.num_cached + len(context)
@@ -299,7 +302,7 @@ class ModelDrafter:
         row, state = slot - step.first_slot, self._slots[slot]
         if self._level is None or state.is_private or not len(guess) or not self._level.policy.is_loose:
             return [*guess[: int(step.num_accepted[row])].tolist(), int(step.next_token[row])]
-        at = slice(start, start + len(guess) + 1)
+        at = step.at(row, start, start + len(guess) + 1)
         said = Positions(
             step.argmax[row, at],
             step.entropy[row, at],
@@ -315,7 +318,7 @@ class ModelDrafter:
 
     def _scores(self, step: Step, row: int, start: int, new: list[int]) -> DraftScores:
         """Of the tokens that were drafted from position `start` on; its buffers are used again."""
-        at = slice(start, start + len(new))
+        at = step.at(row, start, start + len(new))
         scores = DraftScores.none(len(new), self._top_k)
         scores.entropy[:] = step.entropy[row, at]
         scores.logprob[:] = np.where(

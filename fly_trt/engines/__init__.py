@@ -68,6 +68,7 @@ def engine_info(manifest: Manifest, model: ModelEngine) -> EngineInfo:
         entropy_top_k=manifest.head.entropy_top_k,
         stop_token_ids=frozenset(manifest.head.stop_token_ids),
         has_top_tokens=manifest.head.top_tokens,
+        has_positions=manifest.head.positions,
     )
 
 

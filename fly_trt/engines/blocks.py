@@ -6,28 +6,36 @@ no stream: what binds the addresses and when what is copied is the engine's to d
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fly_trt.engines import cuda
-from fly_trt.engines.base import ROW_INPUTS, TOKEN_OUTPUTS, TOP_OUTPUTS, EngineInfo
+from fly_trt.engines.base import POSITION_INPUTS, ROW_INPUTS, TOKEN_OUTPUTS, TOP_OUTPUTS, EngineInfo, Step
 
 ALIGNMENT = 256  # of tensor addresses, as TensorRT asks for
 
-INPUTS = {"input_ids": np.int64} | ROW_INPUTS
+INPUTS = {"input_ids": np.int64} | POSITION_INPUTS | ROW_INPUTS
 OUTPUTS = {"num_accepted": np.int64, "next_token": np.int64} | TOKEN_OUTPUTS
 PER_ROW = frozenset(ROW_INPUTS) | {"num_accepted", "next_token"}
 
 Tensors = dict[str, type[np.generic]]
 
 
+class Sizes(NamedTuple):
+    """Of the axes of a step's tensors: B rows, T tokens, L positions, k most probable tokens."""
+
+    batch_size: int
+    num_tokens: int
+    num_positions: int
+    top_k: int
+
+
 class Block:
     """Tensors of one direction. `arrays` are those of the host."""
 
-    def __init__(self, tensors: Tensors, sizes: tuple[int, int, int]) -> None:
-        """sizes: those of the axes [B, T, k]."""
+    def __init__(self, tensors: Tensors, sizes: Sizes) -> None:
         shapes = {name: shape_of(name, sizes) for name in tensors}
         offset = 0
         self.offsets = {}
@@ -54,10 +62,9 @@ class StepBlocks:
     top: Block | None
 
     @classmethod
-    def make(cls, info: EngineInfo, batch_size: int, num_tokens: int) -> "StepBlocks":
-        sizes = batch_size, num_tokens, info.entropy_top_k
+    def make(cls, info: EngineInfo, sizes: Sizes) -> "StepBlocks":
         top = Block(TOP_OUTPUTS, sizes) if info.has_top_tokens else None
-        return cls(Block(INPUTS, sizes), Block(OUTPUTS, sizes), top)
+        return cls(Block(inputs_of(info), sizes), Block(OUTPUTS, sizes), top)
 
     def __iter__(self) -> Iterator[Block]:
         yield from (self.inputs, self.outputs)
@@ -69,14 +76,25 @@ class StepBlocks:
         return {name: array for block in self for name, array in block.arrays.items()}
 
 
-def tensors_of(with_top: bool) -> Tensors:
-    """What a step has on the host: its inputs and the outputs that were asked for."""
-    return INPUTS | OUTPUTS | (TOP_OUTPUTS if with_top else {})
+def inputs_of(engine: EngineInfo | Step) -> Tensors:
+    """What an engine, or one of its steps, has of INPUTS."""
+    has_positions = engine.has_positions if isinstance(engine, EngineInfo) else engine.next_tokens is not None
+    return INPUTS if has_positions else {name: dtype for name, dtype in INPUTS.items() if name not in POSITION_INPUTS}
 
 
-def shape_of(name: str, sizes: tuple[int, int, int]) -> tuple[int, ...]:
-    """The shape of one tensor: it has the first, the first two or all of the axes [B, T, k]."""
-    return sizes[: 1 if name in PER_ROW else 3 if name in TOP_OUTPUTS else 2]
+def outputs_of(with_top: bool) -> Tensors:
+    """What a step says on the host: the outputs that were asked for."""
+    return OUTPUTS | (TOP_OUTPUTS if with_top else {})
+
+
+def shape_of(name: str, sizes: Sizes) -> tuple[int, ...]:
+    """The shape of one tensor: [B], [B, T], [B, L] or [B, L, k]."""
+    batch_size, num_tokens, num_positions, top_k = sizes
+    if name in PER_ROW:
+        return (batch_size,)
+    if name == "input_ids":
+        return batch_size, num_tokens
+    return (batch_size, num_positions, top_k) if name in TOP_OUTPUTS else (batch_size, num_positions)
 
 
 def round_up(number: int, multiple: int) -> int:

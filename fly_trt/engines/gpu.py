@@ -23,8 +23,18 @@ import numpy as np
 import numpy.typing as npt
 
 from fly_trt.engines import cuda
-from fly_trt.engines.base import EngineInfo, LogitsBuffer, Step, StepCache, StepShape
-from fly_trt.engines.blocks import ALIGNMENT, INPUTS, PER_ROW, Block, StepBlocks, round_up, shape_of, tensors_of
+from fly_trt.engines.base import POSITIONS_INPUT, EngineInfo, LogitsBuffer, Step, StepCache, StepShape
+from fly_trt.engines.blocks import (
+    ALIGNMENT,
+    PER_ROW,
+    Block,
+    Sizes,
+    StepBlocks,
+    inputs_of,
+    outputs_of,
+    round_up,
+    shape_of,
+)
 from fly_trt.errors import EngineError
 from fly_trt.manifest import Dtype, Limits, ModelEngine
 from fly_trt.tokens import FloatArray
@@ -36,6 +46,7 @@ CACHE_TOKENS_MULTIPLE = 64
 # Rows of a step that verifies have a few context tokens beside the drafts; longer ones run one at a time.
 MAX_CONTEXT_TOKENS = 8
 
+WHOLE = PER_ROW | {POSITIONS_INPUT}  # what a step has without cutting its padding off
 ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -94,7 +105,7 @@ class GpuEngine(ABC):
         self._stream = cuda.Stream()
 
     @abstractmethod
-    def _compute(self, first_slot: int, batch_size: int, num_tokens: int) -> StepBlocks:
+    def _compute(self, first_slot: int, sizes: Sizes) -> StepBlocks:
         """Puts a step of this padded shape on the stream: its inputs to the device, the decoder, the usual outputs to
         the host. Returns the shape's blocks."""
 
@@ -118,7 +129,7 @@ class GpuEngine(ABC):
         self._logits = cuda.DeviceBuffer(self._most_tokens(num_slots) * model.vocab_size * item_bytes)
         self._host_logits = LogitsBuffer(model.vocab_size)
         self._raw_logits = cuda.PinnedBuffer(ALIGNMENT)  # what is copied before it is widened
-        self._blocks: dict[tuple[int, int], StepBlocks] = {}
+        self._blocks: dict[Sizes, StepBlocks] = {}
         self._steps = StepCache(info, num_slots, MAX_STEPS)
 
     def _most_tokens(self, num_slots: int) -> int:
@@ -127,9 +138,17 @@ class GpuEngine(ABC):
         return max(num_slots * self._max_row_tokens, longest)
 
     def step(
-        self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False, with_top: bool = False
+        self,
+        first_slot: int,
+        batch_size: int,
+        num_tokens: int,
+        *,
+        num_positions: int | None = None,
+        with_logits: bool = False,
+        with_top: bool = False,
     ) -> Step:
-        return self._steps.get(StepShape(first_slot, batch_size, num_tokens, with_logits, with_top), self._make_step)
+        shape = StepShape.of(self.info, first_slot, batch_size, num_tokens, num_positions, with_logits, with_top)
+        return self._steps.get(shape, self._make_step)
 
     def run(self, step: Step) -> None:
         cuda.use_device(self._device)
@@ -139,21 +158,21 @@ class GpuEngine(ABC):
             self._run_rows(step)
 
     def _execute(self, step: Step, logits: FloatArray | None) -> None:
-        """Runs a step that need not be cut; `logits` float32 [B, T, V] takes what it finds."""
+        """Runs a step that need not be cut; `logits` float32 [B, L, V] takes what it finds."""
         batch_size, num_tokens = step.input_ids.shape
-        padded = self._padded(num_tokens)
-        if (last := int(step.write_indices.max())) + padded > self._cache_tokens:
+        sizes = self._padded_sizes(batch_size, num_tokens, step.num_positions)
+        if (last := int(step.write_indices.max())) + sizes.num_tokens > self._cache_tokens:
             raise EngineError(
-                f"{last} tokens cached and a step of {padded}: a slot has room for {self._cache_tokens}: rebuild "
-                "the engine with fly-build"
+                f"{last} tokens cached and a step of {sizes.num_tokens}: a slot has room for {self._cache_tokens}: "
+                "rebuild the engine with fly-build"
             )
-        blocks = self._compute(step.first_slot, batch_size, padded)
+        blocks = self._compute(step.first_slot, sizes)
         if step.top_ids is not None and blocks.top is not None:
             self._read(blocks.top)
         if logits is None:
             self._stream.synchronize()
         else:
-            self._read_logits(logits)
+            self._read_logits(logits, sizes.num_positions)
 
     def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
         cuda.use_device(self._device)
@@ -201,29 +220,35 @@ class GpuEngine(ABC):
             return max(num_tokens, min(round_up(num_tokens, PREFILL_TOKENS_MULTIPLE), longest))
         return next((size for size in ROW_TOKENS if size >= num_tokens), round_up(num_tokens, ROW_TOKENS[-1]))
 
+    def _padded_sizes(self, batch_size: int, num_tokens: int, num_positions: int) -> Sizes:
+        """Positions are padded as tokens are, but for the one of a prompt."""
+        padded = self._padded(num_tokens)
+        asked = 1 if num_positions == 1 else min(padded, self._padded(num_positions))
+        return Sizes(batch_size, padded, asked, self.info.entropy_top_k)
+
     def _make_step(self, shape: StepShape) -> Step:
         cuda.use_device(self._device)
-        batch_size, num_tokens = shape.batch_size, shape.num_tokens
-        tensors = tensors_of(shape.with_top)
-        if self._fits(batch_size, num_tokens):
-            arrays = self._blocks_of(batch_size, self._padded(num_tokens)).arrays()
+        asked = Sizes(shape.batch_size, shape.num_tokens, shape.num_positions, self.info.entropy_top_k)
+        tensors = inputs_of(self.info) | outputs_of(shape.with_top)
+        row_tokens = asked.num_tokens
+        if self._fits(asked.batch_size, asked.num_tokens):
+            sizes = self._padded_sizes(asked.batch_size, asked.num_tokens, asked.num_positions)
+            arrays, row_tokens = self._blocks_of(sizes).arrays(), sizes.num_tokens
         else:
-            sizes = batch_size, num_tokens, self.info.entropy_top_k
-            arrays = {name: np.zeros(shape_of(name, sizes), dtype) for name, dtype in tensors.items()}
-        views = {name: arrays[name] if name in PER_ROW else arrays[name][:, :num_tokens] for name in tensors}
+            arrays = {name: np.zeros(shape_of(name, asked), dtype) for name, dtype in tensors.items()}
+        views = {name: arrays[name] if name in WHOLE else _first(arrays[name], name, asked) for name in tensors}
         logits = None
         if shape.with_logits:
-            logits, has_grown = self._host_logits.view(batch_size, num_tokens)
+            logits, has_grown = self._host_logits.view(asked.batch_size, asked.num_positions)
             if has_grown:
                 self._steps.drop_with_logits()
-        return Step(first_slot=shape.first_slot, logits=logits, **views)
+        return Step(first_slot=shape.first_slot, logits=logits, row_tokens=row_tokens, **views)
 
-    def _blocks_of(self, batch_size: int, num_tokens: int) -> StepBlocks:
+    def _blocks_of(self, sizes: Sizes) -> StepBlocks:
         """The blocks of one padded shape, which all its slots and lengths share."""
-        blocks = self._blocks.get((batch_size, num_tokens))
+        blocks = self._blocks.get(sizes)
         if blocks is None:
-            blocks = StepBlocks.make(self.info, batch_size, num_tokens)
-            self._blocks[batch_size, num_tokens] = blocks
+            blocks = self._blocks[sizes] = StepBlocks.make(self.info, sizes)
         return blocks
 
     def _tensors(self, blocks: StepBlocks, first_slot: int) -> Iterator[DeviceTensor]:
@@ -233,8 +258,8 @@ class GpuEngine(ABC):
             for name, array in block.arrays.items():
                 address = block.device.address + block.offsets[name]
                 yield DeviceTensor(name, block is blocks.inputs, address, array.shape, array.dtype.type)
-        batch_size, num_tokens = blocks.inputs.arrays["input_ids"].shape
-        yield DeviceTensor("logits", False, self._logits.address, (batch_size, num_tokens, model.vocab_size))
+        batch_size, num_positions = blocks.outputs.arrays["argmax"].shape
+        yield DeviceTensor("logits", False, self._logits.address, (batch_size, num_positions, model.vocab_size))
         cache_shape = (batch_size, model.rank_kv_heads, self._cache_tokens, model.head_dim)
         for index, cache in enumerate(self._caches):
             name, address = f"{('key', 'value')[index % 2]}.{index // 2}", self._slot(cache, first_slot)
@@ -250,25 +275,28 @@ class GpuEngine(ABC):
 
     def _run_rows(self, step: Step) -> None:
         """One row at a time, for steps with long rows."""
-        with_top = step.top_ids is not None
-        outputs = tensors_of(with_top).keys() - INPUTS
+        with_top, length = step.top_ids is not None, step.input_ids.shape[1]
+        outputs = outputs_of(with_top)
         for row in range(len(step.input_ids)):
-            part = self.step(step.first_slot + row, 1, step.input_ids.shape[1], with_top=with_top)
-            for name in INPUTS:
-                getattr(part, name)[0] = getattr(step, name)[row]
+            part = self.step(step.first_slot + row, 1, length, num_positions=step.num_positions, with_top=with_top)
+            for name in inputs_of(step):
+                if name != POSITIONS_INPUT:
+                    getattr(part, name)[0] = getattr(step, name)[row]
+            part.speak_from(0, step.first_position[row])
             self._execute(part, None if step.logits is None else step.logits[row : row + 1])
             for name in outputs:
                 getattr(step, name)[row] = getattr(part, name)[0]
 
-    def _read_logits(self, logits: FloatArray) -> None:
-        """Copies the last run's rows of logits and widens them to float32 [B, T, V]."""
-        batch_size, num_tokens, vocab_size = logits.shape
+    def _read_logits(self, logits: FloatArray, num_positions: int) -> None:
+        """Copies the last run's rows of logits, of so many positions each, and widens the first ones to float32
+        [B, L, V]."""
+        batch_size, num_wanted, vocab_size = logits.shape
         item_bytes = ITEM_BYTES[self._model.kv_cache_dtype]
         num_bytes = logits.size * item_bytes
         if num_bytes > len(self._raw_logits.array):
             self._raw_logits = cuda.PinnedBuffer(num_bytes)
-        row_bytes = num_tokens * vocab_size * item_bytes
-        pitch = self._padded(num_tokens) * vocab_size * item_bytes
+        row_bytes = num_wanted * vocab_size * item_bytes
+        pitch = num_positions * vocab_size * item_bytes
         source = self._logits.address, pitch
         self._stream.copy_rows((self._raw_logits.address, row_bytes), source, row_bytes, batch_size)
         self._stream.synchronize()
@@ -283,6 +311,11 @@ class GpuEngine(ABC):
             pitch = self._cache_tokens * self._token_bytes
             num_bytes = num_tokens * self._token_bytes
             self._stream.copy_rows((target, pitch), (source, pitch), num_bytes, self._model.rank_kv_heads)
+
+
+def _first(array: npt.NDArray[Any], name: str, asked: Sizes) -> npt.NDArray[Any]:
+    """Without the padding."""
+    return array[:, : shape_of(name, asked)[1]]
 
 
 def widen(raw: cuda.Bytes, dtype: Dtype, target: npt.NDArray[np.float32]) -> None:

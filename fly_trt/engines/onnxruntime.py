@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from fly_trt.engines.base import (
+    POSITION_INPUTS,
     ROW_INPUTS,
     TOKEN_OUTPUTS,
     TOP_OUTPUTS,
@@ -122,9 +123,17 @@ class OnnxRuntimeEngine:
             raise EngineError(f"{model_path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from None
 
     def step(
-        self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False, with_top: bool = False
+        self,
+        first_slot: int,
+        batch_size: int,
+        num_tokens: int,
+        *,
+        num_positions: int | None = None,
+        with_logits: bool = False,
+        with_top: bool = False,
     ) -> Step:
-        return self._steps.get(StepShape(first_slot, batch_size, num_tokens, with_logits, with_top), self._make_step)
+        shape = StepShape.of(self.info, first_slot, batch_size, num_tokens, num_positions, with_logits, with_top)
+        return self._steps.get(shape, self._make_step)
 
     def run(self, step: Step) -> None:
         batch_size, num_tokens = step.input_ids.shape
@@ -171,34 +180,36 @@ class OnnxRuntimeEngine:
         del self._session
 
     def _make_step(self, shape: StepShape) -> Step:
-        batch_size, num_tokens = shape.batch_size, shape.num_tokens
+        batch_size, num_positions = shape.batch_size, shape.num_positions
         rows: dict[str, Any] = {name: np.zeros(batch_size, dtype) for name, dtype in ROW_INPUTS.items()}
-        tokens: dict[str, Any] = {
-            name: np.zeros((batch_size, num_tokens), dtype) for name, dtype in TOKEN_OUTPUTS.items()
+        of_positions = TOKEN_OUTPUTS | (POSITION_INPUTS if self.info.has_positions else {})
+        positions: dict[str, Any] = {
+            name: np.zeros((batch_size, num_positions), dtype) for name, dtype in of_positions.items()
         }
         top: dict[str, Any] = {}
         if shape.with_top:
-            ranks = (batch_size, num_tokens, self.info.entropy_top_k)
+            ranks = (batch_size, num_positions, self.info.entropy_top_k)
             top = {name: np.zeros(ranks, dtype) for name, dtype in TOP_OUTPUTS.items()}
         logits = None
         if shape.with_logits:
-            logits, has_grown = self._logits.view(batch_size, num_tokens)
+            logits, has_grown = self._logits.view(batch_size, num_positions)
             if has_grown:
                 self._steps.drop_with_logits()
         return Step(
             first_slot=shape.first_slot,
-            input_ids=np.zeros((batch_size, num_tokens), np.int64),
+            input_ids=np.zeros((batch_size, shape.num_tokens), np.int64),
             num_accepted=np.zeros(batch_size, np.int64),
             next_token=np.zeros(batch_size, np.int64),
             logits=logits,
             **rows,
-            **tokens,
+            **positions,
             **top,
         )
 
     def _bind(self, step: Step) -> ort.IOBinding:
         binding = self._session.io_binding()
-        for name in ("input_ids", *ROW_INPUTS):
+        of_positions = POSITION_INPUTS if self.info.has_positions else ()
+        for name in ("input_ids", *of_positions, *ROW_INPUTS):
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(getattr(step, name)))
         outputs = ["num_accepted", "next_token", *TOKEN_OUTPUTS]
         if step.top_ids is not None:

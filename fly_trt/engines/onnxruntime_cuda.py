@@ -24,7 +24,7 @@ import onnxruntime as ort
 
 from fly_trt.engines import cuda
 from fly_trt.engines.base import EngineInfo, LoadSettings
-from fly_trt.engines.blocks import StepBlocks
+from fly_trt.engines.blocks import Sizes, StepBlocks
 from fly_trt.engines.gpu import GpuEngine, StepSizes
 from fly_trt.engines.onnxruntime import session_options
 from fly_trt.errors import EngineError, one_line
@@ -64,7 +64,7 @@ def load(
     )
 
 
-_Shape = tuple[int, int, int]  # first slot, rows, tokens with padding
+_Shape = tuple[int, Sizes]  # first slot, sizes with padding
 
 
 @dataclass
@@ -107,8 +107,8 @@ class OnnxRuntimeCudaEngine(GpuEngine):
         self._session = self._open(model_path, num_threads)
         self._allocate(num_slots)
 
-    def _compute(self, first_slot: int, batch_size: int, num_tokens: int) -> StepBlocks:
-        shape = first_slot, batch_size, num_tokens
+    def _compute(self, first_slot: int, sizes: Sizes) -> StepBlocks:
+        shape = first_slot, sizes
         bound = self._bind(shape)
         try:
             self._run(bound)
@@ -178,15 +178,15 @@ class OnnxRuntimeCudaEngine(GpuEngine):
         return bound
 
     def _make(self, shape: _Shape) -> _Bound:
-        first_slot, batch_size, num_tokens = shape
+        first_slot, sizes = shape
         self.num_preparations += 1
-        blocks = self._blocks_of(batch_size, num_tokens)
+        blocks = self._blocks_of(sizes)
         binding = self._session.io_binding()
         for tensor in self._tensors(blocks, first_slot):
             dtype = tensor.dtype or CACHE_DTYPES[self._model.kv_cache_dtype]
             bind = binding.bind_input if tensor.is_input else binding.bind_output
             bind(tensor.name, "cuda", self._device, dtype, tensor.shape, tensor.address)
-        is_captured = num_tokens <= self._max_row_tokens and len(self._captured) < self._max_graphs
+        is_captured = sizes.num_tokens <= self._max_row_tokens and len(self._captured) < self._max_graphs
         options = ort.RunOptions()
         graph_id = len(self._captured) + 1 if is_captured else NO_GRAPH  # 0 is ONNX Runtime's own
         options.add_run_config_entry("gpu_graph_id", str(graph_id))

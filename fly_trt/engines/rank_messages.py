@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fly_trt.engines.base import Step
-from fly_trt.engines.blocks import INPUTS
+from fly_trt.engines.base import POSITIONS_INPUT, Step
+from fly_trt.engines.blocks import Tensors, inputs_of
 from fly_trt.tokens import FloatArray
 
 NOT_TAKEN = (signal.SIGINT, signal.SIGTERM)  # signals that a terminal or a service manager sends to all processes
-HEADER = struct.Struct("<BBxxxxxxqqqQ")
+HEADER = struct.Struct("<BBxxxxxxqqqqQ")
 JOIN_ALL = 1 << 20  # bytes below which header and payload are joined to one packet
 
 
@@ -44,11 +44,11 @@ class Op(enum.IntEnum):
 
 
 class Message(NamedTuple):
-    """`numbers`: first_slot, B and T of a step; what the other methods take, and zeros."""
+    """`numbers`: first_slot, B, T and L of a step; what the other methods take, and zeros."""
 
     op: Op
     engine: int
-    numbers: tuple[int, int, int]
+    numbers: tuple[int, int, int, int]
     payload: bytes
 
 
@@ -62,9 +62,8 @@ class Channel:
         return self._connection.fileno()
 
     def send(self, op: Op, engine: int = 0, numbers: Sequence[int] = (), payload: bytes = b"") -> None:
-        """numbers: at most three. Raises OSError where nobody is there any more."""
-        first, second, third = (*numbers, 0, 0, 0)[:3]
-        header = HEADER.pack(op, engine, first, second, third, len(payload))
+        """numbers: at most four. Raises OSError where nobody is there any more."""
+        header = HEADER.pack(op, engine, *(*numbers, 0, 0, 0, 0)[:4], len(payload))
         if len(payload) <= JOIN_ALL:
             self._connection.sendall(header + payload)
         else:
@@ -76,9 +75,9 @@ class Channel:
         header = self._read(HEADER.size)
         if header is None:
             return None
-        op, engine, first, second, third, size = HEADER.unpack(header)
+        op, engine, first, second, third, fourth, size = HEADER.unpack(header)
         payload = self._read(size)
-        return None if payload is None else Message(Op(op), engine, (first, second, third), payload)
+        return None if payload is None else Message(Op(op), engine, (first, second, third, fourth), payload)
 
     def close(self) -> None:
         self._connection.close()
@@ -98,23 +97,31 @@ class Channel:
 
 
 def pack_inputs(step: Step) -> bytes:
-    """The inputs of a step, one behind the other in the order of INPUTS."""
-    return b"".join(getattr(step, name).tobytes() for name in INPUTS)
+    """Where each row speaks from, and the other inputs of a step, one behind another in the order of blocks.INPUTS."""
+    others = (getattr(step, name).tobytes() for name in _packed(step))
+    return b"".join([np.array(step.first_position, np.int64).tobytes(), *others])
 
 
 def unpack_inputs(payload: bytes, step: Step) -> None:
     """Fills a step of the same shape."""
-    begin = 0
-    for name, dtype in INPUTS.items():
+    num_rows = len(step.input_ids)
+    for row, first in enumerate(np.frombuffer(payload, np.int64, num_rows).tolist()):
+        step.speak_from(row, first)
+    begin = num_rows * np.dtype(np.int64).itemsize
+    for name, dtype in _packed(step).items():
         target = getattr(step, name)
         target[...] = np.frombuffer(payload, dtype, target.size, begin).reshape(target.shape)
         begin += target.nbytes
 
 
+def _packed(step: Step) -> Tensors:
+    return {name: dtype for name, dtype in inputs_of(step).items() if name != POSITIONS_INPUT}
+
+
 def tested(engine: Any, step: Step) -> dict[str, FloatArray]:
     """What a rank's engine says of a step of one row, which just ran, by what it is called in an error: float32."""
     assert step.logits is not None
-    return {"hidden states": engine.rank_output(step.input_ids.shape[1]), "logits": step.logits}
+    return {"hidden states": engine.rank_output(step.num_positions), "logits": step.logits}
 
 
 def unpack_tested(payload: bytes, like: dict[str, FloatArray]) -> dict[str, FloatArray]:

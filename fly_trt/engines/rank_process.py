@@ -21,6 +21,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from fly_trt.engines import load_engine
+from fly_trt.engines.base import Engine, Step
 from fly_trt.engines.nccl import Communicator, load
 from fly_trt.engines.rank_messages import NOT_TAKEN, Channel, Message, Op, tested, unpack_inputs
 from fly_trt.errors import FlyError, one_line
@@ -58,7 +59,7 @@ class Follower:
         while (message := self._put_off.popleft() if self._put_off else self._messages.get()).op is not Op.END:
             self._do[message.op](message)
         for engine in list(self._engines):
-            self._close(Message(Op.CLOSE, engine, (0, 0, 0), b""))
+            self._close(Message(Op.CLOSE, engine, (0, 0, 0, 0), b""))
         self._channel.send(Op.DONE)
 
     def _load(self, message: Message) -> None:
@@ -89,16 +90,21 @@ class Follower:
         return bool(message.numbers[0])
 
     def _test(self, message: Message) -> None:
-        step = self._engines[message.engine].step(*message.numbers, with_logits=True)
+        step = self._step(message, with_logits=True)
         unpack_inputs(message.payload, step)
         self._engines[message.engine].run(step)
         said = tested(self._engines[message.engine], step)
         self._channel.send(Op.TESTED, message.engine, payload=b"".join(array.tobytes() for array in said.values()))
 
     def _run(self, message: Message) -> None:
-        step = self._engines[message.engine].step(*message.numbers)
+        step = self._step(message)
         unpack_inputs(message.payload, step)
         self._engines[message.engine].run(step)
+
+    def _step(self, message: Message, *, with_logits: bool = False) -> Step:
+        first_slot, batch_size, num_tokens, num_positions = message.numbers
+        engine: Engine = self._engines[message.engine]
+        return engine.step(first_slot, batch_size, num_tokens, num_positions=num_positions, with_logits=with_logits)
 
     def _close(self, message: Message) -> None:
         self._engines.pop(message.engine).close()

@@ -45,8 +45,8 @@ class RankEngine(Engine, Protocol):
         of something that this rank could do, or could not, whether all ranks could."""
         ...
 
-    def rank_output(self, num_tokens: int) -> FloatArray:
-        """float32 [num_tokens, RANK_CHANNELS]: what this rank's last step, of one row, ended with, before the
+    def rank_output(self, num_positions: int) -> FloatArray:
+        """float32 [num_positions, RANK_CHANNELS]: what this rank's last step, of one row, ended with, before the
         vocabulary."""
         ...
 
@@ -146,12 +146,20 @@ class RankedEngine:
         return self._engine.num_preparations
 
     def step(
-        self, first_slot: int, batch_size: int, num_tokens: int, *, with_logits: bool = False, with_top: bool = False
+        self,
+        first_slot: int,
+        batch_size: int,
+        num_tokens: int,
+        *,
+        num_positions: int | None = None,
+        with_logits: bool = False,
+        with_top: bool = False,
     ) -> Step:
-        return self._engine.step(first_slot, batch_size, num_tokens, with_logits=with_logits, with_top=with_top)
+        outputs: dict[str, Any] = {"num_positions": num_positions, "with_logits": with_logits, "with_top": with_top}
+        return self._engine.step(first_slot, batch_size, num_tokens, **outputs)
 
     def run(self, step: Step) -> None:
-        numbers = step.first_slot, *step.input_ids.shape
+        numbers = step.first_slot, *step.input_ids.shape, step.num_positions
         self._do(Op.RUN, numbers, lambda: self._engine.run(step), pack_inputs(step))
 
     def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
@@ -185,7 +193,7 @@ class RankedEngine:
         num_tokens = min(TEST_TOKENS, self.info.max_num_tokens)
         step = self._engine.step(0, 1, num_tokens, with_logits=True)
         step.set_row(0, 0, np.arange(1, num_tokens + 1) * TEST_STRIDE % self.info.vocab_size)
-        self._do(Op.TEST, (0, 1, num_tokens), lambda: self._engine.run(step), pack_inputs(step))
+        self._do(Op.TEST, (0, 1, num_tokens, num_tokens), lambda: self._engine.run(step), pack_inputs(step))
         answers = self._group.hear(self._others, Op.TESTED)
         ours = tested(self._engine, step)
         theirs = [unpack_tested(answer.payload, ours) for answer in answers]

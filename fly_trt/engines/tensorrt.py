@@ -17,7 +17,7 @@ import numpy as np
 
 from fly_trt.engines import cuda
 from fly_trt.engines.base import RANK_CHANNELS, RANK_OUTPUT, EngineInfo, LoadSettings
-from fly_trt.engines.blocks import StepBlocks
+from fly_trt.engines.blocks import Sizes, StepBlocks
 from fly_trt.engines.gpu import DeviceTensor, GpuEngine
 from fly_trt.engines.kernel_cache import KernelCache
 from fly_trt.engines.nccl import Communicator
@@ -98,9 +98,9 @@ class TensorRTEngine(GpuEngine):
             self._kernels = KernelCache(library.trt, self._engine, kernel_cache)
             self._context_settings = self._kernels.config
         self._scratch = cuda.DeviceBuffer(int(self._engine.device_memory_size_v2))
-        self._bound: OrderedDict[tuple[int, int, int], _Bound] = OrderedDict()
+        self._bound: OrderedDict[tuple[int, Sizes], _Bound] = OrderedDict()
         self._prefill_context: Any = None
-        self._prefill_lengths: set[int] = set()
+        self._prefill_sizes: set[Sizes] = set()
         self._communicator: Communicator | None = None
         self._agree: Callable[[bool], bool] = lambda could: could
         self._allocate(num_slots)
@@ -117,24 +117,24 @@ class TensorRTEngine(GpuEngine):
         of something that this rank could do, or could not, whether all ranks could."""
         self._communicator, self._agree = communicator, agree
 
-    def rank_output(self, num_tokens: int) -> FloatArray:
-        """float32 [num_tokens, RANK_CHANNELS] of a sharded engine: what this rank's last step of one row ended with,
+    def rank_output(self, num_positions: int) -> FloatArray:
+        """float32 [num_positions, RANK_CHANNELS] of a sharded engine: what this rank's last step of one row ended with,
         before the vocabulary. Waits for the step."""
         assert self._rank_output is not None
-        host = cuda.PinnedBuffer(num_tokens * RANK_BYTES)
-        self._stream.copy(host.address, self._rank_output.address, num_tokens * RANK_BYTES)
+        host = cuda.PinnedBuffer(num_positions * RANK_BYTES)
+        self._stream.copy(host.address, self._rank_output.address, num_positions * RANK_BYTES)
         self._stream.synchronize()
-        return host.array.view(np.float32).reshape(num_tokens, RANK_CHANNELS).copy()
+        return host.array.view(np.float32).reshape(num_positions, RANK_CHANNELS).copy()
 
     def _tensors(self, blocks: StepBlocks, first_slot: int) -> Iterator[DeviceTensor]:
         yield from super()._tensors(blocks, first_slot)
         if self._rank_output is not None:
-            shape = (*blocks.inputs.arrays["input_ids"].shape, RANK_CHANNELS)
+            shape = (*blocks.outputs.arrays["argmax"].shape, RANK_CHANNELS)
             yield DeviceTensor(RANK_OUTPUT, False, self._rank_output.address, shape, np.float32)
 
-    def _compute(self, first_slot: int, batch_size: int, num_tokens: int) -> StepBlocks:
+    def _compute(self, first_slot: int, sizes: Sizes) -> StepBlocks:
         with self._communicator.in_use() if self._communicator else contextlib.nullcontext():
-            bound = self._bind(first_slot, batch_size, num_tokens)
+            bound = self._bind(first_slot, sizes)
             if bound.graph is not None:
                 bound.graph.launch()
             else:
@@ -152,16 +152,16 @@ class TensorRTEngine(GpuEngine):
         self._prefill_context = None
         del self._kernels, self._context_settings, self._engine, self._runtime, self._scratch, self._rank_output
 
-    def _bind(self, first_slot: int, batch_size: int, num_tokens: int) -> _Bound:
-        if num_tokens > self._max_row_tokens:
-            return self._bind_prefill(first_slot, num_tokens)
-        key = (first_slot, batch_size, num_tokens)
+    def _bind(self, first_slot: int, sizes: Sizes) -> _Bound:
+        if sizes.num_tokens > self._max_row_tokens:
+            return self._bind_prefill(first_slot, sizes)
+        key = (first_slot, sizes)
         bound = self._bound.get(key)
         if bound is None:
             # Each graph has a context of its own, since a context must not change under a graph that was captured from
             # it; all of them share the scratch memory, for only one runs at a time.
-            context = self._make_context(DECODE if num_tokens == 1 else VERIFICATION)
-            bound = self._bound[key] = _Bound(self._blocks_of(batch_size, num_tokens), context)
+            context = self._make_context(DECODE if sizes.num_tokens == 1 else VERIFICATION)
+            bound = self._bound[key] = _Bound(self._blocks_of(sizes), context)
             self._set_tensors(bound, first_slot)
             if len(self._bound) > MAX_BOUND_SHAPES:
                 self._bound.popitem(last=False)
@@ -169,14 +169,14 @@ class TensorRTEngine(GpuEngine):
             self._bound.move_to_end(key)
         return bound
 
-    def _bind_prefill(self, first_slot: int, num_tokens: int) -> _Bound:
+    def _bind_prefill(self, first_slot: int, sizes: Sizes) -> _Bound:
         """One row of a prompt: every such step has the same context, and no graph, for lengths and slots vary."""
         if self._prefill_context is None:
             self._prefill_context = self._make_context(PREFILL)
-        if num_tokens not in self._prefill_lengths:
-            self._prefill_lengths.add(num_tokens)
+        if sizes not in self._prefill_sizes:
+            self._prefill_sizes.add(sizes)
             self.num_preparations += 1  # TensorRT-RTX compiles kernels for it
-        bound = _Bound(self._blocks_of(1, num_tokens), self._prefill_context, is_capturable=False)
+        bound = _Bound(self._blocks_of(sizes), self._prefill_context, is_capturable=False)
         self._set_tensors(bound, first_slot)
         return bound
 

@@ -86,8 +86,10 @@ class GenerationLoop:
             self.speculation,
             max_num_tokens=config.max_num_tokens,
             max_queue_size=config.max_queue_size,
+            has_positions=target.info.has_positions,
         )
-        self._prompt_reader = drafter if isinstance(drafter, ReadsPrompts) else None
+        self._prompt_reader = self.speculation.prompt_reader
+        self._most_verified = config.num_slots * (self.speculation.num_draft_tokens + 1)  # tokens of a step
         self._changed: dict[Request, None] = {}
         self._may_shrink = False
         self._auditor: Auditor | None = None
@@ -196,12 +198,13 @@ class GenerationLoop:
             plan.first_slot,
             len(plan.rows),
             plan.num_tokens,
+            num_positions=plan.num_positions,
             with_logits=plan.with_logits,
             with_top=plan.with_top,
         )
         for row, (request, feed) in enumerate(plan.rows):
             policy = EXACT if request.round is None else request.round.policy  # which says what the gate looks at
-            step.set_row(row, request.num_cached, feed.context, feed.draft, policy)
+            step.set_row(row, request.num_cached, feed.context, feed.draft, policy, first=feed.heard_from)
         self._run_timed(step)
         return step
 
@@ -209,14 +212,17 @@ class GenerationLoop:
         prepared, started = self._target.num_preparations, time.perf_counter()
         self._target.run(step)
         self._step_seconds = time.perf_counter() - started
-        if self._target.num_preparations == prepared:
-            self.speculation.draft_length.target_cost.observe(step.input_ids.size, self._step_seconds)
+        # A prompt's step costs less than a verification of as many tokens, which speaks of them all.
+        size, is_verification = step.input_ids.size, step.num_positions == step.input_ids.shape[1]
+        if self._target.num_preparations == prepared and (is_verification or size > self._most_verified):
+            self.speculation.draft_length.target_cost.observe(size, self._step_seconds)
 
     def _settle(self, plan: StepPlan, step: Step) -> None:
         """Takes what a step says, row by row. What goes wrong with a row is its request's: the others go on."""
         for row, (request, feed) in enumerate(plan.rows):
             try:
-                if np.isnan(step.entropy_topk[row, : feed.num_tokens]).any() and self._is_undone(request, feed):
+                heard = step.at(row, feed.heard_from, feed.num_tokens)
+                if np.isnan(step.entropy_topk[row, heard]).any() and self._is_undone(request, feed):
                     continue
                 if request.needs_prompt_logits:
                     self._collect_prompt_logprobs(request, step, row, feed.num_tokens)
@@ -299,7 +305,7 @@ class GenerationLoop:
         assert step.logits is not None
         assert request.params.prompt_logprobs is not None
         following = request.sequence.tokens[request.num_cached + 1 : len(request.prompt_token_ids)][:num_tokens]
-        logits = step.logits[row, : len(following)]
+        logits = step.logits[row, step.at(row, 0, len(following))]
         found = token_logprobs(logits, request.params.prompt_logprobs, following, self._tokenizer)
         request.prompt_logprobs += found if request.prompt_logprobs else [None, *found]
 
@@ -337,12 +343,13 @@ def _read_prompt(reader: ReadsPrompts, request: Request, feed: Feed, step: Step,
     count = min(len(feed.context), len(request.prompt_token_ids) - 1 - start)
     if count <= 0:
         return
-    of_tokens = step.token_logprob[row, :count].copy()
+    positions = step.at(row, 0, count)
+    of_tokens = step.token_logprob[row, positions].copy()
     if count == feed.num_tokens:
         of_tokens[-1] = np.nan  # what follows is no part of the row
     tokens = request.sequence.tokens
-    of_choices = step.argmax_logprob[row, :count]
-    reader.read_prompt(request.slot, tokens, start, step.argmax[row, :count], of_choices, of_tokens)
+    of_choices = step.argmax_logprob[row, positions]
+    reader.read_prompt(request.slot, tokens, start, step.argmax[row, positions], of_choices, of_tokens)
 
 
 def _not_numbers(request: Request) -> EngineError:

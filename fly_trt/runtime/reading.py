@@ -54,7 +54,7 @@ class Reading:
         size = min(self._size, -(-(length - start) // SIZE_MULTIPLE) * SIZE_MULTIPLE)
         start = max(0, min(start, length - size))
         chunk = self.tokens[start : start + size]
-        step = _run(target, loan, start, chunk, NO_TOKENS, size)
+        step = _run(target, loan, start, chunk, NO_TOKENS, size, first=0)
         end = start + len(chunk)
         loan.num_tokens = end
         if end > self._num_read:
@@ -62,7 +62,7 @@ class Reading:
             self._num_read = end
 
     def _add(self, step: Step, start: int, end: int) -> None:
-        positions = slice(self._num_read - 1 - start, end - 1 - start)
+        positions = step.at(0, self._num_read - 1 - start, end - 1 - start)
         of_tokens = step.token_logprob[0, positions].astype(np.float64)
         of_choices = step.argmax_logprob[0, positions].astype(np.float64)
         if not (np.isfinite(of_choices).all() and (of_tokens <= 0.5).all()):  # NaN is not, either
@@ -117,7 +117,7 @@ class ExactText:
         is_whole = held + len(context) == len(self._tokens)
         draft = self._draft() if is_whole and len(context) == 1 else NO_TOKENS
         num_tokens = len(context) + len(draft) if len(context) == 1 else self._size
-        step = _run(target, loan, held, context, draft, num_tokens)
+        step = _run(target, loan, held, context, draft, num_tokens, first=len(context) - 1)
         self._num_held = held + len(context)
         if is_whole:
             num_accepted = int(step.num_accepted[0])
@@ -150,12 +150,16 @@ class ExactText:
         return output[nearest : nearest + NUM_COPIED]
 
 
-def _run(target: Engine, loan: Loan, start: int, context: IntArray, draft: IntArray, num_tokens: int) -> Step:
-    """One step of one row in the loan's slot. Raises NotNumbersError where something in the row is none."""
-    step = target.step(loan.slot, 1, num_tokens)
-    step.set_row(0, start, context, draft)
+def _run(
+    target: Engine, loan: Loan, start: int, context: IntArray, draft: IntArray, num_tokens: int, *, first: int
+) -> Step:
+    """One step of one row in the loan's slot, which speaks of its positions from `first` on. Raises NotNumbersError
+    where something in the row is none."""
+    end = len(context) + len(draft)
+    step = target.step(loan.slot, 1, num_tokens, num_positions=end - first)
+    step.set_row(0, start, context, draft, first=first)
     target.run(step)
-    if np.isnan(step.entropy_topk[0, : len(context) + len(draft)]).any():
+    if np.isnan(step.entropy_topk[0, step.at(0, first, end)]).any():
         target.clear_slot(loan.slot, start)
         loan.num_tokens = start
         raise NotNumbersError("the target's logits are not numbers")

@@ -108,6 +108,11 @@ class Request:
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt_token_ids)
 
     @property
+    def is_reading_prompt(self) -> bool:
+        """Whether the target has not read all of the prompt that a prompt token follows."""
+        return self.num_cached < len(self.prompt_token_ids) - 1
+
+    @property
     def traces_full_entropy(self) -> bool:
         """Whether a trace was asked for under a policy whose gate looks at the whole vocabulary."""
         return self.params.speculation_trace and self.policy.use_full_entropy

@@ -63,17 +63,24 @@ class RoundCosts:
 
 class Feed(NamedTuple):
     """What one row of a step processes: committed tokens that are not cached yet, and draft tokens after them; within a
-    round draft tokens come as context. `first` is the row's first position that a round wants to hear of. Where it
-    `takes_risks` there are draft tokens behind the first position, and one of them may spoil the row."""
+    round draft tokens come as context. `first` is the row's first position that a round wants to hear of, and
+    `heard_from` the first one that anybody does. Where it `takes_risks` there are draft tokens behind the first
+    position, and one of them may spoil the row."""
 
     context: IntArray
     draft: IntArray = NO_TOKENS
     first: int = 0
     takes_risks: bool = False
+    heard_from: int = 0
 
     @property
     def num_tokens(self) -> int:
         return len(self.context) + len(self.draft)
+
+    @property
+    def num_heard(self) -> int:
+        """Positions that the step has to speak of."""
+        return self.num_tokens - self.heard_from
 
 
 @dataclass(slots=True)
@@ -208,7 +215,7 @@ class Round:
         choose: how a request that samples or changes scores gets its choices; None takes the argmax. head_stops: what
         the engine's head never loosens, so that its verdict on a whole round holds where no more is forbidden.
         """
-        positions = slice(feed.first, feed.num_tokens)
+        positions = step.at(row, feed.first, feed.num_tokens)
         logits = None if step.logits is None else step.logits[row, positions]
         said = Positions(
             step.argmax[row, positions],

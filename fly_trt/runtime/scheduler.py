@@ -16,8 +16,8 @@ from fly_trt.runtime.rounds import Feed
 from fly_trt.runtime.slots import SlotTable
 from fly_trt.runtime.speculation import Speculation
 
-# Logits of a whole prompt chunk are large: V = 128 k and 64 tokens are 33 MB. A longer prompt that needs the logits of
-# its last token only is read without any up to there.
+# Logits of a whole prompt chunk are large: V = 128 k and 64 tokens are 33 MB. Where an engine gives all of them or
+# none, a longer prompt that needs the logits of its last token only is read without any up to there.
 MAX_LOGITS_CHUNK = 64
 MIN_PREFILL_CHUNK = 16
 
@@ -25,7 +25,7 @@ MIN_PREFILL_CHUNK = 16
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step of the target: rows of `num_tokens` tokens for the slots from `first_slot` on, each with its request and
-    what it is fed."""
+    what it is fed, that speaks of as many positions as anybody wants to hear of."""
 
     first_slot: int
     num_tokens: int
@@ -33,12 +33,25 @@ class StepPlan:
     with_logits: bool
     with_top: bool = False
 
+    @property
+    def num_positions(self) -> int:
+        return max(feed.num_heard for _, feed in self.rows)
+
 
 class Scheduler:
     """`running` is in the order of slots, 0 .. n - 1, after `schedule`, which admits nobody while `is_admitting` is
-    False. max_num_tokens: of prompts and again of verification per iteration."""
+    False. max_num_tokens: of prompts and again of verification per iteration. has_positions: of the target's steps, see
+    EngineInfo."""
 
-    def __init__(self, slots: SlotTable, speculation: Speculation, *, max_num_tokens: int, max_queue_size: int) -> None:
+    def __init__(
+        self,
+        slots: SlotTable,
+        speculation: Speculation,
+        *,
+        max_num_tokens: int,
+        max_queue_size: int,
+        has_positions: bool = True,
+    ) -> None:
         self.slots = slots
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -46,6 +59,7 @@ class Scheduler:
         self._speculation = speculation
         self._max_num_tokens = max_num_tokens
         self._max_queue_size = max_queue_size
+        self._has_positions = has_positions
         self._row_tokens = 1  # of the last verification step
 
     @property
@@ -109,15 +123,15 @@ class Scheduler:
                 continue
             limit = MAX_LOGITS_CHUNK if request.params.prompt_logprobs is not None else budget
             chunk = min(remaining, limit, budget)
-            if request.needs_logits and MAX_LOGITS_CHUNK < chunk == remaining:
+            if not self._has_positions and request.needs_logits and MAX_LOGITS_CHUNK < chunk == remaining:
                 chunk -= 1
             is_first = not num_decoding and budget == self._max_num_tokens
             if chunk < min(remaining, MIN_PREFILL_CHUNK) and not is_first:
                 return
             budget -= chunk
             if chunk < remaining:
-                fed = Feed(request.uncached[:chunk])
-                yield StepPlan(request.slot, chunk, [(request, fed)], request.needs_prompt_logits)
+                rows_ = [(request, self._feed(request, chunk))]
+                yield StepPlan(request.slot, chunk, rows_, request.needs_prompt_logits)
                 continue
             is_alone = len(rows) == 1
             request.enter(RequestState.DECODE)
@@ -129,7 +143,7 @@ class Scheduler:
         num_tokens = self._open_rounds(rows, num_draft)
         self._speculation.draft(rows, num_tokens)
         with_logits = any(request.needs_logits or request.needs_prompt_logits for request in rows)
-        feeds = [(row, _feed(row, num_tokens)) for row in rows]
+        feeds = [(row, self._feed(row, num_tokens)) for row in rows]
         fed = max(feed.num_tokens for _, feed in feeds)  # less than planned where drafts ended early
         return StepPlan(rows[0].slot, fed, feeds, with_logits, with_top=any(row.needs_top for row in rows))
 
@@ -176,9 +190,15 @@ class Scheduler:
         """Draft tokens that a step of so many rows has room for."""
         return max(0, self._max_num_tokens // num_rows - num_context)
 
-
-def _feed(request: Request, num_tokens: int) -> Feed:
-    """What the request's row of a step has: of a prompt the next chunk."""
-    if request.round is None:
-        return Feed(request.uncached[:num_tokens])
-    return request.round.feed(request.uncached, num_tokens)
+    def _feed(self, request: Request, num_tokens: int) -> Feed:
+        """What the request's row of a step has: of a prompt the next chunk. Of a chunk nobody wants to hear more than
+        whether it came to something that is not a number, which its last position shows as well as any."""
+        if request.round is None:
+            feed = Feed(request.uncached[:num_tokens])
+            heard_from = feed.num_tokens - 1
+        else:
+            feed = request.round.feed(request.uncached, num_tokens)
+            heard_from = feed.first
+        if request.needs_prompt_logits or (self._speculation.prompt_reader is not None and request.is_reading_prompt):
+            heard_from = 0
+        return feed._replace(heard_from=heard_from)

@@ -137,8 +137,8 @@ class SlotTable:
             held = request.held_tokens
             for start in range(0, len(held), max_num_tokens):
                 chunk = held[start : start + max_num_tokens]
-                step = self._target.step(request.slot, 1, len(chunk))
-                step.set_row(0, start, chunk)
+                step = self._target.step(request.slot, 1, len(chunk), num_positions=1)
+                step.set_row(0, start, chunk, first=len(chunk) - 1)
                 self._target.run(step)
 
     @property

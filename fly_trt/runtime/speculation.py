@@ -7,7 +7,7 @@ pay. It knows requests and rounds; it runs no target engine and decides nothing 
 import time
 from collections.abc import Sequence
 
-from fly_trt.drafting import Draft, Drafter, DraftRow, DraftStop
+from fly_trt.drafting import Draft, Drafter, DraftRow, DraftStop, ReadsPrompts
 from fly_trt.runtime.breaker import Breaker
 from fly_trt.runtime.draft_length import SURE, AcceptanceRate, DraftLength
 from fly_trt.runtime.guided import GuidedDraft, forced_draft, propose_guided
@@ -44,6 +44,11 @@ class Speculation:
         self.breaker: Breaker | None = None
         self._has_top_tokens = has_top_tokens
         self.draft_length = DraftLength(self.num_draft_tokens, adaptive=is_adaptive)
+
+    @property
+    def prompt_reader(self) -> ReadsPrompts | None:
+        """The drafter, where it wants to know what the target says of prompts."""
+        return self.drafter if isinstance(self.drafter, ReadsPrompts) else None
 
     @property
     def drafts_are_free(self) -> bool:

@@ -22,7 +22,7 @@ from tiny_models import EXACT_PRODUCTS, MAX_SEQ_LEN, SILENT_BELOW_ERROR, Runner
 from traced_once import export_once
 
 SHARED_INPUTS = ("input_ids", "write_indices", "num_context", "num_draft", "entropy_threshold", "use_full_entropy")
-SHARED_INPUTS += ("window", "lookahead")
+SHARED_INPUTS += ("window", "lookahead", "logits_positions", "next_tokens")
 
 
 def rank_graph(

@@ -15,7 +15,15 @@ import transformers
 from fly_build.checkpoint import SUPPORTED_MODEL_TYPES, open_checkpoint
 from fly_build.export import export_decoder
 from fly_trt.errors import CheckpointError
-from tiny_models import SHAPE, Runner, check_against_transformers, count_operators, save_tiny, tiny_runner
+from tiny_models import (
+    SHAPE,
+    Runner,
+    check_against_transformers,
+    check_asked_positions,
+    count_operators,
+    save_tiny,
+    tiny_runner,
+)
 
 WINDOW = 12
 HEAD_DIM = {"head_dim": 16}
@@ -46,6 +54,7 @@ GRANITE_MULTIPLIERS = {
 }
 # What a norm or a rotation of halves looks like when it is exported as it is written.
 LEFTOVERS = {"Pow", "ReduceMean", "ReduceSumSquare", "Sqrt", "Rsqrt", "Reciprocal", "Neg"}
+STEP_INPUTS = ["input_ids", "write_indices", "logits_positions", "next_tokens"]
 ROW_INPUTS = ["num_context", "num_draft", "entropy_threshold", "use_full_entropy", "window", "lookahead"]
 HEAD_OUTPUTS = ["num_accepted", "next_token", "argmax", "entropy", "entropy_topk", "argmax_logprob", "token_logprob"]
 HEAD_OUTPUTS += ["top_ids", "top_logprobs"]
@@ -135,9 +144,20 @@ def test_inputs_and_outputs_are_those_of_the_engine_contract(exported: Exported)
     graph = exported.graph.graph
     cache = [f"{kind}.{i}" for i in range(exported.reference.config.num_hidden_layers) for kind in ("key", "value")]
     past, present = ([f"{when}_{name}" for name in cache] for when in ("past", "present"))
-    assert [value.name for value in graph.inputs] == ["input_ids", "write_indices", *ROW_INPUTS, *past]
+    assert [value.name for value in graph.inputs] == [*STEP_INPUTS, *ROW_INPUTS, *past]
     assert [value.name for value in graph.outputs] == [*HEAD_OUTPUTS, "logits", *present]
     assert {str(value.shape[2]) for value in graph.inputs if value.name in past} == {"S"}
+
+
+def test_the_vocabulary_is_multiplied_with_the_positions_that_were_asked_for_alone(exported: Exported) -> None:
+    """Also where scales and caps follow the product, and with the same bits."""
+    check_asked_positions(exported.runner, exported.graph)
+    wide = [value for node in exported.graph.graph for value in node.outputs if is_of_vocabulary(value)]
+    assert {str(value.shape[1]) for value in wide} == {"L"}
+
+
+def is_of_vocabulary(value: ir.Value) -> bool:
+    return value.shape is not None and len(value.shape) == 3 and value.shape[2] == SHAPE["vocab_size"]
 
 
 def test_every_initializer_is_used(exported: Exported) -> None:

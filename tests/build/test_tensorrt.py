@@ -233,9 +233,9 @@ def test_compiling_shows_progress_and_ends_at_ctrl_c(tiny_pair: TinyPair, tmp_pa
 def test_profiles_cover_decode_verification_and_prefill() -> None:
     sizes = _sizes()
     assert list(sizes.profiles()) == [
-        ((1, 1), (2, 1), (4, 1)),
-        ((1, 2), (2, 16), (4, 16)),
-        ((1, 1), (1, 64), (1, 64)),
+        ((1, 1, 1), (2, 1, 1), (4, 1, 1)),
+        ((1, 2, 1), (2, 16, 16), (4, 16, 16)),
+        ((1, 1, 1), (1, 64, 1), (1, 64, 64)),
     ]
     assert sizes.cache_tokens == 256  # 128 + 8 drafts + the longest step of 64, in whole blocks
 

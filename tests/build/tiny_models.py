@@ -21,10 +21,11 @@ from fly_build.attention import make_shape_invariant
 from fly_build.checkpoint import Checkpoint, open_checkpoint
 from fly_build.cpu_linears import fuse_linears
 from fly_build.export import DecoderGraph
-from fly_build.head import append_head
+from fly_build.head import GATE_OUTPUTS, append_head
 from fly_build.linear_form import Kernels
 from fly_build.operators import AttentionForm
 from fly_build.weights import WeightWriter
+from fly_trt.engines.base import POSITIONS_INPUT
 from fly_trt.engines.onnxruntime import session_options
 from fly_trt.manifest import Dtype, Quantization
 from traced_once import export_once
@@ -158,10 +159,13 @@ class Runner:
         }
 
     def step(self, input_ids: npt.ArrayLike, write_indices: list[int], **head_inputs: Any) -> dict[str, np.ndarray]:
-        """input_ids [B, T], tokens cached per row -> every output but the cache, which is kept for the next step."""
-        rows = len(write_indices)
+        """input_ids [B, T], tokens cached per row -> every output but the cache, which is kept for the next step. Of
+        all positions, unless `logits_positions` int64 [B, L] says which."""
+        ids, rows = np.asarray(input_ids, np.int64), len(write_indices)
+        positions = head_inputs.pop("logits_positions", np.arange(ids.size).reshape(ids.shape))
         head = {name: np.full(rows, value) for name, value in (EXACT_MATCH | head_inputs).items()}
-        feeds = {"input_ids": np.asarray(input_ids, np.int64), "write_indices": np.array(write_indices, np.int64)}
+        feeds = {"input_ids": ids, "write_indices": np.array(write_indices, np.int64), "logits_positions": positions}
+        feeds["next_tokens"] = np.roll(ids, -1, axis=1).reshape(-1)[positions]
         names = [output.name for output in self.session.get_outputs()]
         outputs = dict(zip(names, self.session.run(names, feeds | head | self.cache), strict=True))
         self.cache = {name: outputs.pop(name.replace("past", "present")) for name in self.cache}
@@ -208,3 +212,33 @@ def check_against_transformers(model: torch.nn.Module, runner: Runner) -> None:
     np.testing.assert_allclose(middle[1], second[REWOUND : REWOUND + step], atol=TOLERANCE, rtol=0)
     np.testing.assert_allclose(last[0], first[-1:], atol=TOLERANCE, rtol=0)
     np.testing.assert_allclose(last[1], second[-1:], atol=TOLERANCE, rtol=0)
+
+
+def check_asked_positions(runner: Runner, graph: ir.Model) -> None:
+    """That a step says of some positions what it says of them among all, with the same bits of the logits, and that its
+    logits see the rest of a row through nothing but the operator that takes these positions out of it."""
+    ids = np.random.default_rng(3).integers(3, SHAPE["vocab_size"], (2, 9))
+    every = runner.step(ids, [0, 0])
+    for asked in ([8], [4, 5, 6, 7, 8], [2, 3], [8, 8, 8]):
+        positions = np.array([asked, [9 + position for position in reversed(asked)]])
+        some = runner.step(ids, [0, 0], logits_positions=positions)
+        for name in ("logits", *GATE_OUTPUTS):
+            want = every[name].reshape(ids.size, *every[name].shape[2:])[positions]
+            # ONNX Runtime takes the last few exponentials of a tensor by themselves, in another way.
+            rtol = 0 if name in ("logits", "argmax", "top_ids") else 1e-5
+            np.testing.assert_allclose(some[name], want, rtol=rtol, atol=rtol, err_msg=f"{name} at {asked}")
+    (taken,) = [node for node in graph.graph if any(is_named(value, POSITIONS_INPUT) for value in node.inputs)]
+    assert taken.op_type == "Gather"
+    above, seen = [value for value in graph.graph.outputs if value.name == "logits"], set()
+    while above:
+        value = above.pop()
+        assert not is_named(value, "input_ids"), "logits of positions that nobody asked for"
+        node = value.producer()
+        if node is not None and node is not taken and node not in seen:
+            seen.add(node)
+            above += [read for read in node.inputs if read is not None]
+    assert seen
+
+
+def is_named(value: ir.Value | None, name: str) -> bool:
+    return value is not None and value.name == name

@@ -13,6 +13,8 @@ from fly_trt.drafting import DraftRow, Level, Lookup, ModelDrafter
 from loop_stack import CheckedModelDrafter
 from table_engine import VOCAB_SIZE, NextToken, TableEngine, greedy, hashed, sometimes_differs
 
+LANGUAGE = hashed(8, 1)
+PROMPT = [3, 4, 5] * 10
 LOOKUPS = [None, Lookup(max_n=4, min_n=1, num_tokens=6), Lookup(max_n=2, min_n=2, num_tokens=3)]
 
 
@@ -40,6 +42,14 @@ def steps_of(engine: TableEngine, action: Callable[[], object]) -> list[tuple[in
     before = engine.num_runs
     action()
     return engine.shapes[before:]
+
+
+def test_of_what_the_draft_model_reads_it_speaks_of_the_last_token_alone() -> None:
+    engine, drafter = make_drafter(LANGUAGE)
+    assert propose(drafter, PROMPT, 5) == greedy(LANGUAGE, PROMPT, 5)
+    assert propose(drafter, [*PROMPT, 3, 4], 5) == greedy(LANGUAGE, [*PROMPT, 3, 4], 5)
+    assert {tokens for _, _, tokens in engine.shapes} > {1}
+    assert set(engine.num_positions) == {1}
 
 
 @pytest.mark.parametrize("lookup", LOOKUPS)

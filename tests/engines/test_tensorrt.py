@@ -19,6 +19,7 @@ from fly_trt.engines.gpu import widen
 from fly_trt.errors import EngineError
 from fly_trt.manifest import Dtype, read_manifest
 from fly_trt.verification import FlyPolicy
+from older_graphs import find_positions
 from simulated_cuda import SimulatedCuda
 from simulated_engine import LONGEST, LONGEST_ROW, MAX_SEQ_LEN, TOKENS, load, logits, numbers, run, same
 from simulated_tensorrt import deserialise, serialise
@@ -242,6 +243,46 @@ def test_an_engine_without_the_most_probable_tokens_runs_and_names_the_fix_where
         same(logits(older, 0, TOKENS[:num_tokens]), logits(engine, 0, TOKENS[:num_tokens]))
     with pytest.raises(EngineError, match="rebuild it with fly-build"):
         older.step(0, 1, 5, with_top=True)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize(("num_tokens", "first"), [(5, 4), (7, 3), (20, 19), (50, 49), (50, 40), (50, 10)])
+def test_what_is_said_of_some_positions_is_what_is_said_of_them_among_all(
+    engine: Engine, num_rows: int, num_tokens: int, first: int
+) -> None:
+    """Also where rows or positions are padded, and where long rows run one at a time."""
+    for asked in (None, num_tokens - first, None, num_tokens - first, num_tokens - first):
+        context = max(first + 1, num_tokens - 2)
+        step = engine.step(0, num_rows, num_tokens, num_positions=asked, with_logits=True, with_top=True)
+        for row in range(num_rows):
+            tokens = TOKENS[row : row + num_tokens]
+            step.set_row(row, 0, tokens[:context], tokens[context:], first=first if asked else 0)
+        engine.run(step)
+        found = {
+            name: np.array([getattr(step, name)[row, step.at(row, first, num_tokens)] for row in range(num_rows)])
+            for name in ("argmax", "entropy_topk", "argmax_logprob", "logits", "top_ids")
+        }
+        found["next_token"] = step.next_token.copy()
+        if asked is None:
+            every = found
+        for name, numbers_ in found.items():
+            same(numbers_, every[name])
+
+
+def test_an_engine_that_cannot_be_asked_of_positions_speaks_of_all(
+    engine: Engine, simulated_engine: Path, tmp_path: Path
+) -> None:
+    onnx_model, library, profiles = deserialise((simulated_engine / "draft/model.plan").read_bytes())
+    model = ir.from_proto(onnx.load_model_from_string(onnx_model))
+    find_positions(model)
+    (tmp_path / "older.plan").write_bytes(serialise(ir.to_proto(model).SerializeToString(), library, profiles))
+    older = load(simulated_engine, folder=tmp_path, model="older.plan", positions=False)
+    for num_tokens in (5, 5, 50):
+        step = older.step(0, 1, num_tokens, num_positions=1, with_logits=True)
+        step.set_row(0, 0, TOKENS[:num_tokens], first=num_tokens - 1)
+        older.run(step)
+        assert step.num_positions == num_tokens
+        same(step.logits[0], logits(engine, 0, TOKENS[:num_tokens]))
 
 
 @pytest.mark.parametrize("dtype", ["float32", *HALVES])

@@ -325,8 +325,7 @@ def test_both_kernels_together_are_the_portable_head(kernels: library.Kernels) -
     for _ in range(10):
         logits = (rng.normal(size=(batch_size, length, vocab_size)) * rng.choice([0.5, 3])).astype(np.float32)
         following = np.where(rng.random((batch_size, length)) < 0.1, 5, logits.argmax(-1))
-        ids = np.concatenate([np.full((batch_size, 1), 9), following[:, :-1]], axis=1)
-        following = np.roll(ids, -1, axis=1)
+        following[:, -1] = 9
         context = rng.integers(1, length, batch_size)
         row = {
             "num_context": context,
@@ -337,7 +336,7 @@ def test_both_kernels_together_are_the_portable_head(kernels: library.Kernels) -
             "lookahead": rng.integers(0, 7, batch_size),
         }
         names = ("num_accepted", "next_token", *GATE_OUTPUTS)
-        feeds = {"input_ids": ids, "write_indices": np.zeros(batch_size, np.int64), "given": logits, **row}
+        feeds = {"given": logits, "next_tokens": following, **row}
         feeds["use_full_entropy"] = row["use_full_entropy"].astype(np.bool_)
         want = dict(zip(names, session.run(list(names), feeds), strict=True))
         found = kernels.entropy_gate(logits.reshape(-1, vocab_size), following.reshape(-1), 3)

@@ -137,6 +137,26 @@ def test_the_first_token_is_not_kept_back_for_the_second_step() -> None:
     assert stack.target.num_runs == 1
 
 
+@pytest.mark.parametrize("drafter", [name for name in DRAFTERS if name != "alignment"])  # which wants to hear it all
+def test_of_a_prompt_no_more_is_heard_than_what_is_verified(drafter: str) -> None:
+    """One position of a chunk, and of the last one what its drafts need."""
+    stack = make_stack(LANGUAGE, make_drafter(drafter, LANGUAGE), num_slots=1, max_num_tokens=48)
+    request = make_request(random_prompt(0, 190), max_tokens=30)
+    stack.run(request)
+    assert [tokens for _, _, tokens in stack.target.shapes[:3]] == [48] * 3
+    assert stack.target.num_positions[:3] == [1] * 3
+    assert max(stack.target.num_positions) <= stack.target.info.max_draft_len + 1
+    assert request.output_token_ids == greedy(LANGUAGE, request.prompt_token_ids, 30)
+
+
+def test_a_prompt_that_is_sampled_after_is_read_in_one_step_with_the_logits_of_its_last_token() -> None:
+    logits = spread_logits(1)
+    stack = make_stack(most_probable(logits), num_slots=1, max_num_tokens=200, logits=logits)
+    stack.run(make_request(random_prompt(0, 150), max_tokens=1, temperature=0.5, seed=1))
+    assert stack.target.shapes == [(0, 1, 150)]
+    assert stack.target.logits_shapes == [(1, 1)]
+
+
 @pytest.mark.parametrize("length", [1, 2, MAX_LOGITS_CHUNK, MAX_LOGITS_CHUNK + 1, 150])
 @pytest.mark.parametrize("drafter", ["none", "ngram"])
 @pytest.mark.parametrize("num_others", [0, 2])

@@ -67,9 +67,8 @@ class Batch:
 
     def feeds(self) -> dict[str, np.ndarray]:
         return {
-            "input_ids": self.ids.astype(np.int64),
-            "write_indices": np.zeros(len(self.ids), np.int64),
             "given": self.logits,
+            "next_tokens": np.roll(self.ids, -1, axis=1).astype(np.int64),
             "num_context": self.context.astype(np.int64),
             "num_draft": self.drafts.astype(np.int64),
             "entropy_threshold": np.array([p.entropy_threshold for p in self.policies], np.float32),
