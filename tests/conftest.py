@@ -83,6 +83,16 @@ def _build(output: Path, **flags: object) -> None:
         fly_build.pipeline.build(fly_build.pipeline.make_plan(recipe, output), lambda step, fraction: None)
 
 
+@pytest.fixture(scope="session")
+def cpu_library() -> Path:
+    """The operators of plugins/cpu, compiled from the sources of the tree."""
+    from fly_build.cpu_library import find_library
+
+    if (library := find_library("auto")) is None:
+        pytest.skip("no compiler, or not an x86-64 CPU")
+    return library
+
+
 @pytest.fixture
 def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """No step of an engine is fast: a request for many tokens runs until somebody ends it, on any machine."""

@@ -1,8 +1,9 @@
 """ONNX Runtime on the CPU behind the engine contract: the default that runs anywhere.
 
-The KV caches are NumPy arrays of all slots; a step binds a view of its slots as both past and present, so
-TensorScatter writes in place. The cost of ONNX Attention follows the allocated length, so caches start small, grow in
-blocks, and shrink when the long sequences are gone.
+The KV caches are NumPy arrays of all slots; a step binds a view of its slots as both past and present, so that new
+tokens are written in place. The cost of ONNX Attention follows the allocated length, so caches start small, grow in
+blocks, and shrink when the long sequences are gone. A graph with CacheAttention (plugins/cpu) has its keys in blocks of
+16 tokens, transposed; its cost does not follow the length, and what shrinking saves is memory.
 """
 
 import logging
@@ -34,6 +35,7 @@ CACHE_BLOCK_TOKENS = 128
 MAX_CACHE_BLOCKS = 16  # longer caches grow in larger blocks, so that growing stays rare
 SHRINK_FACTOR = 4
 MAX_BOUND_SHAPES = 256
+KEY_BLOCK_TOKENS = 16
 CACHE_DTYPES = {"float32": np.float32, "float16": np.float16}
 
 
@@ -121,6 +123,8 @@ class OnnxRuntimeEngine:
         except Exception as error:  # ONNX Runtime raises a class of its own for each status code
             reason = one_line(error)
             raise EngineError(f"{model_path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from None
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        self._has_key_blocks = len(inputs["past_key.0"].shape) == 5
 
     def step(
         self,
@@ -149,19 +153,25 @@ class OnnxRuntimeEngine:
     def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
         self._num_held[target] = num_tokens
         for cache in self._caches:
-            cache[target, :, :num_tokens] = cache[source, :, :num_tokens]
+            _tokens(cache, target, num_tokens)[:] = _tokens(cache, source, num_tokens)
 
     def swap_slots(self, first: int, second: int, num_tokens: int) -> None:
         self._num_held[first] = self._num_held[second] = num_tokens
         for cache in self._caches:
-            held = cache[first, :, :num_tokens].copy()
-            cache[first, :, :num_tokens] = cache[second, :, :num_tokens]
-            cache[second, :, :num_tokens] = held
+            ours, theirs = _tokens(cache, first, num_tokens), _tokens(cache, second, num_tokens)
+            held = ours.copy()
+            ours[:] = theirs
+            theirs[:] = held
 
     def clear_slot(self, slot: int, start: int) -> None:
         self._num_held[slot] = min(self._num_held[slot], start)
         for cache in self._caches:
-            cache[slot, :, start:] = 0
+            if cache.ndim == 5:
+                block, first = divmod(start, KEY_BLOCK_TOKENS)
+                cache[slot, :, block : block + 1, :, first:] = 0
+                cache[slot, :, block + 1 :] = 0
+            else:
+                cache[slot, :, start:] = 0
 
     def trim(self, num_tokens: int) -> int:
         if self._capacity > SHRINK_FACTOR * _whole_blocks(num_tokens):
@@ -170,7 +180,7 @@ class OnnxRuntimeEngine:
 
     @property
     def capacity(self) -> int:
-        """Tokens that each slot has room for now; the cost of a step follows it."""
+        """Tokens that each slot has room for now; the cost of a step follows it, but with CacheAttention."""
         return self._capacity
 
     def close(self) -> None:
@@ -233,13 +243,16 @@ class OnnxRuntimeEngine:
         capacity = _whole_blocks(num_tokens)
         self._generation += 1
         self._num_held = [min(held, capacity) for held in self._num_held]
-        shape = (self._num_slots, model.num_kv_heads, capacity, model.head_dim)
+        values = (self._num_slots, model.num_kv_heads, capacity, model.head_dim)
+        keys: tuple[int, ...] = values
+        if self._has_key_blocks:
+            keys = (*values[:2], capacity // KEY_BLOCK_TOKENS, model.head_dim, KEY_BLOCK_TOKENS)
         try:
             for index in range(2 * model.num_layers):
-                resized = np.zeros(shape, CACHE_DTYPES[model.kv_cache_dtype])
+                resized = np.zeros((keys, values)[index % 2], CACHE_DTYPES[model.kv_cache_dtype])
                 for slot, held in enumerate(self._num_held):
                     if held:
-                        resized[slot, :, :held] = self._caches[index][slot, :, :held]
+                        _tokens(resized, slot, held)[:] = _tokens(self._caches[index], slot, held)
                 self._caches[index : index + 1] = [resized]
         except BaseException:  # some layers have the new length and others the old one
             self._caches.clear()
@@ -257,6 +270,11 @@ def _register_kernels(options: ort.SessionOptions, library: Path) -> None:
         if reason.startswith("Failed to"):  # the system's words, not the library's, which name a fix
             reason += ": rebuild with fly-build on this machine, or with --cpu-kernels off"
         raise EngineError(f"{library}: {reason}") from None
+
+
+def _tokens(cache: np.ndarray, slot: int, num_tokens: int) -> np.ndarray:
+    """A slot's first tokens: a view, with the rest of the last block where keys lie in blocks."""
+    return cache[slot, :, : -(-num_tokens // KEY_BLOCK_TOKENS) if cache.ndim == 5 else num_tokens]
 
 
 def _whole_blocks(num_tokens: int) -> int:

@@ -5,14 +5,6 @@ from pathlib import Path
 import pytest
 
 from cpu_operators import CpuOperators
-from fly_build.cpu_library import find_library
-
-
-@pytest.fixture(scope="session")
-def cpu_library() -> Path:
-    if (library := find_library("auto")) is None:
-        pytest.skip("no compiler, or not an x86-64 CPU")
-    return library
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention.h"
+
 namespace fly {
 
 // What is done to a row before it is rounded to 8 bits.
@@ -88,6 +90,8 @@ struct Kernels {
     // Of `vocab_size` logits the `top_k` most probable tokens, the lowest id first among equals, their log probabilities
     // and the entropies. A logit of -inf has no share. With a NaN, +inf, or nothing but -inf all floats are NaN.
     RowEntropies (*read_logits)(const float* logits, size_t vocab_size, size_t top_k, int64_t* top_ids, float* top_logprobs);
+
+    const AttentionKernels* attention;
 };
 
 // Kinds with the same lanes differ in the product alone.

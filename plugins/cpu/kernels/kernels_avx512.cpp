@@ -19,7 +19,7 @@ struct Avx512 : Registers512 {
 }  // namespace
 
 const Kernels* avx512_kernels() {
-    static const Kernels table = {"avx512", Product<Avx512>::layout, quantize_row, Product<Avx512>::multiply, read_logits};
+    static const Kernels table = {"avx512", Product<Avx512>::layout, quantize_row, Product<Avx512>::multiply, read_logits, avx512_attention()};
     return &table;
 }
 

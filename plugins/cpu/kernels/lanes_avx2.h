@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "attention.h"
+
 namespace fly {
 namespace {
 
@@ -17,6 +19,10 @@ struct Lanes {
     static Lanes all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
     static Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
     static Lanes of_integers(const int32_t* p, int32_t less) { return {floats(p, less), floats(p + 8, less)}; }
+    static Lanes load(const Half* p) {
+        const auto* eight = reinterpret_cast<const __m128i*>(p);
+        return {_mm256_cvtph_ps(_mm_loadu_si128(eight)), _mm256_cvtph_ps(_mm_loadu_si128(eight + 1))};
+    }
     // The first n, zeros behind them.
     static Lanes load(const float* p, size_t n) {
         if (n >= 16) return load(p);
@@ -27,6 +33,12 @@ struct Lanes {
     void store(float* p) const {
         _mm256_storeu_ps(p, low);
         _mm256_storeu_ps(p + 8, high);
+    }
+    // Rounded to the nearest, ties to even.
+    void store(Half* p) const {
+        auto* eight = reinterpret_cast<__m128i*>(p);
+        _mm_storeu_si128(eight, _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
+        _mm_storeu_si128(eight + 1, _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT));
     }
     void store(float* p, size_t n) const {
         if (n >= 16) return store(p);
@@ -70,6 +82,13 @@ inline __m256 power_of_two(__m256 n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
 }
 inline Lanes power_of_two(Lanes n) { return {power_of_two(n.low), power_of_two(n.high)}; }
+// x where `by` is not below the limit, which what is not a number never is; else 0.
+inline __m256 unless_below(__m256 x, __m256 by, float limit) {
+    return _mm256_and_ps(x, _mm256_cmp_ps(by, _mm256_set1_ps(limit), _CMP_NLT_UQ));
+}
+inline Lanes unless_below(Lanes x, Lanes by, float limit) {
+    return {unless_below(x.low, by.low, limit), unless_below(x.high, by.high, limit)};
+}
 // Whether one of them is not finite.
 inline bool any_not_finite(Lanes a) {
     const __m256 most = _mm256_set1_ps(3.4028234664e38F);

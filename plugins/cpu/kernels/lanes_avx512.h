@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention.h"
+
 namespace fly {
 namespace {
 
@@ -18,9 +20,16 @@ struct Lanes {
     static Lanes of_integers(const int32_t* p, int32_t less) {
         return {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(p), _mm512_set1_epi32(less)))};
     }
+    static Lanes load(const Half* p) {
+        return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+    }
     // The first n, zeros behind them.
     static Lanes load(const float* p, size_t n) { return {_mm512_maskz_loadu_ps(mask(n), p)}; }
     void store(float* p) const { _mm512_storeu_ps(p, v); }
+    // Rounded to the nearest, ties to even.
+    void store(Half* p) const {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    }
     void store(float* p, size_t n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
     // Rounded to the nearest, ties to even; within -128..127.
     void store_int8(int8_t* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v))); }
@@ -41,6 +50,10 @@ inline Lanes rounded(Lanes a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_
 inline Lanes power_of_two(Lanes n) {
     const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23))};
+}
+// x where `by` is not below the limit, which what is not a number never is; else 0.
+inline Lanes unless_below(Lanes x, Lanes by, float limit) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(by.v, _mm512_set1_ps(limit), _CMP_NLT_UQ), x.v)};
 }
 // Whether one of them is not finite.
 inline bool any_not_finite(Lanes a) { return _mm512_fpclass_ps_mask(a.v, 0x99) != 0; }

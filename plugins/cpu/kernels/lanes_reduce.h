@@ -1,4 +1,4 @@
-// From 16 lanes to one number, in one order for every kind of lanes. Included by lanes_*.h.
+// From 16 lanes to one number, in one order for every kind of lanes, and exponentials. Included by lanes_*.h.
 #pragma once
 
 namespace fly {
@@ -18,6 +18,8 @@ inline float largest(Lanes a) {
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
+inline float first_of(Lanes a) { return _mm256_cvtss_f32(halves_low(a)); }
+
 // exp(x) within 2 units in the last place; 0 from kNoPower down, and what exp(88.3) is above.
 constexpr float kNoPower = -88.0F;  // n is -127, whose power of two has no bits
 inline Lanes exponential(Lanes x) {
@@ -35,6 +37,23 @@ inline Lanes exponential(Lanes x) {
     p = fma(p, r, Lanes::all(1.0F));
     return p * power_of_two(n);
 }
+
+// 2^x for x in -126..127 within 2 units in the last place, exactly 1 for 0. What is not a number stays so.
+inline Lanes power_of_two_near_zero(Lanes x) {
+    const Lanes n = rounded(x), r = x - n;
+    Lanes p = Lanes::all(1.54614447e-4F);
+    p = fma(p, r, Lanes::all(1.34004282e-3F));
+    p = fma(p, r, Lanes::all(9.61805668e-3F));
+    p = fma(p, r, Lanes::all(5.55032723e-2F));
+    p = fma(p, r, Lanes::all(2.40226509e-1F));
+    p = fma(p, r, Lanes::all(6.93147207e-1F));
+    p = fma(p, r, Lanes::all(1.0F));
+    return p * power_of_two(n);
+}
+
+// The same for x of 0 or less, and 0 where 2^x is below 2^-80: beside a weight of 1 that is nothing, and its products
+// would be numbers too small to be fast.
+inline Lanes small_power_of_two(Lanes x) { return unless_below(power_of_two_near_zero(x), x, -80.0F); }
 
 }  // namespace
 }  // namespace fly

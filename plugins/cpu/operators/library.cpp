@@ -1,4 +1,5 @@
 // The entry point that ONNX Runtime looks for in a library of custom operators.
+#include "cache_attention.h"
 #include "entropy_gate.h"
 #include "int8_linear.h"
 #include "loose_window_accept.h"
@@ -33,6 +34,8 @@ extern "C" __attribute__((visibility("default"))) fly::abi::Status* RegisterCust
     static abi::CustomOpDomain* domain = nullptr;
     if (domain == nullptr) {
         const abi::CustomOp* const operators[] = {
+            operator_of<CacheAttention<float>>(),
+            operator_of<CacheAttention<Half>>(),
             operator_of<EntropyGate>(),
             operator_of<Int8Linear>(),
             operator_of<LooseWindowAccept>(),

@@ -153,10 +153,15 @@ class Context {
     abi::KernelContext* context_;
 };
 
-// Memory of the calling thread, kept for the next call: a step allocates nothing. `take` forgets what was taken before.
+// Memory of the calling thread, kept for the next call: a step allocates nothing. `reserve` forgets what was taken before.
 class Scratch {
    public:
     static Scratch& of_thread() {
+        thread_local Scratch scratch;
+        return scratch;
+    }
+    // For work inside of Context::parallel, which the thread that has scratch of its own also does.
+    static Scratch& of_task() {
         thread_local Scratch scratch;
         return scratch;
     }

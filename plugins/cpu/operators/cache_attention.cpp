@@ -1,0 +1,162 @@
+#include "cache_attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <vector>
+
+namespace fly {
+namespace {
+
+constexpr size_t kEnoughTasks = 8;            // below, tasks are made smaller; that costs a little
+constexpr size_t kSplitTasks = 32;            // about so many where chunks are shared out too
+constexpr size_t kValuesAtOnce = 16 << 10;    // new keys' values that one thread stores before others are worth waking
+constexpr size_t kProductsAtOnce = 128 << 10;  // products that one thread forms before others are worth waking
+
+size_t parts(size_t count, size_t size) { return (count + size - 1) / size; }
+
+void require(bool is_right, const char* what) {
+    if (!is_right) throw Failure(std::string("CacheAttention: ") + what);
+}
+
+// Where an output is not bound to its input's memory, the input is copied.
+void* present(const Context& context, size_t index, const Tensor& past, size_t item_bytes) {
+    void* data = context.output<char>(index, past.shape);
+    if (data != past.data && data != nullptr) std::memcpy(data, past.data, past.shape.count() * item_bytes);
+    return data;
+}
+
+// Calls work(i, scratch) for each i, in this thread alone where there is little to do. Throws std::bad_alloc at the end
+// where a thread had no memory.
+template <typename Work>
+void share(const Context& context, size_t count, bool is_little, size_t scratch_size, const Work& work) {
+    std::atomic<bool> has_memory = true;
+    const auto one = [&](size_t index) {
+        Scratch& scratch = Scratch::of_task();
+        try {
+            scratch.reserve({scratch_size * sizeof(float)});
+        } catch (const std::bad_alloc&) {
+            has_memory = false;
+            return;
+        }
+        work(index, scratch.take<float>(scratch_size));
+    };
+    if (is_little)
+        for (size_t index = 0; index < count; ++index) one(index);
+    else
+        context.parallel(count, one);
+    if (!has_memory) throw std::bad_alloc();
+}
+
+// Tokens of a sequence whose keys lie in the same block are one task: threads do not write to the same lines.
+void store(const Context& context, const AttentionKernels& kernels, const Attention& a) {
+    const size_t num_blocks = a.tokens / kKeyBlock + 2;
+    const bool is_little = a.batch * a.tokens * a.kv_heads * a.head_dim <= kValuesAtOnce;
+    share(context, a.batch * num_blocks, is_little, 2 * a.head_dim, [&](size_t index, float* scratch) {
+        const size_t sequence = index / num_blocks, start = a.write_indices[sequence];
+        const size_t block = start / kKeyBlock + index % num_blocks;
+        const size_t first = std::max(start, block * kKeyBlock), end = std::min(start + a.tokens, (block + 1) * kKeyBlock);
+        if (first < end) kernels.store(a, sequence, first - start, end - start, scratch);
+    });
+}
+
+// The sizes and positions that the kernels rely on.
+void check_fit(const Attention& a, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& past_key, const Tensor& past_value) {
+    require(query.shape.rank == 3 && past_key.shape.rank == 5 && past_value.shape.rank == 4,
+            "query has 3 axes, past_key 5 and past_value 4");
+    require(a.kv_heads > 0 && a.heads % a.kv_heads == 0, "num_heads is a multiple of num_kv_heads");
+    require(a.head_dim > 0 && a.head_dim % 16 == 0, "the size of a head is a multiple of 16");
+    const auto has = [](const Tensor& tensor, std::initializer_list<size_t> sizes) {
+        size_t axis = 0;
+        return std::all_of(sizes.begin(), sizes.end(), [&](size_t size) { return static_cast<size_t>(tensor.shape[axis++]) == size; });
+    };
+    require(has(past_key, {a.batch, a.kv_heads, a.capacity / kKeyBlock, a.head_dim, kKeyBlock}) && a.capacity % kKeyBlock == 0 &&
+                has(past_value, {a.batch, a.kv_heads, a.capacity, a.head_dim}),
+            "past_key is [B, Hkv, S / 16, D, 16] and past_value [B, Hkv, S, D]");
+    const size_t width = key ? a.heads : a.heads + 2 * a.kv_heads;
+    require(has(query, {a.batch, a.tokens, width * a.head_dim}) && static_cast<bool>(key) == static_cast<bool>(value) &&
+                (!key || (has(key, {a.batch, a.tokens, a.kv_heads * a.head_dim}) && has(value, {a.batch, a.tokens, a.kv_heads * a.head_dim}))),
+            "query is [B, T, (Hq + 2 Hkv) D], or [B, T, Hq D] with key and value [B, T, Hkv D]");
+    for (size_t sequence = 0; sequence < a.batch; ++sequence) {
+        const int64_t at = a.write_indices[sequence];
+        if (at < 0 || static_cast<size_t>(at) + a.tokens > a.capacity)
+            throw Failure("CacheAttention: " + std::to_string(a.tokens) + " tokens from position " + std::to_string(at) +
+                          " on, in a cache with room for " + std::to_string(a.capacity));
+    }
+}
+
+}  // namespace
+
+CacheAttentionBase::CacheAttentionBase(const Attributes& attributes)
+    : kernels_(*kernels().attention),
+      heads_(attributes.integer("num_heads", 1)),
+      kv_heads_(attributes.integer("num_kv_heads", 1)),
+      window_(attributes.integer("window", 0)),
+      scale_(attributes.number("scale", 1.0F)),
+      softcap_(attributes.number("softcap", 0.0F)),
+      epsilon_(attributes.number("epsilon", 0.0F)) {}
+
+void CacheAttentionBase::compute(const Context& context, bool is_half) const {
+    const Tensor query = context.input(0), key = context.input(1), value = context.input(2), write_indices = context.input(3);
+    const Tensor past_key = context.input(4), past_value = context.input(5), cosines = context.input(6), sines = context.input(7);
+    const Tensor query_norm = context.input(8), key_norm = context.input(9);
+    Attention a = {};
+    a.batch = query.shape[0], a.tokens = query.shape[1];
+    a.heads = heads_, a.kv_heads = kv_heads_, a.window = window_;
+    a.head_dim = past_value.shape[3], a.capacity = past_value.shape[2];
+    a.scale = scale_, a.softcap = softcap_, a.epsilon = epsilon_, a.is_half = is_half;
+    a.write_indices = write_indices.as<int64_t>();
+    require(static_cast<size_t>(write_indices.shape.count()) == a.batch, "write_indices has one position for each sequence");
+    check_fit(a, query, key, value, past_key, past_value);
+    a.query = query.as<float>(), a.query_stride = query.shape.last();
+    a.key = key ? key.as<float>() : a.query + heads_ * a.head_dim;
+    a.value = value ? value.as<float>() : a.key + kv_heads_ * a.head_dim;
+    a.key_stride = key ? kv_heads_ * a.head_dim : a.query_stride;
+    a.cosines = cosines.as<float>(), a.sines = sines.as<float>();
+    a.half_rotated = cosines ? cosines.shape.last() : 0;
+    require(2 * a.half_rotated <= a.head_dim && cosines.shape.count() == sines.shape.count(), "cos and sin are [B, T, R / 2], R at most D");
+    a.query_norm = query_norm.as<float>(), a.key_norm = key_norm.as<float>();
+    Shape shape = query.shape;
+    a.output = context.output<float>(0, shape.with_last(heads_ * a.head_dim));
+    const size_t item_bytes = is_half ? sizeof(Half) : sizeof(float);
+    a.keys = present(context, 1, past_key, item_bytes);
+    a.values = present(context, 2, past_value, item_bytes);
+    if (a.batch * a.tokens == 0) return;
+    const auto* indices = a.write_indices;
+    a.num_chunks = parts(*std::max_element(indices, indices + a.batch) + a.tokens, kKeyChunk);
+    store(context, kernels_, a);
+    attend(context, a);
+}
+
+// All rows of a key-value head and all chunks are one piece of work that may be cut anywhere. Rows are cut first; where
+// that gives too few tasks for many threads, chunks are too, and what each found is merged behind.
+void CacheAttentionBase::attend(const Context& context, const Attention& a) const {
+    const size_t rows = a.rows(), num_heads = a.batch * a.kv_heads;
+    size_t tile = kTaskRows;
+    while (tile > 2 * kQueryGroup && num_heads * parts(rows, tile) < kEnoughTasks) tile /= 2;
+    tile = std::min(tile, rows);
+    const size_t num_tiles = parts(rows, tile), num_tasks = num_heads * num_tiles;
+    const bool is_split = num_tasks < kEnoughTasks && a.num_chunks > 1;
+    const size_t num_runs = is_split ? std::min(a.num_chunks, parts(kSplitTasks, num_tasks)) : 1;
+    const size_t run = parts(a.num_chunks, num_runs);
+    float* states = nullptr;
+    if (is_split) {
+        Scratch& scratch = Scratch::of_thread();
+        const size_t size = num_heads * rows * a.num_chunks * a.state_size();
+        scratch.reserve({size * sizeof(float)});
+        states = scratch.take<float>(size);
+    }
+    const bool is_little = num_heads * rows * a.num_chunks * kKeyChunk * a.head_dim <= kProductsAtOnce;
+    share(context, num_tasks * num_runs, is_little, a.scratch_size(tile), [&](size_t index, float* scratch) {
+        const size_t head = index / num_runs % num_heads, first_chunk = index % num_runs * run;
+        const size_t first_row = (num_tiles - 1 - index / num_runs / num_heads) * tile;  // the longest first
+        const AttentionTask task = {head / a.kv_heads, head % a.kv_heads,         first_row, std::min(first_row + tile, rows),
+                                    first_chunk,       std::min(first_chunk + run, a.num_chunks)};
+        kernels_.attend(a, task, scratch, states);
+    });
+    if (!is_split) return;
+    for (size_t index = 0; index < num_heads * rows; ++index)
+        kernels_.merge(a, index / rows / a.kv_heads, index / rows % a.kv_heads, index % rows, states);
+}
+
+}  // namespace fly
