@@ -62,9 +62,10 @@ def as_table(benchmark: Benchmark) -> Table:
     load = f", {config.loads[0]}" if len(config.loads) == 1 else ""
     times = f"median of {config.rounds} rounds" if config.rounds > 1 else "1 round"
     seconds = " and ".join(f"{role} {took:.1f} s" for role, took in benchmark.engines.load_seconds.items())
+    default = _default(benchmark.engines.manifest)
     table = Table(
         title=f"{benchmark.engines.directory}: {config.num_prompts} prompts{load}, {times}",
-        caption=f"engines loaded once: {seconds}; default: {_default(benchmark.engines.manifest)}",
+        caption=f"engines loaded once: {seconds}{_threads(benchmark.engines)}; default: {default}",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
@@ -103,7 +104,8 @@ def roofline_table(roofline: Roofline) -> Table:
     rates = ", ".join(f"{kind} products {rate / 1e9:.0f} GMAC/s" for kind, rate in machine.product_rates.items())
     table = Table(
         title=f"{roofline.engines.directory}: memory {machine.memory_bandwidth / 1e9:.1f} GB/s, {rates}",
-        caption="; ".join(f"{role}: {_cost(cost)}" for role, cost in roofline.costs.items()),
+        caption="; ".join(f"{role}: {_cost(cost)}" for role, cost in roofline.costs.items())
+        + _threads(roofline.engines),
     )
     for name in ("engine", "rows x tokens", "measured ms", "weights ms", "products ms", "limit", "measured / limit"):
         table.add_column(name, justify="left" if name in ("engine", "limit") else "right")
@@ -118,6 +120,10 @@ def roofline_table(roofline: Roofline) -> Table:
             f"{step.measured.median / step.limit_ms:.2f}",
         )
     return table
+
+
+def _threads(engines: LoadedEngines) -> str:
+    return f"; {engines.threads}" if engines.threads else ""
 
 
 def _cost(cost: ModelCost) -> str:
