@@ -16,7 +16,7 @@ from peers.worker import Worker, WorkerError
 
 ECHO_WORKER = """
 import os, sys, time
-from peers.protocol import Completion, UnavailableError, serve
+from peers.protocol import Completion, Reading, UnavailableError, serve
 
 class Echo:
     libraries = ("pytest",)
@@ -36,6 +36,9 @@ class Echo:
         if self.mode == "hangs" and prompt != "first":
             time.sleep(60)
         return Completion(prompt.upper(), [1, 2], list(range(max_tokens)), 0.01)
+
+    def read(self, prompts, num_tokens):
+        return Reading.of(1.0, [1.0 + len(prompts), *(3.0 + len(prompts) + i / 4 for i in range(num_tokens - 1))])
 
 serve(Echo)
 """
@@ -141,6 +144,22 @@ def test_who_dies_or_hangs_leaves_the_run_with_a_reason(
     assert lines[-1].endswith("; left the run: echo dies float32, echo hangs float32")
 
 
+@pytest.mark.parametrize("how", ["side_by_side", "one_at_a_time"])
+def test_prompts_are_read_alone_and_together(tmp_path: Path, checkpoint: Path, how: str) -> None:
+    peer = Peer("echo", "echo_worker", ("plain",), {"float32": ""})
+    contestant = Contestant(peer, "plain", "float32")
+    conditions = Conditions(checkpoint, checkpoint, checkpoint, 5, 2, 1, 4, 30, 2)
+    run = Run(conditions, [[[1] * 8], [[1] * 8, [2] * 8]], tmp_path / "peers", lambda line: None)
+    getattr(run, how)([contestant])
+    one, two = contestant.readings()
+    assert (one["num_requests"], two["num_requests"]) == (1, 2)
+    assert (one["seconds"], two["seconds"]) == (1, 2)
+    assert (one["tokens_per_second"], two["tokens_per_second"]) == (8, 8)
+    assert one["token_seconds"] == 0.25  # the median, whatever the first one waited for
+    assert len(one["seconds_by_round"]) == 2
+    assert contestant.record()["peak_memory_mib"] > 0
+
+
 def _answer(text: str, num_tokens: int, seconds: float, prompt_token_ids: tuple[int, ...] = (1,)) -> dict:
     return {
         "text": text,
@@ -226,8 +245,30 @@ def test_the_command_line_compares_the_modes_of_an_engine(
     monkeypatch.setattr("sys.argv", ["bench_peers", *map(str, arguments)])
     bench_peers.main()
     printed = capsys.readouterr()
-    fly, exact, plain = json.loads(printed.out)
+    record = json.loads(printed.out)
+    fly, exact, plain, lookup = record["results"]
+    assert record["machine"]["threads"] >= 1
+    assert record["machine"].keys() >= {"cpu", "instructions"}
     assert "round 1 of 1: tokens/s of fly-trt fly float32 " in printed.err
     assert (fly["mode"], fly["precision"], fly["ratio_to_fly"], fly["num_right"]) == ("fly", "float32", 1, 1)
-    assert exact["texts"] == plain["texts"]
+    assert exact["texts"] == plain["texts"] == lookup["texts"]
     assert plain["num_prompts_read_differently"] == 0
+
+
+def test_the_command_line_reads_prompts_of_any_length(
+    demo_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import bench_peers
+
+    pair = Path(__file__).parents[1] / "assets" / "pair"
+    arguments = ["--target", pair / "target", "--draft", pair / "draft", "--engine", demo_engine]
+    arguments += ["--environments", tmp_path / "peers", "--peers", "fly-trt", "--one-at-a-time"]
+    arguments += ["--prompt-tokens", "20,600", "--in-flight", "1,3", "--rounds", 1]
+    monkeypatch.setattr("sys.argv", ["bench_peers", *map(str, arguments), "--json"])
+    bench_peers.main()
+    (row,) = json.loads(capsys.readouterr().out)["results"]
+    shapes = [(each["num_requests"], each["num_prompt_tokens"]) for each in row["readings"]]
+    assert shapes == [(1, 20), (1, 600), (3, 20), (3, 600)]
+    for each in row["readings"]:
+        assert each["seconds"] > 0
+        assert each["token_seconds"] > 0

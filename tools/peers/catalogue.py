@@ -36,7 +36,7 @@ FLY = "fly-trt"
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer(FLY, "fly_worker", modes=("fly", "speculative", "plain"), forms={}),
+        Peer(FLY, "fly_worker", modes=("fly", "speculative", "plain", "prompt-lookup"), forms={}),
         Peer(
             "transformers",
             "transformers_worker",

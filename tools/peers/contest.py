@@ -7,7 +7,7 @@ and leaves the run; the others go on.
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from peers.environments import Preparation, PreparationError
 from peers.protocol import Settings
 from peers.worker import Worker, WorkerError
 
+Question = str | list[list[int]]
 # Threads of the worker that had its turn before may still spin, waiting for more work: OpenMP's by default as long as
 # 0.2 s. They must be asleep before the next one is timed.
 PAUSE_SECONDS = 0.3
@@ -27,7 +28,8 @@ PAUSE_SECONDS = 0.3
 
 @dataclass(frozen=True)
 class Conditions:
-    """The same for all contestants. engine: fly-trt's. timeout: seconds for loading, and for an answer."""
+    """The same for all contestants. engine: fly-trt's. timeout: seconds for loading, and for an answer. num_requests:
+    prompts in flight at most."""
 
     target: Path
     draft: Path
@@ -37,6 +39,7 @@ class Conditions:
     threads: int
     num_assistant_tokens: int
     timeout: float
+    num_requests: int = 1
 
 
 @dataclass
@@ -56,14 +59,35 @@ class Contestant:
         return f"{self.peer.name} {self.mode} {self.precision}"
 
     def rates(self) -> list[float]:
-        """Tokens per second of each round."""
-        return [
-            sum(len(a["token_ids"]) for a in answers) / sum(a["seconds"] for a in answers) for answers in self.answers
-        ]
+        """Tokens per second of each round: new ones, or where prompts are read, those."""
+        return [sum(map(_num_tokens, answers)) / sum(a["seconds"] for a in answers) for answers in self.answers]
+
+    def record(self) -> dict[str, Any]:
+        """Who it is, whatever it was asked."""
+        record = {"peer": self.peer.name, "mode": self.mode, "precision": self.precision, "reason": self.reason}
+        if self.reason is not None:
+            return record
+        memory = round(max(answer["peak_memory_mib"] for answers in self.answers for answer in answers))
+        return record | {"peak_memory_mib": memory, "versions": self.versions}
+
+    def readings(self) -> list[dict[str, Any]]:
+        """What was read, by lengths and requests in flight; medians over the rounds."""
+        if self.reason is not None:
+            return []
+        found = []
+        for same in zip(*self.answers, strict=True):
+            seconds, tokens = [a["seconds"] for a in same], [a["token_seconds"] for a in same]
+            found.append(
+                {name: same[0][name] for name in ("num_prompt_tokens", "num_requests")}
+                | {"seconds": statistics.median(seconds), "seconds_by_round": seconds}
+                | {"token_seconds": statistics.median(tokens), "token_seconds_by_round": tokens}
+                | {"tokens_per_second": _num_tokens(same[0]) / statistics.median(seconds)}
+            )
+        return found
 
     def summary(self, checks: list[Check | None], reference: "Contestant | None") -> dict[str, Any]:
         """For people and machines; a check a prompt. Speed and the prompts' tokens are compared with `reference`'s."""
-        summary = {"peer": self.peer.name, "mode": self.mode, "precision": self.precision, "reason": self.reason}
+        summary = self.record()
         if self.reason is not None:
             return summary
         last, rates = self.answers[-1], self.rates()
@@ -76,8 +100,6 @@ class Contestant:
             "num_output_tokens": sum(len(a["token_ids"]) for a in last),
             "num_right": sum(is_right(check, text) for check, text in checked),
             "num_checked": len(checked),
-            "peak_memory_mib": round(max(a["peak_memory_mib"] for a in last)),
-            "versions": self.versions,
             "texts": [a["text"] for a in last],
         }
         if reference is not None:
@@ -89,11 +111,19 @@ class Contestant:
         return summary
 
 
-class Run:
-    """All contestants on all prompts. What fails is left with its reason, and the others go on. `say` takes a line for
-    each round and for each thing that is prepared."""
+def _num_tokens(answer: dict[str, Any]) -> int:
+    if "num_requests" in answer:
+        return answer["num_requests"] * answer["num_prompt_tokens"]
+    return len(answer["token_ids"])
 
-    def __init__(self, conditions: Conditions, prompts: list[str], folder: Path, say: Callable[[str], None]) -> None:
+
+class Run:
+    """All contestants on all prompts: texts, or lists of token ids to be read together. What fails is left with its
+    reason, and the others go on. `say` takes a line for each round and for each thing that is prepared."""
+
+    def __init__(
+        self, conditions: Conditions, prompts: Sequence[Question], folder: Path, say: Callable[[str], None]
+    ) -> None:
         self._conditions = conditions
         self._prompts = prompts
         self._say = say
@@ -154,6 +184,8 @@ class Run:
             str(draft),
             conditions.threads,
             conditions.num_assistant_tokens,
+            conditions.num_requests,
+            not isinstance(self._prompts[0], str),
         )
         log = self._logs / f"{contestant.name.replace(' ', '-')}.log"
         worker = Worker(self._preparation.python(peer), peer.worker, settings, log, conditions.timeout)
@@ -165,7 +197,7 @@ class Run:
             raise
         return worker
 
-    def _turn(self, contestant: Contestant, worker: Worker, prompt: str) -> None:
+    def _turn(self, contestant: Contestant, worker: Worker, prompt: Question) -> None:
         time.sleep(PAUSE_SECONDS)
         contestant.answers[-1].append(worker.ask(prompt, self._conditions.max_tokens, self._conditions.timeout))
 

@@ -5,12 +5,14 @@ The library takes a draft model from the target's configuration, next to its own
 
 import json
 import os
+import time
 from pathlib import Path
 
+import numpy as np
 import onnxruntime_genai
 from tokenizers import Tokenizer
 
-from peers.protocol import Completion, Settings, serve
+from peers.protocol import Completion, Reading, Settings, serve
 
 MAX_DRAFT_TOKENS = 16
 # N-grams are right less often than a draft model: with few tokens the lookup was faster, here and with OpenVINO.
@@ -57,6 +59,19 @@ class OnnxruntimeSession:
         if len(token_ids) < max_tokens:
             token_ids.append(self._eos)  # generated, but not kept by the library
         return Completion(text, prompt_token_ids, token_ids)
+
+    def read(self, prompts: list[list[int]], num_tokens: int) -> Reading:
+        """One batch, whose prompts are of one length."""
+        parameters = onnxruntime_genai.GeneratorParams(self._model)
+        length = len(prompts[0]) + num_tokens
+        parameters.set_search_options(do_sample=False, batch_size=len(prompts), max_length=length, min_length=length)
+        generator = onnxruntime_genai.Generator(self._model, parameters)
+        started, moments = time.perf_counter(), []
+        generator.append_tokens(np.array(prompts, np.int32))
+        for _ in range(num_tokens):
+            generator.generate_next_token()
+            moments.append(time.perf_counter())
+        return Reading.of(started, moments)
 
 
 def _draft_decoder(draft: Path, target: Path, session_options: dict) -> dict:

@@ -1,4 +1,5 @@
-"""How a worker of tools/bench_peers.py talks: a line of JSON per prompt on stdin, a line of JSON per answer on stdout.
+"""How a worker of tools/bench_peers.py talks: a line of JSON per prompt on stdin, or for several prompts that are in
+flight together, and a line of JSON per answer on stdout.
 
 Workers run in their peers' own environments, so this module knows nothing but the standard library. It is also where
 the clock runs, so that the seconds of every peer cover the same work: from the prompt's text to the answer's text.
@@ -10,9 +11,11 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import pairwise
+from statistics import median
 from typing import Any, NamedTuple, Protocol
 
 
@@ -26,6 +29,9 @@ class Settings:
     draft: str
     threads: int
     num_assistant_tokens: int
+    num_requests: int = 1
+    reads: bool = False
+    """It is asked to read prompts, so many in flight, and not to complete one."""
 
 
 class Completion(NamedTuple):
@@ -38,12 +44,29 @@ class Completion(NamedTuple):
     first_token_seconds: float | None = None
 
 
+class Reading(NamedTuple):
+    """Of prompts in flight together: seconds until all of them have their first token, and of a token after it, for
+    each of them."""
+
+    seconds: float
+    token_seconds: float
+
+    @classmethod
+    def of(cls, started: float, moments: Sequence[float]) -> "Reading":
+        """moments: of the tokens of the prompt whose first one came last. Of the tokens the median counts."""
+        gaps = [later - earlier for earlier, later in pairwise(moments)]
+        return cls(moments[0] - started, median(gaps))
+
+
 class Session(Protocol):
-    """A loaded model, or pair of models, that decodes greedily and one prompt at a time."""
+    """A loaded model, or pair of models, that decodes greedily: one prompt at a time, or token ids of as many as the
+    settings say, all of one length, each with `num_tokens` tokens and no end before."""
 
     libraries: tuple[str, ...]
 
     def generate(self, prompt: str, max_tokens: int) -> Completion: ...
+
+    def read(self, prompts: list[list[int]], num_tokens: int) -> Reading: ...
 
 
 class UnavailableError(Exception):
@@ -74,12 +97,24 @@ def serve(load: Callable[[Settings], Session]) -> None:
         send({"error": f"{type(error).__name__}: {first_line}"})
 
 
-def _answer(session: Session, prompt: str, max_tokens: int) -> dict[str, Any]:
+def _answer(session: Session, prompt: str | list[list[int]], max_tokens: int) -> dict[str, Any]:
+    if not isinstance(prompt, str):
+        reading = session.read(prompt, max_tokens)
+        return {
+            **reading._asdict(),
+            "num_requests": len(prompt),
+            "num_prompt_tokens": len(prompt[0]),
+            "peak_memory_mib": _peak_memory_mib(),
+        }
     started = time.perf_counter()
     completion = session.generate(prompt, max_tokens)
     seconds = time.perf_counter() - started
     return {
         **completion._asdict(),
         "seconds": seconds,
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory_mib": _peak_memory_mib(),
     }
+
+
+def _peak_memory_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

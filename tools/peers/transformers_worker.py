@@ -4,10 +4,12 @@ SDPA attention and a dynamic cache, in inference mode. Assisted generation draft
 early stop at an unsure one; mode `speculative-default` leaves both as the library sets them.
 """
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import time
 
-from peers.protocol import Completion, Settings, serve
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
+
+from peers.protocol import Completion, Reading, Settings, serve
 
 LOOKUP_TOKENS = 10  # the library's own example
 
@@ -44,6 +46,26 @@ class TransformersSession:
         sequence, prompt_length = output[0].tolist(), inputs["input_ids"].shape[1]
         text = self._tokenizer.decode(sequence[prompt_length:], skip_special_tokens=True)
         return Completion(text, sequence[:prompt_length], sequence[prompt_length:])
+
+    def read(self, prompts: list[list[int]], num_tokens: int) -> Reading:
+        """One batch, whose prompts are of one length."""
+        input_ids, moments = torch.tensor(prompts), []
+
+        def note(*args, **kwargs) -> torch.Tensor:
+            moments.append(time.perf_counter())
+            return torch.zeros(len(prompts), dtype=torch.bool)
+
+        started = time.perf_counter()
+        with torch.inference_mode():
+            self._model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                do_sample=False,
+                min_new_tokens=num_tokens,
+                max_new_tokens=num_tokens,
+                stopping_criteria=StoppingCriteriaList([note]),
+            )
+        return Reading.of(started, moments)
 
 
 def _load(checkpoint: str, dtype: torch.dtype) -> torch.nn.Module:

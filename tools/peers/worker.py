@@ -52,7 +52,7 @@ class Worker:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    def ask(self, prompt: str, max_tokens: int, seconds: float) -> dict[str, Any]:
+    def ask(self, prompt: str | list[list[int]], max_tokens: int, seconds: float) -> dict[str, Any]:
         """The answer, as protocol.py has it. Raises WorkerError, also when it takes longer than `seconds`."""
         with contextlib.suppress(BrokenPipeError):  # _receive says why it is gone
             self._process.stdin.write(json.dumps({"prompt": prompt, "max_tokens": max_tokens}) + "\n")
