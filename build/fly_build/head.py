@@ -46,6 +46,10 @@ GATE_OUTPUTS = {
 # those of plugins/cpu there, "plugins" by the kernels of TensorRT's plugin library.
 HeadForm = Literal["functions", "lazy_functions", "operators", "plugins"]
 
+# Of BlockwiseTopK: it takes ten nodes for one, which 8,192 values make up for even in a step of one token.
+LARGE_VOCABULARY = 8192
+BLOCK_SIZES, BEST_BLOCK_SIZE = range(32, 513), 128
+
 op = Opset("", OPSET_VERSION)
 fly = Opset(DOMAIN, 1)
 
@@ -85,16 +89,37 @@ def EntropyGate(logits, next_tokens, top_k):
 
 
 @script(fly, default_opset=op)
-def LazyEntropyGate(logits, next_tokens, top_k, use_full_entropy):
-    """EntropyGate, but `entropy` is NaN in a step in which no row uses it; use_full_entropy bool [B].
+def BlockwiseTopK(logits, top_k, block):
+    """TopK of logits [B, T, V] over the vocabulary in blocks of C; block int64 [C] is 0 .. C - 1, where C divides V and
+    there are at least top_k blocks.
 
-    Softmax and TopK are the only operators that read the vocabulary then.
+    ONNX Runtime's ReduceMax takes a tenth of the time of its TopK. The top_k largest values are in the top_k blocks
+    with the largest maxima: what is in another block has so many before it. Those blocks are put in the vocabulary's
+    order, so that the lowest id comes first among equals, as in TopK.
+    """
+    last = op.Constant(value_ints=[-1])
+    flat = op.Constant(value_ints=[0, 0, -1])
+    size = op.Shape(block)
+    maxima = op.ReduceMax(op.Reshape(logits, op.Concat(flat, size, axis=0)), last, keepdims=0)
+    _maxima, blocks = op.TopK(maxima, top_k, axis=-1, largest=1, sorted=1)
+    in_order, _places = op.TopK(blocks, top_k, axis=-1, largest=0, sorted=1)
+    candidates = op.Reshape(op.Unsqueeze(in_order * size, last) + block, flat)
+    found = op.GatherElements(logits, candidates, axis=-1)
+    top_scores, places = op.TopK(found, top_k, axis=-1, largest=1, sorted=1)
+    return top_scores, op.GatherElements(candidates, places, axis=-1)
+
+
+@script(fly, default_opset=op)
+def LazyEntropyGate(logits, next_tokens, top_scores, top_tokens, use_full_entropy):
+    """EntropyGate with the TopK of the logits given, but `entropy` is NaN in a step in which no row uses it;
+    use_full_entropy bool [B].
+
+    Softmax is the only operator that reads the vocabulary then.
     """
     last = op.Constant(value_ints=[-1])
     first = op.Constant(value_int=0)
     scores = op.Cast(logits, to=1)
     probs = op.Softmax(scores, axis=-1)
-    top_scores, top_tokens = op.TopK(scores, top_k, axis=-1, largest=1, sorted=1)
     argmax = op.Gather(top_tokens, first, axis=-1)
     best = op.Unsqueeze(argmax, last)
     log_sum = op.GatherElements(scores, best, axis=-1) - op.Log(op.GatherElements(probs, best, axis=-1))
@@ -209,11 +234,18 @@ def append_head(
         graph.inputs.insert(position + offset, value)
 
     stop_tokens = constant("fly.stop_token_ids", stop_token_ids or [-1])
-    gate_inputs = [logits, next_tokens]
+    gate_inputs, top = [logits, next_tokens], []
     if not has_kernels:
         gate_inputs.append(constant("fly.entropy_top_k", [entropy_top_k]))
     if is_lazy:
-        gate_inputs.append(head_inputs["use_full_entropy"])
+        top_inputs, block_size = [logits, gate_inputs.pop()], _block_size(logits.shape[2], entropy_top_k)
+        if block_size is not None:
+            _add_functions(model, BlockwiseTopK)
+            top_inputs.append(constant("fly.block", list(range(block_size))))
+            top.append(ir.node("BlockwiseTopK", top_inputs, domain=DOMAIN, num_outputs=2))
+        else:
+            top.append(ir.node("TopK", top_inputs, num_outputs=2))
+        gate_inputs += [*top[0].outputs, head_inputs["use_full_entropy"]]
     gate = ir.node(
         "LazyEntropyGate" if is_lazy else "EntropyGate",
         gate_inputs,
@@ -233,13 +265,21 @@ def append_head(
         domain=domain,
         num_outputs=len(ACCEPT_OUTPUTS),
     )
-    graph.extend([gate, *casts, accept])
+    graph.extend([*top, gate, *casts, accept])
     outputs = ACCEPT_OUTPUTS | GATE_OUTPUTS
     for at, (value, name) in enumerate(zip([*accept.outputs, *gate.outputs], outputs, strict=True)):
         dtype, rank = outputs[name]
         value.name, value.type = name, ir.TensorType(dtype)
         value.shape = ir.Shape([batch, asked, entropy_top_k][:rank])
         graph.outputs.insert(at, value)
+
+
+def _block_size(vocab_size: int, top_k: int) -> int | None:
+    """Of the blocks that BlockwiseTopK cuts a vocabulary into; None where it has no advantage or no such blocks."""
+    if vocab_size < LARGE_VOCABULARY:
+        return None
+    sizes = [size for size in BLOCK_SIZES if vocab_size % size == 0 and vocab_size // size >= top_k]
+    return min(sizes, key=lambda size: abs(size - BEST_BLOCK_SIZE), default=None)
 
 
 def _add_functions(model: ir.Model, *functions: OnnxFunction) -> None:

@@ -25,8 +25,8 @@ def session(request: pytest.FixtureRequest) -> ort.InferenceSession:
     return session_of(request.param)
 
 
-def session_of(form: HeadForm, top_k: int = 3) -> ort.InferenceSession:
-    return head_session(VOCAB_SIZE, STOPS, top_k, form, cpu_kernels() if form == "operators" else None)
+def session_of(form: HeadForm, top_k: int = 3, vocab_size: int = VOCAB_SIZE) -> ort.InferenceSession:
+    return head_session(vocab_size, STOPS, top_k, form, cpu_kernels() if form == "operators" else None)
 
 
 @dataclass
@@ -142,6 +142,31 @@ def test_the_most_probable_tokens_agree_with_numpy(form: HeadForm, top_k: int) -
         np.testing.assert_allclose(got["top_logprobs"], log_probs, rtol=1e-5, atol=5e-6)
         np.testing.assert_array_equal(got["top_ids"][..., 0], got["argmax"])
         np.testing.assert_array_equal(got["top_logprobs"][..., 0], got["argmax_logprob"])
+
+
+@pytest.mark.parametrize("vocab_size", [8192, 8649, 9997])  # cut into blocks of 128 and of 93; 9997 in none
+@pytest.mark.parametrize("top_k", [1, 3, 60])
+def test_a_large_vocabulary_is_searched_in_blocks_with_the_same_result_to_the_last_bit(
+    vocab_size: int, top_k: int
+) -> None:
+    """Random logits, many ties within blocks and between them, hardly any that are possible, and NaN and infinities."""
+    rng = np.random.default_rng(vocab_size + top_k)
+    lazy, portable = (session_of(form, top_k, vocab_size) for form in ("lazy_functions", "functions"))
+    rows, length = 2, 4
+    policies: list[AcceptancePolicy] = [FlyPolicy(0.3, use_full_entropy=True, window=6, lookahead=5)] * rows
+    drawn = rng.normal(size=(rows, length, vocab_size)).astype(np.float32) * 4
+    rare, odd = np.full_like(drawn, -np.inf), drawn.copy()
+    rare[..., [7, 300, 301, vocab_size - 1]] = [0, 1, 1, 1]
+    odd[0, 0, 500], odd[0, 1, 600], odd[1, 2] = np.nan, np.inf, np.nan
+    for logits in (drawn, drawn.round(), np.zeros_like(drawn), rare, odd):
+        ids = rng.integers(0, vocab_size, (rows, length))
+        batch = Batch(logits, ids, np.ones(rows), np.full(rows, length - 1), policies)
+        got, want = run(lazy, batch), run(portable, batch)
+        is_number = ~np.isnan(logits).any(axis=-1)
+        for name in GATE_OUTPUTS:
+            np.testing.assert_array_equal(got[name][is_number], want[name][is_number])
+        assert np.isnan(got["entropy_topk"][~is_number]).all()
+        assert np.isnan(got["top_logprobs"][~is_number]).all()
 
 
 def test_the_lazy_gate_computes_the_full_entropy_of_every_row_where_one_row_uses_it() -> None:
