@@ -147,10 +147,10 @@ class _MeasuredStep:
     def measure(self) -> None:
         num_cached, num_tokens, num_logits = self.rows[0]
         num_context = num_tokens - num_logits + 1
-        step = self.engine.step(0, len(self.rows), num_tokens)
+        step = self.engine.step(0, len(self.rows), num_tokens, num_positions=num_logits)
         ids = np.random.default_rng(0).integers(0, self.engine.info.vocab_size, num_tokens)
         for row in range(len(self.rows)):
-            step.set_row(row, num_cached, ids[:num_context], ids[num_context:])
+            step.set_row(row, num_cached, ids[:num_context], ids[num_context:], first=num_context - 1)
         self.engine.run(step)  # makes room
         for row in range(len(self.rows)):
             self.engine.clear_slot(row, 0)  # memory that was never written need not be read

@@ -63,5 +63,8 @@ class WatchedEngine:
 
 
 def rows_of(step: Step) -> tuple[Row, ...]:
-    rows = zip(step.write_indices.tolist(), step.num_context.tolist(), step.num_draft.tolist(), strict=True)
-    return tuple(Row(cached, context + draft, 1 + draft) for cached, context, draft in rows if context + draft)
+    counts = (array.tolist() for array in (step.write_indices, step.num_context, step.num_draft))
+    rows = zip(step.first_position, *counts, strict=True)
+    return tuple(
+        Row(cached, first + context + draft, 1 + draft) for first, cached, context, draft in rows if context + draft
+    )
