@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 
 from fly_trt.benchmark.model_cost import Arithmetic, Machine
 
+CPU_DOMAIN = "fly.cpu"
 BANDWIDTH_BYTES = 256 << 20  # beyond any cache that a CPU has today
 ROWS, INPUTS, OUTPUTS = 256, 1024, 1024  # of a product: 0.27e9 MACs, with operands that fit into a core's cache
 RUNS = 10  # of each kernel in a round: a limit is a best moment
@@ -28,61 +30,82 @@ MEMORY_RUNS = 3
 INTEGER_UNITS = (("amx_int8", 1024), ("avx512_vnni", 128), ("avx_vnni", 64), ("avx512bw", 64), ("avx2", 32))
 
 
-def onnx_product(operator: str) -> Callable[[ModuleType, Any], Callable[[], object] | None]:
+def _onnx_product(onnx: ModuleType, library: Path | None, operator: str) -> Callable[[], object]:
     """By an operator of ONNX Runtime's own: activations uint8 for integers, as its fast kernels want them."""
-
-    def make(onnx: ModuleType, options: Any) -> Callable[[], object]:
-        rng = np.random.default_rng(0)
-        types = onnx.TensorProto
-        if operator == "MatMul":
-            x: Any = rng.standard_normal((ROWS, INPUTS), np.float32)
-            weight: Any = rng.standard_normal((INPUTS, OUTPUTS), np.float32)
-            given, result = types.FLOAT, types.FLOAT
-        else:
-            x = rng.integers(0, 256, (ROWS, INPUTS)).astype(np.uint8)
-            weight = rng.integers(-64, 65, (INPUTS, OUTPUTS)).astype(np.int8)
-            given, result = types.UINT8, types.INT32
-        graph = onnx.helper.make_graph(
-            [onnx.helper.make_node(operator, ["x", "weight"], ["y"])],
-            "product",
-            [onnx.helper.make_tensor_value_info("x", given, x.shape)],
-            [onnx.helper.make_tensor_value_info("y", result, (ROWS, OUTPUTS))],
-            [onnx.numpy_helper.from_array(weight, "weight")],
-        )
-        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)], ir_version=10)
-        return session_run(model.SerializeToString(), options, {"x": x})
-
-    return make
+    rng = np.random.default_rng(0)
+    if operator == "MatMul":
+        x: Any = rng.standard_normal((ROWS, INPUTS), np.float32)
+        weight: Any = rng.standard_normal((INPUTS, OUTPUTS), np.float32)
+        return _session_run(onnx, onnx.helper.make_node(operator, ["x", "weight"], ["y"]), x, {"weight": weight})
+    x = rng.integers(0, 256, (ROWS, INPUTS)).astype(np.uint8)
+    weight = rng.integers(-64, 65, (INPUTS, OUTPUTS)).astype(np.int8)
+    node = onnx.helper.make_node(operator, ["x", "weight"], ["y"])
+    return _session_run(onnx, node, x, {"weight": weight}, result=onnx.TensorProto.INT32)
 
 
-def session_run(model: bytes, options: Any, feed: dict[str, Any]) -> Callable[[], object]:
-    """A run of a model in a session of these options, into the same memory each time."""
+def _int8_linear(onnx: ModuleType, library: Path | None) -> Callable[[], object] | None:
+    """By the kernels of the engine directory, where it has some: activations are quantised with it."""
+    if library is None:
+        return None
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((ROWS, INPUTS), np.float32)
+    weight = rng.integers(0, 129, (OUTPUTS // 16, INPUTS // 4, 16, 4)).astype(np.uint8)
+    node = onnx.helper.make_node("Int8Linear", ["x", "weight", "scales"], ["y"], domain=CPU_DOMAIN)
+    return _session_run(onnx, node, x, {"weight": weight, "scales": np.ones(OUTPUTS, np.float32)}, library=library)
+
+
+def _session_run(
+    onnx: ModuleType,
+    node: Any,
+    x: Any,
+    weights: dict[str, Any],
+    *,
+    result: int | None = None,
+    library: Path | None = None,
+) -> Callable[[], object]:
+    """A run of one node in a session as the engines' are, into the same memory each time."""
     import onnxruntime as ort
 
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    from fly_trt.engines.onnxruntime import session_options
+
+    helper = onnx.helper
+    graph = helper.make_graph(
+        [node],
+        "product",
+        [helper.make_tensor_value_info("x", helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)],
+        [helper.make_tensor_value_info("y", result or onnx.TensorProto.FLOAT, (ROWS, OUTPUTS))],
+        [onnx.numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    opsets = [helper.make_opsetid("", 24), helper.make_opsetid(CPU_DOMAIN, 1)]
+    model = helper.make_model(graph, opset_imports=opsets if library else opsets[:1], ir_version=10)
+    options = session_options()
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
-    for name, value in feed.items():
-        binding.bind_cpu_input(name, value)
-    for output in session.get_outputs():
-        binding.bind_output(output.name, "cpu")
+    binding.bind_cpu_input("x", x)
+    binding.bind_output("y", "cpu")
     return lambda: session.run_with_iobinding(binding)
 
 
-KERNELS: tuple[tuple[str, Arithmetic, Callable[[ModuleType, Any], Callable[[], object] | None]], ...] = (
-    ("MatMul", "float32", onnx_product("MatMul")),
-    ("MatMulInteger", "int8", onnx_product("MatMulInteger")),
+MakeProduct = Callable[[ModuleType, Path | None], Callable[[], object] | None]
+KERNELS: tuple[tuple[str, Arithmetic, MakeProduct], ...] = (
+    ("MatMul", "float32", partial(_onnx_product, operator="MatMul")),
+    ("MatMulInteger", "int8", partial(_onnx_product, operator="MatMulInteger")),
+    ("Int8Linear", "int8", _int8_linear),
 )
 
 
 class MachineLimits:
-    """Measured in turns with what shall be compared with them: the best of all rounds counts."""
+    """Measured in turns with what shall be compared with them: the best of all rounds counts. `library`: kernels that
+    the engines have beside ONNX Runtime's."""
 
-    def __init__(self, onnx: ModuleType) -> None:
-        from fly_trt.engines.onnxruntime import num_pool_threads, session_options
+    def __init__(self, onnx: ModuleType, library: Path | None = None) -> None:
+        from fly_trt.engines.onnxruntime import num_pool_threads
 
-        self._threads = num_pool_threads() or 1
         self._memory = np.ones(BANDWIDTH_BYTES // 8, np.int64)
-        made = [(name, kind, make(onnx, session_options())) for name, kind, make in KERNELS]
+        made = [(name, kind, make(onnx, library)) for name, kind, make in KERNELS]
+        self._threads = num_pool_threads() or 1  # of those sessions
         self._kernels = {name: (kind, run) for name, kind, run in made if run is not None}
         self._seconds: dict[str, float] = {}
 

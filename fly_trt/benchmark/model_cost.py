@@ -39,7 +39,8 @@ PRODUCTS: dict[str, tuple[Arithmetic, Callable[[tuple[int, ...], Mapping[str, An
     "MatMulNBits": ("int8", lambda dims, attributes: (attributes["K"], attributes["N"])),
     "Int8Linear": ("int8", lambda dims, attributes: (4 * dims[1], 16 * dims[0])),  # [N/16, K/4, 16, 4]
 }
-ATTENTION = ("Attention",)
+# Those of plugins/cpu have their window as an attribute, ONNX's as the distance that its mask allows.
+ATTENTION = ("Attention", "CacheAttention")
 EXPERT_GATHERS = ("GatherND",)
 
 
@@ -270,7 +271,10 @@ class _Graph:
         return found, num_experts, chosen
 
     def _window(self, attention: Any) -> int | None:
-        """Where there is a mask, it says how far apart a query and a key may be."""
+        """Keys that a query sees at most."""
+        own = next((each.i for each in attention.attribute if each.name == "window"), 0)
+        if own or attention.op_type != "Attention":
+            return own or None
         mask = attention.input[3] if len(attention.input) > 3 else ""
         return int(self._value(self._maker(mask, ("Less",)).input[1])) if mask else None
 

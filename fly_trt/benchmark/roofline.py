@@ -119,7 +119,8 @@ def run_roofline(
         known: tuple[Role, ...] = ("target", "draft", "inner_draft")
         roles = [role for role in known if getattr(manifest, role) is not None]
         groups = _step_groups(engines, roles, cached)
-        limits = MachineLimits(onnx)
+        kernels = manifest.target.cpu_kernels
+        limits = MachineLimits(onnx, engines.directory / kernels if kernels else None)
         for number in range(rounds):
             progress(f"steps, round {number + 1} of {rounds}", number, rounds)
             limits.measure()

@@ -7,6 +7,7 @@ import pytest
 
 from fly_trt.benchmark import machine_limits
 from fly_trt.benchmark.machine_limits import MachineLimits, cpu_info, matrix_instructions, nominal_int8_rate
+from one_operator import cpu_kernels
 
 CPU = """processor\t: 0
 model name\t: A Processor
@@ -22,8 +23,8 @@ def test_a_kind_of_product_has_the_rate_of_its_fastest_kernel(monkeypatch: pytes
     """Of three of integers, of which one is slow and one cannot be run."""
     kernels = (
         *machine_limits.KERNELS,
-        ("slow", "int8", lambda onnx, options: lambda: sum(range(10_000_000))),
-        ("missing", "int8", lambda onnx, options: None),
+        ("slow", "int8", lambda onnx, library: lambda: sum(range(10_000_000))),
+        ("missing", "int8", lambda onnx, library: None),
     )
     monkeypatch.setattr(machine_limits, "KERNELS", kernels)
     monkeypatch.setattr(machine_limits, "RUNS", 1)
@@ -61,3 +62,11 @@ def test_a_system_that_says_nothing_of_its_cpu_has_no_nominal_rate(
 ) -> None:
     monkeypatch.setattr(machine_limits, "cpu_info", lambda: cpu_info(tmp_path / "missing"))
     assert nominal_int8_rate(2) is None
+
+
+def test_products_of_plugins_are_measured_where_the_engines_have_them() -> None:
+    limits = MachineLimits(onnx, cpu_kernels())
+    limits.measure()
+    machine = limits.machine()
+    assert machine.kernels["Int8Linear"] > 0
+    assert machine.product_rates["int8"] == max(machine.kernels["Int8Linear"], machine.kernels["MatMulInteger"])

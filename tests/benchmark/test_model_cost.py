@@ -146,3 +146,15 @@ def test_a_branch_for_each_case_counts_its_product_once(model: ModelEngine, tmp_
     cost = count_cost(onnx, _graph({"o": (16, 12), "vocabulary": (12, 60)}, nodes, tmp_path), model)
     assert cost.vocabulary.macs == {"float32": 12 * 60}
     assert cost.layers.macs == {"float32": 16 * 12}
+
+
+def test_attention_of_plugins_is_known_with_its_window(model: ModelEngine, tmp_path: Path) -> None:
+    make = onnx.helper.make_node
+    nodes = [
+        make("CacheAttention", ["q", "", "", "at", "keys", "values"], ["attended"], domain="fly.cpu", window=12),
+        make("MatMul", ["attended", "o"], ["y"]),
+        make("MatMul", ["y", "vocabulary"], ["logits"]),
+    ]
+    cost = count_cost(onnx, _graph({"o": (16, 12), "vocabulary": (12, 60)}, nodes, tmp_path), model)
+    assert cost.windows == (12,)
+    assert cost.attention_macs == 2 * 16
