@@ -84,7 +84,8 @@ struct Kernels {
     // not finite has the scale NaN. `values`: where the row begins. `scratch` [depth].
     float (*quantize_row)(const RowInput& input, float* scratch, RowLayout layout, int8_t* values, int32_t* sum);
 
-    // output [count, outputs] at the columns of blocks first to end.
+    // output [count, outputs] at the columns of blocks first to end. `rows` may be some of those whose layout it is, from
+    // the beginning of a group on.
     void (*multiply)(const Rows& rows, const PackedWeight& weight, size_t first, size_t end, float* output);
 
     // Of `vocab_size` logits the `top_k` most probable tokens, the lowest id first among equals, their log probabilities

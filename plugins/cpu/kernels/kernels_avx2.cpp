@@ -9,7 +9,7 @@ namespace fly {
 namespace {
 
 struct Avx2 : Registers256 {
-    static constexpr size_t kRows = 4, kBlocks = 1, kRowsOfOnePass = kRows;
+    static constexpr size_t kRows = 4, kBlocks = 1;
 
     // Two products fit in 16 bits, since weights are 0..128 and rows -127..127: 2 * 128 * 127 < 2^15.
     static Register add_products(Register sums, Register weights, Register row) {

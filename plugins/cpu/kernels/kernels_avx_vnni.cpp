@@ -7,7 +7,7 @@ namespace fly {
 namespace {
 
 struct AvxVnni : Registers256 {
-    static constexpr size_t kRows = 6, kBlocks = 1, kRowsOfOnePass = kRows;  // 12 of 16 registers hold sums
+    static constexpr size_t kRows = 6, kBlocks = 1;  // 12 of 16 registers hold sums
 
     static Register add_products(Register sums, Register weights, Register row) {
         return _mm256_dpbusd_avx_epi32(sums, weights, row);

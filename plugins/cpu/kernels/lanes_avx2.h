@@ -46,13 +46,6 @@ struct Lanes {
         store(whole);
         std::memcpy(p, whole, n * sizeof(float));
     }
-    // Rounded to the nearest, ties to even; within -128..127.
-    void store_int8(int8_t* p) const {
-        const __m256i pairs = _mm256_packs_epi32(_mm256_cvtps_epi32(low), _mm256_cvtps_epi32(high));
-        const __m256i ordered = _mm256_permute4x64_epi64(pairs, 0xD8);
-        const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
-    }
 
    private:
     static __m256 floats(const int32_t* p, int32_t less) {
@@ -105,6 +98,30 @@ inline bool any_greater(Lanes a, Lanes b) {
 
 inline __m256 halves_low(Lanes a) { return a.low; }
 inline __m256 halves_high(Lanes a) { return a.high; }
+
+// 16 whole numbers of 32 bits.
+struct Integers {
+    __m256i low, high;
+
+    static Integers zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+    // To the nearest, ties to even.
+    static Integers rounded(Lanes a) { return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }
+    static Integers bits(Lanes a) { return {_mm256_castps_si256(a.low), _mm256_castps_si256(a.high)}; }
+    // Those within -128..127.
+    __m128i bytes() const {
+        const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xD8);
+        return _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    }
+};
+
+inline Integers operator+(Integers a, Integers b) {
+    return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+}
+inline Integers max(Integers a, Integers b) {
+    return {_mm256_max_epi32(a.low, b.low), _mm256_max_epi32(a.high, b.high)};
+}
+inline __m256i halves_low(Integers a) { return a.low; }
+inline __m256i halves_high(Integers a) { return a.high; }
 
 }  // namespace
 }  // namespace fly

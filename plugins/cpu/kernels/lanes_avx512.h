@@ -31,8 +31,6 @@ struct Lanes {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
     }
     void store(float* p, size_t n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
-    // Rounded to the nearest, ties to even; within -128..127.
-    void store_int8(int8_t* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v))); }
 
     static __mmask16 mask(size_t n) { return static_cast<__mmask16>(n >= 16 ? 0xFFFF : (1U << n) - 1); }
 };
@@ -63,6 +61,23 @@ inline bool any_greater(Lanes a, Lanes b) { return _mm512_cmp_ps_mask(a.v, b.v, 
 // In the order ((l0 + l8) + (l4 + l12)) + ..., the same as in lanes_avx2.h.
 inline __m256 halves_low(Lanes a) { return _mm512_castps512_ps256(a.v); }
 inline __m256 halves_high(Lanes a) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.v), 1)); }
+
+// 16 whole numbers of 32 bits.
+struct Integers {
+    __m512i v;
+
+    static Integers zero() { return {_mm512_setzero_si512()}; }
+    // To the nearest, ties to even.
+    static Integers rounded(Lanes a) { return {_mm512_cvtps_epi32(a.v)}; }
+    static Integers bits(Lanes a) { return {_mm512_castps_si512(a.v)}; }
+    // Those within -128..127.
+    __m128i bytes() const { return _mm512_cvtepi32_epi8(v); }
+};
+
+inline Integers operator+(Integers a, Integers b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline Integers max(Integers a, Integers b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline __m256i halves_low(Integers a) { return _mm512_castsi512_si256(a.v); }
+inline __m256i halves_high(Integers a) { return _mm512_extracti64x4_epi64(a.v, 1); }
 
 }  // namespace
 }  // namespace fly

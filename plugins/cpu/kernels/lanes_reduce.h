@@ -20,6 +20,21 @@ inline float largest(Lanes a) {
 
 inline float first_of(Lanes a) { return _mm256_cvtss_f32(halves_low(a)); }
 
+inline int32_t sum(Integers a) {
+    const __m256i eight = _mm256_add_epi32(halves_low(a), halves_high(a));
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+    return _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 1);
+}
+
+inline int32_t largest(Integers a) {
+    const __m256i eight = _mm256_max_epi32(halves_low(a), halves_high(a));
+    const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    const __m128i two = _mm_max_epi32(four, _mm_unpackhi_epi64(four, four));
+    const int32_t first = _mm_cvtsi128_si32(two), second = _mm_extract_epi32(two, 1);
+    return first > second ? first : second;
+}
+
 // exp(x) within 2 units in the last place; 0 from kNoPower down, and what exp(88.3) is above.
 constexpr float kNoPower = -88.0F;  // n is -127, whose power of two has no bits
 inline Lanes exponential(Lanes x) {

@@ -119,7 +119,7 @@ Kernels with_tiles(const char* name) {
         return count <= kRowsWithoutTiles ? Few()->row_layout(count) : AmxProduct<Tiles>::kLayout;
     };
     kernels.multiply = [](const Rows& rows, const PackedWeight& weight, size_t first, size_t end, float* output) {
-        const auto multiply = rows.count <= kRowsWithoutTiles ? Few()->multiply : AmxProduct<Tiles>::multiply;
+        const auto multiply = rows.layout.chunk == kTileBytes ? AmxProduct<Tiles>::multiply : Few()->multiply;
         multiply(rows, weight, first, end, output);
     };
     return kernels;

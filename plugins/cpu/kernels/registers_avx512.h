@@ -11,7 +11,7 @@ namespace {
 
 struct Registers512 {
     using Register = __m512i;
-    static constexpr size_t kRows = 8, kBlocks = 3, kRowsOfOnePass = 24;  // 24 of 32 registers hold sums
+    static constexpr size_t kRows = 8, kBlocks = 3;  // 24 of 32 registers hold sums
 
     static Register zero() { return _mm512_setzero_si512(); }
     static Register load(const uint8_t* p) { return _mm512_loadu_si512(p); }

@@ -5,12 +5,20 @@
 namespace fly {
 namespace {
 
-constexpr size_t kRowsAtOnce = 4096;      // values that one thread rounds before others are worth waking
-constexpr size_t kTaskBytes = 48 << 10;  // of weights, for one task
+constexpr size_t kRoundedAtOnce = 8192;    // values that one thread rounds before others are worth waking
+constexpr size_t kTaskBytes = 48 << 10;    // of weights, for one task
+constexpr size_t kSliceBytes = 512 << 10;  // of rounded rows, which stay in a core's second cache for all weights
 
 size_t task_blocks(size_t padded_depth) {
     const size_t blocks = kTaskBytes / (padded_depth * kBlock);
     return std::max<size_t>(3, blocks / 3 * 3);
+}
+
+// Rows of a task: all, or about equal shares of many. Whole pairs of groups, as some kinds take them.
+size_t slice_rows(size_t count, size_t padded_depth, const RowLayout& layout) {
+    const size_t pair = 2 * layout.group, most = std::max<size_t>(1, kSliceBytes / (padded_depth * pair));
+    const size_t pairs = (count + pair - 1) / pair, slices = (pairs + most - 1) / most;
+    return (pairs + slices - 1) / slices * pair;
 }
 
 }  // namespace
@@ -34,29 +42,35 @@ void Int8Linear::compute(const Context& context) const {
     if (count == 0) return;
 
     const RowLayout layout = kernels_.row_layout(count);
-    const size_t size = layout.size(count, padded_depth);
+    const size_t size = layout.size(count, padded_depth), groups = layout.groups(count);
     Scratch& scratch = Scratch::of_thread();
-    scratch.reserve({size, count * sizeof(int32_t), count * sizeof(float), count * depth * sizeof(float)});
+    scratch.reserve({size, count * sizeof(int32_t), count * sizeof(float), groups * depth * sizeof(float)});
     auto* values = scratch.take<int8_t>(size);
     auto* sums = scratch.take<int32_t>(count);
     auto* row_scales = scratch.take<float>(count);
-    auto* prepared = scratch.take<float>(count * depth);
-    const auto quantize = [&](size_t row) {
-        const RowInput input = {x.as<float>() + row * width, norm.as<float>(), prologue_, epsilon_, depth, padded_depth};
-        int8_t* rounded = values + layout.start(row, padded_depth);
-        row_scales[row] = kernels_.quantize_row(input, prepared + row * depth, layout, rounded, sums + row);
+    auto* prepared = scratch.take<float>(groups * depth);
+    // A group's rows lie between each other: two threads would write to the same lines of the cache.
+    const auto quantize = [&](size_t group) {
+        for (size_t row = group * layout.group; row < std::min(count, (group + 1) * layout.group); ++row) {
+            const RowInput input = {x.as<float>() + row * width, norm.as<float>(), prologue_, epsilon_, depth, padded_depth};
+            int8_t* rounded = values + layout.start(row, padded_depth);
+            row_scales[row] = kernels_.quantize_row(input, prepared + group * depth, layout, rounded, sums + row);
+        }
     };
-    if (count * depth <= kRowsAtOnce)
-        for (size_t row = 0; row < count; ++row) quantize(row);
+    if (count * depth <= kRoundedAtOnce)
+        for (size_t group = 0; group < groups; ++group) quantize(group);
     else
-        context.parallel(count, quantize);
+        context.parallel(groups, quantize);
 
-    const Rows rows = {values, sums, row_scales, count, padded_depth, layout};
-    const PackedWeight weight = {packed.as<uint8_t>(), scales.as<float>(), bias.as<float>(), residual.as<float>(), outputs};
-    const size_t step = task_blocks(padded_depth);
-    context.parallel((num_blocks + step - 1) / step, [&](size_t task) {
-        const size_t first = task * step;
-        kernels_.multiply(rows, weight, first, std::min(num_blocks, first + step), y);
+    const size_t step = task_blocks(padded_depth), tasks = (num_blocks + step - 1) / step;
+    const size_t slice = slice_rows(count, padded_depth, layout), slices = (count + slice - 1) / slice;
+    context.parallel(slices * tasks, [&](size_t task) {
+        const size_t row = task / tasks * slice, first = task % tasks * step;
+        const size_t num_rows = std::min(slice, count - row);
+        const Rows rows = {values + row * padded_depth, sums + row, row_scales + row, num_rows, padded_depth, layout};
+        const float* more = residual ? residual.as<float>() + row * outputs : nullptr;
+        const PackedWeight weight = {packed.as<uint8_t>(), scales.as<float>(), bias.as<float>(), more, outputs};
+        kernels_.multiply(rows, weight, first, std::min(num_blocks, first + step), y + row * outputs);
     });
 }
 
