@@ -110,6 +110,11 @@ class GraphEdits:
         for linear, output in zip(linears, outputs, strict=True):
             self.replace(linear, output)
 
+    def drop_unused(self) -> None:
+        """ONNX Runtime warns of constants that nothing reads."""
+        for name in [name for name, value in self._constants.items() if not value.uses()]:
+            del self.graph.initializers[name], self._constants[name]
+
     def replace(self, linear: Linear, new: ir.Value) -> None:
         """`new`, which is computed before the linear layer's product, takes its place."""
         old = linear.matmul.outputs[0]

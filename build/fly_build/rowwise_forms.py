@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from fly_build import quantization as q
 from fly_build.graph_edits import CONTRIB_DOMAIN, CPU_DOMAIN, GraphEdits, Linear
+from fly_build.joint_heads import join_heads
 from fly_build.linear_form import Layers, LinearForm, Source, lazily, place_joined, transposed
 from fly_build.quantization import Array, FloatArray
 from fly_build.quantized_weight import QuantizedWeight
@@ -20,6 +21,8 @@ class RowwiseInt8(LinearForm):
     """ONNX Runtime's integer product on the CPU: activations quantised per row (token), so that no row depends on
     another, and weights of 7 bits. Layers of one input are one product and a Split. The product's kernel scales the
     columns; a row's scale is left to one Mul."""
+
+    joins_heads: bool = True
 
     def bits(self, plain: int) -> tuple[float, float]:
         return 8, 8
@@ -36,6 +39,9 @@ class RowwiseInt8(LinearForm):
         place_joined(
             edits, layers, lambda _: (), lambda linear, weight: self._product(edits, linear, weight, zero_points)
         )
+        if self.joins_heads:
+            join_heads(edits)
+            edits.drop_unused()
 
     def _product(
         self,
@@ -96,6 +102,8 @@ class RowwiseInt8(LinearForm):
 @dataclass(frozen=True)
 class PackedInt8(RowwiseInt8):
     """The same numbers as RowwiseInt8, bit for bit, by one operator of plugins/cpu, with the weight as it reads it."""
+
+    joins_heads: bool = False
 
     def _product(
         self,
