@@ -5,7 +5,7 @@ Each pass looks at one node and what reads or computes its values; what does not
 architecture, and runs when the products are in the graph.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 import onnx_ir as ir
@@ -15,6 +15,7 @@ from fly_build.graph_patterns import (
     attribute,
     is_constant,
     is_last_axis,
+    is_number,
     last_size,
     node_of,
     only_reader,
@@ -26,6 +27,7 @@ from fly_build.graph_patterns import (
 
 LINEAR, ATTENTION = "Int8Linear", "CacheAttention"
 NORM, BIAS, RESIDUAL = 3, 4, 5  # inputs of Int8Linear
+ONNX_END = 2**63 - 1  # of a Slice that goes to the end, as torch exports it
 
 
 class Prologue(IntEnum):
@@ -161,9 +163,33 @@ def _set_prologue(node: ir.Node, prologue: Prologue) -> None:
 
 def _join_inputs(attention: ir.Node) -> None:
     """Query, key and value that lie side by side in one value are read there."""
-    query, *others = attention.inputs[:3]
-    split = node_of(query, "Split")
-    if split is not None and list(split.outputs) == [query, *others] and is_last_axis(split, split.inputs[0]):
-        attention.replace_input_with(0, split.inputs[0])
-        attention.replace_input_with(1, None)
-        attention.replace_input_with(2, None)
+    joined = _split(attention.inputs[:3]) or _sliced(attention.inputs[:3])
+    if joined is not None:
+        for index, value in enumerate((joined, None, None)):
+            attention.replace_input_with(index, value)
+
+
+def _split(parts: Sequence[ir.Value | None]) -> ir.Value | None:
+    """The value whose Split these are, in order."""
+    split = node_of(parts[0], "Split")
+    if split is None or list(split.outputs) != list(parts) or not is_last_axis(split, split.inputs[0]):
+        return None
+    return split.inputs[0]
+
+
+def _sliced(parts: Sequence[ir.Value | None]) -> ir.Value | None:
+    """The value of which these are slices, one behind the other, of the whole last axis."""
+    slices = [node for part in parts if (node := node_of(part, "Slice", 5)) is not None]
+    whole = slices[0].inputs[0] if slices else None
+    size, position = last_size(whole), 0
+    if whole is None or whole.shape is None or size is None or len(slices) < len(parts):
+        return None
+    for node, part in zip(slices, parts, strict=True):
+        x, start, end, axis, step = node.inputs
+        next_position = position + (last_size(part) or 0)
+        is_next = x is whole and is_number(start, position) and is_number(step, 1)
+        ends = is_number(end, next_position) or (next_position == size and is_number(end, ONNX_END))
+        if not is_next or not ends or not (is_number(axis, -1) or is_number(axis, len(whole.shape) - 1)):
+            return None
+        position = next_position
+    return whole if position == size else None

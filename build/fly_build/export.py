@@ -18,11 +18,13 @@ import torch
 from fly_build.blocks import drop_silent, kept_attentions, num_blocks, silence
 from fly_build.checkpoint import LENGTH_DEPENDENT_ROPE, Checkpoint
 from fly_build.collectives import add_collectives, add_rank_output
+from fly_build.graph_edits import DTYPES
 from fly_build.operators import OPSET_VERSION, AttentionForm, onnx_operators, trace_step
 from fly_build.sharding import Sharding
 from fly_build.tensors import OUTPUT_NAME
 from fly_trt.engines.base import POSITIONS_INPUT
 from fly_trt.errors import CheckpointError
+from fly_trt.manifest import Dtype
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,12 @@ class DecoderGraph:
 
     model: ir.Model
     parameters: dict[str, ir.Value]
+
+    @property
+    def cache_dtype(self) -> Dtype:
+        """Of keys and values."""
+        cache = next(value for value in self.model.graph.inputs if value.name == "past_key.0")
+        return next(name for name, (_, dtype) in DTYPES.items() if dtype == cache.dtype)
 
     def copy(self) -> "DecoderGraph":
         """Another one, whose parameters can get other values. While it is copied they are inputs, as when traced."""

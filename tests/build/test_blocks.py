@@ -117,7 +117,7 @@ def test_an_exported_draft_computes_what_transformers_computes_without_the_block
     assert operators["TensorScatter"] == 2 * (NUM_LAYERS - 1)
     assert "Silent" not in operators
     assert set(decoder.model.graph.opset_imports) == {"", "fly"}
-    runner = Runner(tmp_path / "draft.onnx", checkpoint, num_layers=NUM_LAYERS - 1)
+    runner = Runner(tmp_path / "draft.onnx", checkpoint)
     ids = tokens(40).numpy()
     first = runner.step(ids[:, :30], [0, 0])["logits"]
     second = runner.step(ids[:, 30:], [30, 30])["logits"]

@@ -12,7 +12,6 @@ import pytest
 from test_architectures import CONFIGS
 
 from fly_build.checkpoint import open_checkpoint
-from fly_build.cpu_library import find_library
 from fly_build.cpu_linears import Prologue, fuse_linears
 from fly_build.graph_edits import CPU_DOMAIN
 from fly_build.linear_form import Kernels
@@ -21,13 +20,6 @@ from traced_once import export_once
 
 LENGTH, PREFILL = 48, 40
 WIDTH = 32
-
-
-@pytest.fixture(scope="module")
-def cpu_library() -> Path:
-    if (library := find_library("auto")) is None:
-        pytest.skip("no compiler, or not an x86-64 CPU")
-    return library
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -40,7 +32,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def _logits(checkpoint, path: Path, kernels: Kernels, library: Path | None) -> npt.NDArray[np.float32]:
     """[2, LENGTH, V] of a prompt and steps behind it, one of a single token, in int8."""
     finish_graph(export_once(checkpoint, MAX_SEQ_LEN), checkpoint, path, "float32", "int8", kernels=kernels)
-    runner = Runner(path, checkpoint, cpu_kernels=library)
+    runner = Runner(path, checkpoint, cpu_library=library)
     ids = np.random.default_rng(0).integers(3, SHAPE["vocab_size"], (2, LENGTH))
     steps = [(0, PREFILL), (PREFILL, LENGTH - 1), (LENGTH - 1, LENGTH)]
     return np.concatenate([runner.step(ids[:, a:b], [a, a])["logits"] for a, b in steps], axis=1)

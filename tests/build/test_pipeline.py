@@ -100,7 +100,7 @@ def test_manifest_says_what_was_built_from_what_and_with_which_limits(engine: Pa
     assert manifest.library_versions["torch"] == importlib.metadata.version("torch")
     # 128 is what the draft supports.
     assert manifest.limits == Limits(max_batch_size=3, max_seq_len=128, max_draft_len=20, max_num_tokens=48)
-    assert manifest.head == Head(entropy_top_k=4, stop_token_ids=[1, 9], top_tokens=True)
+    assert manifest.head == Head(entropy_top_k=4, stop_token_ids=[1, 9], top_tokens=True, positions=True)
     costs = {name: manifest.speculative[name] for name in ("draft_token_cost", "verification_token_cost")}
     assert manifest.speculative == {"num_speculative_tokens": 7, "preset": "paper", **costs}
     assert all(0 <= cost < 100 for cost in costs.values())

@@ -19,9 +19,11 @@ import transformers
 
 from fly_build.attention import make_shape_invariant
 from fly_build.checkpoint import Checkpoint, open_checkpoint
+from fly_build.cpu_attention import fuse_attention
+from fly_build.cpu_library import LIBRARY_NAME
 from fly_build.cpu_linears import fuse_linears
 from fly_build.export import DecoderGraph
-from fly_build.head import GATE_OUTPUTS, append_head
+from fly_build.head import GATE_OUTPUTS, HeadForm, append_head
 from fly_build.linear_form import Kernels
 from fly_build.operators import AttentionForm
 from fly_build.weights import WeightWriter
@@ -107,13 +109,20 @@ def finish_graph(
     attention: AttentionForm = "lengths",
     kernels: Kernels = "cpu",
 ) -> ir.Model:
-    if attention == "lengths":  # as for ONNX Runtime
-        make_shape_invariant(decoder.model, checkpoint.config.num_attention_heads, checkpoint.num_kv_heads)
+    num_heads, num_kv_heads, is_own = (
+        checkpoint.config.num_attention_heads,
+        checkpoint.num_kv_heads,
+        kernels == "fly_cpu",
+    )
+    is_fused = is_own and fuse_attention(decoder.model, num_heads, num_kv_heads, quantization)
+    if attention == "lengths" and not is_fused:  # as for ONNX Runtime
+        make_shape_invariant(decoder.model, num_heads, num_kv_heads)
     writer = WeightWriter(decoder.model.graph, checkpoint.load_weights(), dtype, quantization, kernels=kernels)
     writer.attach(decoder.parameters)
-    if kernels == "fly_cpu":
+    if is_own:
         fuse_linears(decoder.model)
-    append_head(decoder.model, 3, [2], form="lazy_functions" if attention == "lengths" else "functions")
+    portable: HeadForm = "lazy_functions" if attention == "lengths" else "functions"
+    append_head(decoder.model, 3, [2], form="operators" if is_own else portable)
     ir.save(decoder.model, path, external_data=f"{path.name}.data")
     return decoder.model
 
@@ -141,22 +150,23 @@ class Runner:
         path: Path,
         checkpoint: Checkpoint,
         batch_size: int = 2,
-        num_layers: int | None = None,
-        cpu_kernels: Path | None = None,
+        cpu_library: Path | None = None,
     ) -> None:
+        """`cpu_library`: that of the graph's operators; None: of the engine directory, if it lies in one with such."""
         options = session_options()
-        if cpu_kernels is not None:
-            options.register_custom_ops_library(str(cpu_kernels))
+        library = cpu_library or path.parents[1] / LIBRARY_NAME
+        if library.is_file():
+            options.register_custom_ops_library(str(library))
         options.log_severity_level = SILENT_BELOW_ERROR  # TensorScatter warns about the copies
         options.add_session_config_entry(*EXACT_PRODUCTS)
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        shape = (batch_size, checkpoint.num_kv_heads, MAX_SEQ_LEN, checkpoint.head_dim)
-        noise = np.random.default_rng(1)
-        self.cache = {
-            f"past_{kind}.{layer}": 9 * noise.standard_normal(shape, np.float32)
-            for layer in range(num_layers or checkpoint.config.num_hidden_layers)
-            for kind in ("key", "value")
-        }
+        noise, sizes = np.random.default_rng(1), {"S": MAX_SEQ_LEN, "S16": MAX_SEQ_LEN // 16}
+        self.cache = {}
+        for value in self.session.get_inputs():
+            if value.name.startswith("past_"):
+                shape = (batch_size, *(sizes.get(size, size) for size in value.shape[1:]))
+                dtype = np.float16 if value.type == "tensor(float16)" else np.float32
+                self.cache[value.name] = 9 * noise.standard_normal(shape, np.float32).astype(dtype)
 
     def step(self, input_ids: npt.ArrayLike, write_indices: list[int], **head_inputs: Any) -> dict[str, np.ndarray]:
         """input_ids [B, T], tokens cached per row -> every output but the cache, which is kept for the next step. Of

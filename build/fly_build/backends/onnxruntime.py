@@ -47,28 +47,33 @@ class OnnxRuntimeBackend(Backend):
         return "float32"
 
     def build_model(self, build: "ModelBuild") -> ModelEngine:
-        engine = build.save_graph(self._graph(build), "float32", build.path)
-        return self._with_library(engine, build.workspace)
+        decoder = self._graph(build)
+        return self._record(build.save_graph(decoder, "float32", build.path), decoder, build.workspace)
 
     def build_sharing(self, build: "ModelBuild", target: ModelEngine, tensors: "Tensors") -> ModelEngine:
-        engine = build.save_sharing(self._graph(build), tensors, "float32", build.workspace / target.model)
-        return self._with_library(engine, build.workspace)
+        decoder = self._graph(build)
+        engine = build.save_sharing(decoder, tensors, "float32", build.workspace / target.model)
+        return self._record(engine, decoder, build.workspace)
 
-    def _with_library(self, engine: ModelEngine, workspace: Path) -> ModelEngine:
+    def _record(self, engine: ModelEngine, decoder: "DecoderGraph", workspace: Path) -> ModelEngine:
+        """With the library that the graph needs, which is copied into the directory."""
         if self._library is None:
             return engine
         if not (workspace / LIBRARY_NAME).exists():
             shutil.copy(self._library, workspace / LIBRARY_NAME)
-        return engine.model_copy(update={"cpu_kernels": LIBRARY_NAME})
+        return engine.model_copy(update={"cpu_kernels": LIBRARY_NAME, "kv_cache_dtype": decoder.cache_dtype})
 
     def _graph(self, build: "ModelBuild") -> "DecoderGraph":
         from fly_build.attention import make_shape_invariant
+        from fly_build.cpu_attention import fuse_attention
 
-        checkpoint = build.model.checkpoint
+        checkpoint, engine, has_operators = build.model.checkpoint, build.model.engine, self._library is not None
+        num_heads, num_kv_heads = checkpoint.config.num_attention_heads, checkpoint.num_kv_heads
         with build.step("trace"):
             decoder = build.export("float32", attention="lengths")
-            make_shape_invariant(decoder.model, checkpoint.config.num_attention_heads, checkpoint.num_kv_heads)
-            build.append_head(decoder, form="lazy_functions" if self._library is None else "operators")
+            if not has_operators or not fuse_attention(decoder.model, num_heads, num_kv_heads, engine.quantization):
+                make_shape_invariant(decoder.model, num_heads, num_kv_heads)
+            build.append_head(decoder, form="operators" if has_operators else "lazy_functions")
         return decoder
 
     @staticmethod
