@@ -18,8 +18,9 @@ struct Half {
 constexpr size_t kKeyBlock = 16;    // keys that lie transposed together: [channels][16]
 constexpr size_t kKeyChunk = 256;   // keys whose weights are formed together: part of the numerics
 constexpr size_t kQueryGroup = 6;   // queries that share what is loaded of keys and values
-constexpr size_t kTaskRows = 96;    // queries of a task, at most
+constexpr size_t kTaskRows = 192;   // queries of a task, at most
 constexpr size_t kNarrowGroups = 2;  // up to so many groups read 16-bit floats as they are, more a copy of 32 bits
+constexpr size_t kSpanSize = 4;     // floats that the first and last key of a row's take up
 constexpr size_t kStateExtra = 16;  // behind a query's sums: the largest score, the sum of the weights
 
 // One layer of one step. A "row" is a query head at a token: the query heads that share a key-value head are rows of the
@@ -50,7 +51,8 @@ struct Attention {
     [[gnu::always_inline]] size_t state_size() const { return head_dim + kStateExtra; }
     // Floats of scratch for a task of so many rows.
     [[gnu::always_inline]] size_t scratch_size(size_t num_rows) const {
-        return num_rows * (head_dim + state_size()) + kQueryGroup * (head_dim + kKeyChunk) + 2 * kKeyChunk * head_dim;
+        const size_t of_rows = num_rows * (head_dim + state_size() + kSpanSize);
+        return of_rows + kQueryGroup * (head_dim + kKeyChunk) + 2 * kKeyChunk * head_dim;
     }
 };
 

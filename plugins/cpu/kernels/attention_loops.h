@@ -94,22 +94,23 @@ void store(const Attention& a, size_t sequence, size_t first, size_t end, float*
     (a.is_half ? store_tokens<Half> : store_tokens<float>)(a, sequence, first, end, scratch);
 }
 
-// Queries of up to kQueryGroup rows, [channels][count], times what makes their products powers of 2. One that is not
-// finite is NaN in all channels, so that its row is, whatever a soft cap makes of infinity.
-inline void prepare_group(const Attention& a, const AttentionTask& task, size_t row, size_t count, float* scratch, float* group) {
+// A task's queries, [rows][channels], times what makes their products powers of 2. One that is not finite is NaN in all
+// channels, so that its row is, whatever a soft cap makes of infinity.
+inline void prepare_queries(const Attention& a, const AttentionTask& task, float* queries) {
     const size_t group_size = a.group_size();
-    const Lanes scale = Lanes::all(a.scale * kLog2E);
-    for (size_t r = 0; r < count; ++r) {
-        const size_t token = task.sequence * a.tokens + (row + r) / group_size;
-        const size_t head = task.kv_head * group_size + (row + r) % group_size;
-        prepare(a, a.query + token * a.query_stride + head * a.head_dim, a.query_norm, token, scratch);
+    const Lanes scale = Lanes::all(a.scale * kLog2E), not_a_number = Lanes::all(std::numeric_limits<float>::quiet_NaN());
+    size_t token = task.sequence * a.tokens + task.first_row / group_size, within = task.first_row % group_size;
+    for (size_t row = task.first_row; row < task.end_row; ++row, queries += a.head_dim) {
+        const size_t head = task.kv_head * group_size + within;
+        prepare(a, a.query + token * a.query_stride + head * a.head_dim, a.query_norm, token, queries);
         bool is_finite = true;
         for (size_t i = 0; i < a.head_dim; i += 16) {
-            const Lanes x = Lanes::load(scratch + i) * scale;
+            const Lanes x = Lanes::load(queries + i) * scale;
             is_finite &= !any_not_finite(x);
-            x.store(scratch + i);
+            x.store(queries + i);
         }
-        for (size_t d = 0; d < a.head_dim; ++d) group[d * count + r] = is_finite ? scratch[d] : std::numeric_limits<float>::quiet_NaN();
+        for (size_t i = 0; i < a.head_dim && !is_finite; i += 16) not_a_number.store(queries + i);
+        if (++within == group_size) within = 0, ++token;
     }
 }
 
@@ -127,21 +128,26 @@ struct Peak {
     float most, total;
 };
 
-// Turns one query's scores of a chunk into weights, in place: the largest is 1, what is not seen 0.
-inline Peak weights_of(float* scores, Span seen) {
+// The largest of a query's scores of a chunk, after what it does not see was made -inf.
+inline float largest_score(float* scores, Span seen) {
     const size_t first = seen.first_block() * 16, end = seen.end_block() * 16;
     for (size_t i = first; i < seen.first; ++i) scores[i] = -kInfinity;
     for (size_t i = seen.end; i < end; ++i) scores[i] = -kInfinity;
     Lanes most = Lanes::all(-kInfinity);
     for (size_t i = first; i < end; i += 16) most = max(most, Lanes::load(scores + i));
-    const float peak = largest(most);
+    return largest(most);
+}
+
+// Turns a query's scores of a chunk into weights, in place, of which the largest is 1. Returns their sum.
+inline float weigh_scores(float* scores, Span seen, float most) {
+    const Lanes peak = Lanes::all(most);
     Lanes total = Lanes::zero();
-    for (size_t i = first; i < end; i += 16) {
-        const Lanes weight = small_power_of_two(Lanes::load(scores + i) - Lanes::all(peak));
+    for (size_t i = seen.first_block() * 16; i < seen.end_block() * 16; i += 16) {
+        const Lanes weight = small_power_of_two(Lanes::load(scores + i) - peak);
         weight.store(scores + i);
         total = total + weight;
     }
-    return {peak, sum(total)};
+    return sum(total);
 }
 
 // A state is what a query has seen so far: [channels] of weighted values, the largest score, the sum of the weights.
@@ -189,56 +195,64 @@ void weigh_values(const Span* seen, size_t count, const float* weights, const El
     for (size_t r = 0; r < count; ++r) alone(r, end > seen[r].first ? end : seen[r].first, seen[r].end);
 }
 
-// Where the parts of a task's scratch begin.
+// Where the parts of a task's scratch begin, and which keys each of its rows sees.
 struct Workspace {
     float *queries, *states, *scores, *sums, *keys, *values;
+    Span* seen;
 
-    Workspace(const Attention& a, size_t num_rows, float* scratch)
-        : queries(scratch),
-          states(queries + num_rows * a.head_dim),
-          scores(states + num_rows * a.state_size()),
-          sums(scores + kQueryGroup * kKeyChunk),
-          keys(sums + kQueryGroup * a.head_dim),
-          values(keys + kKeyChunk * a.head_dim) {}
+    Workspace(const Attention& a, const AttentionTask& task, float* scratch) {
+        const size_t num_rows = task.end_row - task.first_row;
+        queries = scratch;
+        states = queries + num_rows * a.head_dim;
+        scores = states + num_rows * a.state_size();
+        sums = scores + kQueryGroup * kKeyChunk;
+        keys = sums + kQueryGroup * a.head_dim;
+        values = keys + kKeyChunk * a.head_dim;
+        seen = reinterpret_cast<Span*>(values + kKeyChunk * a.head_dim);
+        static_assert(sizeof(Span) <= kSpanSize * sizeof(float));
+        for (size_t row = 0; row < num_rows; ++row) seen[row] = seen_from(a, position_of(a, task.sequence, task.first_row + row));
+    }
 };
 
-// Up to kQueryGroup rows from `row` on, at one chunk.
+// Up to kQueryGroup rows of the task from its `row` on, at one chunk.
 template <typename Element>
 void attend_group(const Attention& a, const AttentionTask& task, size_t row, size_t count, size_t chunk, const Element* keys,
                   const Element* values, const Workspace& work, float* states) {
     const size_t dim = a.head_dim;
     Span seen[kQueryGroup];
-    for (size_t r = 0; r < count; ++r) seen[r] = of_chunk(seen_from(a, position_of(a, task.sequence, row + r)), chunk);
+    for (size_t r = 0; r < count; ++r) seen[r] = of_chunk(work.seen[row + r], chunk);
     const Span all = {seen[0].first, seen[count - 1].end};
     if (all.is_empty()) return;
     const size_t block = all.first_block();
-    score_rows(count, work.queries + (row - task.first_row) * dim, keys + block * kKeyBlock * dim, all.end_block() - block, dim,
+    score_rows(count, work.queries + row * dim, keys + block * kKeyBlock * dim, all.end_block() - block, dim,
                work.scores + block * kKeyBlock);
     Peak peaks[kQueryGroup] = {};
     for (size_t r = 0; r < count; ++r) {
         if (seen[r].is_empty()) continue;
         if (a.softcap > 0) cap_scores(work.scores + r * kKeyChunk, seen[r], a.softcap);
-        peaks[r] = weights_of(work.scores + r * kKeyChunk, seen[r]);
+        peaks[r].most = largest_score(work.scores + r * kKeyChunk, seen[r]);
     }
+    for (size_t r = 0; r < count; ++r) peaks[r].total = weigh_scores(work.scores + r * kKeyChunk, seen[r], peaks[r].most);
     weigh_values(seen, count, work.scores, values, dim, work.sums);
     for (size_t r = 0; r < count; ++r) {
         if (seen[r].is_empty()) continue;
         const float* sums = work.sums + r * dim;
-        const bool is_first = seen_from(a, position_of(a, task.sequence, row + r)).first / kKeyChunk == chunk;
+        float* state = work.states + (row + r) * a.state_size();
         if (states != nullptr)
-            set_state(state_of(a, states, task.sequence, task.kv_head, row + r, chunk), sums, peaks[r], dim);
-        else if (is_first)
-            set_state(work.states + (row + r - task.first_row) * a.state_size(), sums, peaks[r], dim);
+            set_state(state_of(a, states, task.sequence, task.kv_head, task.first_row + row + r, chunk), sums, peaks[r], dim);
+        else if (work.seen[row + r].first / kKeyChunk == chunk)
+            set_state(state, sums, peaks[r], dim);
         else
-            merge_state(work.states + (row + r - task.first_row) * a.state_size(), sums, peaks[r], dim);
+            merge_state(state, sums, peaks[r], dim);
     }
 }
 
 template <typename Element>
 void attend_groups(const Attention& a, const AttentionTask& task, size_t chunk, const Element* keys, const Element* values,
                    const Workspace& work, float* states) {
-    for (size_t row = task.first_row; row < task.end_row; row += kQueryGroup)
-        attend_group(a, task, row, least(kQueryGroup, task.end_row - row), chunk, keys, values, work, states);
+    const size_t num_rows = task.end_row - task.first_row;
+    for (size_t row = 0; row < num_rows; row += kQueryGroup)
+        attend_group(a, task, row, least(kQueryGroup, num_rows - row), chunk, keys, values, work, states);
 }
 
 // One chunk as 32 bits, of the keys that a row of the task sees.
@@ -253,13 +267,9 @@ inline void attend_copy(const Attention& a, const AttentionTask& task, size_t ch
 template <typename Element>
 void attend_cache(const Attention& a, const AttentionTask& task, float* scratch, float* states) {
     const size_t num_rows = task.end_row - task.first_row;
-    const Workspace work(a, num_rows, scratch);
-    for (size_t row = 0; row < num_rows; row += kQueryGroup) {
-        const size_t count = least(kQueryGroup, num_rows - row);
-        prepare_group(a, task, task.first_row + row, count, work.sums, work.queries + row * a.head_dim);
-    }
-    const Span all = {seen_from(a, position_of(a, task.sequence, task.first_row)).first,
-                      position_of(a, task.sequence, task.end_row - 1) + 1};
+    const Workspace work(a, task, scratch);
+    prepare_queries(a, task, work.queries);
+    const Span all = {work.seen[0].first, work.seen[num_rows - 1].end};
     const size_t base = (task.sequence * a.kv_heads + task.kv_head) * a.capacity;
     for (size_t chunk = task.first_chunk; chunk < task.end_chunk; ++chunk) {
         const Span seen = of_chunk(all, chunk);

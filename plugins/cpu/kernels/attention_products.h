@@ -13,7 +13,14 @@ inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
 template <size_t R>
 constexpr size_t product_width = kProductLanes / R >= 4 ? 4 : kProductLanes / R >= 2 ? 2 : 1;
 
-// Scores of R queries [dim][R] with the keys of V blocks: channel after channel. scores: [R] rows of kKeyChunk.
+// Few queries wait for memory: they ask for what comes next. More find it in a cache.
+template <size_t R, typename Element>
+void fetch(const Element* p) {
+    if constexpr (R < kQueryGroup) _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+}
+constexpr size_t kValuesAhead = 4096;  // bytes
+
+// Scores of R queries [R][dim] with the keys of V blocks: channel after channel. scores: [R] rows of kKeyChunk.
 template <size_t R, size_t V, typename Element>
 [[gnu::noinline]] void score_tile(const float* query, const Element* keys, size_t dim, float* scores) {
     const size_t stride = dim * kKeyBlock;
@@ -22,13 +29,16 @@ template <size_t R, size_t V, typename Element>
     for (size_t r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (size_t v = 0; v < V; ++v) sums[r][v] = Lanes::zero();
-    for (size_t d = 0; d < dim; ++d, query += R, keys += kKeyBlock) {
+    for (size_t d = 0; d < dim; ++d, keys += kKeyBlock) {
         Lanes block[V];
 #pragma GCC unroll 4
-        for (size_t v = 0; v < V; ++v) block[v] = Lanes::load(keys + v * stride);
+        for (size_t v = 0; v < V; ++v) {
+            block[v] = Lanes::load(keys + v * stride);
+            fetch<R>(keys + (V + v) * stride);
+        }
 #pragma GCC unroll 6
         for (size_t r = 0; r < R; ++r) {
-            const Lanes channel = Lanes::all(query[r]);
+            const Lanes channel = Lanes::all(query[r * dim + d]);
 #pragma GCC unroll 4
             for (size_t v = 0; v < V; ++v) sums[r][v] = fma(channel, block[v], sums[r][v]);
         }
@@ -50,7 +60,10 @@ template <size_t R, size_t V, typename Element>
     for (size_t k = 0; k < count; ++k, values += dim) {
         Lanes channels[V];
 #pragma GCC unroll 4
-        for (size_t v = 0; v < V; ++v) channels[v] = Lanes::load(values + v * 16);
+        for (size_t v = 0; v < V; ++v) {
+            channels[v] = Lanes::load(values + v * 16);
+            fetch<R>(values + v * 16 + kValuesAhead / sizeof(Element));
+        }
 #pragma GCC unroll 6
         for (size_t r = 0; r < R; ++r) {
             const Lanes weight = Lanes::all(weights[r * kKeyChunk + k]);

@@ -75,13 +75,7 @@ inline __m256 power_of_two(__m256 n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
 }
 inline Lanes power_of_two(Lanes n) { return {power_of_two(n.low), power_of_two(n.high)}; }
-// x where `by` is not below the limit, which what is not a number never is; else 0.
-inline __m256 unless_below(__m256 x, __m256 by, float limit) {
-    return _mm256_and_ps(x, _mm256_cmp_ps(by, _mm256_set1_ps(limit), _CMP_NLT_UQ));
-}
-inline Lanes unless_below(Lanes x, Lanes by, float limit) {
-    return {unless_below(x.low, by.low, limit), unless_below(x.high, by.high, limit)};
-}
+inline Lanes times_power_of_two(Lanes x, Lanes n) { return x * power_of_two(n); }
 // Whether one of them is not finite.
 inline bool any_not_finite(Lanes a) {
     const __m256 most = _mm256_set1_ps(3.4028234664e38F);

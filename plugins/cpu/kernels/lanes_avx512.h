@@ -49,10 +49,7 @@ inline Lanes power_of_two(Lanes n) {
     const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23))};
 }
-// x where `by` is not below the limit, which what is not a number never is; else 0.
-inline Lanes unless_below(Lanes x, Lanes by, float limit) {
-    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(by.v, _mm512_set1_ps(limit), _CMP_NLT_UQ), x.v)};
-}
+inline Lanes times_power_of_two(Lanes x, Lanes n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 // Whether one of them is not finite.
 inline bool any_not_finite(Lanes a) { return _mm512_fpclass_ps_mask(a.v, 0x99) != 0; }
 // Whether a is more than b anywhere.

@@ -63,12 +63,12 @@ inline Lanes power_of_two_near_zero(Lanes x) {
     p = fma(p, r, Lanes::all(2.40226509e-1F));
     p = fma(p, r, Lanes::all(6.93147207e-1F));
     p = fma(p, r, Lanes::all(1.0F));
-    return p * power_of_two(n);
+    return times_power_of_two(p, n);
 }
 
-// The same for x of 0 or less, and 0 where 2^x is below 2^-80: beside a weight of 1 that is nothing, and its products
-// would be numbers too small to be fast.
-inline Lanes small_power_of_two(Lanes x) { return unless_below(power_of_two_near_zero(x), x, -80.0F); }
+// The same for x of 0 or less, from 2^-80 on: beside a weight of 1 that is nothing, while products with much smaller
+// numbers would be slow. max returns its second operand where one is not a number.
+inline Lanes small_power_of_two(Lanes x) { return power_of_two_near_zero(max(Lanes::all(-80.0F), x)); }
 
 }  // namespace
 }  // namespace fly

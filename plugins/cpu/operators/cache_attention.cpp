@@ -8,10 +8,13 @@
 namespace fly {
 namespace {
 
-constexpr size_t kEnoughTasks = 8;            // below, tasks are made smaller; that costs a little
-constexpr size_t kSplitTasks = 32;            // about so many where chunks are shared out too
-constexpr size_t kValuesAtOnce = 16 << 10;    // new keys' values that one thread stores before others are worth waking
-constexpr size_t kProductsAtOnce = 128 << 10;  // products that one thread forms before others are worth waking
+constexpr size_t kEnoughTasks = 8;  // below, tasks get fewer rows, which costs a little
+constexpr size_t kSplitBelow = 16;  // tasks below which chunks are shared out too
+constexpr size_t kSplitTasks = 32;  // about so many then
+// What one thread does before others are worth waking: numbers of new keys to store, products, states to merge.
+constexpr size_t kValuesAtOnce = 16 << 10;
+constexpr size_t kProductsAtOnce = 128 << 10;
+constexpr size_t kStatesAtOnce = 128;
 
 size_t parts(size_t count, size_t size) { return (count + size - 1) / size; }
 
@@ -136,7 +139,7 @@ void CacheAttentionBase::attend(const Context& context, const Attention& a) cons
     while (tile > 2 * kQueryGroup && num_heads * parts(rows, tile) < kEnoughTasks) tile /= 2;
     tile = std::min(tile, rows);
     const size_t num_tiles = parts(rows, tile), num_tasks = num_heads * num_tiles;
-    const bool is_split = num_tasks < kEnoughTasks && a.num_chunks > 1;
+    const bool is_split = num_tasks < kSplitBelow && a.num_chunks > 1;
     const size_t num_runs = is_split ? std::min(a.num_chunks, parts(kSplitTasks, num_tasks)) : 1;
     const size_t run = parts(a.num_chunks, num_runs);
     float* states = nullptr;
@@ -146,7 +149,9 @@ void CacheAttentionBase::attend(const Context& context, const Attention& a) cons
         scratch.reserve({size * sizeof(float)});
         states = scratch.take<float>(size);
     }
-    const bool is_little = num_heads * rows * a.num_chunks * kKeyChunk * a.head_dim <= kProductsAtOnce;
+    size_t num_keys = 0;
+    for (size_t sequence = 0; sequence < a.batch; ++sequence) num_keys += a.write_indices[sequence] + a.tokens;
+    const bool is_little = 2 * num_keys * a.kv_heads * rows * a.head_dim <= kProductsAtOnce;
     share(context, num_tasks * num_runs, is_little, a.scratch_size(tile), [&](size_t index, float* scratch) {
         const size_t head = index / num_runs % num_heads, first_chunk = index % num_runs * run;
         const size_t first_row = (num_tiles - 1 - index / num_runs / num_heads) * tile;  // the longest first
@@ -155,8 +160,9 @@ void CacheAttentionBase::attend(const Context& context, const Attention& a) cons
         kernels_.attend(a, task, scratch, states);
     });
     if (!is_split) return;
-    for (size_t index = 0; index < num_heads * rows; ++index)
-        kernels_.merge(a, index / rows / a.kv_heads, index / rows % a.kv_heads, index % rows, states);
+    share(context, num_heads, num_heads * rows * a.num_chunks <= kStatesAtOnce, 0, [&](size_t head, float*) {
+        for (size_t row = 0; row < rows; ++row) kernels_.merge(a, head / a.kv_heads, head % a.kv_heads, row, states);
+    });
 }
 
 }  // namespace fly
