@@ -70,17 +70,11 @@ def build_once(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFac
 
 
 def _build(output: Path, **flags: object) -> None:
-    import fly_build.model_build
-    import fly_build.pipeline
-    from fly_build.recipe import load_recipe
-    from traced_once import export_once
+    from traced_once import build
 
     # Given, not measured: what is accepted may depend on them, and no test may depend on the machine.
     costs = {"draft_token_cost": 0.12, "verification_token_cost": 0.06}
-    recipe = load_recipe(None, {"target": str(PAIR / "target"), "max_seq_len": 2048, "speculative": costs, **flags})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fly_build.model_build, "export_decoder", export_once)
-        fly_build.pipeline.build(fly_build.pipeline.make_plan(recipe, output), lambda step, fraction: None)
+    build(output, target=str(PAIR / "target"), **{"max_seq_len": 2048, "speculative": costs, **flags})
 
 
 @pytest.fixture

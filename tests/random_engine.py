@@ -6,9 +6,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from fly_build.pipeline import build, make_plan
-from fly_build.recipe import load_recipe
 from tiny_models import save_tiny, tiny_llama
+from traced_once import build
 
 DRAFT_NOISE = 0.2
 
@@ -33,6 +32,5 @@ def build_random_engine(folder: Path, vocab_size: int, hidden_size: int) -> Path
     # Measured, they would decide differently on each machine which windows pay.
     costs = {"draft_token_cost": 0.05, "verification_token_cost": 0.02}
     checkpoints = {"target": str(folder / "target"), "draft": str(folder / "draft")}
-    recipe = load_recipe(None, checkpoints | {"speculative": costs})
-    build(make_plan(recipe, folder / "engine"), lambda step, fraction: None)
+    build(folder / "engine", **checkpoints, speculative=costs)
     return folder / "engine"

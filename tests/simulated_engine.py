@@ -10,14 +10,12 @@ import numpy.typing as npt
 import onnx
 import pytest
 
-from fly_build import model_build, pipeline
-from fly_build.recipe import load_recipe
+import traced_once
 from fly_build.tensorrt_builder import EngineBuilder
 from fly_trt.engines import Engine, load_engine
 from fly_trt.engines.base import Step
 from fly_trt.manifest import LayerSummary, TensorRTPlan, read_manifest
 from simulated_tensorrt import VERSION, install, serialise
-from traced_once import export_once
 
 PAIR = Path(__file__).parent / "assets" / "pair"
 LIBRARY = "tensorrt_rtx"
@@ -32,12 +30,10 @@ def build(output: Path, **flags: Any) -> Path:
     """The demo pair in float32, for TensorRT-RTX: all that fly-build does, but for the compilation."""
     pair = {"target": str(PAIR / "target"), "draft": str(PAIR / "draft")}
     settings = {"backend": "tensorrt", "tensorrt_library": LIBRARY, "dtype": "float32", **LIMITS, **flags}
-    recipe = load_recipe(None, pair | settings)
     with pytest.MonkeyPatch.context() as patch:
         install(patch)
-        patch.setattr(model_build, "export_decoder", export_once)
         patch.setattr(EngineBuilder, "build", _compile)
-        pipeline.build(pipeline.make_plan(recipe, output), lambda *_: None)
+        traced_once.build(output, **pair | settings)
     return output
 
 
@@ -46,10 +42,7 @@ def build_for_onnxruntime(output: Path, **flags: Any) -> Path:
     # The costs of the engines that it is compared with: what is accepted may depend on them.
     costs = {"draft_token_cost": 0.12, "verification_token_cost": 0.06}
     settings = {"device": "cuda", "dtype": "float32", "speculative": costs, **LIMITS, "max_batch_size": 8, **flags}
-    recipe = load_recipe(None, {"target": str(PAIR / "target"), "draft": str(PAIR / "draft"), **settings})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_build, "export_decoder", export_once)
-        pipeline.build(pipeline.make_plan(recipe, output), lambda *_: None)
+    traced_once.build(output, target=str(PAIR / "target"), draft=str(PAIR / "draft"), **settings)
     return output
 
 

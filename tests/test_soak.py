@@ -9,7 +9,7 @@ from eval_prompts import load_eval_prompts
 from fly_trt import AcceptanceParams, AsyncLLM, RequestOutputKind, SamplingParams
 from leftovers import MIB, check_nothing_is_left, resident_bytes
 
-NUM_REQUESTS, NUM_LONG_REQUESTS = 800, 2000
+NUM_REQUESTS, NUM_LONG_REQUESTS = 500, 2000
 NUM_CLIENTS = 24
 NUM_SETTLED = 200  # requests after which memory must not grow
 MAX_GROWTH_BYTES = 32 * MIB

@@ -41,12 +41,15 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _dry_run(shapes: Path, recipe: str, target: str, *flags: str) -> dict[str, Any]:
+def _command(shapes: Path, recipe: str, target: str, *flags: str) -> list[str]:
     pair = ("--target", str(shapes / target), "--draft", str(shapes / "8b"))
-    command = [sys.executable, "-c", WITHOUT_TENSORRT, recipe, *pair, *flags, "--dry-run", "--json"]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout)
+    return [recipe, *pair, *flags, "--dry-run", "--json"]
+
+
+def _dry_run(shapes: Path, recipe: str, target: str, *flags: str) -> dict[str, Any]:
+    result = CliRunner().invoke(main, _command(shapes, recipe, target, *flags))
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
 
 
 FP8_ON_TWO = ("--quantization", "fp8", "--tp-size", "2", "--draft-tp-size", "2")
@@ -76,6 +79,13 @@ def test_recipes_of_large_models_fit_on_their_gpus(
         )
         assert gpu["fits_80_gb"]
         assert gpu["most_slots_80_gb"] > plan["max_batch_size"]
+
+
+def test_a_plan_needs_no_tensorrt(shapes: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_TENSORRT, *_command(shapes, "llama-3.1-70b", "70b")]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(finished.stdout) == _dry_run(shapes, "llama-3.1-70b", "70b")
 
 
 def test_what_does_not_fit_is_said(shapes: Path) -> None:

@@ -17,10 +17,8 @@ import pytest
 import transformers
 from filelock import FileLock
 
-from fly_build import model_build, pipeline
-from fly_build.recipe import load_recipe
 from tiny_models import SHAPE, add_demo_tokenizer, save_tiny, tiny_llama
-from traced_once import export_once
+from traced_once import build
 
 VERSION = "1.31.1"
 TESTS = Path(__file__).resolve().parents[1]
@@ -39,6 +37,9 @@ FORMS = {
     "int8": {"dtype": "float16", "quantization": "int8"},
     "int4": {"dtype": "bfloat16", "quantization": "int4"},
 }
+# Every form of weights, and every form of attention.
+EVERYDAY = [*(("llama", form) for form in FORMS), ("mistral", "float16"), ("gemma2", "float16"), ("gemma2", "int4")]
+LONG = [(model, form) for model in CONFIGS for form in FORMS if (model, form) not in EVERYDAY]
 BuildOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
@@ -87,24 +88,22 @@ def run_steps(gpu_package: Path, emulated_libraries: Path) -> Callable[..., dict
     return run
 
 
-def build(output: Path, config: Any, **flags: Any) -> None:
+def build_tiny(output: Path, config: Any, **flags: Any) -> None:
     checkpoint = output.with_suffix(".checkpoint")
     save_tiny(config, checkpoint)
     add_demo_tokenizer(checkpoint)
     limits = {"max_batch_size": 2, "max_seq_len": 64, "max_draft_len": 8, "max_num_tokens": 64}
-    recipe = load_recipe(None, {"target": str(checkpoint), **limits, **flags})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_build, "export_decoder", export_once)
-        pipeline.build(pipeline.make_plan(recipe, output), lambda *_: None)
+    build(output, target=str(checkpoint), **limits, **flags)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("model", CONFIGS)
+@pytest.mark.parametrize(
+    ("model", "form"), [*EVERYDAY, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG)]
+)
 def test_all_but_shape_arithmetic_runs_on_the_gpu_and_is_captured(
     model: str, form: str, build_once: BuildOnce, run_steps: Callable[..., dict[str, Any]]
 ) -> None:
     config = CONFIGS[model]()
-    directory = build_once(f"{model}_{form}", lambda path: build(path, config, device="cuda", **FORMS[form]))
+    directory = build_once(f"{model}_{form}", lambda path: build_tiny(path, config, device="cuda", **FORMS[form]))
     seen = run_steps(directory)
     assert "refused" not in seen, seen["refused"]
     nodes = seen["nodes"]
@@ -135,7 +134,7 @@ def test_steps_that_cannot_be_captured_run_without_a_graph(
     build_once: BuildOnce, run_steps: Callable[..., dict[str, Any]]
 ) -> None:
     config = CONFIGS["llama"]()
-    directory = build_once("llama_float16", lambda path: build(path, config, device="cuda", **FORMS["float16"]))
+    directory = build_once("llama_float16", lambda path: build_tiny(path, config, device="cuda", **FORMS["float16"]))
     seen = run_steps(directory, EMULATED_CAPTURES_FAIL="1")
     runs = [run for step in seen["steps"] for run in step["runs"]]
     assert [run["captures"] for run in runs] == [1] + [0] * (len(runs) - 1)
@@ -196,7 +195,7 @@ def test_a_graph_that_waits_for_the_host_is_refused(
 ) -> None:
     """So the test above can fail, and an engine never runs on the CPU in parts without a word."""
     config = CONFIGS["llama"]()
-    directory = build_once("llama_float16", lambda path: build(path, config, device="cuda", **FORMS["float16"]))
+    directory = build_once("llama_float16", lambda path: build_tiny(path, config, device="cuda", **FORMS["float16"]))
     seen = run_steps(changed(directory, tmp_path / "changed", change))
     assert "cannot load it: " in seen["refused"]
     assert "graph capture feature" in seen["refused"]
@@ -206,7 +205,7 @@ def test_the_graph_of_the_cpu_is_refused(
     build_once: BuildOnce, run_steps: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     """It has branches."""
-    build(tmp_path / "cpu", CONFIGS["llama"]())
+    build_tiny(tmp_path / "cpu", CONFIGS["llama"]())
     path = tmp_path / "cpu" / "fly.json"
     path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda"'))
     assert "control flow nodes" in run_steps(tmp_path / "cpu")["refused"]
@@ -217,7 +216,7 @@ def test_missing_cuda_libraries_are_named(
 ) -> None:
     shutil.copy(emulated_libraries / "libcudart.so.13", tmp_path)
     config = CONFIGS["llama"]()
-    directory = build_once("llama_float16", lambda path: build(path, config, device="cuda", **FORMS["float16"]))
+    directory = build_once("llama_float16", lambda path: build_tiny(path, config, device="cuda", **FORMS["float16"]))
     refused = run_steps(directory, tmp_path)["refused"]
     assert "cannot load its CUDA provider (libcublas" in refused
     assert "pip install 'fly-trt[cuda]'" in refused

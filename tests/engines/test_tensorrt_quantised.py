@@ -15,12 +15,11 @@ from safetensors.torch import load_file, save_file
 import simulated_engine as simulation
 from eval_prompts import load_eval_prompts
 from fly_build import quantization as q
-from fly_build.pipeline import build, make_plan
-from fly_build.recipe import load_recipe
 from fly_trt import LLM, AcceptanceParams, SamplingParams
 from fly_trt.manifest import read_manifest
 from simulated_cuda import SimulatedCuda
 from simulated_engine import PAIR
+from traced_once import build
 
 PROMPTS = [record["prompt"] for record in load_eval_prompts()[::40]]
 
@@ -64,8 +63,7 @@ def _generate(directory: Path) -> list[list[int]]:
 
 def _reference(folder: Path, target: Path, draft: Path) -> list[list[int]]:
     costs = dict.fromkeys(("draft_token_cost", "verification_token_cost"), 0.1)
-    flags = {"target": str(target), "draft": str(draft), "max_seq_len": 300, "speculative": costs}
-    build(make_plan(load_recipe(None, flags), folder), lambda *_: None)
+    build(folder, target=str(target), draft=str(draft), max_seq_len=300, speculative=costs)
     return _generate(folder)
 
 
