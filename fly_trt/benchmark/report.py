@@ -61,9 +61,10 @@ def as_table(benchmark: Benchmark) -> Table:
     load = f", {config.loads[0]}" if len(config.loads) == 1 else ""
     times = f"median of {config.rounds} rounds" if config.rounds > 1 else "1 round"
     seconds = " and ".join(f"{role} {took:.1f} s" for role, took in benchmark.engines.load_seconds.items())
+    default = _default(benchmark.engines.manifest)
     table = Table(
         title=f"{benchmark.engines.directory}: {config.num_prompts} prompts{load}, {times}",
-        caption=f"engines loaded once: {seconds}; default: {_default(benchmark.engines.manifest)}",
+        caption=f"engines loaded once: {seconds}{threads(benchmark.engines)}; default: {default}",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
@@ -81,6 +82,11 @@ def as_table(benchmark: Benchmark) -> Table:
         # As texts, in which brackets are no markup.
         table.add_row(Text(row.mode.replace(",", ", ")), *(Text(figure(row)) for _, figure in shown))
     return table
+
+
+def threads(engines: LoadedEngines) -> str:
+    """The CPU threads that compute, as the end of a caption; nothing where a GPU does."""
+    return f"; {engines.threads}" if engines.threads else ""
 
 
 def _number(spread: Spread | None, form: str) -> str:

@@ -118,7 +118,8 @@ def _run(engine_dir: Path, prompt: str, as_json: bool, flags: dict[str, Any]) ->
         click.echo(json.dumps(record | {"setting": llm.setting.as_dict()}))
     else:
         click.echo()
-        click.echo(f"{_summary(output, seconds)}; {llm.setting}", err=True)
+        shown = filter(None, (_summary(output, seconds), llm.threads, str(llm.setting)))
+        click.echo("; ".join(shown), err=True)
 
 
 def _output_form(schema: str | None, regex: str | None) -> dict[str, str] | None:

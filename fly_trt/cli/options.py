@@ -34,7 +34,7 @@ def chat(prompt: str) -> Option:
     return click.option("--chat", is_flag=True, help=f"{prompt} is a user's message: apply the model's chat template.")
 
 
-def num_threads(help: str = "CPU threads. [all cores]") -> Option:
+def num_threads(help: str = "CPU threads. [the fast physical cores of a socket, within the quota]") -> Option:
     return click.option("--num-threads", type=int, metavar="N", help=help)
 
 

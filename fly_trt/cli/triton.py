@@ -46,7 +46,7 @@ Examples:
 )
 @options.max_batch_size("as built")
 @click.option("--max-seq-len", type=int, metavar="N", help="Tokens of prompt and output. [as built]")
-@options.num_threads("CPU threads of an instance. [its share of the cores]")
+@options.num_threads("CPU threads of an instance. [its share of the physical cores]")
 @options.speculative_options
 @options.audit_options
 @options.dry_run("Print config.pbtxt and write nothing.")

@@ -19,12 +19,14 @@ __all__ = ["BACKENDS", "Engine", "EngineBackend", "EngineInfo", "Step", "engine_
 class EngineBackend:
     """`module` has the backend's `load` and is imported when an engine is loaded; the rest is known before.
 
-    is_gpu: the engines run on a GPU, so that a device can be chosen for them. schedules: it batches requests and holds
-    their caches by itself, so that `module` has a `load_executor` (runtime.executor.LoadExecutor) in place of `load`.
+    is_gpu: the engines run on a GPU, so that a device can be chosen for them. has_threads: they compute with CPU
+    threads, all or what the GPU leaves, so that num_threads can be. schedules: it batches requests and holds their
+    caches by itself, so that `module` has a `load_executor` (runtime.executor.LoadExecutor) in place of `load`.
     """
 
     module: str
     is_gpu: bool
+    has_threads: bool = False
     schedules: bool = False
 
     @property
@@ -34,8 +36,8 @@ class EngineBackend:
 
 
 BACKENDS: dict[tuple[str, Device], EngineBackend] = {
-    ("onnxruntime", "cpu"): EngineBackend("fly_trt.engines.onnxruntime", is_gpu=False),
-    ("onnxruntime", "cuda"): EngineBackend("fly_trt.engines.onnxruntime_cuda", is_gpu=True),
+    ("onnxruntime", "cpu"): EngineBackend("fly_trt.engines.onnxruntime", is_gpu=False, has_threads=True),
+    ("onnxruntime", "cuda"): EngineBackend("fly_trt.engines.onnxruntime_cuda", is_gpu=True, has_threads=True),
     ("tensorrt", "cuda"): EngineBackend("fly_trt.engines.tensorrt", is_gpu=True),
     ("tensorrt-llm", "cuda"): EngineBackend("fly_trt.integrations.tensorrt_llm.llm_api", is_gpu=True, schedules=True),
     ("tensorrt-llm-engine", "cuda"): EngineBackend(

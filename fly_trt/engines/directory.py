@@ -34,8 +34,8 @@ class EngineSettings:
     """How the engines of a directory are loaded.
 
     max_batch_size: slots of the caches; None means as many as were built for. num_threads: CPU threads, shared by all
-    engines of the process; None means all cores that it may use, within its container's quota. device_id: CUDA device,
-    for engines of a GPU; None means the calling thread's current one, and the thread is left with theirs as its
+    engines of the process and free to run wherever it may; None chooses them (cores.choose_cores). device_id: CUDA
+    device, for engines of a GPU; None means the calling thread's current one, and the thread is left with theirs as its
     current one.
     devices: in its place, a CUDA device for each rank of an engine that spans several; None means 0 and up.
     verify_hashes: check every file against the manifest's sha256 first.
@@ -114,6 +114,11 @@ class LoadedEngines:
         self._home = HomeProcess("engines")
         if backend.schedules:
             _check_own_places(self.manifest, wanted)
+        elif wanted.num_threads is not None and not backend.has_threads:
+            raise ConfigError(
+                f"num_threads {wanted.num_threads}: has no effect, {self.manifest.name} was built for "
+                f"{self.manifest.backend}, which computes on the GPU: leave it out"
+            )
         places = [None] if backend.schedules else choose_devices(self.manifest, wanted, is_gpu=backend.is_gpu)
         self._settings: dict[str, Any] = {"num_threads": wanted.num_threads, "device_id": places[0]}
         self._ranks = Ranks([device for device in places if device is not None])
@@ -153,6 +158,16 @@ class LoadedEngines:
     def inner_draft(self) -> Engine:
         """Raises EngineError for a directory without an inner draft."""
         return self._engine("inner_draft")
+
+    @property
+    def threads(self) -> str | None:
+        """The CPU threads that compute and where their number comes from, in words; None before an engine is loaded,
+        and where a GPU computes."""
+        if self.backend.is_gpu:
+            return None
+        from fly_trt.engines.onnxruntime import describe_threads
+
+        return describe_threads()
 
     def when_failed(self, tell: Callable[[str], None]) -> None:
         """Has the bound method `tell` told why engines of several ranks cannot run any more, in one line, once that is

@@ -6,6 +6,7 @@ blocks, and shrink when the long sequences are gone.
 """
 
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from fly_trt.engines.base import (
     StepCache,
     StepShape,
 )
-from fly_trt.engines.cores import available_cores
+from fly_trt.engines.cores import Cores, choose_cores
 from fly_trt.errors import ConfigError, EngineError, one_line
 from fly_trt.manifest import Manifest, ModelEngine
 
@@ -38,17 +39,21 @@ CACHE_DTYPES = {"float32": np.float32, "float16": np.float16}
 
 class _ThreadPool:
     """One pool for every session of the process: with a pool each, the idle session's spinning workers take the cores
-    from the one that runs (measured: 123 to 169 tokens/s instead of 309)."""
+    from the one that runs (measured: 123 to 169 tokens/s instead of 309). Its threads stay on the cores that were
+    chosen; those that somebody asks for run wherever the process may."""
 
-    num_threads: int | None = None
+    cores: Cores | None = None
 
     @classmethod
-    def size(cls, num_threads: int | None) -> None:
-        if cls.num_threads is None:
-            cls.num_threads = num_threads or available_cores()
-            ort.set_global_thread_pool_sizes(cls.num_threads, 1)
-        elif num_threads and num_threads != cls.num_threads:
-            logger.warning("num_threads %d ignored: this process already runs %d", num_threads, cls.num_threads)
+    def size(cls, num_threads: int | None) -> Cores:
+        if cls.cores is None:
+            cls.cores = Cores(num_threads, None, "as asked") if num_threads else choose_cores()
+            with cls.cores.held():
+                ort.set_global_thread_pool_sizes(cls.cores.count, 1)
+            logger.info("%s", describe_threads())
+        elif num_threads and num_threads != cls.cores.count:
+            logger.warning("num_threads %d ignored: this process already runs %d", num_threads, cls.cores.count)
+        return cls.cores
 
 
 def session_options(num_threads: int | None = None) -> ort.SessionOptions:
@@ -65,7 +70,14 @@ def session_options(num_threads: int | None = None) -> ort.SessionOptions:
 
 def num_pool_threads() -> int | None:
     """Threads of the pool that all sessions share; None before the first session."""
-    return _ThreadPool.num_threads
+    return None if _ThreadPool.cores is None else _ThreadPool.cores.count
+
+
+def describe_threads() -> str | None:
+    """The same in words, such as "2 threads (4 physical cores, quota 2)"."""
+    if (cores := _ThreadPool.cores) is None:
+        return None
+    return f"{cores.count} thread{'s' * (cores.count > 1)} ({cores.reason})"
 
 
 def load(
@@ -105,16 +117,19 @@ class OnnxRuntimeEngine:
         self._model = model
         self._num_slots = num_slots
         self._capacity = 0
+        self._thread: int | None = None  # that runs steps: it computes with those of the pool
         self._num_held = [0] * num_slots  # tokens of each slot that a resize keeps
         self._generation = 0  # of the cache arrays: a step bound to older ones is bound again
         self._caches: list[np.ndarray] = []
         self._steps = StepCache(info, num_slots, MAX_BOUND_SHAPES)
         self._logits = LogitsBuffer(info.vocab_size)
         try:
-            options = session_options(num_threads)
+            self._cores = _ThreadPool.size(num_threads)
+            options = session_options()
             if cpu_kernels is not None:
                 _register_kernels(options, cpu_kernels)
-            self._session = ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
+            with self._cores.held():
+                self._session = ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
         except EngineError:
             raise
         except Exception as error:  # ONNX Runtime raises a class of its own for each status code
@@ -128,6 +143,9 @@ class OnnxRuntimeEngine:
 
     def run(self, step: Step) -> None:
         batch_size, num_tokens = step.input_ids.shape
+        if self._thread != (thread := threading.get_ident()):
+            self._cores.hold()
+            self._thread = thread
         ends = [cached + num_tokens for cached in step.write_indices.tolist()]
         if (needed := max(ends)) > self._capacity:
             self._resize(needed)

@@ -82,6 +82,11 @@ class Facade:
         return self._service.metrics.as_dict()
 
     @property
+    def threads(self) -> str | None:
+        """The CPU threads that compute, in words; None where a GPU does."""
+        return self._service.threads
+
+    @property
     def registry(self) -> Any:
         """The prometheus_client registry behind `metrics`, for an exporter."""
         return self._service.metrics.registry

@@ -147,6 +147,10 @@ class Service:
 
         return release_all
 
+    @property
+    def threads(self) -> str | None:
+        return self._engines.threads
+
     def _start(self, executor: Executor, release: Callable[[], None], engines: LoadedEngines) -> None:
         self._thread = EngineThread(executor, release, engines.turn, self.auditor)
         engines.when_failed(self._thread.fail)

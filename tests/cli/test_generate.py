@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,7 @@ def test_the_streamed_text_is_the_whole_text_and_the_summary_counts_all_tokens(d
     result = run(str(demo_engine), PROMPT)
     assert result.stdout == record["text"] + "\n"
     assert result.stderr.startswith(f"{len(record['token_ids'])} tokens, ")
+    assert re.search(r"; \d+ threads? \([^)]+\); ", result.stderr)
     assert result.stderr.strip().endswith(record["setting"]["line"])
 
 

@@ -105,6 +105,12 @@ def test_llms_that_take_turns_on_loaded_engines_generate_onnxruntimes_tokens(
     assert not gpus.contexts
 
 
+def test_threads_of_the_cpu_have_no_effect_there(gpus: SimulatedCuda, simulated_engine: Path) -> None:
+    message = r"^num_threads 2: has no effect, \w+ was built for tensorrt, which computes on the GPU: leave it out$"
+    with pytest.raises(ConfigError, match=message):
+        LLM(simulated_engine, num_threads=2)
+
+
 def test_the_current_device_has_a_name(gpus: SimulatedCuda) -> None:
     gpus.cudaSetDevice(1)
     assert device_name() == "Simulated GPU 1"
