@@ -64,7 +64,7 @@ def as_table(benchmark: Benchmark) -> Table:
     default = _default(benchmark.engines.manifest)
     table = Table(
         title=f"{benchmark.engines.directory}: {config.num_prompts} prompts{load}, {times}",
-        caption=f"engines loaded once: {seconds}{_threads(benchmark.engines)}; default: {default}",
+        caption=f"engines loaded once: {seconds}{threads(benchmark.engines)}; default: {default}",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
@@ -84,7 +84,8 @@ def as_table(benchmark: Benchmark) -> Table:
     return table
 
 
-def _threads(engines: LoadedEngines) -> str:
+def threads(engines: LoadedEngines) -> str:
+    """The CPU threads that compute, as the end of a caption; nothing where a GPU does."""
     return f"; {engines.threads}" if engines.threads else ""
 
 

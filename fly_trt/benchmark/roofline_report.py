@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 
 from fly_trt.benchmark.model_cost import Machine, ModelCost
-from fly_trt.benchmark.report import SCHEMA_VERSION, as_record, engine_record, machine_record, version_record
+from fly_trt.benchmark.report import SCHEMA_VERSION, as_record, engine_record, machine_record, threads, version_record
 from fly_trt.benchmark.roofline import ModeFigures, Roofline, StepFigures
 from fly_trt.engines.directory import Role
 
@@ -38,7 +38,7 @@ def roofline_tables(roofline: Roofline) -> Group:
 
 def _steps(roofline: Roofline) -> Table:
     """A row for each step: medians with their range, beside the time that reading and arithmetic take at least."""
-    caption = "; ".join(f"{role}: {_cost(cost)}" for role, cost in roofline.costs.items())
+    caption = "; ".join(f"{role}: {_cost(cost)}" for role, cost in roofline.costs.items()) + threads(roofline.engines)
     table = Table(title=f"{roofline.engines.directory}: {_machine(roofline.machine)}", caption=caption)
     columns = ("engine", "rows x tokens", "cached", "measured ms", "weights + cache ms", "products + attention ms")
     for name in (*columns, "limit", "measured / limit"):
