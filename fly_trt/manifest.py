@@ -112,7 +112,8 @@ class TensorRTPlan(_Record):
 class ModelEngine(_Record):
     """One decoder graph. `dtype` is the type of the stored weights, `kv_cache_dtype` that of the cache tensors, or of
     what `kv_cache_quantization` rounds. `cpu_kernels` is the library of the operators that its graph has beside those
-    of ONNX Runtime (domain fly.cpu), for the CPU.
+    of ONNX Runtime (domain fly.cpu), for the CPU. `rollout` is a second graph of a draft model, with the same weights:
+    several greedy steps in one call.
 
     A model that is sharded over several GPUs (tensor parallelism) has a file a rank: `model` is rank 0's, and
     `other_ranks` has those of ranks 1 and up. `num_kv_heads` is the whole model's.
@@ -131,6 +132,7 @@ class ModelEngine(_Record):
     kv_cache_quantization: Literal["none", "fp8"] = "none"
     tensorrt: TensorRTPlan | None = None
     cpu_kernels: FileName | None = None
+    rollout: FileName | None = None
 
     @property
     def tensor_parallel_size(self) -> int:
@@ -240,7 +242,7 @@ class Manifest(_Record):
         drafts = (self.draft, self.inner_draft, *(draft.engine for draft in self.self_drafts))
         for engine in filter(None, (self.target, *drafts)):
             plugins = engine.tensorrt.plugin_library if engine.tensorrt else None
-            for name in filter(None, (engine.model, *engine.other_ranks, plugins, engine.cpu_kernels)):
+            for name in filter(None, (engine.model, *engine.other_ranks, plugins, engine.cpu_kernels, engine.rollout)):
                 if name not in self.files:
                     raise ValueError(f"{name!r} is not among the files that it lists")
         return self

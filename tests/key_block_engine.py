@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from fly_build.head import append_head
+from fly_build.rollout import make_rollout
 from fly_trt.engines.base import EngineInfo
 from fly_trt.engines.onnxruntime import OnnxRuntimeEngine
 from fly_trt.manifest import ModelEngine, Source
@@ -13,7 +14,9 @@ from fly_trt.manifest import ModelEngine, Source
 VOCAB, LAYERS, HEADS, KV_HEADS, DIM = 880, 3, 4, 2, 16
 
 
-def key_block_engine(folder: Path, library: Path, *, num_slots: int, cache: str = "float32") -> OnnxRuntimeEngine:
+def key_block_engine(
+    folder: Path, library: Path, *, num_slots: int, cache: str = "float32", has_rollouts: bool = False
+) -> OnnxRuntimeEngine:
     """Embeddings of query, key and value side by side; CacheAttention and a product in each layer."""
     rng = np.random.default_rng(0)
     dtype = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}[cache]
@@ -41,30 +44,40 @@ def key_block_engine(folder: Path, library: Path, *, num_slots: int, cache: str 
         return node
 
     ids, write = value("input_ids", ir.DataType.INT64, ["B", "T"]), value("write_indices", ir.DataType.INT64, ["B"])
+    positions = value("logits_positions", ir.DataType.INT64, ["B", "L"])
     pasts, presents = [], []
     wide = (HEADS + 2 * KV_HEADS) * DIM
     weights = [constant("embedding", VOCAB, wide)]
+    width = ir.val("width", const_value=ir.tensor([-1, HEADS * DIM], dtype=ir.DataType.INT64, name="width"))
     nodes = [ir.node("Gather", [weights[0], ids])]
     for layer in range(LAYERS):
         nodes.append(attention(layer, nodes[-1].outputs[0]))
-        size = VOCAB if layer == LAYERS - 1 else wide
-        weights.append(constant(f"linear.{layer}", HEADS * DIM, size))
-        nodes.append(ir.node("MatMul", [nodes[-1].outputs[0], weights[-1]]))
+        is_last = layer == LAYERS - 1
+        weights.append(constant(f"linear.{layer}", HEADS * DIM, VOCAB if is_last else wide))
+        states = nodes[-1].outputs[0]
+        if is_last:
+            nodes.append(ir.node("Reshape", [states, width]))
+            nodes.append(ir.node("Gather", [nodes[-1].outputs[0], positions]))
+            states = nodes[-1].outputs[0]
+        nodes.append(ir.node("MatMul", [states, weights[-1]]))
     logits = nodes[-1].outputs[0]
     logits.name, logits.type = "logits", ir.TensorType(ir.DataType.FLOAT)
-    logits.shape = ir.Shape([*ids.shape, VOCAB])
+    logits.shape = ir.Shape([*positions.shape, VOCAB])
     graph = ir.Graph(
-        [ids, write, *pasts],
+        [ids, write, positions, *pasts],
         [logits, *presents],
         nodes=nodes,
-        initializers=weights,
+        initializers=[*weights, width],
         opset_imports={"": 24, "fly.cpu": 1},
         name="decoder",
     )
     model = ir.Model(graph, ir_version=11)
     append_head(model, 3, [])
-    path = folder / "model.onnx"
+    path, rollout_path = folder / "model.onnx", folder / "rollout.onnx"
     ir.save(model, path)
+    if has_rollouts:
+        assert make_rollout(model)
+        ir.save(model, rollout_path)
     record = ModelEngine(
         model=path.name,
         source=Source(checkpoint="none", architecture="none", num_parameters=1),
@@ -85,5 +98,13 @@ def key_block_engine(folder: Path, library: Path, *, num_slots: int, cache: str 
         entropy_top_k=3,
         stop_token_ids=frozenset(),
         has_top_tokens=True,
+        has_positions=True,
     )
-    return OnnxRuntimeEngine(path, record, info, num_slots=num_slots, cpu_kernels=library)
+    return OnnxRuntimeEngine(
+        path,
+        record,
+        info,
+        num_slots=num_slots,
+        cpu_kernels=library,
+        rollout_path=rollout_path if has_rollouts else None,
+    )

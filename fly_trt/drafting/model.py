@@ -16,6 +16,7 @@ from fly_trt.drafting.base import Draft, DraftParts, DraftRow, DraftSettings, co
 from fly_trt.drafting.levels import INNER_ACCEPTANCE, Level, Lookup
 from fly_trt.drafting.stops import DraftStop
 from fly_trt.engines.base import Engine, Step
+from fly_trt.engines.rollouts import LONGEST_ROLLOUT, Rollout, RollsOut
 from fly_trt.tokens import NO_TOKENS, IntArray, TokenSequence
 from fly_trt.verification import (
     EXACT,
@@ -33,6 +34,9 @@ MAX_SHARED_CONTEXT = 8
 # Guesses lengthen every row of a step while the row with the fewest hits sets the number of steps, so they pay for a
 # few rows only: as long as a step's cost hardly depends on its positions.
 MAX_GUESSED_POSITIONS = 16
+# Steps of one call where a draft may stop at any of them, and where the level below may know more after some: those
+# behind are wasted then, or worth a guess.
+MAX_CAREFUL_STEPS = 4
 
 NEVER = sys.maxsize
 IDLE_CONTEXT: IntArray = np.zeros(1, np.int64)
@@ -100,6 +104,7 @@ class ModelDrafter:
         self._has_all_tokens = self._vocab_size >= target_vocab_size
         longest_guess = min(self._level.num_tokens, engine.info.max_draft_len) if self._level is not None else 0
         self._max_context = engine.info.max_num_tokens - longest_guess
+        self._rolls = engine if isinstance(engine, RollsOut) and engine.has_rollouts else None
         self._slots: dict[int, _Slot] = {}
 
     @property
@@ -218,6 +223,9 @@ class ModelDrafter:
         """One step of the draft model: each slot gets at least one token more, at most what it still wants; but none
         where what it read came to something that is not a number."""
         guesses = self._guess(slots)
+        if (num_steps := self._num_rolled(slots, guesses)) > 1:
+            self._roll_out(slots, num_steps)
+            return
         contexts = [self._slots[slot].context for slot in slots]
         for slot, (new, scores) in zip(slots, self._run(slots, contexts, guesses), strict=True):
             state = self._slots[slot]
@@ -225,6 +233,46 @@ class ModelDrafter:
                 new = new[: self._take_scores(state, scores)]
             state.held.append(new)
             state.num_cached = min(state.num_cached, len(state.held))
+
+    def _num_rolled(self, slots: list[int], guesses: list[IntArray]) -> int:
+        """Steps of one token a row that one call may make: as many as all slots want, where nothing is guessed. A
+        loose level is asked before each step, as what it lets pass is part of the draft."""
+        states = [self._slots[slot] for slot in slots]
+        is_loose = self._level is not None and self._level.policy.is_loose
+        if self._rolls is None or is_loose or any(map(len, guesses)):
+            return 1
+        if any(state.num_cached < len(state.held) - 1 or (state.wants_scores and self._top_k) for state in states):
+            return 1
+        is_careful = self._level is not None or any(state.stop is not None for state in states)
+        most = MAX_CAREFUL_STEPS if is_careful else LONGEST_ROLLOUT
+        return min(most, *(state.wanted - len(state.held) for state in states))
+
+    def _roll_out(self, slots: list[int], num_steps: int) -> None:
+        """Steps the slots from the first to the last of `slots` so many times, as `_extend` would without guesses. The
+        steps behind one that came to something that is not a number, or that a draft stopped at, count for nothing."""
+        assert self._rolls is not None
+        first, last = min(slots), max(slots)
+        rollout = self._rolls.rollout(first, last - first + 1, num_steps)
+        for slot in range(first, last + 1):
+            state = self._slots.get(slot)
+            rollout.write_indices[slot - first] = state.num_cached if state is not None else 0
+            rollout.input_ids[slot - first] = state.held.tokens[-1] if state is not None and slot in slots else 0
+        if not self._has_all_tokens:
+            np.minimum(rollout.input_ids, self._vocab_size - 1, out=rollout.input_ids)
+        self._rolls.run_rollout(rollout)
+        is_number = ~np.isnan(rollout.entropy_topk[:, :, 0])
+        for slot in slots:
+            state, row = self._slots[slot], slot - first
+            num_sound = num_steps if is_number[:, row].all() else int(is_number[:, row].argmin())
+            num_kept = num_sound
+            if state.is_scored:
+                num_kept = self._take_scores(state, _rolled_scores(rollout, row, num_sound, self._top_k))
+            state.held.append(rollout.argmax[:num_kept, row, 0])
+            state.num_cached += num_kept
+            if num_sound < num_steps:
+                self._engine.clear_slot(slot, state.num_cached)
+                if not state.has_stopped:
+                    state.lost_at, state.may_guess = state.num_cached + 1, False
 
     def _take_scores(self, state: _Slot, scores: DraftScores) -> int:
         """Takes what the model said of the next tokens, and returns how many of them are part of the draft."""
@@ -328,6 +376,13 @@ class ModelDrafter:
             scores.top_ids[:] = step.top_ids[row, at]
             scores.top_logprobs[:] = step.top_logprobs[row, at]
         return scores
+
+
+def _rolled_scores(rollout: Rollout, row: int, num_tokens: int, top_k: int) -> DraftScores:
+    scores = DraftScores.none(num_tokens, top_k)
+    scores.entropy[:] = rollout.entropy[:num_tokens, row, 0]
+    scores.logprob[:] = rollout.argmax_logprob[:num_tokens, row, 0]
+    return scores
 
 
 def draft_model(settings: DraftSettings, parts: DraftParts) -> ModelDrafter:

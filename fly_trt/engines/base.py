@@ -246,6 +246,13 @@ class StepShape(NamedTuple):
         return cls(first_slot, batch_size, num_tokens, found, with_logits, with_top)
 
 
+def check_slots(first_slot: int, batch_size: int, num_slots: int) -> None:
+    """Raises EngineError for slots that do not exist."""
+    last_slot = first_slot + batch_size - 1
+    if last_slot >= num_slots:
+        raise EngineError(f"slots {first_slot} to {last_slot}: the engine has {num_slots}")
+
+
 class StepCache:
     """The steps of an engine with `num_slots` slots, by shape. Of more than `max_steps` the one that was asked for
     longest ago is dropped. Raises EngineError for a step that the engine cannot have."""
@@ -261,9 +268,7 @@ class StepCache:
         if step is not None:
             self._steps.move_to_end(shape)
             return step
-        last_slot = shape.first_slot + shape.batch_size - 1
-        if last_slot >= self._num_slots:
-            raise EngineError(f"slots {shape.first_slot} to {last_slot}: the engine has {self._num_slots}")
+        check_slots(shape.first_slot, shape.batch_size, self._num_slots)
         if shape.with_top and not self._info.has_top_tokens:
             raise EngineError(
                 "asked for the most probable tokens, but the engine was built by a version of fly-build whose "

@@ -8,6 +8,7 @@ blocks, and shrink when the long sequences are gone. A graph with CacheAttention
 
 import logging
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import onnxruntime as ort
 
 from fly_trt.engines.base import (
     POSITION_INPUTS,
+    POSITIONS_INPUT,
     ROW_INPUTS,
     TOKEN_OUTPUTS,
     TOP_OUTPUTS,
@@ -25,10 +27,13 @@ from fly_trt.engines.base import (
     Step,
     StepCache,
     StepShape,
+    check_slots,
 )
 from fly_trt.engines.cores import Cores, choose_cores
+from fly_trt.engines.rollouts import NUM_STEPS, ROLLOUT_OUTPUTS, Rollout
 from fly_trt.errors import ConfigError, EngineError, one_line
 from fly_trt.manifest import Manifest, ModelEngine
+from fly_trt.tokens import IntArray
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +42,7 @@ MAX_CACHE_BLOCKS = 16  # longer caches grow in larger blocks, so that growing st
 SHRINK_FACTOR = 4
 MAX_BOUND_SHAPES = 256
 KEY_BLOCK_TOKENS = 16
+PROVIDERS = ["CPUExecutionProvider"]
 CACHE_DTYPES = {"float32": np.float32, "float16": np.float16}
 
 
@@ -99,6 +105,7 @@ def load(
         num_slots=settings.num_slots,
         num_threads=settings.num_threads,
         cpu_kernels=directory / model.cpu_kernels if model.cpu_kernels else None,
+        rollout_path=directory / model.rollout if model.rollout else None,
     )
 
 
@@ -114,8 +121,10 @@ class OnnxRuntimeEngine:
         num_slots: int,
         num_threads: int | None = None,
         cpu_kernels: Path | None = None,
+        rollout_path: Path | None = None,
     ) -> None:
         self.info = info
+        self.has_rollouts = rollout_path is not None
         self.num_preparations = 0
         self._model = model
         self._num_slots = num_slots
@@ -125,19 +134,25 @@ class OnnxRuntimeEngine:
         self._generation = 0  # of the cache arrays: a step bound to older ones is bound again
         self._caches: list[np.ndarray] = []
         self._steps = StepCache(info, num_slots, MAX_BOUND_SHAPES)
+        self._rollouts: dict[tuple[int, int, int], Rollout] = {}
+        self._rollout_session: ort.InferenceSession | None = None
         self._logits = LogitsBuffer(info.vocab_size)
+        path = model_path
         try:
             self._cores = _ThreadPool.size(num_threads)
             options = session_options()
             if cpu_kernels is not None:
                 _register_kernels(options, cpu_kernels)
             with self._cores.held():
-                self._session = ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
+                self._session = ort.InferenceSession(str(path), options, providers=PROVIDERS)
+                if rollout_path is not None:
+                    path = rollout_path
+                    self._rollout_session = ort.InferenceSession(str(path), options, providers=PROVIDERS)
         except EngineError:
             raise
         except Exception as error:  # ONNX Runtime raises a class of its own for each status code
             reason = one_line(error)
-            raise EngineError(f"{model_path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from None
+            raise EngineError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from None
         inputs = {value.name: value for value in self._session.get_inputs()}
         self._has_key_blocks = len(inputs["past_key.0"].shape) == 5
 
@@ -155,18 +170,28 @@ class OnnxRuntimeEngine:
         return self._steps.get(shape, self._make_step)
 
     def run(self, step: Step) -> None:
-        batch_size, num_tokens = step.input_ids.shape
-        if self._thread != (thread := threading.get_ident()):
-            self._cores.hold()
-            self._thread = thread
-        ends = [cached + num_tokens for cached in step.write_indices.tolist()]
-        if (needed := max(ends)) > self._capacity:
-            self._resize(needed)
-        self._num_held[step.first_slot : step.first_slot + batch_size] = ends
+        self._make_room(step.first_slot, step.write_indices, step.input_ids.shape[1])
         if step.binding is None or step.binding[0] != self._generation:
             self.num_preparations += 1
             step.binding = (self._generation, self._bind(step))
         self._session.run_with_iobinding(step.binding[1])
+
+    def rollout(self, first_slot: int, batch_size: int, num_steps: int) -> Rollout:
+        shape = first_slot, batch_size, num_steps
+        if (rollout := self._rollouts.get(shape)) is None:
+            check_slots(first_slot, batch_size, self._num_slots)
+            if len(self._rollouts) >= MAX_BOUND_SHAPES:
+                del self._rollouts[next(iter(self._rollouts))]
+            rollout = self._rollouts[shape] = Rollout.make(*shape)
+        return rollout
+
+    def run_rollout(self, rollout: Rollout) -> None:
+        assert self._rollout_session is not None, "the engine has rollouts"
+        self._make_room(rollout.first_slot, rollout.write_indices, rollout.num_steps)
+        if rollout.binding is None or rollout.binding[0] != self._generation:
+            self.num_preparations += 1
+            rollout.binding = (self._generation, *self._bind_rollout(self._rollout_session, rollout))
+        self._rollout_session.run_with_iobinding(rollout.binding[1])
 
     def copy_slot(self, source: int, target: int, num_tokens: int) -> None:
         self._num_held[target] = num_tokens
@@ -203,9 +228,10 @@ class OnnxRuntimeEngine:
 
     def close(self) -> None:
         self._steps.clear()
+        self._rollouts.clear()
         self._logits.clear()
         self._caches.clear()
-        del self._session
+        del self._session, self._rollout_session
 
     def _make_step(self, shape: StepShape) -> Step:
         batch_size, num_positions = shape.batch_size, shape.num_positions
@@ -246,13 +272,49 @@ class OnnxRuntimeEngine:
             binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(getattr(step, name)))
         if step.logits is not None:
             binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(step.logits))
-        slots = slice(step.first_slot, step.first_slot + len(step.input_ids))
-        for index, cache in enumerate(self._caches):
-            name = f"{('key', 'value')[index % 2]}.{index // 2}"
-            value = ort.OrtValue.ortvalue_from_numpy(cache[slots])
+        for name, value in self._cache_values(step.first_slot, len(step.input_ids)):
             binding.bind_ortvalue_input(f"past_{name}", value)
             binding.bind_ortvalue_output(f"present_{name}", value)
         return binding
+
+    def _bind_rollout(
+        self, session: ort.InferenceSession, rollout: Rollout
+    ) -> tuple[ort.IOBinding, dict[str, np.ndarray]]:
+        """Beside a rollout's buffers there are how many steps, and for all of them that each row speaks of its only
+        token: arrays that have to live as long as the binding."""
+        batch_size = len(rollout.input_ids)
+        inputs = {
+            "input_ids": rollout.input_ids,
+            "write_indices": rollout.write_indices,
+            NUM_STEPS: np.array(rollout.num_steps, np.int64),
+            POSITIONS_INPUT: np.arange(batch_size)[:, None],
+            "next_tokens": np.zeros((batch_size, 1), np.int64),
+            "use_full_entropy": np.ones(batch_size, np.bool_),
+        }
+        binding = session.io_binding()
+        for value in session.get_inputs():
+            if value.name in inputs:
+                binding.bind_ortvalue_input(value.name, ort.OrtValue.ortvalue_from_numpy(inputs[value.name]))
+        for name in ROLLOUT_OUTPUTS:
+            binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(getattr(rollout, name)))
+        for name, cache in self._cache_values(rollout.first_slot, batch_size):
+            binding.bind_ortvalue_input(f"past_{name}", cache)
+        return binding, inputs
+
+    def _cache_values(self, first_slot: int, batch_size: int) -> Iterator[tuple[str, ort.OrtValue]]:
+        for index, cache in enumerate(self._caches):
+            name = f"{('key', 'value')[index % 2]}.{index // 2}"
+            yield name, ort.OrtValue.ortvalue_from_numpy(cache[first_slot : first_slot + batch_size])
+
+    def _make_room(self, first_slot: int, write_indices: IntArray, num_tokens: int) -> None:
+        """For so many tokens from these positions of the slots on, which are then held."""
+        if self._thread != (thread := threading.get_ident()):
+            self._cores.hold()
+            self._thread = thread
+        ends = [cached + num_tokens for cached in write_indices.tolist()]
+        if (needed := max(ends)) > self._capacity:
+            self._resize(needed)
+        self._num_held[first_slot : first_slot + len(ends)] = ends
 
     def _resize(self, num_tokens: int) -> None:
         """Gives every slot room for `num_tokens`, in whole blocks. Memory of slots that were never used stays

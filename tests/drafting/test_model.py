@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from examples import examples
 from fly_trt.drafting import DraftRow, Level, Lookup, ModelDrafter
 from loop_stack import CheckedModelDrafter
+from rolling_engine import RollingEngine
 from table_engine import VOCAB_SIZE, NextToken, TableEngine, greedy, hashed, sometimes_differs
 
 LANGUAGE = hashed(8, 1)
@@ -77,11 +78,19 @@ class Sequences:
     """What a loop does with the slots of a drafter, and what the drafts must be: the draft model's greedy text."""
 
     def __init__(
-        self, lookup: Lookup | None, inner: int, salt: int, *, reuse_cache: bool, trim_block: int | None
+        self,
+        lookup: Lookup | None,
+        inner: int,
+        salt: int,
+        *,
+        reuse_cache: bool,
+        trim_block: int | None,
+        has_rollouts: bool,
     ) -> None:
         """inner: tokens that a smaller draft model guesses at a time; without one the lookup guesses."""
         self.language = hashed(8, salt, order=30)
-        self.engine = TableEngine(self.language, max_batch_size=NUM_SLOTS, trim_block=trim_block)
+        make = RollingEngine if has_rollouts else TableEngine
+        self.engine = make(self.language, max_batch_size=NUM_SLOTS, trim_block=trim_block)
         level: Level | Lookup | None = lookup
         if inner:
             level = inner_model(self.language, lookup, inner, reuse_cache=reuse_cache, trim_block=trim_block)
@@ -149,13 +158,22 @@ actions = st.one_of(
     salt=st.integers(0, 5),
     reuse_cache=st.booleans(),
     trim_block=st.sampled_from([None, 1, 8]),
+    has_rollouts=st.booleans(),
     first=st.lists(texts, min_size=NUM_SLOTS, max_size=NUM_SLOTS),
     todo=st.lists(actions, max_size=14),
 )
 def test_whatever_happens_to_the_slots_each_row_gets_the_drafts_greedy_text(
-    lookup: Lookup | None, inner: int, salt: int, reuse_cache: bool, trim_block: int | None, first: list, todo: list
+    lookup: Lookup | None,
+    inner: int,
+    salt: int,
+    reuse_cache: bool,
+    trim_block: int | None,
+    has_rollouts: bool,
+    first: list,
+    todo: list,
 ) -> None:
-    sequences = Sequences(lookup, inner, salt, reuse_cache=reuse_cache, trim_block=trim_block)
+    settings = {"reuse_cache": reuse_cache, "trim_block": trim_block, "has_rollouts": has_rollouts}
+    sequences = Sequences(lookup, inner, salt, **settings)
     for slot, tokens in enumerate(first):
         sequences.start(slot, tokens)
     for name, *arguments in todo:

@@ -2,7 +2,7 @@
 whatever the weights are stored in."""
 
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from fly_build.backends.base import Backend
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fly_build.linear_form import Kernels
     from fly_build.model_build import ModelBuild
     from fly_build.tensors import Tensors
+
+ROLLOUT_FILE = "rollout.onnx"
 
 
 class OnnxRuntimeBackend(Backend):
@@ -48,7 +50,8 @@ class OnnxRuntimeBackend(Backend):
 
     def build_model(self, build: "ModelBuild") -> ModelEngine:
         decoder = self._graph(build)
-        return self._record(build.save_graph(decoder, "float32", build.path), decoder, build.workspace)
+        engine = self._record(build.save_graph(decoder, "float32", build.path), decoder, build.workspace)
+        return engine if build.model.folder == "target" else self._with_rollout(engine, build.path)
 
     def build_sharing(self, build: "ModelBuild", target: ModelEngine, tensors: "Tensors") -> ModelEngine:
         decoder = self._graph(build)
@@ -62,6 +65,19 @@ class OnnxRuntimeBackend(Backend):
         if not (workspace / LIBRARY_NAME).exists():
             shutil.copy(self._library, workspace / LIBRARY_NAME)
         return engine.model_copy(update={"cpu_kernels": LIBRARY_NAME, "kv_cache_dtype": decoder.cache_dtype})
+
+    @staticmethod
+    def _with_rollout(engine: ModelEngine, path: Path) -> ModelEngine:
+        """Writes a draft model's second graph beside the first, whose weights it has, where it can be made."""
+        import onnx_ir as ir
+
+        from fly_build.rollout import make_rollout
+
+        model = ir.load(path)
+        if not make_rollout(model):
+            return engine
+        ir.save(model, path.with_name(ROLLOUT_FILE))
+        return engine.model_copy(update={"rollout": str(PurePosixPath(engine.model).with_name(ROLLOUT_FILE))})
 
     def _graph(self, build: "ModelBuild") -> "DecoderGraph":
         from fly_build.attention import make_shape_invariant

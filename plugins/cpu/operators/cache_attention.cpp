@@ -22,10 +22,11 @@ void require(bool is_right, const char* what) {
     if (!is_right) throw Failure(std::string("CacheAttention: ") + what);
 }
 
-// Where an output is not bound to its input's memory, the input is copied.
+// Where an output is not bound to its input's memory, the input is copied; without one the input is written to.
 void* present(const Context& context, size_t index, const Tensor& past, size_t item_bytes) {
     void* data = context.output<char>(index, past.shape);
-    if (data != past.data && data != nullptr) std::memcpy(data, past.data, past.shape.count() * item_bytes);
+    if (data == nullptr) return past.data;
+    if (data != past.data) std::memcpy(data, past.data, past.shape.count() * item_bytes);
     return data;
 }
 

@@ -7,6 +7,7 @@
 // beyond +-65504 become these; cos, sin float32 [B, T, R / 2] rotate the two halves of the first R channels of queries
 // and keys; query_norm, key_norm float32 [D] are weights of an RMS norm of each head before the rotation.
 // -> y float32 [B, T, Hq D], present_key, present_value: the memory of past_* where the caller bound it so, else a copy.
+// A node without these two writes to past_* itself: in the body of a Loop, whose outputs nobody can bind.
 //
 // Attributes: num_heads (Hq), num_kv_heads (Hkv), scale, softcap (0: none), window (0: none; the query at p sees the keys
 // p - window + 1 .. p), epsilon (of the norms). D and S are multiples of 16. A query that is not finite gives NaN, and
@@ -49,7 +50,7 @@ class CacheAttention : public CacheAttentionBase {
         {ElementType::kFloat, Presence::kOptional},
         {ElementType::kFloat, Presence::kOptional},
     };
-    static constexpr Slot outputs[] = {{ElementType::kFloat}, {kCache}, {kCache}};
+    static constexpr Slot outputs[] = {{ElementType::kFloat}, {kCache, Presence::kOptional}, {kCache, Presence::kOptional}};
 
     using CacheAttentionBase::CacheAttentionBase;
     void compute(const Context& context) const { CacheAttentionBase::compute(context, kCache == ElementType::kFloat16); }
