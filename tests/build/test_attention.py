@@ -14,6 +14,8 @@ import pytest
 import transformers
 
 from fly_build.checkpoint import Checkpoint, open_checkpoint
+from fly_build.linear_form import Kernels
+from fly_trt.manifest import Quantization
 from tiny_models import MAX_SEQ_LEN, SHAPE, Runner, finish_graph, save_tiny, tiny_llama
 from traced_once import export_once
 
@@ -39,6 +41,7 @@ STEPS = {
 }
 
 
+QUANTIZATIONS: tuple[Quantization, ...] = ("none", "int8")
 # How many rows are beside it, and how many tokens of padding behind it.
 COMPANY = {"alone": (0, 0), "beside two rows": (2, 0), "beside two rows and padded": (2, 5)}
 
@@ -47,11 +50,12 @@ COMPANY = {"alone": (0, 0), "beside two rows": (2, 0), "beside two rows and padd
 class Built:
     checkpoint: Checkpoint
     path: Path
+    library: Path | None = None
 
     def logits(self, steps: list[int], num_mates: int, padding: int) -> npt.NDArray[np.float32]:
         """Logits [LENGTH, V] of TOKENS, processed in steps of these lengths by a row that has half of its mates above
         and half below it, each at another position than it, and `padding` tokens behind it in every step."""
-        runner = Runner(self.path, self.checkpoint, 1 + num_mates)
+        runner = Runner(self.path, self.checkpoint, 1 + num_mates, self.library)
         row, noise = num_mates // 2, np.random.default_rng(1)
         logits: list[npt.NDArray[np.float32]] = []
         for length in steps:
@@ -69,24 +73,49 @@ class Built:
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Built]:
-    """By quantisation."""
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder = tmp_path_factory.mktemp(request.param)
     save_tiny(CONFIGS[request.param](), folder)
-    checkpoint = open_checkpoint(str(folder))
+    return open_checkpoint(str(folder))
+
+
+def _built(checkpoint: Checkpoint, folder: Path, kernels: Kernels, library: Path | None = None) -> dict[str, Built]:
+    """By quantisation."""
     models = {}
-    for quantization in ("none", "int8"):
+    for quantization in QUANTIZATIONS:
         path = folder / f"{quantization}.onnx"
-        finish_graph(export_once(checkpoint, MAX_SEQ_LEN), checkpoint, path, "float32", quantization)
-        models[quantization] = Built(checkpoint, path)
+        decoder = export_once(checkpoint, MAX_SEQ_LEN)
+        finish_graph(decoder, checkpoint, path, "float32", quantization, kernels=kernels)
+        models[quantization] = Built(checkpoint, path, library)
     return models
+
+
+@pytest.fixture(scope="module")
+def built(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Built]:
+    return _built(checkpoint, tmp_path_factory.mktemp("built"), "cpu")
+
+
+@pytest.fixture(scope="module")
+def built_with_operators(
+    checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory, cpu_library: Path
+) -> dict[str, Built]:
+    return _built(checkpoint, tmp_path_factory.mktemp("built"), "fly_cpu", cpu_library)
 
 
 @pytest.mark.parametrize("company", COMPANY.values(), ids=COMPANY)
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
-@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_logits_have_the_same_bits_in_any_steps_beside_any_rows_and_with_padding(
     built: dict[str, Built], quantization: str, steps: list[int], company: tuple[int, int]
 ) -> None:
     model = built[quantization]
     assert np.array_equal(model.logits(steps, *company), model.expected)
+
+
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_so_they_have_by_operators_of_this_project(
+    built_with_operators: dict[str, Built], quantization: str, steps: list[int]
+) -> None:
+    model = built_with_operators[quantization]
+    assert np.array_equal(model.logits(steps, *COMPANY["beside two rows and padded"]), model.expected)

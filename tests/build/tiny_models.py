@@ -109,11 +109,8 @@ def finish_graph(
     attention: AttentionForm = "lengths",
     kernels: Kernels = "cpu",
 ) -> ir.Model:
-    num_heads, num_kv_heads, is_own = (
-        checkpoint.config.num_attention_heads,
-        checkpoint.num_kv_heads,
-        kernels == "fly_cpu",
-    )
+    num_heads, num_kv_heads = checkpoint.config.num_attention_heads, checkpoint.num_kv_heads
+    is_own = kernels == "fly_cpu"
     is_fused = is_own and fuse_attention(decoder.model, num_heads, num_kv_heads, quantization)
     if attention == "lengths" and not is_fused:  # as for ONNX Runtime
         make_shape_invariant(decoder.model, num_heads, num_kv_heads)
