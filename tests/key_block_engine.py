@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from fly_build.head import append_head
-from fly_trt.engines.base import EngineInfo
+from fly_trt.engines.base import POSITIONS_INPUT, EngineInfo
 from fly_trt.engines.onnxruntime import OnnxRuntimeEngine
 from fly_trt.manifest import ModelEngine, Source
 
@@ -41,20 +41,25 @@ def key_block_engine(folder: Path, library: Path, *, num_slots: int, cache: str 
         return node
 
     ids, write = value("input_ids", ir.DataType.INT64, ["B", "T"]), value("write_indices", ir.DataType.INT64, ["B"])
+    positions = value(POSITIONS_INPUT, ir.DataType.INT64, ["B", "L"])
     pasts, presents = [], []
     wide = (HEADS + 2 * KV_HEADS) * DIM
     weights = [constant("embedding", VOCAB, wide)]
     nodes = [ir.node("Gather", [weights[0], ids])]
     for layer in range(LAYERS):
         nodes.append(attention(layer, nodes[-1].outputs[0]))
-        size = VOCAB if layer == LAYERS - 1 else wide
-        weights.append(constant(f"linear.{layer}", HEADS * DIM, size))
+        if layer == LAYERS - 1:
+            row = ir.Value(name="row", const_value=ir.tensor([-1, HEADS * DIM], ir.DataType.INT64, name="row"))
+            weights.append(row)
+            nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], row]))
+            nodes.append(ir.node("Gather", [nodes[-1].outputs[0], positions]))
+        weights.append(constant(f"linear.{layer}", HEADS * DIM, VOCAB if layer == LAYERS - 1 else wide))
         nodes.append(ir.node("MatMul", [nodes[-1].outputs[0], weights[-1]]))
     logits = nodes[-1].outputs[0]
     logits.name, logits.type = "logits", ir.TensorType(ir.DataType.FLOAT)
-    logits.shape = ir.Shape([*ids.shape, VOCAB])
+    logits.shape = ir.Shape([*positions.shape, VOCAB])
     graph = ir.Graph(
-        [ids, write, *pasts],
+        [ids, write, positions, *pasts],
         [logits, *presents],
         nodes=nodes,
         initializers=weights,
@@ -85,5 +90,6 @@ def key_block_engine(folder: Path, library: Path, *, num_slots: int, cache: str 
         entropy_top_k=3,
         stop_token_ids=frozenset(),
         has_top_tokens=True,
+        has_positions=True,
     )
     return OnnxRuntimeEngine(path, record, info, num_slots=num_slots, cpu_kernels=library)
