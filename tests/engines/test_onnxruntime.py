@@ -23,15 +23,14 @@ def manifest(demo_engine: Path) -> Manifest:
     return read_manifest(demo_engine)
 
 
-@pytest.fixture(params=["demo", "key blocks", "key blocks of 16 bits"])
+@pytest.fixture(params=["demo", "key blocks"])
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Engine:
-    """The demo pair's target, and a decoder whose keys lie in blocks of tokens."""
+    """The demo pair's target, and a decoder whose keys lie in blocks of tokens, in 16 bits."""
     if request.param == "demo":
         directory = request.getfixturevalue("demo_engine")
         manifest = request.getfixturevalue("manifest")
         return load_engine(directory, manifest, manifest.target, num_slots=3)
-    cache = "float16" if request.param.endswith("16 bits") else "float32"
-    return key_block_engine(tmp_path, request.getfixturevalue("cpu_library"), num_slots=3, cache=cache)
+    return key_block_engine(tmp_path, request.getfixturevalue("cpu_library"), num_slots=3, cache="float16")
 
 
 def run(engine: Engine, cached: int, tokens: np.ndarray, slot: int = 0) -> Step:
