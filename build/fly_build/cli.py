@@ -123,13 +123,6 @@ def _run(
         raise FlyError(f"{error.name or error} is not installed: pip install 'fly-trt[build]'") from None
 
     console = Console(stderr=True)
-    with console.status("Reading configurations") if console.is_terminal else contextlib.nullcontext():
-        plan = pipeline.make_plan(
-            recipe, output or Path("engines") / name, overwrite=overwrite or dry_run, to_build=not dry_run
-        )
-    if dry_run:
-        _print_plan(plan, as_json)
-        return
     started = time.perf_counter()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -140,7 +133,19 @@ def _run(
                 tasks[step] = progress.add_task(step, total=1.0)
             progress.update(tasks[step], completed=fraction)
 
-        manifest = pipeline.build(plan, report)
+        report("configurations", 0.0)
+        plan = pipeline.make_plan(
+            recipe,
+            output or Path("engines") / name,
+            overwrite=overwrite or dry_run,
+            to_build=not dry_run,
+            report=report,
+        )
+        report("configurations", 1.0)
+        manifest = None if dry_run else pipeline.build(plan, report)
+    if manifest is None:
+        _print_plan(plan, as_json)
+        return
     if as_json:
         click.echo(manifest.model_dump_json(indent=2))
         return

@@ -9,14 +9,21 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fly_trt.engines.tensorrt_library import cache_folder
 from fly_trt.errors import ConfigError
 from fly_trt.files import new_file
+
+if TYPE_CHECKING:
+    from fly_build.plan import Report
 
 logger = logging.getLogger(__name__)
 
@@ -35,62 +42,105 @@ INSTRUCTIONS = {
     "_amx": (*AVX512_FLAGS, "-mamx-tile", "-mamx-int8"),
     "_amx_emulated": AVX2_FLAGS,
 }
+STEP = "CPU kernels"
+WITHOUT = "built for ONNX Runtime's own operators, which are slower"
+
+
+class _CompilerError(Exception):
+    """What a compiler said, in one line."""
+
+
+def quietly(step: str, fraction: float) -> None:
+    """A report that nobody asked for."""
 
 
 def sources() -> Path:
-    """The folder of the sources: of a clone, or of the installed package."""
-    here = Path(__file__).parent
-    return next((path for path in (here / "cpu_sources", here.parents[1] / "plugins/cpu") if path.is_dir()), here)
+    """The folder of the sources: of the installed package, or of a clone."""
+    installed = Path(__file__).parent / "cpu_sources"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "plugins/cpu"
 
 
-def find_library(choice: str) -> Path | None:
-    """The compiled library; None where there is to be none. `choice` is a recipe's `cpu_kernels`. Raises ConfigError
-    for a file that is not there."""
+def find_library(choice: str, report: "Report" = quietly) -> Path | None:
+    """The compiled library; None where there is to be none. `choice` is a recipe's `cpu_kernels`; `report` is told how
+    far compiling is. Raises ConfigError for a file that is not there."""
     if choice == "off":
         return None
     if choice != "auto":
         if not (library := Path(choice)).is_file():
             raise ConfigError(f"cpu_kernels {choice!r}: no such file: expected auto, off, or a compiled {LIBRARY_NAME}")
         return library
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return None
     compiler = _compiler()
-    if platform.machine() not in ("x86_64", "AMD64") or compiler is None:
+    if compiler is None:
+        asked = os.environ.get("CXX") or "no C++ compiler"
+        logger.warning("%s: not found, so %s: apt install g++, or --cpu-kernels off if that is meant", asked, WITHOUT)
         return None
     try:
-        return _compiled(compiler)
-    except (subprocess.CalledProcessError, OSError) as error:
-        reason = getattr(error, "stderr", "") or str(error)
-        logger.warning("built without own CPU kernels: %s failed: %s", compiler, reason.strip().splitlines()[0])
+        return _compiled(compiler, report)
+    except (_CompilerError, OSError) as error:
+        logger.warning("%s: %s, so %s: it takes g++ 11 or clang++ 12", shlex.join(compiler), error, WITHOUT)
         return None
 
 
-def _compiler() -> str | None:
-    names = (os.environ["CXX"],) if os.environ.get("CXX") else COMPILERS
-    return next((path for name in names if (path := shutil.which(name))), None)
+def _compiler() -> list[str] | None:
+    """The command, of several words where CXX has them ("ccache g++")."""
+    for names in [shlex.split(os.environ.get("CXX", ""))] if os.environ.get("CXX") else [[name] for name in COMPILERS]:
+        if path := shutil.which(names[0]):
+            return [path, *names[1:]]
+    return None
 
 
-def _compiled(compiler: str) -> Path:
+def _compiled(compiler: list[str], report: "Report") -> Path:
     folder = sources()
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".cpp", ".h"))
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
     digest = hashlib.sha256(repr((compiler, version, FLAGS, INSTRUCTIONS)).encode())
     for path in files:
-        digest.update(path.read_bytes())
+        digest.update(repr(path.relative_to(folder)).encode() + path.read_bytes())
     library = cache_folder() / f"cpu-kernels-{digest.hexdigest()[:16]}" / LIBRARY_NAME
     if library.is_file():
         return library
     with new_file(library) as output:
-        compiled = [path for path in files if path.suffix == ".cpp"]
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            objects = list(pool.map(lambda path: _compile(compiler, path, output.parent), compiled))
-        link = [compiler, "-shared", "-s", "-o", str(output), *map(str, objects)]
-        subprocess.run(link, check=True, capture_output=True, text=True)
+        objects = {path: output.parent / f"{path.parent.name}.{path.stem}.o" for path in files if path.suffix == ".cpp"}
+        commands = [
+            [*compiler, *FLAGS, *_instructions(path), "-c", str(path), "-o", str(result)]
+            for path, result in objects.items()
+        ]
+        _run_all(commands, report)
+        link = [*compiler, "-shared", "-s", "-o", str(output), *map(str, objects.values())]
+        _run_all([link], quietly)
     return library
 
 
-def _compile(compiler: str, source: Path, folder: Path) -> Path:
+def _instructions(source: Path) -> tuple[str, ...]:
     ends = [end for end in INSTRUCTIONS if source.stem.endswith(end)]
-    flags = INSTRUCTIONS[max(ends, key=len)] if ends else ()
-    result = folder / f"{source.parent.name}.{source.stem}.o"
-    command = [compiler, *FLAGS, *flags, "-c", str(source), "-o", str(result)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return result
+    return INSTRUCTIONS[max(ends, key=len)] if ends else ()
+
+
+def _run_all(commands: Sequence[list[str]], report: "Report") -> None:
+    """Runs them, one on each core at a time. None is left running, however this ends. Raises _CompilerError."""
+    running: set[subprocess.Popen[str]] = set()
+    is_over = threading.Event()
+
+    def run(command: list[str]) -> None:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        running.add(process)
+        if is_over.is_set():  # too late to be seen by who ends the others
+            process.kill()
+        said = process.communicate()[0]
+        if process.returncode:
+            lines = [line.strip() for line in said.splitlines()] or [f"exit code {process.returncode}"]
+            raise _CompilerError(next((line for line in lines if "error" in line), lines[0]))
+
+    report(STEP, 0.0)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        try:
+            for done, _ in enumerate(pool.map(run, commands), 1):
+                report(STEP, done / len(commands))
+        except BaseException:
+            is_over.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.kill()
+            raise

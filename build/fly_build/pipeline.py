@@ -13,6 +13,7 @@ import fly_trt
 from fly_build.backends import BACKENDS, Backend
 from fly_build.calibration import calibration_prompts
 from fly_build.checkpoint import Checkpoint, open_checkpoint, stop_token_ids
+from fly_build.cpu_library import quietly
 from fly_build.gpu_memory import GpuPlan
 from fly_build.plan import ModelPlan, Report
 from fly_build.schema import Recipe
@@ -62,17 +63,19 @@ class Plan:
         return self.backend.commands(self.models, self.limits, self.head, self.output)
 
 
-def make_plan(recipe: Recipe, output: Path, *, overwrite: bool = False, to_build: bool = True) -> Plan:
+def make_plan(
+    recipe: Recipe, output: Path, *, overwrite: bool = False, to_build: bool = True, report: Report = quietly
+) -> Plan:
     """Reads configurations and tokenizers, refuses what cannot work, and touches no weight and no file. A plan that is
-    not `to_build` needs neither the weights nor the library that compiles them."""
+    not `to_build` needs neither the weights nor the library that compiles them, for which `report` is as in build."""
     assert recipe.device is not None
     backend = BACKENDS[recipe.backend, recipe.device](recipe)
-    if to_build:
-        backend.prepare()
     if output.exists() and not overwrite:
         raise ConfigError(f"{output}: already exists: choose another -o or pass --overwrite")
     if output.exists() and not (output / MANIFEST_NAME).is_file():
         raise ConfigError(f"{output}: not an engine directory, so --overwrite does not replace it: choose another -o")
+    if to_build:
+        backend.prepare(report)
     sources = {"target": recipe.target, "draft": recipe.draft, "inner_draft": recipe.inner_draft}
     checkpoints = {
         folder: open_checkpoint(source.checkpoint, source.revision, needs_weights=to_build, is_exported=backend.exports)

@@ -51,7 +51,7 @@ class Backend(ABC):
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
-    def prepare(self) -> None:  # noqa: B027 - most have nothing to load
+    def prepare(self, report: "Report") -> None:  # noqa: B027 - most have nothing to load
         """Loads what compiles the engines; a plan needs none of it. Raises ConfigError or EngineError for what would
         otherwise fail late."""
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fly_build.export import DecoderGraph
     from fly_build.linear_form import Kernels
     from fly_build.model_build import ModelBuild
+    from fly_build.plan import Report
     from fly_build.tensors import Tensors
 
 ROLLOUT_FILE = "rollout.onnx"
@@ -30,8 +31,8 @@ class OnnxRuntimeBackend(Backend):
     runs_where_built = True
     own_fields = ("cpu_kernels",)
 
-    def prepare(self) -> None:
-        self._library = find_library(self.recipe.cpu_kernels or "auto")
+    def prepare(self, report: "Report") -> None:
+        self._library = find_library(self.recipe.cpu_kernels or "auto", report)
 
     @property
     def kernels(self) -> "Kernels":

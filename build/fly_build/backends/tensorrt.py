@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fly_build.gpu_memory import GpuPlan
     from fly_build.linear_form import Kernels
     from fly_build.model_build import ModelBuild
-    from fly_build.plan import ModelPlan
+    from fly_build.plan import ModelPlan, Report
 
 GRAPH_FILE = "model.onnx"
 
@@ -44,7 +44,7 @@ class TensorRTBackend(Backend):
     def check(cls, recipe: Recipe) -> None:
         """All quantisations are built."""
 
-    def prepare(self) -> None:
+    def prepare(self, report: "Report") -> None:
         self.library = _library(self.recipe)
         if self.recipe.tp_size > 1:
             _check_collectives(self.library)

@@ -73,7 +73,7 @@ class TensorRTLlmEngineBackend(Backend):
                 f"plugin_library {recipe.plugin_library!r}: acceptance is exact, which needs no plugin: leave it out"
             )
 
-    def prepare(self) -> None:
+    def prepare(self, report: "Report") -> None:
         version = installed_version()
         if version is None or not version.startswith(RELEASE):
             raise ConfigError(

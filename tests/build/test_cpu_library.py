@@ -1,0 +1,167 @@
+"""How the library of plugins/cpu comes about: compiled once, told about, and left out with a word where there is no
+compiler. The compilers here are scripts that do as they are told."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hatchling.builders.wheel import WheelBuilder
+
+from fly_build.cli import main
+from fly_build.cpu_library import LIBRARY_NAME, STEP, find_library, sources
+from fly_trt.errors import ConfigError
+from tiny_models import TinyPair
+
+ROOT = Path(__file__).parents[2]
+# Notes each call and makes an empty file of what it is to write.
+COMPILES = 'echo "$*" >> {calls}; while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done'
+REFUSES = 'case "$1" in --version) ;; *) echo In main; echo "a.cpp:7: error: no such flag" >&2; exit 1;; esac'
+WAITS = 'case "$1" in --version) ;; *) echo $$ >> {calls}; exec sleep 600;; esac'
+
+
+class Compiler:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.path, self._calls = folder / "compiler", folder / "calls"
+        monkeypatch.setenv("CXX", str(self.path))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+
+    def does(self, script: str) -> None:
+        self.path.write_text(f"#!/bin/sh\n{script.format(calls=self._calls)}\n")
+        self.path.chmod(0o755)
+
+    @property
+    def calls(self) -> list[str]:
+        lines = self._calls.read_text().splitlines() if self._calls.exists() else []
+        return [line for line in lines if line != "--version"]
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    return Compiler(tmp_path, monkeypatch)
+
+
+def test_each_source_is_compiled_once_with_the_instructions_of_its_kind(compiler: Compiler) -> None:
+    compiler.does(COMPILES)
+    library = find_library("auto")
+    assert library is not None
+    assert library.name == LIBRARY_NAME
+    assert library.is_file()
+    *compiled, linked = compiler.calls
+    assert len(compiled) == len(list(sources().rglob("*.cpp")))
+    [plain] = [call for call in compiled if "dispatch.cpp" in call]
+    assert "-mavx" not in plain
+    [vnni] = [call for call in compiled if "kernels_avx512_vnni.cpp" in call]
+    assert "-mavx512vnni" in vnni
+    assert "-shared" in linked
+    assert find_library("auto") == library
+    assert len(compiler.calls) == len(compiled) + 1
+    assert [path.name for path in library.parent.iterdir()] == [LIBRARY_NAME]
+
+
+def test_it_is_told_how_far_compiling_is(compiler: Compiler) -> None:
+    compiler.does(COMPILES)
+    heard: list[tuple[str, float]] = []
+    find_library("auto", lambda step, fraction: heard.append((step, fraction)))
+    assert {step for step, _ in heard} == {STEP}
+    fractions = [fraction for _, fraction in heard]
+    assert fractions == sorted(fractions)
+    assert (fractions[0], fractions[-1]) == (0, 1)
+
+
+def test_a_compiler_may_be_several_words(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler.does(COMPILES)
+    monkeypatch.setenv("CXX", f"{compiler.path} --through")
+    assert find_library("auto") is not None
+    assert all(call.startswith("--through ") for call in compiler.calls)
+
+
+def test_without_a_compiler_there_is_none_and_a_line_says_how_to_get_one(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert find_library("auto") is None
+    assert f"{compiler.path}: not found" in caplog.messages[0]
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_library("auto") is None
+    assert "no C++ compiler" in caplog.messages[1]
+    assert "apt install g++" in caplog.messages[1]
+
+
+def test_what_a_compiler_refuses_is_said_in_one_line(compiler: Compiler, caplog: pytest.LogCaptureFixture) -> None:
+    compiler.does(REFUSES)
+    with caplog.at_level(logging.WARNING):
+        assert find_library("auto") is None
+    [message] = caplog.messages
+    assert "a.cpp:7: error: no such flag" in message
+    assert "\n" not in message
+
+
+def test_none_is_made_where_none_is_wanted_and_a_missing_file_is_an_error(compiler: Compiler, tmp_path: Path) -> None:
+    compiler.does(COMPILES)
+    assert find_library("off") is None
+    with pytest.raises(ConfigError, match="no such file: expected auto, off, or a compiled"):
+        find_library(str(tmp_path / "nowhere.so"))
+    assert compiler.calls == []
+
+
+def test_two_processes_make_one_library(compiler: Compiler) -> None:
+    compiler.does("sleep 0.01; " + COMPILES)
+    command = [sys.executable, "-c", "from fly_build.cpu_library import find_library; print(find_library('auto'))"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT / "build") for _ in range(2)]
+    first, second = [process.communicate()[0].strip() for process in processes]
+    assert first == second
+    assert [path.name for path in Path(first).parent.iterdir()] == [LIBRARY_NAME]
+
+
+def test_ctrl_c_leaves_no_compiler_and_no_file(compiler: Compiler, tmp_path: Path) -> None:
+    compiler.does(WAITS)
+    program = "from fly_build.cpu_library import find_library; find_library('auto', lambda *_: print('on', flush=True))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT / "build"
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "on\n"
+    while not compiler.calls:
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in process.communicate()[1]
+    for pid in map(int, compiler.calls):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+def test_a_dry_run_compiles_nothing(compiler: Compiler, tiny_pair: TinyPair, tmp_path: Path) -> None:
+    compiler.does(COMPILES)
+    arguments = ["--target", str(tiny_pair.target), "--quantization", "int8", "--dry-run", "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert compiler.calls == []
+
+
+@pytest.mark.long
+def test_an_engine_is_built_without_a_compiler_and_says_so(
+    compiler: Compiler, tiny_pair: TinyPair, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    result = CliRunner().invoke(
+        main, ["--target", str(tiny_pair.target), "--quantization", "int8", "--max-seq-len", "64", "-o", str(output)]
+    )
+    assert result.exit_code == 0, result.output
+    assert "warning: " in result.stderr
+    assert "apt install g++" in result.stderr
+    assert not list(output.rglob(LIBRARY_NAME))
+
+
+def test_a_wheel_brings_the_sources(tmp_path: Path) -> None:
+    [wheel] = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    names = zipfile.ZipFile(wheel).namelist()
+    for path in sources().rglob("*"):
+        if path.is_file():
+            assert f"fly_build/cpu_sources/{path.relative_to(sources())}" in names
