@@ -205,7 +205,7 @@ def test_the_graph_of_the_cpu_is_refused(
     build_once: BuildOnce, run_steps: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     """It has branches."""
-    build_tiny(tmp_path / "cpu", CONFIGS["llama"]())
+    build_tiny(tmp_path / "cpu", CONFIGS["llama"](), cpu_kernels="off")
     path = tmp_path / "cpu" / "fly.json"
     path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda"'))
     assert "control flow nodes" in run_steps(tmp_path / "cpu")["refused"]
