@@ -56,7 +56,9 @@ def test_autoregressive_decoding_answers_every_prompt_right(
     assert share_right(answers(demo_engine, method=None), records) == 1
 
 
-@pytest.mark.parametrize("settings", [FIXED, FIXED | {"method": "draft_model"}, FIXED | {"method": "ngram"}], ids=lambda s: s["method"])
+@pytest.mark.parametrize(
+    "settings", [FIXED, FIXED | {"method": "draft_model"}, FIXED | {"method": "ngram"}], ids=lambda s: s["method"]
+)
 def test_exact_speculation_is_lossless(demo_engine: Path, answers: Answers, settings: dict) -> None:
     plain = answers(demo_engine, method=None)
     speculative = answers(demo_engine, acceptance="exact", **settings)
