@@ -31,3 +31,6 @@ def find_positions(model: ir.Model) -> None:
         (value,) = [value for value in graph.inputs if value.name == name]
         ir.convenience.replace_all_uses_with(value, node.outputs[0])
         graph.inputs.remove(value)
+    for value in graph.outputs:
+        if value.shape is not None:
+            value.shape = ir.Shape([ids.shape[1] if str(size) == "L" else size for size in value.shape])
