@@ -108,6 +108,13 @@ def demo_engine(build_once: BuildOnce) -> Path:
 
 
 @pytest.fixture(scope="session")
+def plain_operators_engine(build_once: BuildOnce) -> Path:
+    """The demo pair in float32 without the operators of plugins/cpu, as where there is no compiler."""
+    flags = {"draft": str(PAIR / "draft"), "cpu_kernels": "off"}
+    return build_once("plain_operators", lambda path: _build(path, **flags))
+
+
+@pytest.fixture(scope="session")
 def demo_int8_engine(build_once: BuildOnce) -> Path:
     """The demo pair in int8."""
     return build_once("demo_int8", lambda path: _build(path, draft=str(PAIR / "draft"), quantization="int8"))

@@ -67,6 +67,15 @@ def test_every_sequence_is_the_authors(file: str, config: str, adaptive: bool, r
     assert different(rows, outputs, with_rounds=counts_rounds) == []
 
 
+def test_every_sequence_is_the_authors_without_operators_of_this_project(plain_operators_engine: Path) -> None:
+    rows = rows_of("public.jsonl", "fly_multilevel")[::3]
+    prompts = [{"prompt_token_ids": row["prompt_token_ids"]} for row in rows]
+    settings = speculative_config(rows[0]["config"], adaptive=False, may_pause=True)
+    with LLM(plain_operators_engine, speculative_config=settings) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=160))
+    assert different(rows, outputs, with_rounds=True) == []
+
+
 @pytest.mark.parametrize("file", PAIRS)
 def test_rounds_that_a_request_asks_for_are_the_authors(file: str, request: pytest.FixtureRequest) -> None:
     rows = rows_of(file, "fly_k10_w4")
