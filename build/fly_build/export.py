@@ -170,9 +170,20 @@ def _name_contract(model: ir.Model, names: list[str], num_layers: int) -> Decode
         value.name = name
     batch, length, asked = (ir.SymbolicDim(name) for name in ("B", "T", "L"))
     by_name = {value.name: value for value in graph.inputs}
-    by_name["input_ids"].shape = ir.Shape([batch, length])
-    by_name["write_indices"].shape = ir.Shape([batch])
-    by_name[POSITIONS_INPUT].shape = ir.Shape([batch, asked])
+    shapes = {
+        "input_ids": ir.Shape([batch, length]),
+        "write_indices": ir.Shape([batch]),
+        POSITIONS_INPUT: ir.Shape([batch, asked]),
+    }
+    names_of: dict[str, ir.SymbolicDim] = {}
+    for name, shape in shapes.items():
+        traced = by_name[name].shape
+        assert traced is not None
+        names_of |= {str(old): new for old, new in zip(traced, shape, strict=True) if isinstance(new, ir.SymbolicDim)}
+        by_name[name].shape = shape
+    for value in (output for node in graph for output in node.outputs if output.shape is not None):
+        assert value.shape is not None
+        value.shape = ir.Shape([names_of.get(str(size), size) for size in value.shape])
     for value in (*graph.inputs, *graph.outputs):
         if value.name and value.name.startswith(("past_", "present_")) and value.shape is not None:
             _, heads, _, channels = value.shape

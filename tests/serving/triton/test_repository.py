@@ -23,6 +23,8 @@ FILES = {
     "target/model.onnx": b"graph",
     "target/model.onnx.data": b"weights",
     "draft/model.onnx": b"small graph",
+    "draft/rollout.onnx": b"its rollout",
+    "libfly_cpu.so": b"operators",
     "tokenizer/tokenizer.json": b"{}",
     "empty": b"",
 }
