@@ -127,7 +127,7 @@ def _shard_plan(plan: bytes, model: ModelEngine, rank: int, num_ranks: int) -> b
     projection = next(node for node in graph.node if node.output[0] == "logits")
     hidden = _rank_output(projection.input[0])
     nodes = [*_with_collectives(graph.node, num_ranks), *hidden]
-    shape = ["B", "T", RANK_CHANNELS]
+    shape = ["B", "L", RANK_CHANNELS]
     graph.output.append(onnx.helper.make_tensor_value_info(RANK_OUTPUT, onnx.TensorProto.FLOAT, shape))
     del graph.node[:]
     graph.node.extend(nodes)
