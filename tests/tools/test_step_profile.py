@@ -14,9 +14,9 @@ def _main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 
 
 def test_every_shape_has_its_operators_of_all_nodes_that_ran(
-    demo_engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    plain_operators_engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _main(monkeypatch, demo_engine, "--shapes", "1x1", "2x16", "--rounds", 2, "--cached", 5, 300, "--json")
+    _main(monkeypatch, plain_operators_engine, "--shapes", "1x1", "2x16", "--rounds", 2, "--cached", 5, 300, "--json")
     records = json.loads(capsys.readouterr().out)
     shapes = [(record["rows"], record["num_tokens"], record["num_cached"]) for record in records]
     assert shapes == [(1, 1, 5), (2, 16, 5), (1, 1, 300), (2, 16, 300)]
