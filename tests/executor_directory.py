@@ -56,7 +56,8 @@ def write_directory(
         ranks = [f"{role}/rank{rank}.engine" for rank in range(tp_size)]
         for rank in ranks:
             (path / rank).write_text(json.dumps(plan))
-        models[role] = model.model_copy(update={"model": ranks[0], "other_ranks": ranks[1:]})
+        of_cpu = {"cpu_kernels": None, "rollout": None}
+        models[role] = model.model_copy(update={"model": ranks[0], "other_ranks": ranks[1:], **of_cpu})
     for name, content in (files or {}).items():
         (path / name).write_bytes(content)
     changes = {

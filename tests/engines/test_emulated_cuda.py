@@ -157,19 +157,21 @@ def changed(directory: Path, output: Path, change: Callable[[ir.Model], None]) -
 
 
 def pad_next_tokens(model: ir.Model) -> None:
-    """As torch and people write it: the token that follows each position, and 0 at the end."""
+    """Made in the graph, as torch and people write it: the rows without their first tokens, and 0 at the end."""
     graph = model.graph
-    (following,) = (
-        node
-        for node in graph
-        if node.op_type == "Concat" and any(user.op_type == "LooseWindowAccept" for user in node.outputs[0].consumers())
-    )
-    pads = ir.val("pads", const_value=ir.tensor([0, 0, 0, 1], ir.DataType.INT64, name="pads"))
-    graph.register_initializer(pads)
-    pad = ir.node("Pad", [following.inputs[0], pads])
-    graph.insert_before(following, pad)
-    ir.convenience.replace_all_uses_with(following.outputs[0], pad.outputs[0])
-    graph.remove(following, safe=True)
+    given = next(value for value in graph.inputs if value.name == "next_tokens")
+    constants = {"pads": [0, 0, 0, 1], "second": [1], "behind": [2**31], "axis": [1]}
+    values = {
+        name: ir.val(name, const_value=ir.tensor(content, ir.DataType.INT64, name=name))
+        for name, content in constants.items()
+    }
+    for value in values.values():
+        graph.register_initializer(value)
+    pad = ir.node("Pad", [given, values["pads"]])
+    rest = ir.node("Slice", [pad.outputs[0], values["second"], values["behind"], values["axis"]])
+    ir.convenience.replace_all_uses_with(given, rest.outputs[0])
+    pad.replace_input_with(0, given)
+    graph.insert_before(graph[0], [pad, rest])
 
 
 def add_last_position(model: ir.Model) -> None:

@@ -39,8 +39,9 @@ def make_directory(demo_engine: Path, tmp_path_factory: pytest.TempPathFactory) 
         } | yaml
         arguments = {name: value for name, value in arguments.items() if value is not None}
         (directory / "llm_api.yaml").write_text(json.dumps(arguments))  # which is YAML
+        of_cpu = {"cpu_kernels": None, "rollout": None}
         models = {
-            role: getattr(demo, role).model_dump() | {"model": "llm_api.yaml", "tensorrt": None}
+            role: getattr(demo, role).model_dump() | {"model": "llm_api.yaml", "tensorrt": None} | of_cpu
             for role in ("target", "draft")
         }
         models["target"]["source"]["checkpoint"] = "org/target"
