@@ -129,7 +129,11 @@ def is_running(pid: int) -> bool:
 
 def test_ctrl_c_leaves_no_compiler_and_no_file(compiler: Compiler, tmp_path: Path) -> None:
     compiler.does(WAITS)
-    program = "from fly_build.cpu_library import find_library; find_library('auto', lambda *_: print('on', flush=True))"
+    # Where tests run in the background of a shell, Ctrl-C is ignored, and what they start would inherit that.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program += (
+        "from fly_build.cpu_library import find_library; find_library('auto', lambda *_: print('on', flush=True))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT / "build"
     )
