@@ -122,8 +122,8 @@ def check(engine: Engine, shape: Shape) -> None:
 
 
 def run_steps(engine: Engine, shape: Shape, num_runs: int) -> float:
-    """ms of a step, the mean of `num_runs` after WARM_UP_RUNS that bind the shape. Slots hold nothing but this shape's room:
-    what is allocated beyond what is cached would cost time too."""
+    """ms of a step, the mean of `num_runs` after WARM_UP_RUNS that bind the shape. Slots hold nothing but this shape's
+    room: what is allocated beyond what is cached would cost time too."""
     engine.trim(0)
     step = make_step(engine, shape)
     engine.run(step)
