@@ -40,6 +40,7 @@ from fly_trt.engines.directory import LoadedEngines
 from fly_trt.errors import ConfigError, FlyError
 
 RUNS = 3  # of a step in a round
+WARM_UP_RUNS = 2  # before them
 WIDTH = 130  # columns where there is no terminal
 SMALL = 0.005  # of a step: operators below are shown together
 KERNEL = "_kernel_time"
@@ -121,10 +122,13 @@ def check(engine: Engine, shape: Shape) -> None:
 
 
 def run_steps(engine: Engine, shape: Shape, num_runs: int) -> float:
-    """ms of a step, the mean of `num_runs` after one that binds the shape. Slots hold nothing but this shape's room:
-    what is allocated beyond what is cached would cost time too."""
+    """ms of a step, the mean of `num_runs` after WARM_UP_RUNS that bind the shape. Slots hold nothing but this shape's
+    room: what is allocated beyond what is cached would cost time too."""
     engine.trim(0)
     step = make_step(engine, shape)
+    engine.run(step)
+    for row in range(shape.rows):
+        engine.clear_slot(row, 0)  # memory that was never written need not be read
     engine.run(step)
     started = time.perf_counter()
     for _ in range(num_runs):
@@ -177,7 +181,8 @@ def profile(directory: Path, role: str, shapes: Sequence[Shape], num_runs: int, 
         for shape in shapes:
             run_steps(engine, shape, num_runs)
         runs = read_profile(Path(engine._session.end_profiling()))
-    each = [runs[number : number + num_runs + 1][1:] for number in range(0, len(runs), num_runs + 1)]
+    each_shape = WARM_UP_RUNS + num_runs
+    each = [runs[start + WARM_UP_RUNS : start + each_shape] for start in range(0, len(runs), each_shape)]
     return [sum_up(of_shape) for of_shape in each]
 
 

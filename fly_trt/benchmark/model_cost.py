@@ -39,6 +39,8 @@ PRODUCTS: dict[str, tuple[Arithmetic, Callable[[tuple[int, ...], Mapping[str, An
     "MatMulNBits": ("int8", lambda dims, attributes: (attributes["K"], attributes["N"])),
     "Int8Linear": ("int8", lambda dims, attributes: (4 * dims[1], 16 * dims[0])),  # [N/16, K/4, 16, 4]
 }
+# Of operators that do more than a product, how many inputs are the product's.
+PRODUCT_INPUTS = {"Int8Linear": 3}
 # Those of plugins/cpu have their window as an attribute, ONNX's as the distance that its mask allows.
 ATTENTION = ("Attention", "CacheAttention")
 EXPERT_GATHERS = ("GatherND",)
@@ -245,7 +247,8 @@ class _Graph:
         counted: set[str] = set()
         for index, (_, inner) in enumerate(self._nodes):
             for node in inner:
-                read = [self._weights[name] for name in node.input if name in self._weights]
+                operands = node.input[: PRODUCT_INPUTS.get(node.op_type)]
+                read = [self._weights[name] for name in operands if name in self._weights]
                 matrices = [weight for weight in read if len(weight.dims) > 1]
                 if node.op_type not in PRODUCTS or not matrices or matrices[0].name in counted:
                     continue
