@@ -104,10 +104,10 @@ def main(recipe: str | None, output: Path | None, overwrite: bool, dry_run: bool
 
     RECIPE is a YAML file or the name of one in engines/recipes; flags override its fields.
     """
-    with _collected_warnings() as warnings:
+    with _collected_messages() as messages:
         _run(recipe, output, overwrite, dry_run, as_json, flags)
-        for warning in warnings:
-            click.echo(f"warning: {warning}", err=True)
+        for message in messages:
+            click.echo(message, err=True)
 
 
 def _run(
@@ -167,21 +167,25 @@ def _run(
 
 
 @contextlib.contextmanager
-def _collected_warnings() -> Iterator[list[str]]:
-    """What the build warns of while the block runs, to be printed after the summary, where it is seen."""
+def _collected_messages() -> Iterator[list[str]]:
+    """What the build warns of and notes while the block runs, to be printed after the summary, where it is seen."""
     messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
+    handler = logging.Handler(logging.INFO)
 
     def emit(record: logging.LogRecord) -> None:
-        if (message := record.getMessage()) not in messages:  # target and draft may both cause it
+        kind = "note" if record.levelno < logging.WARNING else "warning"
+        if (message := f"{kind}: {record.getMessage()}") not in messages:  # target and draft may both cause it
             messages.append(message)
 
     handler.emit = emit  # type: ignore[method-assign]
     logger = logging.getLogger("fly_build")
+    level = logger.level
     logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         yield messages
     finally:
+        logger.setLevel(level)
         logger.removeHandler(handler)
 
 

@@ -1,8 +1,8 @@
 """The library of operators for ONNX Runtime on the CPU (plugins/cpu): compiled once for each compiler and source, kept
 in the user's cache, and copied into the engine directories that need it.
 
-It runs on any x86-64 machine with AVX2: which vector units it uses is decided where it is loaded. Without a compiler,
-or on another machine, engines are built for ONNX Runtime's own operators.
+It runs on any x86-64 machine with Linux and AVX2: which vector units it uses is decided where it is loaded. Without a
+compiler, or on another machine, engines are built for ONNX Runtime's own operators.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fly_trt.engines.cores import available_cores
 from fly_trt.engines.tensorrt_library import cache_folder
 from fly_trt.errors import ConfigError
 from fly_trt.files import new_file
@@ -69,7 +70,8 @@ def find_library(choice: str, report: "Report" = quietly) -> Path | None:
         if not (library := Path(choice)).is_file():
             raise ConfigError(f"cpu_kernels {choice!r}: no such file: expected auto, off, or a compiled {LIBRARY_NAME}")
         return library
-    if platform.machine() not in ("x86_64", "AMD64"):
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        logger.info("%s on %s: no kernels for this machine, so %s", platform.system(), platform.machine(), WITHOUT)
         return None
     compiler = _compiler()
     if compiler is None:
@@ -134,7 +136,7 @@ def _run_all(commands: Sequence[list[str]], report: "Report") -> None:
             raise _CompilerError(next((line for line in lines if "error" in line), lines[0]))
 
     report(STEP, 0.0)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         try:
             for done, _ in enumerate(pool.map(run, commands), 1):
                 report(STEP, done / len(commands))

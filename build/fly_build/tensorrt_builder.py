@@ -82,7 +82,7 @@ class EngineBuilder:
             if plan is not None:
                 return plan, self._record(layers)
             reason = self.library.take_errors()
-            logger.info("%s: decomposable=%s: %s", onnx_path, decomposable, reason)
+            logger.debug("%s: decomposable=%s: %s", onnx_path, decomposable, reason)
         raise EngineError(f"{self.library.name} {self.library.version} cannot build the engine: {reason}")
 
     def __post_init__(self) -> None:

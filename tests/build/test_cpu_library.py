@@ -102,6 +102,28 @@ def test_what_a_compiler_refuses_is_said_in_one_line(compiler: Compiler, caplog:
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(("system", "machine"), [("Darwin", "arm64"), ("Windows", "AMD64"), ("Linux", "aarch64")])
+def test_on_other_machines_there_is_none_and_a_line_says_so(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, system: str, machine: str
+) -> None:
+    compiler.does(COMPILES)
+    monkeypatch.setattr("platform.system", lambda: system)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    with caplog.at_level(logging.INFO):
+        assert find_library("auto") is None
+    [message] = caplog.messages
+    assert message.startswith(f"{system} on {machine}: no kernels for this machine, so built for ONNX Runtime's own")
+    assert compiler.calls == []
+
+
+def test_it_compiles_where_the_system_does_not_say_which_cores_there_are(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler.does(COMPILES)
+    monkeypatch.delattr("os.sched_getaffinity")
+    assert find_library("auto") is not None
+
+
 def test_none_is_made_where_none_is_wanted_and_a_missing_file_is_an_error(compiler: Compiler, tmp_path: Path) -> None:
     compiler.does(COMPILES)
     assert find_library("off") is None
@@ -154,6 +176,16 @@ def test_a_dry_run_compiles_nothing(compiler: Compiler, tiny_pair: TinyPair, tmp
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     assert compiler.calls == []
+
+
+def test_fly_build_says_that_this_machine_has_no_kernels(
+    tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    arguments = ["--target", str(tiny_pair.target), "--max-seq-len", "64", "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith("note: Linux on riscv64: no kernels for this machine")
 
 
 @pytest.mark.long
