@@ -63,7 +63,7 @@ def sources() -> Path:
 
 def find_library(choice: str, report: "Report" = quietly) -> Path | None:
     """The compiled library; None where there is to be none. `choice` is a recipe's `cpu_kernels`; `report` is told how
-    far compiling is. Raises ConfigError for a file that is not there."""
+    far compiling is. Raises ConfigError for a file that is not there, and for a CXX that is no command."""
     if choice == "off":
         return None
     if choice != "auto":
@@ -75,7 +75,7 @@ def find_library(choice: str, report: "Report" = quietly) -> Path | None:
         return None
     compiler = _compiler()
     if compiler is None:
-        asked = os.environ.get("CXX") or "no C++ compiler"
+        asked = os.environ.get("CXX", "").strip() or "no C++ compiler"
         logger.warning("%s: not found, so %s: apt install g++, or --cpu-kernels off if that is meant", asked, WITHOUT)
         return None
     try:
@@ -86,8 +86,13 @@ def find_library(choice: str, report: "Report" = quietly) -> Path | None:
 
 
 def _compiler() -> list[str] | None:
-    """The command, of several words where CXX has them ("ccache g++")."""
-    for names in [shlex.split(os.environ.get("CXX", ""))] if os.environ.get("CXX") else [[name] for name in COMPILERS]:
+    """The command, of several words where CXX has them ("ccache g++"). Raises ConfigError where they are none."""
+    asked = os.environ.get("CXX", "")
+    try:
+        command = shlex.split(asked)
+    except ValueError as error:
+        raise ConfigError(f"CXX {asked!r}: {error}: expected a command: correct it or unset it") from None
+    for names in [command] if command else [[name] for name in COMPILERS]:
         if path := shutil.which(names[0]):
             return [path, *names[1:]]
     return None

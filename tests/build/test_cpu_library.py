@@ -81,6 +81,18 @@ def test_a_compiler_may_be_several_words(compiler: Compiler, monkeypatch: pytest
     assert all(call.startswith("--through ") for call in compiler.calls)
 
 
+def test_a_compiler_that_is_no_command_is_an_error_and_one_without_words_is_none(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", 'g++ "')
+    with pytest.raises(ConfigError, match="No closing quotation: expected a command: correct it or unset it"):
+        find_library("auto")
+    monkeypatch.setenv("CXX", " ")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_library("auto") is None
+    assert caplog.messages[0].startswith("no C++ compiler: not found")
+
+
 def test_without_a_compiler_there_is_none_and_a_line_says_how_to_get_one(
     compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
