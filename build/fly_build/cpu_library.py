@@ -5,6 +5,7 @@ It runs on any x86-64 machine with Linux and AVX2: which vector units it uses is
 compiler, or on another machine, engines are built for ONNX Runtime's own operators.
 """
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from fly_trt.engines.cores import available_cores
 from fly_trt.engines.tensorrt_library import cache_folder
-from fly_trt.errors import ConfigError
+from fly_trt.errors import ConfigError, one_line
 from fly_trt.files import new_file
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ INSTRUCTIONS = {
     "_amx": (*AVX512_FLAGS, "-mamx-tile", "-mamx-int8"),
     "_amx_emulated": AVX2_FLAGS,
 }
+ISA_VARIABLE = "FLY_TRT_CPU_ISA"  # asks for one kind of kernels
 STEP = "CPU kernels"
 WITHOUT = "built for ONNX Runtime's own operators, which are slower"
 
@@ -62,8 +64,9 @@ def sources() -> Path:
 
 
 def find_library(choice: str, report: "Report" = quietly) -> Path | None:
-    """The compiled library; None where there is to be none. `choice` is a recipe's `cpu_kernels`; `report` is told how
-    far compiling is. Raises ConfigError for a file that is not there, and for a CXX that is no command."""
+    """The compiled library; None where there is to be none, or "auto" finds none that runs here. `choice` is a recipe's
+    `cpu_kernels`; `report` is told how far compiling is. Raises ConfigError for a file that is not there, and for a CXX
+    that is no command."""
     if choice == "off":
         return None
     if choice != "auto":
@@ -79,10 +82,28 @@ def find_library(choice: str, report: "Report" = quietly) -> Path | None:
         logger.warning("%s: not found, so %s: apt install g++, or --cpu-kernels off if that is meant", asked, WITHOUT)
         return None
     try:
-        return _compiled(compiler, report)
+        library = _compiled(compiler, report)
     except (_CompilerError, OSError) as error:
         logger.warning("%s: %s, so %s: it takes g++ 11 or clang++ 12", shlex.join(compiler), error, WITHOUT)
         return None
+    if (reason := _why_not_here(library)) is not None:
+        logger.warning("%s, so %s: --cpu-kernels off if that is meant", reason, WITHOUT)
+        return None
+    return library
+
+
+def _why_not_here(library: Path) -> str | None:
+    """Why the library does not run in this process, or None: asked once it is there, not when engines are finished."""
+    try:
+        name = ctypes.CDLL(str(library)).fly_cpu_kernels_name
+    except (OSError, AttributeError) as error:  # both name the file
+        return one_line(error)
+    name.restype = ctypes.c_char_p
+    if name() is not None:
+        return None
+    if asked := os.environ.get(ISA_VARIABLE):
+        return f"{ISA_VARIABLE} {asked!r}: no kernels of this machine"
+    return f"{library}: no kernels for this CPU, which need AVX2, FMA and F16C"
 
 
 def _compiler() -> list[str] | None:

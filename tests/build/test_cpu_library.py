@@ -19,8 +19,9 @@ from fly_trt.errors import ConfigError
 from tiny_models import TinyPair
 
 ROOT = Path(__file__).parents[2]
-# Notes each call and makes an empty file of what it is to write.
-COMPILES = 'echo "$*" >> {calls}; while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done'
+# Note each call; what is written is a library that exists, or an empty file.
+COMPILES = 'echo "$*" >> {calls}; while [ $# -gt 0 ]; do [ "$1" = -o ] && cp {library} "$2"; shift; done'
+COMPILES_NOTHING = COMPILES.replace("cp {library}", ": >")
 REFUSES = 'case "$1" in --version) ;; *) echo In main; echo "a.cpp:7: error: no such flag" >&2; exit 1;; esac'
 WAITS = 'case "$1" in --version) ;; *) echo $$ >> {calls}; exec sleep 600;; esac'
 
@@ -31,8 +32,8 @@ class Compiler:
         monkeypatch.setenv("CXX", str(self.path))
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
 
-    def does(self, script: str) -> None:
-        self.path.write_text(f"#!/bin/sh\n{script.format(calls=self._calls)}\n")
+    def does(self, script: str, library: Path | None = None) -> None:
+        self.path.write_text(f"#!/bin/sh\n{script.format(calls=self._calls, library=library)}\n")
         self.path.chmod(0o755)
 
     @property
@@ -46,13 +47,18 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
     return Compiler(tmp_path, monkeypatch)
 
 
-def test_each_source_is_compiled_once_with_the_instructions_of_its_kind(compiler: Compiler) -> None:
-    compiler.does(COMPILES)
+@pytest.fixture
+def working_compiler(compiler: Compiler, cpu_library: Path) -> Compiler:
+    compiler.does(COMPILES, cpu_library)
+    return compiler
+
+
+def test_each_source_is_compiled_once_with_the_instructions_of_its_kind(working_compiler: Compiler) -> None:
     library = find_library("auto")
     assert library is not None
     assert library.name == LIBRARY_NAME
     assert library.is_file()
-    *compiled, linked = compiler.calls
+    *compiled, linked = working_compiler.calls
     assert len(compiled) == len(list(sources().rglob("*.cpp")))
     [plain] = [call for call in compiled if "dispatch.cpp" in call]
     assert "-mavx" not in plain
@@ -60,12 +66,11 @@ def test_each_source_is_compiled_once_with_the_instructions_of_its_kind(compiler
     assert "-mavx512vnni" in vnni
     assert "-shared" in linked
     assert find_library("auto") == library
-    assert len(compiler.calls) == len(compiled) + 1
+    assert len(working_compiler.calls) == len(compiled) + 1
     assert [path.name for path in library.parent.iterdir()] == [LIBRARY_NAME]
 
 
-def test_it_is_told_how_far_compiling_is(compiler: Compiler) -> None:
-    compiler.does(COMPILES)
+def test_it_is_told_how_far_compiling_is(working_compiler: Compiler) -> None:
     heard: list[tuple[str, float]] = []
     find_library("auto", lambda step, fraction: heard.append((step, fraction)))
     assert {step for step, _ in heard} == {STEP}
@@ -74,11 +79,10 @@ def test_it_is_told_how_far_compiling_is(compiler: Compiler) -> None:
     assert (fractions[0], fractions[-1]) == (0, 1)
 
 
-def test_a_compiler_may_be_several_words(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler.does(COMPILES)
-    monkeypatch.setenv("CXX", f"{compiler.path} --through")
+def test_a_compiler_may_be_several_words(working_compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", f"{working_compiler.path} --through")
     assert find_library("auto") is not None
-    assert all(call.startswith("--through ") for call in compiler.calls)
+    assert all(call.startswith("--through ") for call in working_compiler.calls)
 
 
 def test_a_compiler_that_is_no_command_is_an_error_and_one_without_words_is_none(
@@ -116,36 +120,57 @@ def test_what_a_compiler_refuses_is_said_in_one_line(compiler: Compiler, caplog:
 
 @pytest.mark.parametrize(("system", "machine"), [("Darwin", "arm64"), ("Windows", "AMD64"), ("Linux", "aarch64")])
 def test_on_other_machines_there_is_none_and_a_line_says_so(
-    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, system: str, machine: str
+    working_compiler: Compiler,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    system: str,
+    machine: str,
 ) -> None:
-    compiler.does(COMPILES)
     monkeypatch.setattr("platform.system", lambda: system)
     monkeypatch.setattr("platform.machine", lambda: machine)
     with caplog.at_level(logging.INFO):
         assert find_library("auto") is None
     [message] = caplog.messages
     assert message.startswith(f"{system} on {machine}: no kernels for this machine, so built for ONNX Runtime's own")
-    assert compiler.calls == []
+    assert working_compiler.calls == []
 
 
 def test_it_compiles_where_the_system_does_not_say_which_cores_there_are(
-    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+    working_compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiler.does(COMPILES)
     monkeypatch.delattr("os.sched_getaffinity")
     assert find_library("auto") is not None
 
 
-def test_none_is_made_where_none_is_wanted_and_a_missing_file_is_an_error(compiler: Compiler, tmp_path: Path) -> None:
-    compiler.does(COMPILES)
+def test_what_is_compiled_and_does_not_load_is_left_out_with_a_word(
+    compiler: Compiler, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler.does(COMPILES_NOTHING)
+    assert find_library("auto") is None
+    [message] = caplog.messages
+    assert f"{LIBRARY_NAME}: file too short, so built for ONNX Runtime's own operators" in message
+
+
+def test_what_has_no_kernels_for_this_processor_is_left_out_unless_it_is_given(
+    working_compiler: Compiler, cpu_library: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FLY_TRT_CPU_ISA", "of another machine")
+    assert find_library("auto") is None
+    assert caplog.messages[0].startswith("FLY_TRT_CPU_ISA 'of another machine': no kernels of this machine, so built")
+    assert find_library(str(cpu_library)) == cpu_library
+
+
+def test_none_is_made_where_none_is_wanted_and_a_missing_file_is_an_error(
+    working_compiler: Compiler, tmp_path: Path
+) -> None:
     assert find_library("off") is None
     with pytest.raises(ConfigError, match="no such file: expected auto, off, or a compiled"):
         find_library(str(tmp_path / "nowhere.so"))
-    assert compiler.calls == []
+    assert working_compiler.calls == []
 
 
-def test_two_processes_make_one_library(compiler: Compiler) -> None:
-    compiler.does("sleep 0.01; " + COMPILES)
+def test_two_processes_make_one_library(compiler: Compiler, cpu_library: Path) -> None:
+    compiler.does("sleep 0.01; " + COMPILES, cpu_library)
     command = [sys.executable, "-c", "from fly_build.cpu_library import find_library; print(find_library('auto'))"]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT / "build") for _ in range(2)]
     first, second = [process.communicate()[0].strip() for process in processes]
@@ -182,12 +207,11 @@ def test_ctrl_c_leaves_no_compiler_and_no_file(compiler: Compiler, tmp_path: Pat
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
-def test_a_dry_run_compiles_nothing(compiler: Compiler, tiny_pair: TinyPair, tmp_path: Path) -> None:
-    compiler.does(COMPILES)
+def test_a_dry_run_compiles_nothing(working_compiler: Compiler, tiny_pair: TinyPair, tmp_path: Path) -> None:
     arguments = ["--target", str(tiny_pair.target), "--quantization", "int8", "--dry-run", "-o", str(tmp_path / "out")]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert compiler.calls == []
+    assert working_compiler.calls == []
 
 
 def test_fly_build_says_that_this_machine_has_no_kernels(
