@@ -6,7 +6,6 @@ questions that ends at the first None.
 
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
@@ -72,7 +71,7 @@ def numbers(value: ir.Value | None) -> npt.NDArray[Any] | None:
 def is_number(value: ir.Value | None, number: float) -> bool:
     """Whether the value is this number, alone."""
     found = numbers(value)
-    return found is not None and found.size == 1 and bool((found == np.asarray(number, found.dtype)).all())
+    return found is not None and found.size == 1 and bool(found.item() == number)
 
 
 def last_size(value: ir.Value | None) -> int | None:

@@ -212,6 +212,24 @@ def test_biases_of_joined_layers_are_side_by_side_and_the_residual_comes_last() 
     assert model.graph.outputs[0].name == "z"
 
 
+def test_slices_may_be_bounded_by_numbers_of_any_type() -> None:
+    def number(graph: ir.Graph, value: int) -> ir.Value:
+        made = ir.val(f"number.{value}", const_value=ir.tensor(np.array([value], np.int32)))
+        if made.name not in graph.initializers:
+            graph.register_initializer(made)
+        return graph.initializers[made.name]
+
+    def attention(graph: ir.Graph, x: ir.Value) -> ir.Value:
+        parts = []
+        for start, end in ((0, 16), (16, 24), (24, 2**31 - 1)):
+            inputs = [x, *(number(graph, value) for value in (start, end, 2, 1))]
+            parts.append(_add(graph, "Slice", inputs, f"from {start}", 16 if start == 0 else 8))
+        return _add(graph, "CacheAttention", parts, "y", 16, domain=CPU_DOMAIN)
+
+    model, _ = _fused(attention)
+    assert count_operators(model) == {"Slice": 3, "CacheAttention": 1}
+
+
 def test_a_sum_that_is_broadcast_is_no_residual() -> None:
     row = _value("row", 1, "T", WIDTH)
 
