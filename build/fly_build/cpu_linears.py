@@ -13,6 +13,7 @@ import onnx_ir.passes.common as ir_passes
 
 from fly_build.graph_patterns import (
     attribute,
+    have_same_shape,
     is_constant,
     is_last_axis,
     is_number,
@@ -79,7 +80,7 @@ def _take_residual(graph: ir.Graph, node: ir.Node) -> None:
     if add is None:
         return
     residual, total = other_input(add, output), add.outputs[0]
-    if residual is None or is_constant(residual) or residual.shape is None or residual.shape != total.shape:
+    if residual is None or is_constant(residual) or not have_same_shape(output, residual, total):
         return
     set_input(node, RESIDUAL, residual)
     take_place(total, output)

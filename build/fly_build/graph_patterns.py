@@ -4,6 +4,7 @@ It knows ONNX and no model. Answers are None where a value is not what was asked
 questions that ends at the first None.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy.typing as npt
@@ -80,6 +81,16 @@ def last_size(value: ir.Value | None) -> int | None:
         return None
     size = value.shape[-1]
     return size if isinstance(size, int) else None
+
+
+def have_same_shape(*values: ir.Value) -> bool:
+    """Whether all axes of the values are known, by size or by name, and the same."""
+    shapes = {None if value.shape is None else tuple(_axes(value.shape)) for value in values}
+    return len(shapes) == 1 and all(shape is not None and None not in shape for shape in shapes)
+
+
+def _axes(shape: ir.Shape) -> Iterator[int | str | None]:
+    return (axis.value if isinstance(axis, ir.SymbolicDim) else axis for axis in shape)
 
 
 def set_input(node: ir.Node, index: int, value: ir.Value | None) -> None:

@@ -230,13 +230,24 @@ def test_slices_may_be_bounded_by_numbers_of_any_type() -> None:
     assert count_operators(model) == {"Slice": 3, "CacheAttention": 1}
 
 
-def test_a_sum_that_is_broadcast_is_no_residual() -> None:
-    row = _value("row", 1, "T", WIDTH)
+@pytest.mark.parametrize(
+    ("product", "residual"),
+    [(("B", "T"), (1, "T")), (("B", 1), ("B", "T")), ((1, "T"), ("B", "T")), (("B", "T"), (None, "T"))],
+)
+@pytest.mark.parametrize("total", [("B", "T"), (None, None)])
+def test_a_sum_that_is_or_may_be_broadcast_is_no_residual(
+    product: tuple[int | str, ...], residual: tuple[int | str | None, ...], total: tuple[str | None, ...]
+) -> None:
+    other = _value("other", *residual, WIDTH)
 
     def layer(graph: ir.Graph, x: ir.Value) -> ir.Value:
-        graph.inputs.append(row)
-        return _add(graph, "Add", [_linear(graph, x, WIDTH, "y"), row], "z", WIDTH)
+        graph.inputs.append(other)
+        y = _linear(graph, x, WIDTH, "y")
+        y.shape = ir.Shape([*product, WIDTH])
+        z = _add(graph, "Add", [y, other], "z", WIDTH)
+        z.shape = ir.Shape([*total, WIDTH])
+        return z
 
-    model, (product,) = _fused(layer)
+    model, (linear,) = _fused(layer)
     assert count_operators(model)["Add"] == 1
-    assert len(product.inputs) == 2
+    assert len(linear.inputs) == 2
