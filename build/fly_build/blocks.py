@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from fly_build.checkpoint import Checkpoint
+from fly_build.graph_patterns import only_reader
 from fly_build.operators import written_out_attention
 from fly_trt.errors import CheckpointError
 
@@ -91,18 +92,14 @@ def drop_silent(model: ir.Model) -> None:
     """Takes silent blocks out of a traced graph, with the norms and sums around them."""
     graph = model.graph
     for node in [node for node in graph if node.op_type == SILENT_OPERATOR and node.domain == SILENT_DOMAIN]:
-        value, user = node.outputs[0], _only_user(node.outputs[0])
-        while user.op_type != "Add":
-            value, user = user.outputs[0], _only_user(user.outputs[0])
+        value = node.outputs[0]
+        while (user := only_reader(value)) is not None and user.op_type != "Add":
+            value = user.outputs[0]
+        assert user is not None, "what a block says is added"
         (passed_by,) = (read for read in user.inputs if read is not None and read is not value)
         ir.convenience.replace_all_uses_with(user.outputs[0], passed_by)
     ir_passes.RemoveUnusedNodesPass()(model)
     graph.opset_imports.pop(SILENT_DOMAIN, None)
-
-
-def _only_user(value: ir.Value) -> ir.Node:
-    (use,) = value.uses()
-    return use.node
 
 
 class _TextCache(Cache):

@@ -15,6 +15,7 @@ import onnx_ir.passes.common as ir_passes
 
 from fly_build.graph_edits import CPU_DOMAIN
 from fly_build.graph_patterns import (
+    HEADS_FIRST,
     attribute,
     is_last_axis,
     is_number,
@@ -28,7 +29,6 @@ from fly_trt.manifest import Quantization
 
 KEY_BLOCK_TOKENS = 16
 KEY_INPUT, VALUE_INPUT = "past_key.", "past_value."
-HEADS_FIRST = (0, 2, 1, 3)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import onnx_ir.passes.common as ir_passes
 
 from fly_build.graph_patterns import (
     attribute,
-    have_same_shape,
+    axes_of,
     is_constant,
     is_last_axis,
     is_number,
@@ -80,7 +80,9 @@ def _take_residual(graph: ir.Graph, node: ir.Node) -> None:
     if add is None:
         return
     residual, total = other_input(add, output), add.outputs[0]
-    if residual is None or is_constant(residual) or not have_same_shape(output, residual, total):
+    if residual is None or is_constant(residual) or (axes := axes_of(output)) is None:
+        return
+    if not axes == axes_of(residual) == axes_of(total):  # what is broadcast has other sums
         return
     set_input(node, RESIDUAL, residual)
     take_place(total, output)

@@ -4,13 +4,14 @@ It knows ONNX and no model. Answers are None where a value is not what was asked
 questions that ends at the first None.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy.typing as npt
 import onnx_ir as ir
 
 FEW = 16  # constants of more elements are weights, which are not looked at
+HEADS_FIRST = (0, 2, 1, 3)  # of a Transpose between [B, T, H, D] and [B, H, T, D]
 FOLDED = ("Add", "Cast", "Concat", "Mul")  # of constants: computed when a graph is loaded
 
 
@@ -22,12 +23,13 @@ def node_of(value: ir.Value | None, operator: str, num_inputs: int | None = None
     return node
 
 
-def only_reader(value: ir.Value, operator: str) -> ir.Node | None:
-    """The node of this type that alone reads the value, once."""
+def only_reader(value: ir.Value, operator: str | None = None, index: int | None = None) -> ir.Node | None:
+    """The node that alone reads the value, once, if it is of this type (and reads it as this input)."""
     uses = list(value.uses())
-    if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != operator:
+    if len(uses) != 1 or value.is_graph_output():
         return None
-    return uses[0].node
+    ((node, at),) = uses
+    return node if operator in (None, node.op_type) and index in (None, at) else None
 
 
 def other_input(node: ir.Node, value: ir.Value) -> ir.Value | None:
@@ -83,14 +85,11 @@ def last_size(value: ir.Value | None) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def have_same_shape(*values: ir.Value) -> bool:
-    """Whether all axes of the values are known, by size or by name, and the same."""
-    shapes = {None if value.shape is None else tuple(_axes(value.shape)) for value in values}
-    return len(shapes) == 1 and all(shape is not None and None not in shape for shape in shapes)
-
-
-def _axes(shape: ir.Shape) -> Iterator[int | str | None]:
-    return (axis.value if isinstance(axis, ir.SymbolicDim) else axis for axis in shape)
+def axes_of(value: ir.Value) -> tuple[int | str, ...] | None:
+    """Size or name of each axis; None where one has neither."""
+    known = [axis.value if isinstance(axis, ir.SymbolicDim) else axis for axis in value.shape or ()]
+    axes = tuple(axis for axis in known if axis is not None)
+    return None if value.shape is None or len(axes) < len(known) else axes
 
 
 def set_input(node: ir.Node, index: int, value: ir.Value | None) -> None:
@@ -108,3 +107,18 @@ def take_place(old: ir.Value, new: ir.Value) -> None:
     assert node is not None
     assert node.graph is not None
     node.graph.remove(node, safe=True)
+
+
+def remove_unread(graph: ir.Graph, values: Iterable[ir.Value | None]) -> None:
+    """Removes what computes the values, as far as nobody reads it."""
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if value is None or value.uses() or value.is_graph_output():
+            continue
+        node = value.producer()
+        if value.is_initializer():
+            del graph.initializers[str(value.name)]
+        elif node is not None and node.graph is graph and len(node.outputs) == 1:
+            waiting.extend(node.inputs)
+            graph.remove(node, safe=True)
