@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 
 from fly_build.cpu_library import find_library
-from fly_build.graph_edits import CPU_DOMAIN
+from fly_trt.engines.base import CPU_DOMAIN
 from fly_trt.engines.onnxruntime import session_options
 
 OPSET_VERSION = 24

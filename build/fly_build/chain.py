@@ -15,7 +15,7 @@ from fly_build.backends import Backend
 from fly_build.calibration import calibration_prompts
 from fly_build.latency import MAX_LENGTH, Stack, StepTime, best_lengths, best_stack
 from fly_build.measure import estimated_step_times, step_times
-from fly_build.plan import Report
+from fly_build.progress import Report
 from fly_build.schema import ChainSettings
 from fly_trt.engines import Engine, load_engine
 from fly_trt.manifest import Chain, Manifest

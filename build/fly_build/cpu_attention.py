@@ -13,7 +13,6 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
-from fly_build.graph_edits import CPU_DOMAIN
 from fly_build.graph_patterns import (
     HEADS_FIRST,
     attribute,
@@ -25,9 +24,9 @@ from fly_build.graph_patterns import (
     only_reader,
     take_place,
 )
+from fly_trt.engines.base import CPU_DOMAIN, KEY_BLOCK_TOKENS
 from fly_trt.manifest import Quantization
 
-KEY_BLOCK_TOKENS = 16
 KEY_INPUT, VALUE_INPUT = "past_key.", "past_value."
 
 

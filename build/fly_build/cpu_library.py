@@ -17,15 +17,12 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from fly_build.progress import Report, quietly
 from fly_trt.engines.cores import available_cores
 from fly_trt.engines.tensorrt_library import cache_folder
 from fly_trt.errors import ConfigError, one_line
 from fly_trt.files import new_file
-
-if TYPE_CHECKING:
-    from fly_build.plan import Report
 
 logger = logging.getLogger(__name__)
 
@@ -53,17 +50,13 @@ class _CompilerError(Exception):
     """What a compiler said, in one line."""
 
 
-def quietly(step: str, fraction: float) -> None:
-    """A report that nobody asked for."""
-
-
 def sources() -> Path:
     """The folder of the sources: of the installed package, or of a clone."""
     installed = Path(__file__).parent / "cpu_sources"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "plugins/cpu"
 
 
-def find_library(choice: str, report: "Report" = quietly) -> Path | None:
+def find_library(choice: str, report: Report = quietly) -> Path | None:
     """The compiled library; None where there is to be none, or "auto" finds none that runs here. `choice` is a recipe's
     `cpu_kernels`; `report` is told how far compiling is. Raises ConfigError for a file that is not there, and for a CXX
     that is no command."""
@@ -119,7 +112,7 @@ def _compiler() -> list[str] | None:
     return None
 
 
-def _compiled(compiler: list[str], report: "Report") -> Path:
+def _compiled(compiler: list[str], report: Report) -> Path:
     folder = sources()
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".cpp", ".h"))
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
@@ -146,7 +139,7 @@ def _instructions(source: Path) -> tuple[str, ...]:
     return INSTRUCTIONS[max(ends, key=len)] if ends else ()
 
 
-def _run_all(commands: Sequence[list[str]], report: "Report") -> None:
+def _run_all(commands: Sequence[list[str]], report: Report) -> None:
     """Runs them, one on each core at a time. None is left running, however this ends. Raises _CompilerError."""
     running: set[subprocess.Popen[str]] = set()
     is_over = threading.Event()

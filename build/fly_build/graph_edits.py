@@ -27,7 +27,6 @@ NUMPY_DTYPES: dict[Dtype, npt.DTypeLike] = {
     "bfloat16": ml_dtypes.bfloat16,
 }
 CONTRIB_DOMAIN = "com.microsoft"
-CPU_DOMAIN = "fly.cpu"  # of the operators of plugins/cpu
 
 
 @dataclass(frozen=True)

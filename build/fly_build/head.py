@@ -14,8 +14,8 @@ import onnx_ir as ir
 from onnxscript import script
 from onnxscript.values import OnnxFunction, Opset
 
-from fly_build.graph_edits import CPU_DOMAIN
 from fly_build.operators import OPSET_VERSION
+from fly_trt.engines.base import CPU_DOMAIN
 from fly_trt.engines.tensorrt_library import PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 DOMAIN = "fly"

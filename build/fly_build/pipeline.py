@@ -13,9 +13,9 @@ import fly_trt
 from fly_build.backends import BACKENDS, Backend
 from fly_build.calibration import calibration_prompts
 from fly_build.checkpoint import Checkpoint, open_checkpoint, stop_token_ids
-from fly_build.cpu_library import quietly
 from fly_build.gpu_memory import GpuPlan
-from fly_build.plan import ModelPlan, Report
+from fly_build.plan import ModelPlan
+from fly_build.progress import Report, quietly
 from fly_build.schema import Recipe
 from fly_build.sharding import shard
 from fly_build.tokenizer import save_tokenizer, warn_of_tokens_without_embedding

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fly_build.checkpoint import Checkpoint
+from fly_build.progress import Report
 from fly_build.sharding import Sharding
 from fly_build.tensors import INPUT_NAME, OUTPUT_NAME
 from fly_trt.manifest import Head, Limits, ModelEngine
 
 if TYPE_CHECKING:
     from fly_build.linear_form import Kernels
-
-Report = Callable[[str, float], None]
-"""Is told the name of a step and which fraction of it is done."""
 
 
 @dataclass(frozen=True)

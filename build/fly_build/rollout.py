@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
-from fly_build.graph_edits import CPU_DOMAIN
+from fly_trt.engines.base import CPU_DOMAIN
 from fly_trt.engines.rollouts import NUM_STEPS, ROLLOUT_OUTPUTS
 
 
@@ -54,12 +54,12 @@ def _is_past(value: ir.Value) -> bool:
 
 def _computing(graph: ir.Graph, results: Iterable[ir.Value]) -> list[ir.Node]:
     """The nodes that the results need, in their order, without what they say of the caches."""
-    needed, open_ = set[ir.Node](), [value.producer() for value in results]
-    while open_:
-        node = open_.pop()
+    needed, waiting = set[ir.Node](), [value.producer() for value in results]
+    while waiting:
+        node = waiting.pop()
         if node is not None and node not in needed:
             needed.add(node)
-            open_.extend(value.producer() for value in node.inputs if value is not None)
+            waiting.extend(value.producer() for value in node.inputs if value is not None)
     return [_without_presents(node) for node in graph if node in needed]
 
 

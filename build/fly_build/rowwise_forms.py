@@ -8,11 +8,12 @@ import numpy as np
 import onnx_ir as ir
 
 from fly_build import quantization as q
-from fly_build.graph_edits import CONTRIB_DOMAIN, CPU_DOMAIN, GraphEdits, Linear
+from fly_build.graph_edits import CONTRIB_DOMAIN, GraphEdits, Linear
 from fly_build.joint_heads import join_heads
 from fly_build.linear_form import Layers, LinearForm, Source, lazily, place_joined, transposed
 from fly_build.quantization import Array, FloatArray
 from fly_build.quantized_weight import QuantizedWeight
+from fly_trt.engines.base import CPU_DOMAIN
 from fly_trt.manifest import Dtype
 
 

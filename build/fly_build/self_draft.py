@@ -21,7 +21,8 @@ from fly_build.linear_form import Kernels
 from fly_build.linear_forms import bits_per_weight
 from fly_build.measure import measure_target_steps
 from fly_build.model_build import ModelBuild
-from fly_build.plan import ModelPlan, Report
+from fly_build.plan import ModelPlan
+from fly_build.progress import Report
 from fly_build.schema import SelfDraftSettings
 from fly_build.tensors import Tensors, plain_tensors
 from fly_trt.errors import ConfigError

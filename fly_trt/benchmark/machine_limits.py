@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from fly_trt.benchmark.model_cost import Arithmetic, Machine
+from fly_trt.engines.base import CPU_DOMAIN
 
-CPU_DOMAIN = "fly.cpu"
 BANDWIDTH_BYTES = 256 << 20  # beyond any cache that a CPU has today
 ROWS, INPUTS, OUTPUTS = 256, 1024, 1024  # of a product: 0.27e9 MACs, with operands that fit into a core's cache
 RUNS = 10  # of each kernel in a round: a limit is a best moment

@@ -45,6 +45,8 @@ TOP_OUTPUTS: dict[str, type[np.generic]] = {"top_ids": np.int64, "top_logprobs":
 # What each rank of a sharded engine says besides: the first channels of the last hidden state, by which a sum that was
 # not made is found. Logits do not show it where they are summed themselves: they are then the same on all ranks.
 RANK_OUTPUT, RANK_CHANNELS = "rank_hidden", 16
+# Of the operators of plugins/cpu: their domain, and the tokens whose keys lie together in a cache of CacheAttention.
+CPU_DOMAIN, KEY_BLOCK_TOKENS = "fly.cpu", 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from fly_trt.engines.base import (
+    KEY_BLOCK_TOKENS,
     POSITION_INPUTS,
     POSITIONS_INPUT,
     ROW_INPUTS,
@@ -41,7 +42,6 @@ CACHE_BLOCK_TOKENS = 128
 MAX_CACHE_BLOCKS = 16  # longer caches grow in larger blocks, so that growing stays rare
 SHRINK_FACTOR = 4
 MAX_BOUND_SHAPES = 256
-KEY_BLOCK_TOKENS = 16
 PROVIDERS = ["CPUExecutionProvider"]
 CACHE_DTYPES = {"float32": np.float32, "float16": np.float16}
 

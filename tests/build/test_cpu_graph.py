@@ -15,8 +15,8 @@ from test_architectures import CONFIGS
 
 from fly_build.checkpoint import Checkpoint, open_checkpoint
 from fly_build.cpu_linears import Prologue, fuse_linears
-from fly_build.graph_edits import CPU_DOMAIN
 from fly_build.linear_form import Kernels
+from fly_trt.engines.base import CPU_DOMAIN
 from fly_trt.manifest import Quantization
 from tiny_models import (
     MAX_SEQ_LEN,

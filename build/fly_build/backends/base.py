@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from fly_build.gpu_memory import GpuPlan
     from fly_build.linear_form import Kernels
     from fly_build.model_build import ModelBuild
-    from fly_build.plan import ModelPlan, Report
+    from fly_build.plan import ModelPlan
+    from fly_build.progress import Report
     from fly_build.tensors import Tensors
 
 LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fly_build.export import DecoderGraph
     from fly_build.linear_form import Kernels
     from fly_build.model_build import ModelBuild
-    from fly_build.plan import Report
+    from fly_build.progress import Report
     from fly_build.tensors import Tensors
 
 ROLLOUT_FILE = "rollout.onnx"

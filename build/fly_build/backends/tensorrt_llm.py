@@ -24,7 +24,8 @@ from fly_trt.verification import FlyPolicy
 if TYPE_CHECKING:
     from fly_build.checkpoint import Checkpoint
     from fly_build.gpu_memory import GpuPlan
-    from fly_build.plan import ModelPlan, Report
+    from fly_build.plan import ModelPlan
+    from fly_build.progress import Report
 
 DISTRIBUTION = "tensorrt-llm"
 NEWEST = "1.3"

@@ -36,7 +36,8 @@ from fly_trt.verification import FlyPolicy, HeadInfo
 if TYPE_CHECKING:
     from fly_build.checkpoint import Checkpoint
     from fly_build.gpu_memory import GpuPlan
-    from fly_build.plan import Build, ModelPlan, Report
+    from fly_build.plan import Build, ModelPlan
+    from fly_build.progress import Report
 
 RELEASE = "1.2."
 ENVIRONMENT = "tools/tensorrt_llm_env.sh"
