@@ -21,6 +21,7 @@ from fly_build.collectives import add_collectives, add_rank_output
 from fly_build.graph_edits import DTYPES
 from fly_build.operators import OPSET_VERSION, AttentionForm, onnx_operators, trace_step
 from fly_build.sharding import Sharding
+from fly_build.step_tensors import PAST, PRESENT, is_cache
 from fly_build.tensors import OUTPUT_NAME
 from fly_trt.engines.base import POSITIONS_INPUT
 from fly_trt.errors import CheckpointError
@@ -38,7 +39,7 @@ class DecoderGraph:
     @property
     def cache_dtype(self) -> Dtype:
         """Of keys and values."""
-        cache = next(value for value in self.model.graph.inputs if value.name == "past_key.0")
+        cache = next(value for value in self.model.graph.inputs if value.name == f"{PAST}key.0")
         return next(name for name, (_, dtype) in DTYPES.items() if dtype == cache.dtype)
 
     def copy(self) -> "DecoderGraph":
@@ -162,10 +163,10 @@ def export_decoder(
 def _name_contract(model: ir.Model, names: list[str], num_layers: int) -> DecoderGraph:
     graph = model.graph
     cache = [f"{kind}.{layer}" for layer in range(num_layers) for kind in ("key", "value")]
-    inputs = ["input_ids", "write_indices", POSITIONS_INPUT, *(f"past_{name}" for name in cache), *names]
+    inputs = ["input_ids", "write_indices", POSITIONS_INPUT, *(f"{PAST}{name}" for name in cache), *names]
     for value, name in zip(graph.inputs, inputs, strict=True):
         value.name = name
-    outputs = ["logits", *(f"present_{name}" for name in cache)]
+    outputs = ["logits", *(f"{PRESENT}{name}" for name in cache)]
     for value, name in zip(graph.outputs, outputs, strict=True):
         value.name = name
     batch, length, asked = (ir.SymbolicDim(name) for name in ("B", "T", "L"))
@@ -185,7 +186,7 @@ def _name_contract(model: ir.Model, names: list[str], num_layers: int) -> Decode
         assert value.shape is not None
         value.shape = ir.Shape([names_of.get(str(size), size) for size in value.shape])
     for value in (*graph.inputs, *graph.outputs):
-        if value.name and value.name.startswith(("past_", "present_")) and value.shape is not None:
+        if is_cache(value) and value.shape is not None:
             _, heads, _, channels = value.shape
             value.shape = ir.Shape([batch, heads, ir.SymbolicDim("S"), channels])
     logits = graph.outputs[0]

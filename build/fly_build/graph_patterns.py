@@ -4,7 +4,7 @@ It knows ONNX and no model. Answers are None where a value is not what was asked
 questions that ends at the first None.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy.typing as npt
@@ -90,6 +90,18 @@ def axes_of(value: ir.Value) -> tuple[int | str, ...] | None:
     known = [axis.value if isinstance(axis, ir.SymbolicDim) else axis for axis in value.shape or ()]
     axes = tuple(axis for axis in known if axis is not None)
     return None if value.shape is None or len(axes) < len(known) else axes
+
+
+def nodes_behind(results: Iterable[ir.Value], given: Collection[ir.Value] = ()) -> set[ir.Node]:
+    """The nodes that the results need, without those that only compute what is given."""
+    needed, waiting = set[ir.Node](), list[ir.Value | None](results)
+    while waiting:
+        value = waiting.pop()
+        node = None if value is None or value in given else value.producer()
+        if node is not None and node not in needed:
+            needed.add(node)
+            waiting.extend(node.inputs)
+    return needed
 
 
 def set_input(node: ir.Node, index: int, value: ir.Value | None) -> None:

@@ -15,6 +15,7 @@ from onnxscript import script
 from onnxscript.values import OnnxFunction, Opset
 
 from fly_build.operators import OPSET_VERSION
+from fly_build.step_tensors import is_past
 from fly_trt.engines.base import CPU_DOMAIN
 from fly_trt.engines.tensorrt_library import PLUGIN_NAMESPACE, PLUGIN_VERSION
 
@@ -228,7 +229,7 @@ def append_head(
         name: ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape([batch]))
         for name, dtype in HEAD_INPUTS.items()
     }
-    is_of_step = [not (value.name or "").startswith("past_") for value in graph.inputs]
+    is_of_step = [not is_past(value) for value in graph.inputs]
     position = len(is_of_step) - is_of_step[::-1].index(True)
     for offset, value in enumerate((next_tokens, *head_inputs.values())):
         graph.inputs.insert(position + offset, value)

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
+from fly_build.graph_patterns import nodes_behind
+from fly_build.step_tensors import is_past
 from fly_trt.engines.base import CPU_DOMAIN
 from fly_trt.engines.rollouts import NUM_STEPS, ROLLOUT_OUTPUTS
 
@@ -20,7 +22,7 @@ def make_rollout(model: ir.Model) -> bool:
     caches are not CacheAttention's alone."""
     graph = model.graph
     given = {value.name: value for value in graph.inputs}
-    readers = {use.node for value in graph.inputs if _is_past(value) for use in value.uses()}
+    readers = {use.node for value in graph.inputs if is_past(value) for use in value.uses()}
     if not readers or any((node.domain, node.op_type) != (CPU_DOMAIN, "CacheAttention") for node in readers):
         return False
     said = {value.name: value for value in graph.outputs}
@@ -48,18 +50,9 @@ def make_rollout(model: ir.Model) -> bool:
     return True
 
 
-def _is_past(value: ir.Value) -> bool:
-    return (value.name or "").startswith("past_")
-
-
 def _computing(graph: ir.Graph, results: Iterable[ir.Value]) -> list[ir.Node]:
     """The nodes that the results need, in their order, without what they say of the caches."""
-    needed, waiting = set[ir.Node](), [value.producer() for value in results]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in needed:
-            needed.add(node)
-            waiting.extend(value.producer() for value in node.inputs if value is not None)
+    needed = nodes_behind(results)
     return [_without_presents(node) for node in graph if node in needed]
 
 

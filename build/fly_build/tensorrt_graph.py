@@ -2,13 +2,14 @@
 
 import onnx_ir as ir
 
+from fly_build.step_tensors import is_cache
 from fly_build.tensorrt_builder import AttentionNames
 
 
 def fix_cache_length(model: ir.Model, cache_tokens: int) -> None:
     """Gives the cache tensors of a decoder graph their static length, as KVCacheUpdate demands."""
     for value in (*model.graph.inputs, *model.graph.outputs):
-        if value.name and value.name.startswith(("past_", "present_")) and value.shape is not None:
+        if is_cache(value) and value.shape is not None:
             batch, heads, _, channels = value.shape
             value.shape = ir.Shape([batch, heads, cache_tokens, channels])
 

@@ -111,7 +111,7 @@ def finish_graph(
 ) -> ir.Model:
     num_heads, num_kv_heads = checkpoint.config.num_attention_heads, checkpoint.num_kv_heads
     is_own = kernels == "fly_cpu"
-    is_fused = is_own and fuse_attention(decoder.model, num_heads, num_kv_heads, quantization)
+    is_fused = is_own and fuse_attention(decoder.model, num_heads, num_kv_heads, quantization) is None
     if attention == "lengths" and not is_fused:  # as for ONNX Runtime
         make_shape_invariant(decoder.model, num_heads, num_kv_heads)
     writer = WeightWriter(decoder.model.graph, checkpoint.load_weights(), dtype, quantization, kernels=kernels)

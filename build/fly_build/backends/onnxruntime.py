@@ -1,6 +1,7 @@
 """ONNX Runtime on the CPU: the traced graph with the head is what the engine directory holds. It computes in float32,
 whatever the weights are stored in."""
 
+import logging
 import shutil
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from fly_build.model_build import ModelBuild
     from fly_build.progress import Report
     from fly_build.tensors import Tensors
+
+logger = logging.getLogger(__name__)
 
 ROLLOUT_FILE = "rollout.onnx"
 
@@ -67,8 +70,7 @@ class OnnxRuntimeBackend(Backend):
             shutil.copy(self._library, workspace / LIBRARY_NAME)
         return engine.model_copy(update={"cpu_kernels": LIBRARY_NAME, "kv_cache_dtype": decoder.cache_dtype})
 
-    @staticmethod
-    def _with_rollout(engine: ModelEngine, path: Path) -> ModelEngine:
+    def _with_rollout(self, engine: ModelEngine, path: Path) -> ModelEngine:
         """Writes a draft model's second graph beside the first, whose weights it has, where it can be made."""
         import onnx_ir as ir
 
@@ -76,23 +78,36 @@ class OnnxRuntimeBackend(Backend):
 
         model = ir.load(path)
         if not make_rollout(model):
+            if self._library is not None:
+                logger.info(
+                    "%s: drafts token by token, without rollouts: its caches are not CacheAttention's", path.parent.name
+                )
             return engine
         ir.save(model, path.with_name(ROLLOUT_FILE))
         return engine.model_copy(update={"rollout": str(PurePosixPath(engine.model).with_name(ROLLOUT_FILE))})
 
     def _graph(self, build: "ModelBuild") -> "DecoderGraph":
         from fly_build.attention import make_shape_invariant
-        from fly_build.cpu_attention import fuse_attention
 
-        checkpoint, engine, has_operators = build.model.checkpoint, build.model.engine, self._library is not None
-        num_heads, num_kv_heads = checkpoint.config.num_attention_heads, checkpoint.num_kv_heads
+        checkpoint = build.model.checkpoint
         with build.step("trace"):
             decoder = build.export("float32", attention="lengths")
-            if not has_operators or not fuse_attention(decoder.model, num_heads, num_kv_heads, engine.quantization):
-                make_shape_invariant(decoder.model, num_heads, num_kv_heads)
-            build.append_head(decoder, form="operators" if has_operators else "lazy_functions")
+            if self._library is None or not _fuse_attention(build, decoder):
+                make_shape_invariant(decoder.model, checkpoint.config.num_attention_heads, checkpoint.num_kv_heads)
+            build.append_head(decoder, form="lazy_functions" if self._library is None else "operators")
         return decoder
 
     @staticmethod
     def step_costs(manifest: Manifest, directory: Path) -> tuple[float, float]:
         return measure_costs(manifest, directory)
+
+
+def _fuse_attention(build: "ModelBuild", decoder: "DecoderGraph") -> bool:
+    from fly_build.cpu_attention import fuse_attention
+
+    model = build.model
+    num_heads, num_kv_heads = model.checkpoint.config.num_attention_heads, model.checkpoint.num_kv_heads
+    reason = fuse_attention(decoder.model, num_heads, num_kv_heads, model.engine.quantization)
+    if reason is not None:
+        logger.info("%s: attention stays ONNX Runtime's: %s", model.name or model.folder, reason)
+    return reason is None
