@@ -7,19 +7,21 @@ fly.json. Which of the two ways is the right one for an engine is its backend's 
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from fly_build.latency import StepTime
 from fly_trt.engines import Engine, load_engine
-from fly_trt.engines.base import Step
+from fly_trt.engines.rollouts import RollsOut
 from fly_trt.manifest import Manifest, ModelEngine
 
 CACHED_TOKENS = 200
 VERIFIED_TOKENS = 16
 DRAFT_TOKENS = 5  # one after the other, as they are drafted: the first one after a target step finds cold caches
+Kind = tuple[Callable[[], None], int]  # what runs steps in a row, and how many
 MIN_ROUNDS, MAX_ROUNDS, SECONDS = 5, 50, 3.0
 # A decode step waits for the weights to be read, and a few tokens more hardly change it.
 GPU_VERIFICATION_TOKEN_COST = 0.01
@@ -40,13 +42,8 @@ def measure_costs(manifest: Manifest, directory: Path) -> tuple[float, float]:
         cached = min(CACHED_TOKENS, manifest.limits.max_seq_len - VERIFIED_TOKENS)
         verified = min(VERIFIED_TOKENS, manifest.limits.max_num_tokens)
         target, draft = engines
-        single, several, drafted = _fastest(
-            [
-                (target, _prepared(target, 1, cached), 1),
-                (target, _prepared(target, verified, cached), 1),
-                (draft, _prepared(draft, 1, cached), DRAFT_TOKENS),
-            ]
-        )
+        kinds = [_steps(target, 1, cached), _steps(target, verified, cached), _drafting(draft, cached)]
+        single, several, drafted = _fastest(kinds)
         return drafted / single, _further_token(single, several, verified)
     finally:
         for engine in engines:
@@ -61,8 +58,8 @@ def measure_target_steps(manifest: Manifest, directory: Path, contexts: list[int
     try:
         verified = min(VERIFIED_TOKENS, manifest.limits.max_num_tokens)
         cached = [min(context, manifest.limits.max_seq_len - verified) for context in contexts]
-        first, several = _fastest([(target, _prepared(target, count, cached[0]), 1) for count in (1, verified)])
-        others = [_fastest([(target, _prepared(target, 1, count), 1)])[0] for count in cached[1:]]
+        first, several = _fastest([_steps(target, count, cached[0]) for count in (1, verified)])
+        others = [_fastest([_steps(target, 1, count)])[0] for count in cached[1:]]
         return [first, *others], _further_token(first, several, verified)
     finally:
         target.close()
@@ -72,12 +69,9 @@ def step_times(engines: Sequence[Engine], manifest: Manifest) -> list[StepTime]:
     """Of each engine, in seconds; the last one is the target."""
     cached = min(CACHED_TOKENS, manifest.limits.max_seq_len - VERIFIED_TOKENS)
     verified = min(VERIFIED_TOKENS, manifest.limits.max_num_tokens)
-    counts = [DRAFT_TOKENS] * (len(engines) - 1) + [1]
-    kinds = [
-        (engine, _prepared(engine, num_tokens, cached), count if num_tokens == 1 else 1)
-        for engine, count in zip(engines, counts, strict=True)
-        for num_tokens in (1, verified)
-    ]
+    *drafts, target = engines
+    kinds = [kind for draft in drafts for kind in (_drafting(draft, cached), _steps(draft, verified, cached))]
+    kinds += [_steps(target, num_tokens, cached) for num_tokens in (1, verified)]
     times = _fastest(kinds)
     return [
         StepTime(single, single * _further_token(single, several, verified))
@@ -101,16 +95,15 @@ def _draft(manifest: Manifest) -> ModelEngine:
     return manifest.draft or manifest.self_drafts[0].engine
 
 
-def _fastest(kinds: list[tuple[Engine, Step, int]]) -> list[float]:
-    """Seconds of each kind of step, which runs so many times in a row."""
+def _fastest(kinds: list[Kind]) -> list[float]:
+    """Seconds of a step of each kind."""
     fastest = [math.inf] * len(kinds)
     began, num_rounds = time.perf_counter(), 0
     while num_rounds < MIN_ROUNDS or (num_rounds < MAX_ROUNDS and time.perf_counter() - began < SECONDS):
         num_rounds += 1
-        for kind, (engine, step, count) in enumerate(kinds):
+        for kind, (run, count) in enumerate(kinds):
             started = time.perf_counter()
-            for _ in range(count):
-                engine.run(step)
+            run()
             fastest[kind] = min(fastest[kind], (time.perf_counter() - started) / count)
     return fastest
 
@@ -119,9 +112,24 @@ def _further_token(single: float, several: float, num_tokens: int) -> float:
     return max(0.0, several / single - 1) / max(1, num_tokens - 1)
 
 
-def _prepared(engine: Engine, num_tokens: int, cached: int) -> Step:
-    """A step of one row that ran once, so that nothing has to be made ready any more."""
+def _steps(engine: Engine, num_tokens: int, cached: int, count: int = 1) -> Kind:
+    """Steps of one row, one of which ran already, so that nothing has to be made ready any more."""
     step = engine.step(0, 1, num_tokens)
     step.set_row(0, max(0, cached), np.zeros(num_tokens, np.int64))
     engine.run(step)
-    return step
+
+    def run() -> None:
+        for _ in range(count):
+            engine.run(step)
+
+    return run, count
+
+
+def _drafting(engine: Engine, cached: int) -> Kind:
+    """Tokens one after the other as they are drafted: in one rollout where the engine has them."""
+    if not isinstance(engine, RollsOut) or not engine.has_rollouts:
+        return _steps(engine, 1, cached, DRAFT_TOKENS)
+    rollout = engine.rollout(0, 1, DRAFT_TOKENS)
+    rollout.write_indices[0] = max(0, cached)
+    engine.run_rollout(rollout)
+    return partial(engine.run_rollout, rollout), DRAFT_TOKENS

@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from fly_build import measure
 from fly_build.measure import estimate_costs
 from fly_build.pipeline import add_costs
 from fly_trt import SpeculativeConfig
+from fly_trt.engines.base import Step
+from fly_trt.engines.onnxruntime import OnnxRuntimeEngine
+from fly_trt.engines.rollouts import Rollout
 from fly_trt.manifest import read_manifest
 from fly_trt.runtime.loosening import DRAFT_TOKEN_COST, VERIFICATION_TOKEN_COST, StepCosts
 from fly_trt.service.config import step_costs
@@ -28,6 +32,28 @@ def test_costs_are_measured_where_none_are_given(demo_engine: Path, given: dict[
     assert costs.draft_token > 0
     assert costs.verification_token >= 0
     assert costs != StepCosts(DRAFT_TOKEN_COST, VERIFICATION_TOKEN_COST)
+
+
+def test_a_draft_is_measured_as_it_drafts(
+    demo_engine: Path, cpu_library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several tokens in one call, where its engine has rollouts: steps of their own cost more."""
+    rolled, stepped = set[int](), set[bool]()
+    run, run_rollout = OnnxRuntimeEngine.run, OnnxRuntimeEngine.run_rollout
+
+    def noted_run(engine: OnnxRuntimeEngine, step: Step) -> None:
+        stepped.add(engine.has_rollouts)
+        run(engine, step)
+
+    def noted_rollout(engine: OnnxRuntimeEngine, rollout: Rollout) -> None:
+        rolled.add(rollout.num_steps)
+        run_rollout(engine, rollout)
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", noted_run)
+    monkeypatch.setattr(OnnxRuntimeEngine, "run_rollout", noted_rollout)
+    monkeypatch.setattr(measure, "MAX_ROUNDS", 5)
+    measure.measure_costs(read_manifest(demo_engine), demo_engine)
+    assert (rolled, stepped) == ({measure.DRAFT_TOKENS}, {False})
 
 
 def test_given_costs_stay(demo_engine: Path) -> None:
