@@ -5,7 +5,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -226,7 +226,8 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         _print_gpus(plan)
     click.echo(
         f"backend {plan.recipe.backend} on {plan.recipe.device}, {plan.backend.dtype}, "
-        f"quantization {_quantizations(plan)}, max_batch_size {limits.max_batch_size} (slots), "
+        f"quantization {_of_models(plan, lambda engine: engine.quantization)}, "
+        f"KV cache {_of_models(plan, _cache_type)}, max_batch_size {limits.max_batch_size} (slots), "
         f"max_seq_len {limits.max_seq_len}, max_draft_len {limits.max_draft_len}, "
         f"stop tokens {plan.head.stop_token_ids}"
     )
@@ -242,9 +243,13 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         )
 
 
-def _quantizations(plan: Any) -> str:
-    """That of all models, or of each: a checkpoint that is quantised already keeps its own."""
-    found = {model.folder: model.engine.quantization for model in plan.models}
+def _cache_type(engine: ModelEngine) -> str:
+    return engine.kv_cache_dtype if engine.kv_cache_quantization == "none" else engine.kv_cache_quantization
+
+
+def _of_models(plan: Any, what: Callable[[ModelEngine], str]) -> str:
+    """That of all models, or of each: a checkpoint that is quantised already keeps its quantization."""
+    found = {model.folder: what(model.engine) for model in plan.models}
     first, *others = set(found.values())
     return ", ".join(f"{folder} {name}" for folder, name in found.items()) if others else str(first)
 

@@ -66,7 +66,7 @@ def find_library(choice: str, report: Report = quietly) -> Path | None:
         if not (library := Path(choice)).is_file():
             raise ConfigError(f"cpu_kernels {choice!r}: no such file: expected auto, off, or a compiled {LIBRARY_NAME}")
         return library
-    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+    if not _is_for_this_machine():
         logger.info("%s on %s: no kernels for this machine, so %s", platform.system(), platform.machine(), WITHOUT)
         return None
     compiler = _compiler()
@@ -83,6 +83,18 @@ def find_library(choice: str, report: Report = quietly) -> Path | None:
         logger.warning("%s, so %s: --cpu-kernels off if that is meant", reason, WITHOUT)
         return None
     return library
+
+
+def is_expected(choice: str) -> bool:
+    """Whether find_library would have a library for this choice, as far as can be said without compiling and loading
+    it: what a plan counts on. Raises ConfigError for a CXX that is no command."""
+    if choice != "auto":
+        return choice != "off"
+    return _is_for_this_machine() and _compiler() is not None
+
+
+def _is_for_this_machine() -> bool:
+    return (platform.system(), platform.machine()) == ("Linux", "x86_64")
 
 
 def _why_not_here(library: Path) -> str | None:

@@ -117,7 +117,7 @@ def make_plan(
     )
     models = []
     for folder, checkpoint in checkpoints.items():
-        engine = _engine(folder, checkpoint, backend, ranks.get(folder, 1))
+        engine = backend.expected(_engine(folder, checkpoint, backend, ranks.get(folder, 1)))
         bits = backend.bits_per_weight(engine.quantization)
         models.append(
             ModelPlan(folder, checkpoint, engine, kernels=backend.kernels, bits=bits, sharding=shardings.get(folder))

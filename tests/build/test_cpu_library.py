@@ -1,6 +1,7 @@
 """How the library of plugins/cpu comes about: compiled once, told about, and left out with a word where there is no
 compiler. The compilers here are scripts that do as they are told."""
 
+import json
 import logging
 import signal
 import subprocess
@@ -222,6 +223,35 @@ def test_fly_build_says_that_this_machine_has_no_kernels(
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     assert result.stderr.startswith("note: Linux on riscv64: no kernels for this machine")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), ["float16", "float32"]),
+        (("--cpu-kernels", "off"), ["float32", "float32"]),
+        (("--quantization", "none"), ["float32", "float32"]),
+    ],
+)
+def test_a_dry_run_counts_the_cache_that_will_be_built(
+    compiler: Compiler, tiny_pair: TinyPair, tmp_path: Path, flags: tuple[str, ...], expected: list[str]
+) -> None:
+    """Heads of the tiny draft have 8 channels, which are no multiple of 16."""
+    compiler.does(COMPILES_NOTHING)
+    models = ["--target", str(tiny_pair.target), "--draft", str(tiny_pair.draft)]
+    arguments = [*models, "--quantization", "int8", *flags, "-o", str(tmp_path / "out"), "--dry-run", "--json"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    planned = json.loads(result.stdout)["models"]
+    assert [model["kv_cache_dtype"] for model in planned] == expected
+    sizes = [
+        {"float16": 2, "float32": 4}[dtype] * 2 * 2 * model["head_dim"] * 128
+        for dtype, model in zip(expected, planned, strict=True)
+    ]
+    assert [model["kv_bytes_per_slot"] for model in planned] == sizes
+    compiler.path.unlink()
+    without = json.loads(CliRunner().invoke(main, arguments).stdout)["models"]
+    assert {model["kv_cache_dtype"] for model in without} == {"float32"}
 
 
 @pytest.mark.long

@@ -73,6 +73,11 @@ class Backend(ABC):
     @abstractmethod
     def kv_cache_dtype(self) -> Dtype: ...
 
+    def expected(self, engine: ModelEngine) -> ModelEngine:
+        """The record of a planned model, with what its graph will decide as far as that can be said before there is
+        one."""
+        return engine
+
     @property
     def kernels(self) -> "Kernels":
         """Whose kernels compute the linear layers, see linear_form.py."""

@@ -7,9 +7,10 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from fly_build.backends.base import Backend
-from fly_build.cpu_library import LIBRARY_NAME, find_library
+from fly_build.cpu_library import LIBRARY_NAME, find_library, is_expected
 from fly_build.measure import measure_costs
 from fly_build.schema import Recipe
+from fly_trt.engines.base import KEY_BLOCK_TOKENS
 from fly_trt.errors import ConfigError
 from fly_trt.manifest import Dtype, Manifest, ModelEngine
 
@@ -27,6 +28,7 @@ ROLLOUT_FILE = "rollout.onnx"
 
 class OnnxRuntimeBackend(Backend):
     _library: Path | None = None
+    _is_prepared = False
     default_dtype = "float32"
     model_file = "model.onnx"
     quantizations = ("none", "int8", "int4")
@@ -36,6 +38,7 @@ class OnnxRuntimeBackend(Backend):
 
     def prepare(self, report: "Report") -> None:
         self._library = find_library(self.recipe.cpu_kernels or "auto", report)
+        self._is_prepared = True
 
     @property
     def kernels(self) -> "Kernels":
@@ -51,6 +54,13 @@ class OnnxRuntimeBackend(Backend):
     @property
     def kv_cache_dtype(self) -> Dtype:
         return "float32"
+
+    def expected(self, engine: ModelEngine) -> ModelEngine:
+        """With the cache that CacheAttention has: every supported architecture gets that, if its heads fit."""
+        has_kernels = self._library is not None if self._is_prepared else is_expected(self.recipe.cpu_kernels or "auto")
+        if not has_kernels or engine.quantization != "int8" or engine.head_dim % KEY_BLOCK_TOKENS:
+            return engine
+        return engine.model_copy(update={"kv_cache_dtype": "float16"})
 
     def build_model(self, build: "ModelBuild") -> ModelEngine:
         decoder = self._graph(build)
