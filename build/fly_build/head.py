@@ -11,6 +11,7 @@ The rule itself is written out for humans in fly_trt/verification/fly.py, which 
 from typing import Literal
 
 import onnx_ir as ir
+import onnx_ir.passes.common as ir_passes
 from onnxscript import script
 from onnxscript.values import OnnxFunction, Opset
 
@@ -56,6 +57,30 @@ fly = Opset(DOMAIN, 1)
 
 
 @script(fly, default_opset=op)
+def MostProbable(scores, probs, top_scores, top_tokens, next_tokens):
+    """What both gates say alike: scores [B, L, V], their Softmax and TopK [B, L, k], next_tokens int64 [B, L] -> log
+    of the scores' sum [B, L, 1], and argmax, entropy_topk, argmax_logprob, token_logprob and top_logprobs.
+
+    The log of the sum comes from the most probable token's share: ReduceLogSumExp needs cuDNN on ONNX Runtime's CUDA
+    provider, and takes ten times as long as Softmax on its CPU provider.
+    """
+    last = op.Constant(value_ints=[-1])
+    first = op.Constant(value_int=0)
+    argmax = op.Gather(top_tokens, first, axis=-1)
+    best = op.Unsqueeze(argmax, last)
+    log_sum = op.GatherElements(scores, best, axis=-1) - op.Log(op.GatherElements(probs, best, axis=-1))
+    top_log_probs = top_scores - log_sum
+    top_probs = op.Exp(top_log_probs)
+    impossible = op.Constant(value_float=0.0)
+    top_terms = op.Where(top_probs == impossible, impossible, top_probs * top_log_probs)
+    entropy_topk = op.Neg(op.ReduceSum(top_terms, last, keepdims=0))
+    argmax_logprob = op.Gather(top_log_probs, first, axis=-1)
+    token_score = op.GatherElements(scores, op.Unsqueeze(next_tokens, last), axis=-1)
+    token_logprob = op.Squeeze(token_score - log_sum, last)
+    return log_sum, argmax, entropy_topk, argmax_logprob, token_logprob, top_log_probs
+
+
+@script(fly, default_opset=op)
 def EntropyGate(logits, next_tokens, top_k):
     """logits [B, L, V], next_tokens int64 [B, L], top_k int64 [1] -> five [B, L] tensors, entropies in nats, and the
     top_k most probable tokens with their log probabilities [B, L, k], the lowest id first among equals.
@@ -64,25 +89,15 @@ def EntropyGate(logits, next_tokens, top_k):
     most probable tokens, so it never loosens, and the runtime reports it.
     """
     last = op.Constant(value_ints=[-1])
-    first = op.Constant(value_int=0)
     scores = op.Cast(logits, to=1)
-    # The log of the sum comes from the most probable token's share: ReduceLogSumExp needs cuDNN on ONNX Runtime's CUDA
-    # provider, and takes ten times as long as Softmax on its CPU provider.
     probs = op.Softmax(scores, axis=-1)
     top_scores, top_tokens = op.TopK(scores, top_k, axis=-1, largest=1, sorted=1)
-    argmax = op.Gather(top_tokens, first, axis=-1)
-    best = op.Unsqueeze(argmax, last)
-    log_sum = op.GatherElements(scores, best, axis=-1) - op.Log(op.GatherElements(probs, best, axis=-1))
+    log_sum, argmax, entropy_topk, argmax_logprob, token_logprob, top_log_probs = MostProbable(
+        scores, probs, top_scores, top_tokens, next_tokens
+    )
     impossible = op.Constant(value_float=0.0)
     terms = op.Where(probs == impossible, impossible, probs * (scores - log_sum))
     entropy = op.Neg(op.ReduceSum(terms, last, keepdims=0))
-    top_log_probs = top_scores - log_sum
-    top_probs = op.Exp(top_log_probs)
-    top_terms = op.Where(top_probs == impossible, impossible, top_probs * top_log_probs)
-    entropy_topk = op.Neg(op.ReduceSum(top_terms, last, keepdims=0))
-    argmax_logprob = op.Gather(top_log_probs, first, axis=-1)
-    token_score = op.GatherElements(scores, op.Unsqueeze(next_tokens, last), axis=-1)
-    token_logprob = op.Squeeze(token_score - log_sum, last)
     # Beside a logit of +inf every other has -inf, which would say that it is impossible.
     best_log_prob = op.Unsqueeze(argmax_logprob, last)
     top_log_probs = op.Where(best_log_prob < op.Constant(value_float=1.0), top_log_probs, best_log_prob)
@@ -118,20 +133,12 @@ def LazyEntropyGate(logits, next_tokens, top_scores, top_tokens, use_full_entrop
     Softmax is the only operator that reads the vocabulary then.
     """
     last = op.Constant(value_ints=[-1])
-    first = op.Constant(value_int=0)
     scores = op.Cast(logits, to=1)
     probs = op.Softmax(scores, axis=-1)
-    argmax = op.Gather(top_tokens, first, axis=-1)
-    best = op.Unsqueeze(argmax, last)
-    log_sum = op.GatherElements(scores, best, axis=-1) - op.Log(op.GatherElements(probs, best, axis=-1))
-    top_log_probs = top_scores - log_sum
-    top_probs = op.Exp(top_log_probs)
+    log_sum, argmax, entropy_topk, argmax_logprob, token_logprob, top_log_probs = MostProbable(
+        scores, probs, top_scores, top_tokens, next_tokens
+    )
     impossible = op.Constant(value_float=0.0)
-    top_terms = op.Where(top_probs == impossible, impossible, top_probs * top_log_probs)
-    entropy_topk = op.Neg(op.ReduceSum(top_terms, last, keepdims=0))
-    argmax_logprob = op.Gather(top_log_probs, first, axis=-1)
-    token_score = op.GatherElements(scores, op.Unsqueeze(next_tokens, last), axis=-1)
-    token_logprob = op.Squeeze(token_score - log_sum, last)
     is_used = op.Cast(op.ReduceMax(op.Cast(use_full_entropy, to=6), keepdims=0), to=9)
     if is_used:
         terms = op.Where(probs == impossible, impossible, probs * (scores - log_sum))
@@ -284,8 +291,19 @@ def _block_size(vocab_size: int, top_k: int) -> int | None:
 
 
 def _add_functions(model: ir.Model, *functions: OnnxFunction) -> None:
-    for function in functions:
-        converted = ir.serde.deserialize_function(function.to_function_proto())
-        for node in converted:
+    """What they share becomes a part of each."""
+    protos = [function.to_function_proto() for function in (*functions, MostProbable)]
+    *own, shared = map(ir.serde.deserialize_function, protos)
+    for value in (output for node in shared for output in node.outputs):
+        value.name = f"{shared.name}.{value.name}"  # the pass does not look at names in branches
+    holder = ir.Model(
+        ir.Graph([], [], nodes=[], opset_imports=model.opset_imports),
+        ir_version=model.ir_version,
+        functions=[*own, shared],
+    )
+    ir_passes.InlinePass(criteria=lambda function: function is shared)(holder)
+    for function in own:
+        function.opset_imports.pop(DOMAIN, None)
+        for node in function:
             node.name = f"{function.name}.{node.name}"  # TensorRT wants names that are unique in the whole network
-        model.functions[converted.identifier()] = converted
+        model.functions[function.identifier()] = function
