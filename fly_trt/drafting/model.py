@@ -39,7 +39,6 @@ MAX_GUESSED_POSITIONS = 16
 MAX_CAREFUL_STEPS = 4
 
 NEVER = sys.maxsize
-IDLE_CONTEXT: IntArray = np.zeros(1, np.int64)
 
 
 @dataclass(slots=True)
@@ -253,12 +252,13 @@ class ModelDrafter:
         assert self._rolls is not None
         first, last = min(slots), max(slots)
         rollout = self._rolls.rollout(first, last - first + 1, num_steps)
-        for slot in range(first, last + 1):
-            state = self._slots.get(slot)
-            rollout.write_indices[slot - first] = state.num_cached if state is not None else 0
-            rollout.input_ids[slot - first] = state.held.tokens[-1] if state is not None and slot in slots else 0
-        if not self._has_all_tokens:
-            np.minimum(rollout.input_ids, self._vocab_size - 1, out=rollout.input_ids)
+        if len(slots) <= last - first:
+            for slot in range(first, last + 1):
+                rollout.set_idle(slot - first, self._slots[slot].num_cached if slot in self._slots else 0)
+        for slot in slots:
+            state = self._slots[slot]
+            token = min(int(state.held.tokens[-1]), self._vocab_size - 1)
+            rollout.set_row(slot - first, state.num_cached, token)
         self._rolls.run_rollout(rollout)
         is_number = ~np.isnan(rollout.entropy_topk[:, :, 0])
         for slot in slots:
@@ -315,7 +315,7 @@ class ModelDrafter:
         step = self._engine.step(first, last - first + 1, num_tokens, num_positions=asked, with_top=with_top)
         if len(slots) <= last - first:
             for slot in range(first, last + 1):
-                step.set_row(slot - first, self._slots[slot].num_cached if slot in self._slots else 0, IDLE_CONTEXT)
+                step.set_idle(slot - first, self._slots[slot].num_cached if slot in self._slots else 0)
         for slot, context, guess in zip(slots, contexts, guesses, strict=True):
             if not self._has_all_tokens:
                 context = np.minimum(context, self._vocab_size - 1)
