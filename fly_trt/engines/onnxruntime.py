@@ -8,6 +8,7 @@ blocks, and shrink when the long sequences are gone. A graph with CacheAttention
 
 import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ class OnnxRuntimeEngine:
         self._generation = 0  # of the cache arrays: a step bound to older ones is bound again
         self._caches: list[np.ndarray] = []
         self._steps = StepCache(info, num_slots, MAX_BOUND_SHAPES)
-        self._rollouts: dict[tuple[int, int, int], Rollout] = {}
+        self._rollouts: OrderedDict[tuple[int, int, int], Rollout] = OrderedDict()
         self._rollout_session: ort.InferenceSession | None = None
         self._logits = LogitsBuffer(info.vocab_size)
         path = model_path
@@ -178,11 +179,13 @@ class OnnxRuntimeEngine:
 
     def rollout(self, first_slot: int, batch_size: int, num_steps: int) -> Rollout:
         shape = first_slot, batch_size, num_steps
-        if (rollout := self._rollouts.get(shape)) is None:
-            check_slots(first_slot, batch_size, self._num_slots)
-            if len(self._rollouts) >= MAX_BOUND_SHAPES:
-                del self._rollouts[next(iter(self._rollouts))]
-            rollout = self._rollouts[shape] = Rollout.make(*shape)
+        if (rollout := self._rollouts.get(shape)) is not None:
+            self._rollouts.move_to_end(shape)
+            return rollout
+        check_slots(first_slot, batch_size, self._num_slots)
+        rollout = self._rollouts[shape] = Rollout.make(*shape)
+        if len(self._rollouts) > MAX_BOUND_SHAPES:
+            self._rollouts.popitem(last=False)
         return rollout
 
     def run_rollout(self, rollout: Rollout) -> None:

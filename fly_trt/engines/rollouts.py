@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from fly_trt.engines.base import Engine
+from fly_trt.errors import EngineError
 from fly_trt.tokens import FloatArray, IntArray
 
 NUM_STEPS = "num_steps"
@@ -44,6 +45,11 @@ class Rollout:
 
     @classmethod
     def make(cls, first_slot: int, batch_size: int, num_steps: int) -> "Rollout":
+        """Raises EngineError for more steps than LONGEST_ROLLOUT."""
+        if not 1 <= num_steps <= LONGEST_ROLLOUT:
+            raise EngineError(
+                f"a rollout of {num_steps} steps: expected 1 to {LONGEST_ROLLOUT}: ask for the others in another one"
+            )
         outputs: dict[str, Any] = {
             name: np.zeros((num_steps, batch_size, 1), dtype) for name, dtype in ROLLOUT_OUTPUTS.items()
         }
@@ -72,7 +78,7 @@ class RollsOut(Engine, Protocol):
 
     def rollout(self, first_slot: int, batch_size: int, num_steps: int) -> Rollout:
         """The buffers for slots first_slot .. first_slot + batch_size - 1 and num_steps, at most LONGEST_ROLLOUT; made
-        once per shape. Raises EngineError for slots that do not exist."""
+        once per shape. Raises EngineError for slots that do not exist, and for more steps."""
         ...
 
     def run_rollout(self, rollout: Rollout) -> None:
