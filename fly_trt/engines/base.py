@@ -175,7 +175,7 @@ class Step:
         self.lookahead[row] = policy.lookahead
 
     def set_idle(self, row: int, cached: int) -> None:
-        """Fills row `row`, of which nobody wants anything: it writes behind the `cached` tokens, where nothing is held."""
+        """Fills row `row`, of which nobody wants anything: it writes behind `cached` tokens, where nothing is held."""
         self.set_row(row, cached, IDLE_CONTEXT)
         self.idle_rows.add(row)
 

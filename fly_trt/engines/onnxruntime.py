@@ -6,8 +6,8 @@ blocks, and shrink when the long sequences are gone. A graph with CacheAttention
 16 tokens, transposed; its cost does not follow the length, and what shrinking saves is memory.
 """
 
+import contextlib
 import logging
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +90,11 @@ def describe_threads() -> str | None:
     return f"{cores.count} thread{'s' * (cores.count > 1)} ({cores.reason})"
 
 
+def held_cores() -> contextlib.AbstractContextManager[None]:
+    """Keeps the calling thread on the pool's cores, where it has some: it computes with the pool's threads."""
+    return contextlib.nullcontext() if _ThreadPool.cores is None else _ThreadPool.cores.held()
+
+
 def load(
     directory: Path, manifest: Manifest, model: ModelEngine, info: EngineInfo, settings: LoadSettings
 ) -> "OnnxRuntimeEngine":
@@ -130,7 +135,6 @@ class OnnxRuntimeEngine:
         self._model = model
         self._num_slots = num_slots
         self._capacity = 0
-        self._thread: int | None = None  # that runs steps: it computes with those of the pool
         self._num_held = [0] * num_slots  # tokens of each slot that a resize keeps
         self._generation = 0  # of the cache arrays: a step bound to older ones is bound again
         self._caches: list[np.ndarray] = []
@@ -140,11 +144,10 @@ class OnnxRuntimeEngine:
         self._logits = LogitsBuffer(info.vocab_size)
         path = model_path
         try:
-            self._cores = _ThreadPool.size(num_threads)
-            options = session_options()
+            options = session_options(num_threads)
             if cpu_kernels is not None:
                 _register_kernels(options, cpu_kernels)
-            with self._cores.held():
+            with held_cores():
                 self._session = ort.InferenceSession(str(path), options, providers=PROVIDERS)
                 if rollout_path is not None:
                     path = rollout_path
@@ -311,9 +314,6 @@ class OnnxRuntimeEngine:
 
     def _make_room(self, first_slot: int, write_indices: IntArray, num_tokens: int) -> None:
         """For so many tokens from these positions of the slots on, which are then held."""
-        if self._thread != (thread := threading.get_ident()):
-            self._cores.hold()
-            self._thread = thread
         ends = [cached + num_tokens for cached in write_indices.tolist()]
         if (needed := max(ends)) > self._capacity:
             self._resize(needed)

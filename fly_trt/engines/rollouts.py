@@ -65,7 +65,7 @@ class Rollout:
         self.idle_rows.discard(row)
 
     def set_idle(self, row: int, cached: int) -> None:
-        """Fills row `row`, of which nobody wants anything: it writes behind the `cached` tokens, where nothing is held."""
+        """Fills row `row`, of which nobody wants anything: it writes behind `cached` tokens, where nothing is held."""
         self.set_row(row, cached, 0)
         self.idle_rows.add(row)
 
