@@ -62,7 +62,11 @@ class _ThreadPool:
                 ort.set_global_thread_pool_sizes(cls.cores.count, 1)
             logger.info("%s", describe_threads())
         elif num_threads and num_threads != cls.cores.count:
-            logger.warning("num_threads %d ignored: this process already runs %d", num_threads, cls.cores.count)
+            logger.warning(
+                "num_threads %d ignored: this process already runs %d: give it to the first engine that it loads",
+                num_threads,
+                cls.cores.count,
+            )
         return cls.cores
 
 
