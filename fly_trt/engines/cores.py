@@ -102,7 +102,8 @@ def _places(root: Path, allowed: frozenset[int]) -> list[frozenset[int]]:
     packages: dict[str, set[int]] = {}
     for cpu in allowed:
         packages.setdefault(_text(root / CPUS / f"cpu{cpu}/topology/physical_package_id"), set()).add(cpu)
-    packages.pop("", None)
+    for unknown in ("", "-1"):  # the second on virtual machines of some kinds
+        packages.pop(unknown, None)
     places: list[frozenset[int]] = []
     for cpus in (*nodes, *map(frozenset, packages.values())):
         touched = [place for place in places if place & cpus]

@@ -234,6 +234,16 @@ def test_a_virtual_machine_with_a_socket_for_each_cpu_has_all_of_them(
     assert choose_cores(machine(tmp_path / "b", monkeypatch, cores, nodes=[], packages=packages)).count == 4
 
 
+def test_where_no_package_is_known_each_node_is_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cores, nodes = [[cpu] for cpu in range(8)], ["0-3", "4-7"]
+    for name, number in (("none", None), ("minus one", "-1")):
+        tree = machine(tmp_path / name, monkeypatch, cores, nodes=nodes, packages=[], current=5)
+        if number is not None:
+            topology = "/sys/devices/system/cpu/cpu{}/topology/physical_package_id"
+            write(tree, {topology.format(cpu): number + "\n" for cpu in range(8)})
+        assert choose_cores(tree) == Cores(4, frozenset(range(4, 8)), "4 physical cores of one of 2 sockets"), name
+
+
 @pytest.mark.parametrize("known_by", ["capacity", "kind"])
 def test_efficiency_cores_are_left_out_unless_they_are_most_by_far(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known_by: str
