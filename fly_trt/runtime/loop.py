@@ -238,7 +238,14 @@ class GenerationLoop:
 
     def _is_undone(self, request: Request, feed: Feed) -> bool:
         """After a row with something that is not a number, which must not stay in the cache: whether the row counts as
-        never run, since its draft tokens may be to blame. Raises EngineError where the sequence itself is."""
+        never run, since its draft tokens may be to blame. Raises EngineError where the sequence itself is.
+
+        A chunk of a prompt that nobody wants to hear of is no reason to end a request, since it is the load that cuts
+        it: what is not a number reaches the prompt's end, wherever it is cut, or, through a model's windows, does not.
+        """
+        if request.round is None and not feed.is_wanted:
+            request.is_spoilt = True
+            return False
         self._target.clear_slot(request.slot, request.num_cached)
         if request.round is not None and feed.takes_risks:
             request.round.feed_less()

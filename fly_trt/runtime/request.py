@@ -38,7 +38,8 @@ class Request:
     `guards`: where a loose policy is exact all the same; `limits`: these and what no request may loosen, from its first
     round on. `draft_stop`: where drafts of its rounds end early. `forced`:
     what its grammar forces next, None where nobody looked since the last round. `index` numbers the sequences of one
-    prompt. `setting`: the name of its acceptance setting, by which audits judge it; None where nothing does."""
+    prompt. Where it `is_spoilt` its cache may have what is not a number. `setting`: the name of its acceptance setting,
+    by which audits judge it; None where nothing does."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -57,6 +58,7 @@ class Request:
     state: RequestState = RequestState.WAITING
     slot: int = -1
     num_cached: int = 0
+    is_spoilt: bool = False
     num_prefix_hits: int = 0
     round: Round | None = None
     acceptance_rate: AcceptanceRate | None = None

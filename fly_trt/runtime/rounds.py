@@ -64,14 +64,15 @@ class RoundCosts:
 class Feed(NamedTuple):
     """What one row of a step processes: committed tokens that are not cached yet, and draft tokens after them; within a
     round draft tokens come as context. `first` is the row's first position that a round wants to hear of, and
-    `heard_from` the first one that anybody does. Where it `takes_risks` there are draft tokens behind the first
-    position, and one of them may spoil the row."""
+    `heard_from` the first one that the step speaks of, which somebody wants where the row `is_wanted`. Where it
+    `takes_risks` there are draft tokens behind the first position, and one of them may spoil the row."""
 
     context: IntArray
     draft: IntArray = NO_TOKENS
     first: int = 0
     takes_risks: bool = False
     heard_from: int = 0
+    is_wanted: bool = True
 
     @property
     def num_tokens(self) -> int:

@@ -30,8 +30,10 @@ class Slot:
 
     @property
     def cached(self) -> IntArray:
-        """The committed tokens that the target's cache holds."""
-        return self.kept if self.request is None else self.request.cached_tokens
+        """The committed tokens that the target's cache holds, for others to begin with too."""
+        if self.request is None:
+            return self.kept
+        return NO_TOKENS if self.request.is_spoilt else self.request.cached_tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -115,7 +117,9 @@ class SlotTable:
         index, request.slot = request.slot, -1
         slot = self.table[index]
         self._num_freed += 1
-        slot.kept = request.cached_tokens.copy() if self._prefix_caching else NO_TOKENS
+        slot.kept = slot.cached.copy() if self._prefix_caching else NO_TOKENS
+        if request.is_spoilt:
+            self._target.clear_slot(index, 0)
         slot.freed_at = self._num_freed
         slot.request = None
         if isinstance(self._drafter, ReadsOutputs):
