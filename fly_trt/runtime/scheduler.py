@@ -130,8 +130,8 @@ class Scheduler:
                 return
             budget -= chunk
             if chunk < remaining:
-                rows_ = [(request, self._feed(request, chunk))]
-                yield StepPlan(request.slot, chunk, rows_, request.needs_prompt_logits)
+                row = request, self._feed(request, chunk)
+                yield StepPlan(request.slot, chunk, [row], request.needs_prompt_logits)
                 continue
             is_alone = len(rows) == 1
             request.enter(RequestState.DECODE)
