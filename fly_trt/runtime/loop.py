@@ -17,11 +17,13 @@ from fly_trt.engines.base import Engine, Step
 from fly_trt.errors import EngineError, FlyError
 from fly_trt.runtime.audit import AuditConfig, OnResult
 from fly_trt.runtime.auditor import Auditor
+from fly_trt.runtime.feed import Feed
 from fly_trt.runtime.invariants import check_invariants
 from fly_trt.runtime.loosening import StepCosts
 from fly_trt.runtime.metrics import Metrics
 from fly_trt.runtime.request import Request
-from fly_trt.runtime.rounds import Feed, Round
+from fly_trt.runtime.round_records import round_counts
+from fly_trt.runtime.rounds import Round
 from fly_trt.runtime.sampler import token_logprobs
 from fly_trt.runtime.scheduler import Scheduler, StepPlan
 from fly_trt.runtime.slots import SlotTable
@@ -299,7 +301,7 @@ class GenerationLoop:
         """num_emitted: tokens of the round, the target's own among them, that the request took."""
         request.round = None
         if round_.evidence.num_known:
-            counts = round_.counts(num_emitted)
+            counts = round_counts(round_, num_emitted)
             request.metrics.record_round(counts)
             self._metrics.record_round(counts, request.policy.name)
         num_kept = min(num_emitted, round_.num_committed)

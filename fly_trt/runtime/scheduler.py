@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from fly_trt.errors import QueueFullError
+from fly_trt.runtime.feed import Feed
 from fly_trt.runtime.request import Request, RequestState
-from fly_trt.runtime.rounds import Feed
 from fly_trt.runtime.slots import SlotTable
 from fly_trt.runtime.speculation import Speculation
 
