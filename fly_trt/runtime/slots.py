@@ -65,6 +65,8 @@ class SlotTable:
         self.loan = Loan(-1, is_over=True)
         self._target = target
         self._drafter = drafter
+        self._output_reader = drafter if isinstance(drafter, ReadsOutputs) else None
+        self._reads_prompts = isinstance(drafter, ReadsPrompts)
         self._prefix_caching = prefix_caching
         self._num_freed = 0
         self._num_room = 0  # tokens that each of the engine's slots had room for when it was trimmed last
@@ -122,8 +124,8 @@ class SlotTable:
             self._target.clear_slot(index, 0)
         slot.freed_at = self._num_freed
         slot.request = None
-        if isinstance(self._drafter, ReadsOutputs):
-            self._drafter.read_output(index, np.array(request.output_token_ids, np.int64))
+        if self._output_reader is not None:
+            self._output_reader.read_output(index, np.array(request.output_token_ids, np.int64))
         if self._drafter is not None:
             self._drafter.release(index)
 
@@ -196,7 +198,7 @@ class SlotTable:
     def _prompt_prefix(self, request: Request, candidates: list[int] | range) -> tuple[int, int]:
         """The slot whose cache shares most with the prompt, and how many tokens; the prompt's last token is always
         computed, since its output is what generation starts from."""
-        wants_all = request.policy.is_loose and isinstance(self._drafter, ReadsPrompts)
+        wants_all = request.policy.is_loose and self._reads_prompts
         if not self._prefix_caching or request.params.prompt_logprobs is not None or wants_all:
             return 0, 0
         others = [index for index in candidates if self.table[index].request is not request]
