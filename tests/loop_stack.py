@@ -209,11 +209,17 @@ def make_stack(
     trim_block: int | None = None,
     step_costs: StepCosts | None = None,
     has_spare_slot: bool = False,
+    has_windows: bool = False,
 ) -> Stack:
     """max_seq_len: what is served, where the engine was built for 256. draft_lengths: what the loop's choice of draft
     tokens is, step by step; otherwise it chooses."""
     engine = TableEngine(
-        target, entropy=entropy, logits=logits, max_batch_size=num_slots + has_spare_slot, trim_block=trim_block
+        target,
+        entropy=entropy,
+        logits=logits,
+        max_batch_size=num_slots + has_spare_slot,
+        trim_block=trim_block,
+        has_windows=has_windows,
     )
     config = LoopConfig(
         num_slots=num_slots,

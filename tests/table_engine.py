@@ -60,8 +60,10 @@ class TableEngine:
         trim_block: int | None = None,
         has_top_tokens: bool = True,
         has_positions: bool = True,
+        has_windows: bool = False,
     ) -> None:
-        """trim_block: trimming leaves whole blocks of so many tokens in each slot; None leaves everything."""
+        """trim_block: trimming leaves whole blocks of so many tokens in each slot; None leaves everything. has_windows:
+        what is no number spoils its own position alone, as where others do not see it."""
         self.info = EngineInfo(
             max_batch_size=max_batch_size,
             max_seq_len=max_seq_len,
@@ -76,6 +78,7 @@ class TableEngine:
         self.num_preparations = 0
         self.closed = False
         self._trim_block = trim_block
+        self._has_windows = has_windows
         self._next_token = next_token
         self._entropy = entropy
         self._logits = logits
@@ -216,7 +219,7 @@ class TableEngine:
                 self._say(step, row, at, tuple(slot[: cached + t + 1]), token if t + 1 < context + drafts else None)
             else:
                 self._pad(step, row, at)
-        if spoilt:
+        if spoilt and not self._has_windows:
             for scores in (step.entropy_topk, step.argmax_logprob, step.token_logprob):
                 scores[row] = np.nan
             for scores in (step.logits, step.top_logprobs):

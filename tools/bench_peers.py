@@ -46,6 +46,7 @@ from tqdm import tqdm
 from fly_trt import FlyError
 from fly_trt.benchmark.machine_limits import cpu_info, matrix_instructions
 from fly_trt.benchmark.workload import BenchmarkPrompt, read_prompts
+from fly_trt.engines.cores import available_cores
 from fly_trt.manifest import read_manifest
 from fly_trt.text.chat import ChatTemplate
 from peers.catalogue import FLY, PEERS
@@ -183,7 +184,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--in-flight", type=_counts, metavar="N,N", default=[1, 4], help="with --prompt-tokens")
     parser.add_argument("--max-tokens", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--num-assistant-tokens", type=int, default=15, help="draft tokens per round, at most")
     parser.add_argument("--one-at-a-time", action="store_true", help="load each mode for its turn: little memory")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for loading, and for an answer")

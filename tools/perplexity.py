@@ -8,6 +8,10 @@ in windows of --window tokens that move by --stride, each after the tokenizer's 
 token counts once, in the first window that has it, so that it has at least window - stride tokens before it (the first
 window apart). Perplexity is exp of the mean negative log probability, in nats a token.
 
+Each has its standard error, with windows as what was drawn: the tokens of one have much in common. Of several engines
+each one but the first has its difference to the first, window by window, and the standard error of that, which is far
+smaller, for what makes a window hard is hard for all.
+
 The checkpoint runs in transformers in float32, with --weight-only also with 8-bit weights and float32 activations: each
 row of each matrix, embeddings included, is rounded to 256 levels between its smallest and its largest value, which is
 what weight-only int8 means in OpenVINO. Engines run as they were built; they must be built with a --max-seq-len above
@@ -16,6 +20,7 @@ the window.
 examples:
   python -c "from pydoc_data.topics import topics; print(*topics.values(), sep='\\n\\n')" > python.txt
   tools/perplexity.py python.txt --checkpoint models/smollm2/target --engine engines/smollm2-int8 --weight-only
+  tools/perplexity.py texts.txt --checkpoint models/smollm2/target --engine engines/before engines/after --stride 512
 """
 
 import argparse
@@ -25,7 +30,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fly_trt import LLM, ConfigError, FlyError, SamplingParams
 
@@ -51,16 +56,49 @@ def windows(tokens: list[int], size: int, stride: int, prefix: list[int]) -> Ite
             counted = end
 
 
-def perplexity(model: Model, parts: list[Window], say: Callable[[str], None]) -> float:
-    """Of the tokens of all windows that count. Raises FlyError for log probabilities that are not numbers."""
-    total, count = 0.0, 0
+class Estimate(NamedTuple):
+    """A mean over tokens and its standard error, NaN where there is one window only."""
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of one model, by window: the negative log probabilities of its tokens that count, summed up, in nats; and how
+    many these are."""
+
+    sums: list[float]
+    counts: list[int]
+
+    def mean(self) -> Estimate:
+        """Of a token, in nats. The error is that of a ratio of sums over windows that were drawn independently."""
+        value, count = math.fsum(self.sums) / sum(self.counts), len(self.sums)
+        squares = math.fsum((loss - value * size) ** 2 for loss, size in zip(self.sums, self.counts, strict=True))
+        error = math.sqrt(squares * count / (count - 1)) / sum(self.counts) if count > 1 else math.nan
+        return Estimate(value, error)
+
+    def perplexity(self) -> Estimate:
+        value, error = self.mean()
+        return Estimate(math.exp(value), math.exp(value) * error)
+
+    def difference(self, other: "Losses") -> Estimate:
+        """By how much the perplexity is above the other one's on the same windows, in percent of it."""
+        pairs = zip(self.sums, other.sums, strict=True)
+        value, error = Losses([own - others for own, others in pairs], self.counts).mean()
+        return Estimate(100 * math.expm1(value), 100 * math.exp(value) * error)
+
+
+def read(model: Model, parts: list[Window], say: Callable[[str], None]) -> Losses:
+    """Raises FlyError for log probabilities that are not numbers."""
+    losses = Losses([], [])
     for number, part in enumerate(parts, start=1):
-        total -= math.fsum(model(part.tokens)[-part.num_new :])
-        count += part.num_new
-        say(f"  {number} of {len(parts)} windows, perplexity {math.exp(total / count):.2f}")
-    if not math.isfinite(total):
-        raise FlyError("the model's log probabilities are not numbers: check its weights, or another --dtype")
-    return math.exp(total / count)
+        losses.sums.append(-math.fsum(model(part.tokens)[-part.num_new :]))
+        losses.counts.append(part.num_new)
+        if not math.isfinite(losses.sums[-1]):
+            raise FlyError("the model's log probabilities are not numbers: check its weights, or another --dtype")
+        say(f"  {number} of {len(parts)} windows, perplexity {losses.perplexity().value:.2f}")
+    return losses
 
 
 def transformers_model(checkpoint: Path, *, weight_only: bool) -> Model:
@@ -103,8 +141,8 @@ def engine_model(llm: LLM) -> Model:
     return logprobs
 
 
-def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, float]:
-    """By name, the perplexity of the checkpoint and of every engine."""
+def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Losses]:
+    """By name, the checkpoint and then every engine, on the same windows."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.checkpoint)
@@ -119,12 +157,43 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, f
     for weight_only in (False, True) if args.weight_only else (False,):
         name = f"{args.checkpoint}, {'8-bit weights' if weight_only else 'float32'}"
         say(name)
-        found[name] = perplexity(transformers_model(args.checkpoint, weight_only=weight_only), parts, say)
+        found[name] = read(transformers_model(args.checkpoint, weight_only=weight_only), parts, say)
     for engine in args.engine:
         say(str(engine))
         with LLM(engine, max_batch_size=1, speculative_config={"method": None}) as llm:
-            found[str(engine)] = perplexity(engine_model(llm), parts, say)
+            found[str(engine)] = read(engine_model(llm), parts, say)
     return found
+
+
+def as_record(args: argparse.Namespace, found: dict[str, Losses]) -> dict[str, Any]:
+    """Of what `measure` found; a standard error that is not known is None."""
+    first = str(args.engine[0]) if args.engine else None
+    models = []
+    for name, losses in found.items():
+        model = {"name": name, **_numbers("perplexity", losses.perplexity())}
+        if first is not None and name in map(str, args.engine[1:]) and name != first:
+            model |= _numbers("percent_above_first_engine", losses.difference(found[first]))
+        models.append(model)
+    counts = next(iter(found.values())).counts
+    return {"num_tokens": sum(counts), "num_windows": len(counts), "models": models}
+
+
+def _numbers(name: str, estimate: Estimate) -> dict[str, Any]:
+    return {name: estimate.value, f"{name}_error": None if math.isnan(estimate.error) else estimate.error}
+
+
+def as_lines(record: dict[str, Any]) -> Iterator[str]:
+    yield f"{record['num_tokens']:,} tokens in {record['num_windows']} windows; +- is a standard error"
+    for model in record["models"]:
+        line = f"{model['perplexity']:8.3f}{_plus_minus(model['perplexity_error'], '.3f'):10}  {model['name']}"
+        if (percent := model.get("percent_above_first_engine")) is not None:
+            error = _plus_minus(model["percent_above_first_engine_error"], ".2f")
+            line += f": {percent:+.2f} %{error}{' %' * bool(error)} to the first engine"
+        yield line
+
+
+def _plus_minus(error: float | None, form: str) -> str:
+    return "" if error is None else f" +- {error:{form}}"
 
 
 def _parse() -> argparse.Namespace:
@@ -158,10 +227,9 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(as_record(args, found), indent=2))
     else:
-        for name, value in found.items():
-            print(f"{value:8.3f}  {name}")
+        print(*as_lines(as_record(args, found)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -123,11 +123,13 @@ def run_roofline(
         limits = MachineLimits(onnx, engines.directory / kernels if kernels else None)
         for number in range(rounds):
             progress(f"steps, round {number + 1} of {rounds}", number, rounds)
-            limits.measure()
-            for group in groups:
-                _measure_together(group)
+            with engines.held_cores():
+                limits.measure()
+                for group in groups:
+                    _measure_together(group)
         benchmark = None if config is None else measure_modes(engines, config, progress, log)
-        limits.measure()
+        with engines.held_cores():
+            limits.measure()
         machine = limits.machine()
         costs = _costs(onnx, engines)
         by_role = {role: costs[getattr(manifest, role).model] for role in roles}

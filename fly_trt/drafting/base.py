@@ -49,8 +49,13 @@ class DraftRow(NamedTuple):
         return self.num_committed if self.round_start is None else self.round_start
 
 
+OF_ONE_SOURCE = {source: np.full(64, source, np.uint8) for source in DraftSource}  # enough for most drafts
+for _sources in OF_ONE_SOURCE.values():
+    _sources.flags.writeable = False
+
+
 class Draft(NamedTuple):
-    """Draft tokens int64 [n], in an array that stays as it is, with the DraftSource of each, uint8 [n], and what a
+    """Draft tokens int64 [n], in arrays that stay as they are, with the DraftSource of each, uint8 [n], and what a
     draft model said of them: DraftScores of n tokens, or none of any where nobody wants them. is_whole: it was made as
     a whole, before any of it was needed, so that fewer tokens than were asked for are a shorter round."""
 
@@ -64,7 +69,10 @@ class Draft(NamedTuple):
         cls, tokens: IntArray, source: DraftSource, scores: DraftScores = NO_DRAFT_SCORES, *, is_whole: bool = True
     ) -> "Draft":
         """Tokens of one source."""
-        return cls(tokens, np.full(len(tokens), source, np.uint8), scores, is_whole)
+        sources = OF_ONE_SOURCE[source][: len(tokens)]
+        if len(sources) < len(tokens):
+            sources = np.full(len(tokens), source, np.uint8)
+        return cls(tokens, sources, scores, is_whole)
 
 
 @runtime_checkable

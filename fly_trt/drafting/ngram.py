@@ -28,14 +28,15 @@ class NgramIndex:
         return len(self._tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
+        held, first_end, max_n, min_n = self._tokens, self._first_end, self._max_n, self._min_n
+        end = len(held)
         for token in tokens:
-            self._tokens.append(token)
-            end = len(self._tokens)
-            added = []
-            for n in range(self._min_n, min(self._max_n, end) + 1):
-                ngram = tuple(self._tokens[end - n :])
-                if ngram not in self._first_end:
-                    self._first_end[ngram] = end
+            held.append(token)
+            end += 1
+            last, added = tuple(held[-max_n:]), []
+            for start in range(len(last) - min_n, -1, -1):
+                ngram = last[start:]
+                if first_end.setdefault(ngram, end) == end:
                     added.append(ngram)
             self._added.append(added)
 

@@ -42,6 +42,7 @@ TOKEN_OUTPUTS: dict[str, type[np.generic]] = {
     "token_logprob": np.float32,
 }
 TOP_OUTPUTS: dict[str, type[np.generic]] = {"top_ids": np.int64, "top_logprobs": np.float32}
+IDLE_CONTEXT: IntArray = np.zeros(1, np.int64)
 # What each rank of a sharded engine says besides: the first channels of the last hidden state, by which a sum that was
 # not made is found. Logits do not show it where they are summed themselves: they are then the same on all ranks.
 RANK_OUTPUT, RANK_CHANNELS = "rank_hidden", 16
@@ -85,7 +86,7 @@ class Step:
     the engine share, and valid until the next step with logits is asked for.
 
     Row b's outputs begin at position first_position[b]: [b, i] is what the step says of position first_position[b] + i,
-    and `at` is where to look. There is nothing of other positions, and of padding nothing is promised.
+    and `at` is where to look. There is nothing of other positions, and of padding and `idle_rows` nothing is promised.
 
     Inputs: input_ids int64 [B, T]; write_indices, num_context, num_draft, window, lookahead int64 [B], of which
     num_context begins at first_position; entropy_threshold float32 [B] in nats; use_full_entropy bool [B]; next_tokens
@@ -126,6 +127,7 @@ class Step:
     row_tokens: int = 0  # of a row with the padding that its engine adds, by which logits_positions count; 0 means T
     binding: Any = None
     first_position: list[int] = field(init=False)
+    idle_rows: set[int] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         self.row_tokens = self.row_tokens or self.input_ids.shape[1]
@@ -152,6 +154,7 @@ class Step:
         """Fills row `row`: `cached` tokens lie in the slot, `context` [c] and `draft` [n] are to be processed. `first`,
         0 .. c - 1: the position from which on the caller wants to hear, with the last of the tokens among L positions.
         """
+        self.idle_rows.discard(row)
         num_context, num_draft = len(context), len(draft)
         assert num_context + num_draft - first <= self.num_positions, "the step speaks of the last tokens, too"
         ids = self.input_ids[row]
@@ -172,6 +175,11 @@ class Step:
         self.use_full_entropy[row] = policy.use_full_entropy
         self.window[row] = policy.window
         self.lookahead[row] = policy.lookahead
+
+    def set_idle(self, row: int, cached: int) -> None:
+        """Fills row `row`, of which nobody wants anything: it writes behind `cached` tokens, where nothing is held."""
+        self.set_row(row, cached, IDLE_CONTEXT)
+        self.idle_rows.add(row)
 
     def speak_from(self, row: int, first: int) -> None:
         """What the step says of row `row` begins at this position."""

@@ -35,22 +35,18 @@ class Cores:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """The calling thread is on these CPUs meanwhile, and threads that it starts are for good; what it first writes
-        to lies in memory beside them."""
-        before = None if self.cpus is None else os.sched_getaffinity(0)
-        self.hold()
+        to lies in memory beside them. One that may not be there, since its cpuset was changed, goes on where it is."""
+        if self.cpus is None:
+            yield
+            return
+        before = os.sched_getaffinity(0)
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, self.cpus)
         try:
             yield
         finally:
-            if before is not None:
-                with contextlib.suppress(OSError):
-                    os.sched_setaffinity(0, before)
-
-    def hold(self) -> None:
-        """The calling thread stays on these CPUs. One that may not be there, since its cpuset was changed, goes on
-        where it is."""
-        if self.cpus is not None:
             with contextlib.suppress(OSError):
-                os.sched_setaffinity(0, self.cpus)
+                os.sched_setaffinity(0, before)
 
 
 def choose_cores(root: Path = Path("/")) -> Cores:
@@ -106,7 +102,8 @@ def _places(root: Path, allowed: frozenset[int]) -> list[frozenset[int]]:
     packages: dict[str, set[int]] = {}
     for cpu in allowed:
         packages.setdefault(_text(root / CPUS / f"cpu{cpu}/topology/physical_package_id"), set()).add(cpu)
-    packages.pop("", None)
+    for unknown in ("", "-1"):  # the second on virtual machines of some kinds
+        packages.pop(unknown, None)
     places: list[frozenset[int]] = []
     for cpus in (*nodes, *map(frozenset, packages.values())):
         touched = [place for place in places if place & cpus]

@@ -169,6 +169,15 @@ class LoadedEngines:
 
         return describe_threads()
 
+    def held_cores(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps a thread that runs loaded engines on the cores on which they compute, where a CPU does: it is one of
+        those that compute."""
+        if self.backend.is_gpu:
+            return contextlib.nullcontext()
+        from fly_trt.engines.onnxruntime import held_cores
+
+        return held_cores()
+
     def when_failed(self, tell: Callable[[str], None]) -> None:
         """Has the bound method `tell` told why engines of several ranks cannot run any more, in one line, once that is
         so and by any thread."""

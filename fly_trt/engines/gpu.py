@@ -46,7 +46,7 @@ CACHE_TOKENS_MULTIPLE = 64
 # Rows of a step that verifies have a few context tokens beside the drafts; longer ones run one at a time.
 MAX_CONTEXT_TOKENS = 8
 
-WHOLE = PER_ROW | {POSITIONS_INPUT}  # what a step has without cutting its padding off
+WITH_PADDING = PER_ROW | {POSITIONS_INPUT}  # what a step of padded blocks has whole
 ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -236,7 +236,10 @@ class GpuEngine(ABC):
             arrays, row_tokens = self._blocks_of(sizes).arrays(), sizes.num_tokens
         else:
             arrays = {name: np.zeros(shape_of(name, asked), dtype) for name, dtype in tensors.items()}
-        views = {name: arrays[name] if name in WHOLE else _first(arrays[name], name, asked) for name in tensors}
+        views = {
+            name: arrays[name] if name in WITH_PADDING else _without_padding(arrays[name], name, asked)
+            for name in tensors
+        }
         logits = None
         if shape.with_logits:
             logits, has_grown = self._host_logits.view(asked.batch_size, asked.num_positions)
@@ -313,8 +316,7 @@ class GpuEngine(ABC):
             self._stream.copy_rows((target, pitch), (source, pitch), num_bytes, self._model.rank_kv_heads)
 
 
-def _first(array: npt.NDArray[Any], name: str, asked: Sizes) -> npt.NDArray[Any]:
-    """Without the padding."""
+def _without_padding(array: npt.NDArray[Any], name: str, asked: Sizes) -> npt.NDArray[Any]:
     return array[:, : shape_of(name, asked)[1]]
 
 

@@ -6,8 +6,9 @@ blocks, and shrink when the long sequences are gone. A graph with CacheAttention
 16 tokens, transposed; its cost does not follow the length, and what shrinking saves is memory.
 """
 
+import contextlib
 import logging
-import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,11 @@ class _ThreadPool:
                 ort.set_global_thread_pool_sizes(cls.cores.count, 1)
             logger.info("%s", describe_threads())
         elif num_threads and num_threads != cls.cores.count:
-            logger.warning("num_threads %d ignored: this process already runs %d", num_threads, cls.cores.count)
+            logger.warning(
+                "num_threads %d ignored: this process already runs %d: give it to the first engine that it loads",
+                num_threads,
+                cls.cores.count,
+            )
         return cls.cores
 
 
@@ -87,6 +92,11 @@ def describe_threads() -> str | None:
     if (cores := _ThreadPool.cores) is None:
         return None
     return f"{cores.count} thread{'s' * (cores.count > 1)} ({cores.reason})"
+
+
+def held_cores() -> contextlib.AbstractContextManager[None]:
+    """Keeps the calling thread on the pool's cores, where it has some: it computes with the pool's threads."""
+    return contextlib.nullcontext() if _ThreadPool.cores is None else _ThreadPool.cores.held()
 
 
 def load(
@@ -129,21 +139,19 @@ class OnnxRuntimeEngine:
         self._model = model
         self._num_slots = num_slots
         self._capacity = 0
-        self._thread: int | None = None  # that runs steps: it computes with those of the pool
         self._num_held = [0] * num_slots  # tokens of each slot that a resize keeps
         self._generation = 0  # of the cache arrays: a step bound to older ones is bound again
         self._caches: list[np.ndarray] = []
         self._steps = StepCache(info, num_slots, MAX_BOUND_SHAPES)
-        self._rollouts: dict[tuple[int, int, int], Rollout] = {}
+        self._rollouts: OrderedDict[tuple[int, int, int], Rollout] = OrderedDict()
         self._rollout_session: ort.InferenceSession | None = None
         self._logits = LogitsBuffer(info.vocab_size)
         path = model_path
         try:
-            self._cores = _ThreadPool.size(num_threads)
-            options = session_options()
+            options = session_options(num_threads)
             if cpu_kernels is not None:
                 _register_kernels(options, cpu_kernels)
-            with self._cores.held():
+            with held_cores():
                 self._session = ort.InferenceSession(str(path), options, providers=PROVIDERS)
                 if rollout_path is not None:
                     path = rollout_path
@@ -178,11 +186,13 @@ class OnnxRuntimeEngine:
 
     def rollout(self, first_slot: int, batch_size: int, num_steps: int) -> Rollout:
         shape = first_slot, batch_size, num_steps
-        if (rollout := self._rollouts.get(shape)) is None:
-            check_slots(first_slot, batch_size, self._num_slots)
-            if len(self._rollouts) >= MAX_BOUND_SHAPES:
-                del self._rollouts[next(iter(self._rollouts))]
-            rollout = self._rollouts[shape] = Rollout.make(*shape)
+        if (rollout := self._rollouts.get(shape)) is not None:
+            self._rollouts.move_to_end(shape)
+            return rollout
+        check_slots(first_slot, batch_size, self._num_slots)
+        rollout = self._rollouts[shape] = Rollout.make(*shape)
+        if len(self._rollouts) > MAX_BOUND_SHAPES:
+            self._rollouts.popitem(last=False)
         return rollout
 
     def run_rollout(self, rollout: Rollout) -> None:
@@ -308,9 +318,6 @@ class OnnxRuntimeEngine:
 
     def _make_room(self, first_slot: int, write_indices: IntArray, num_tokens: int) -> None:
         """For so many tokens from these positions of the slots on, which are then held."""
-        if self._thread != (thread := threading.get_ident()):
-            self._cores.hold()
-            self._thread = thread
         ends = [cached + num_tokens for cached in write_indices.tolist()]
         if (needed := max(ends)) > self._capacity:
             self._resize(needed)

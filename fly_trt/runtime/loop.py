@@ -17,11 +17,13 @@ from fly_trt.engines.base import Engine, Step
 from fly_trt.errors import EngineError, FlyError
 from fly_trt.runtime.audit import AuditConfig, OnResult
 from fly_trt.runtime.auditor import Auditor
+from fly_trt.runtime.feed import Feed
 from fly_trt.runtime.invariants import check_invariants
 from fly_trt.runtime.loosening import StepCosts
 from fly_trt.runtime.metrics import Metrics
 from fly_trt.runtime.request import Request
-from fly_trt.runtime.rounds import Feed, Round
+from fly_trt.runtime.round_records import round_counts
+from fly_trt.runtime.rounds import Round
 from fly_trt.runtime.sampler import token_logprobs
 from fly_trt.runtime.scheduler import Scheduler, StepPlan
 from fly_trt.runtime.slots import SlotTable
@@ -238,7 +240,14 @@ class GenerationLoop:
 
     def _is_undone(self, request: Request, feed: Feed) -> bool:
         """After a row with something that is not a number, which must not stay in the cache: whether the row counts as
-        never run, since its draft tokens may be to blame. Raises EngineError where the sequence itself is."""
+        never run, since its draft tokens may be to blame. Raises EngineError where the sequence itself is.
+
+        A chunk of a prompt that nobody wants to hear of is no reason to end a request, since it is the load that cuts
+        it: what is not a number reaches the prompt's end, wherever it is cut, or, through a model's windows, does not.
+        """
+        if request.round is None and not feed.is_wanted:
+            request.is_spoilt = True
+            return False
         self._target.clear_slot(request.slot, request.num_cached)
         if request.round is not None and feed.takes_risks:
             request.round.feed_less()
@@ -292,7 +301,7 @@ class GenerationLoop:
         """num_emitted: tokens of the round, the target's own among them, that the request took."""
         request.round = None
         if round_.evidence.num_known:
-            counts = round_.counts(num_emitted)
+            counts = round_counts(round_, num_emitted)
             request.metrics.record_round(counts)
             self._metrics.record_round(counts, request.policy.name)
         num_kept = min(num_emitted, round_.num_committed)

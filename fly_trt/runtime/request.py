@@ -14,6 +14,7 @@ from fly_trt.outputs import CompletionOutput, FinishReason, RequestMetrics, Roun
 from fly_trt.params import SamplingParams
 from fly_trt.runtime.draft_length import AcceptanceRate
 from fly_trt.runtime.loosening import Loosening
+from fly_trt.runtime.round_records import round_trace, token_traces
 from fly_trt.runtime.rounds import Round
 from fly_trt.runtime.sampler import Sampler
 from fly_trt.text.tokenizer import Detokenizer
@@ -38,7 +39,8 @@ class Request:
     `guards`: where a loose policy is exact all the same; `limits`: these and what no request may loosen, from its first
     round on. `draft_stop`: where drafts of its rounds end early. `forced`:
     what its grammar forces next, None where nobody looked since the last round. `index` numbers the sequences of one
-    prompt. `setting`: the name of its acceptance setting, by which audits judge it; None where nothing does."""
+    prompt. Where it `is_spoilt` its cache may have what is not a number. `setting`: the name of its acceptance setting,
+    by which audits judge it; None where nothing does."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -57,6 +59,7 @@ class Request:
     state: RequestState = RequestState.WAITING
     slot: int = -1
     num_cached: int = 0
+    is_spoilt: bool = False
     num_prefix_hits: int = 0
     round: Round | None = None
     acceptance_rate: AcceptanceRate | None = None
@@ -175,7 +178,8 @@ class Request:
     def record_traces(self, round_: Round, verdict: Verdict, num_tokens: int, text: Callable[[int], str]) -> None:
         """How the `num_tokens` came to be that were committed of what a verdict adds to its round. text: of a token."""
         last = self.trace[-1].round if self.trace else -1
-        self.trace += round_.traces(
+        self.trace += token_traces(
+            round_,
             verdict,
             num_tokens,
             last if round_.num_committed else last + 1,
@@ -185,7 +189,7 @@ class Request:
 
     def record_round_trace(self, round_: Round, num_kept: int) -> None:
         """What became of a round that has ended, of which `num_kept` draft tokens were emitted."""
-        self.rounds.append(round_.trace(self.trace[-1].round, num_kept, self.policy.name))
+        self.rounds.append(round_trace(round_, self.trace[-1].round, num_kept, self.policy.name))
 
     def seconds_since_tokens(self) -> float:
         """Seconds since this was asked last, which is where tokens are emitted, or since the request came."""

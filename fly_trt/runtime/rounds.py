@@ -6,41 +6,31 @@ round owns it: it says what it feeds next and takes what a step says of that. It
 requests or drafters.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from fly_trt.drafting import Draft
 from fly_trt.engines.base import Step
-from fly_trt.outputs import RoundCounts, RoundTrace, TokenKind, TokenTrace
+from fly_trt.runtime.feed import Feed
 from fly_trt.runtime.loosening import WindowCounts
-from fly_trt.tokens import NO_TOKENS, FloatArray, IntArray
+from fly_trt.tokens import FloatArray, IntArray
 from fly_trt.verification import (
     NO_SCORES,
     AcceptancePolicy,
-    Decision,
     DraftSource,
     Evidence,
     Limits,
     Positions,
     Verdict,
-    explain,
-    num_agreeing,
 )
 
-SOURCE_NAMES = [source.name.lower() for source in DraftSource]
 NO_CHOICE = -1  # agrees with no draft token
 
 Choose = Callable[[FloatArray, IntArray, IntArray], Positions]
 """From logits float32 [m, V], the draft tokens that are verified and undecided, and those that follow, to what the
 target says of the positions, or of the first ones of them."""
-
-
-TOP_TOKENS = 5  # of a position that is traced, at most
 
 
 @dataclass(slots=True)
@@ -59,28 +49,6 @@ class RoundCosts:
         self.verification_seconds += seconds / num_rows
         self.num_steps += 1
         self.num_rows = max(self.num_rows, num_rows)
-
-
-class Feed(NamedTuple):
-    """What one row of a step processes: committed tokens that are not cached yet, and draft tokens after them; within a
-    round draft tokens come as context. `first` is the row's first position that a round wants to hear of, and
-    `heard_from` the first one that anybody does. Where it `takes_risks` there are draft tokens behind the first
-    position, and one of them may spoil the row."""
-
-    context: IntArray
-    draft: IntArray = NO_TOKENS
-    first: int = 0
-    takes_risks: bool = False
-    heard_from: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.context) + len(self.draft)
-
-    @property
-    def num_heard(self) -> int:
-        """Positions that the step has to speak of."""
-        return self.num_tokens - self.heard_from
 
 
 @dataclass(slots=True)
@@ -287,105 +255,6 @@ class Round:
         )
         return WindowCounts(num_agreed - stood, stood + differs, stood, int(failed))
 
-    def counts(self, num_emitted: int) -> RoundCounts:
-        """Of a round that is decided, of which the first `num_emitted` tokens were emitted: draft tokens, and the
-        target's own."""
-        evidence, num_kept = self.evidence, min(num_emitted, self.num_committed)
-        num_verified, num_loosened = evidence.num_known, evidence.num_loosened(num_kept)
-        return RoundCounts(
-            num_verified,
-            num_kept,
-            num_loosened,
-            _by_source(evidence.sources[:num_verified]),
-            _by_source(evidence.sources[:num_kept]),
-            num_kept - evidence.num_exact(num_kept) if num_loosened else 0,
-            self._refusal(num_emitted),
-        )
-
-    def _refusal(self, num_emitted: int) -> str | None:
-        """The guard that turned down a loosening, if one did, and its place was reached."""
-        at, evidence = self.num_committed, self.evidence
-        if self.limits.guards is None or not at < min(num_emitted, evidence.num_known) or evidence.matches[at]:
-            return None
-        return self._guard(at)
-
-    def traces(
-        self,
-        verdict: Verdict,
-        num_tokens: int,
-        number: int,
-        *,
-        of_vocabulary: bool,
-        text: Callable[[int], str],
-    ) -> list[TokenTrace]:
-        """How the first `num_tokens` tokens came to be that a verdict adds to what is committed. number: the round's.
-        of_vocabulary: whether the entropy is that of the whole vocabulary. text: of a token."""
-        evidence, first = self.evidence, self.num_committed
-        said = evidence.target
-        gate = said.entropy if of_vocabulary else said.entropy_topk
-        traces = []
-        for at in range(first, first + num_tokens):
-            entropy, kind = float(gate[at]), self._kind(verdict, at)
-            guard = self._guard(at) if kind == "correction" else None
-            waits = kind == "loosened" or (kind == "correction" and guard is None)  # a guard does not wait for a window
-            decision = Decision(kind, self.policy, evidence, at, self.exact_because, self.is_limited, guard)
-            traces.append(
-                TokenTrace(
-                    kind,
-                    SOURCE_NAMES[evidence.sources[at]] if kind in ("matched", "loosened") else None,
-                    number,
-                    entropy if math.isfinite(entropy) else None,
-                    int(evidence.choices[at]),
-                    rejected=int(evidence.draft[at]) if kind == "correction" else None,
-                    reason=explain(decision, self.limits, text),
-                    gate=self.policy.gate,
-                    num_agreed=self._num_agreeing(at) if waits else None,
-                    guard=guard,
-                    top=self._top(at) if self.needs_top else None,
-                )
-            )
-        return traces
-
-    def trace(self, number: int, num_kept: int, asked: str) -> RoundTrace:
-        """Of a round that is decided, of which `num_kept` draft tokens were emitted. asked: the request's rule."""
-        evidence, costs = self.evidence, self.costs or RoundCosts()
-        return RoundTrace(
-            number,
-            evidence.num_known,
-            num_kept,
-            evidence.num_loosened(num_kept),
-            asked,
-            self.policy.name,
-            self.draft[self.num_committed :].tolist(),
-            costs.num_steps,
-            costs.num_rows,
-            costs.draft_seconds,
-            costs.verification_seconds,
-        )
-
-    def _kind(self, verdict: Verdict, at: int) -> TokenKind:
-        if at < verdict.num_accepted:
-            return "matched" if self.evidence.matches[at] else "loosened"
-        if at < self.evidence.num_known:
-            return "correction"
-        return "bonus" if at else "plain"
-
-    def _num_agreeing(self, at: int) -> int | None:
-        return num_agreeing(self.policy, self.evidence, at, self.limits.never_loosened)
-
-    def _guard(self, at: int) -> str | None:
-        """The guard that turned down what the policy would have loosened there, or had opened its window for: whether
-        that fails as well shows only where a step is long."""
-        if not (self.is_limited or self.policy.opens_window(self.evidence, at, self.limits.never_loosened)):
-            return None
-        return self.limits.guard_that_forbids(self.evidence, at)
-
-    def _top(self, at: int) -> list[tuple[int, float]] | None:
-        """The target's most probable tokens there; None where the logits are not numbers, or no token is left."""
-        said = self.evidence.target
-        ids, logprobs = said.top_ids[at, :TOP_TOKENS].tolist(), said.top_logprobs[at, :TOP_TOKENS].tolist()
-        return [(token, value) for token, value in zip(ids, logprobs, strict=True) if math.isfinite(value)] or None
-
     def _head_decides(self, head_stops: frozenset[int]) -> bool:
         """Whether the verdict of the engine's head is the policy's, and nothing is forbidden that it does not know."""
         if not self.policy.is_decided_by_head:
@@ -404,12 +273,3 @@ class Round:
         elif not self.has_begun:
             self.logits = NO_SCORES
         self.evidence.add(said)
-
-
-def _by_source(sources: npt.NDArray[np.uint8]) -> dict[str, int]:
-    """How many tokens there are of each source."""
-    if not len(sources):
-        return {}
-    if (sources == sources[0]).all():
-        return {SOURCE_NAMES[sources[0]]: len(sources)}
-    return {SOURCE_NAMES[source]: count for source, count in enumerate(np.bincount(sources).tolist()) if count}

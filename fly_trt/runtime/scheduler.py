@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from fly_trt.errors import QueueFullError
+from fly_trt.runtime.feed import Feed
 from fly_trt.runtime.request import Request, RequestState
-from fly_trt.runtime.rounds import Feed
 from fly_trt.runtime.slots import SlotTable
 from fly_trt.runtime.speculation import Speculation
 
@@ -130,8 +130,8 @@ class Scheduler:
                 return
             budget -= chunk
             if chunk < remaining:
-                rows_ = [(request, self._feed(request, chunk))]
-                yield StepPlan(request.slot, chunk, rows_, request.needs_prompt_logits)
+                row = request, self._feed(request, chunk)
+                yield StepPlan(request.slot, chunk, [row], request.needs_prompt_logits)
                 continue
             is_alone = len(rows) == 1
             request.enter(RequestState.DECODE)
@@ -191,14 +191,15 @@ class Scheduler:
         return max(0, self._max_num_tokens // num_rows - num_context)
 
     def _feed(self, request: Request, num_tokens: int) -> Feed:
-        """What the request's row of a step has: of a prompt the next chunk. Of a chunk nobody wants to hear more than
-        whether it came to something that is not a number, which its last position shows as well as any."""
+        """What the request's row of a step has: of a prompt the next chunk. Of a chunk nobody wants to hear; its last
+        position shows whether what is not a number may lie in the slot. It does not show what a model's windows keep
+        from it, which harms nobody else where the engine leaves masked keys out, and is shown where it does not."""
         if request.round is None:
-            feed = Feed(request.uncached[:num_tokens])
+            feed = Feed(request.uncached[:num_tokens], is_wanted=False)
             heard_from = feed.num_tokens - 1
         else:
             feed = request.round.feed(request.uncached, num_tokens)
             heard_from = feed.first
         if request.needs_prompt_logits or (self._speculation.prompt_reader is not None and request.is_reading_prompt):
-            heard_from = 0
+            return feed._replace(heard_from=0, is_wanted=True)
         return feed._replace(heard_from=heard_from)

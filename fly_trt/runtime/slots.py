@@ -30,8 +30,10 @@ class Slot:
 
     @property
     def cached(self) -> IntArray:
-        """The committed tokens that the target's cache holds."""
-        return self.kept if self.request is None else self.request.cached_tokens
+        """The committed tokens that the target's cache holds, for others to begin with too."""
+        if self.request is None:
+            return self.kept
+        return NO_TOKENS if self.request.is_spoilt else self.request.cached_tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +65,8 @@ class SlotTable:
         self.loan = Loan(-1, is_over=True)
         self._target = target
         self._drafter = drafter
+        self._output_reader = drafter if isinstance(drafter, ReadsOutputs) else None
+        self._reads_prompts = isinstance(drafter, ReadsPrompts)
         self._prefix_caching = prefix_caching
         self._num_freed = 0
         self._num_room = 0  # tokens that each of the engine's slots had room for when it was trimmed last
@@ -115,11 +119,13 @@ class SlotTable:
         index, request.slot = request.slot, -1
         slot = self.table[index]
         self._num_freed += 1
-        slot.kept = request.cached_tokens.copy() if self._prefix_caching else NO_TOKENS
+        slot.kept = slot.cached.copy() if self._prefix_caching else NO_TOKENS
+        if request.is_spoilt:
+            self._target.clear_slot(index, 0)
         slot.freed_at = self._num_freed
         slot.request = None
-        if isinstance(self._drafter, ReadsOutputs):
-            self._drafter.read_output(index, np.array(request.output_token_ids, np.int64))
+        if self._output_reader is not None:
+            self._output_reader.read_output(index, np.array(request.output_token_ids, np.int64))
         if self._drafter is not None:
             self._drafter.release(index)
 
@@ -192,7 +198,7 @@ class SlotTable:
     def _prompt_prefix(self, request: Request, candidates: list[int] | range) -> tuple[int, int]:
         """The slot whose cache shares most with the prompt, and how many tokens; the prompt's last token is always
         computed, since its output is what generation starts from."""
-        wants_all = request.policy.is_loose and isinstance(self._drafter, ReadsPrompts)
+        wants_all = request.policy.is_loose and self._reads_prompts
         if not self._prefix_caching or request.params.prompt_logprobs is not None or wants_all:
             return 0, 0
         others = [index for index in candidates if self.table[index].request is not request]

@@ -24,7 +24,8 @@ class Speculation:
     """drafter: None decodes without drafts. num_draft_tokens: of a round, at most, and 0 without a drafter.
     is_adaptive: steps verify as many as pay. step_costs: what a loose request's windows cost, so that it opens them
     where they pay; None means always. stop_token_ids: the model's own, never loosened. has_top_tokens: the target names
-    its most probable tokens, which a trace has. `breaker`: which settings are exact for now."""
+    its most probable tokens, which a trace has. `breaker`: which settings are exact for now. `prompt_reader`: the
+    drafter, where it wants to know what the target says of prompts."""
 
     def __init__(
         self,
@@ -37,6 +38,7 @@ class Speculation:
         has_top_tokens: bool = False,
     ) -> None:
         self.drafter = drafter
+        self.prompt_reader = drafter if isinstance(drafter, ReadsPrompts) else None
         self.num_draft_tokens = num_draft_tokens if drafter is not None else 0
         has_costs = drafter is not None and not drafter.is_free  # free drafts cost nothing where they do not stand
         self._step_costs = step_costs if has_costs else None
@@ -44,11 +46,6 @@ class Speculation:
         self.breaker: Breaker | None = None
         self._has_top_tokens = has_top_tokens
         self.draft_length = DraftLength(self.num_draft_tokens, adaptive=is_adaptive)
-
-    @property
-    def prompt_reader(self) -> ReadsPrompts | None:
-        """The drafter, where it wants to know what the target says of prompts."""
-        return self.drafter if isinstance(self.drafter, ReadsPrompts) else None
 
     @property
     def drafts_are_free(self) -> bool:

@@ -8,6 +8,7 @@ step, and every caller is told. What audits there are run when there is nothing 
 between two steps.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -44,7 +45,7 @@ class EngineThread:
 
     Executors that share engines share the `turn`, which this one has while it has requests, or when others want it too,
     until those that run then have ended. Without the turn it takes aborts and runs no engine. `auditor`: what audits
-    the executor's requests.
+    the executor's requests. `place`: what the thread is in for as long as it lives, such as the cores of the engines.
     """
 
     def __init__(
@@ -53,7 +54,9 @@ class EngineThread:
         close: Callable[[], None],
         turn: Turn | None = None,
         auditor: Auditor | None = None,
+        place: contextlib.AbstractContextManager[None] | None = None,
     ) -> None:
+        self._place = place or contextlib.nullcontext()
         self._executor = executor
         self._auditor = auditor
         self._close = close
@@ -69,7 +72,7 @@ class EngineThread:
         self._failure: str | None = None
         self._has_told = threading.Event()  # set when nobody waits for anything any more
         self._wake = threading.Event()  # set after each change that the thread has to see
-        self._thread = threading.Thread(target=self._run, name="fly-trt engine", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="fly-trt engine", daemon=True)
         self._thread.start()
 
     def submit(self, groups: list[RequestGroup]) -> None:
@@ -151,6 +154,10 @@ class EngineThread:
             raise _dead(self._failure)
         if self._is_stopping:
             raise ConfigError("this LLM was shut down: make a new one")
+
+    def _live(self) -> None:
+        with self._place:
+            self._run()
 
     def _run(self) -> None:
         try:

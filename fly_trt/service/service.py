@@ -152,7 +152,7 @@ class Service:
         return self._engines.threads
 
     def _start(self, executor: Executor, release: Callable[[], None], engines: LoadedEngines) -> None:
-        self._thread = EngineThread(executor, release, engines.turn, self.auditor)
+        self._thread = EngineThread(executor, release, engines.turn, self.auditor, engines.held_cores())
         engines.when_failed(self._thread.fail)
         # Also when the interpreter ends without a shutdown(): the thread must not run into a library's teardown. By
         # itself a finalizer would come after what libraries have registered when they were loaded.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from examples import examples
 from fly_trt.drafting import DRAFT_STOPS, Draft, DraftRow, Level, Lookup, ModelDrafter
-from fly_trt.drafting.model import MAX_CAREFUL_STEPS
+from fly_trt.drafting.model_steps import MAX_CAREFUL_STEPS
 from fly_trt.engines.rollouts import LONGEST_ROLLOUT
 from fly_trt.verification import PRESETS
 from rolling_engine import RollingEngine

@@ -234,6 +234,16 @@ def test_a_virtual_machine_with_a_socket_for_each_cpu_has_all_of_them(
     assert choose_cores(machine(tmp_path / "b", monkeypatch, cores, nodes=[], packages=packages)).count == 4
 
 
+def test_where_no_package_is_known_each_node_is_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cores, nodes = [[cpu] for cpu in range(8)], ["0-3", "4-7"]
+    for name, number in (("none", None), ("minus one", "-1")):
+        tree = machine(tmp_path / name, monkeypatch, cores, nodes=nodes, packages=[], current=5)
+        if number is not None:
+            topology = "/sys/devices/system/cpu/cpu{}/topology/physical_package_id"
+            write(tree, {topology.format(cpu): number + "\n" for cpu in range(8)})
+        assert choose_cores(tree) == Cores(4, frozenset(range(4, 8)), "4 physical cores of one of 2 sockets"), name
+
+
 @pytest.mark.parametrize("known_by", ["capacity", "kind"])
 def test_efficiency_cores_are_left_out_unless_they_are_most_by_far(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known_by: str
@@ -295,45 +305,42 @@ def test_threads_that_start_meanwhile_stay_on_the_cores_and_the_caller_goes_back
         "    thread.start()\n"
         "assert os.sched_getaffinity(0) == before\n"
         "go.set(); thread.join(); assert seen == [one], seen\n"
-        "Cores(1, frozenset([4000]), '').hold(); assert os.sched_getaffinity(0) == before\n"
+        "with Cores(1, frozenset([4000]), '').held(): assert os.sched_getaffinity(0) == before\n"
         "with Cores(1, None, '').held(): assert os.sched_getaffinity(0) == before\n"
     )
     run_alone(code)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are not in /proc")
-def test_the_pool_and_the_thread_that_runs_steps_stay_on_the_chosen_cores(demo_engine: Path) -> None:
-    """And no other thread of the process."""
+def test_the_pool_and_the_engine_thread_stay_on_the_chosen_cores(demo_engine: Path) -> None:
+    """And no other thread of the process, also one that runs a step."""
     code = f"""
 import os, threading
-from pathlib import Path
 import numpy as np
-from fly_trt.engines import load_engine, onnxruntime
+from fly_trt import LLM
+from fly_trt.engines import onnxruntime
 from fly_trt.engines.cores import Cores
-from fly_trt.manifest import read_manifest
+from fly_trt.engines.directory import LoadedEngines
 
 before, chosen = os.sched_getaffinity(0), frozenset([min(os.sched_getaffinity(0))])
 onnxruntime.choose_cores = lambda: Cores(3, chosen, "")
-directory = Path({str(demo_engine)!r})
-manifest = read_manifest(directory)
 known = set(os.listdir("/proc/self/task"))
-engine = load_engine(directory, manifest, manifest.draft, num_slots=1)
+engines = LoadedEngines({str(demo_engine)!r})
+engine = engines.target
 started = set(os.listdir("/proc/self/task")) - known
 assert len(started) >= 2, started
 assert all(os.sched_getaffinity(int(thread)) == chosen for thread in started)
+step = engine.step(0, 1, 3)
+step.set_row(0, 0, np.arange(5, 8))
+engine.run(step)
 assert os.sched_getaffinity(0) == before
-seen = []
-
-def run():
-    step = engine.step(0, 1, 3)
-    step.set_row(0, 0, np.arange(5, 8))
-    engine.run(step)
-    seen.append(os.sched_getaffinity(0))
-
-thread = threading.Thread(target=run)
-thread.start()
-thread.join()
-assert seen == [chosen], seen
+with engines, LLM(engines, enable_prefix_caching=False) as llm:
+    llm.generate("a")
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "fly-trt engine"]
+    assert os.sched_getaffinity(thread.native_id) == chosen
+    assert os.sched_getaffinity(0) == before
+with engines.held_cores():
+    assert os.sched_getaffinity(0) == chosen
 assert os.sched_getaffinity(0) == before
 """
     run_alone(code)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fly_trt.engines.onnxruntime import OnnxRuntimeEngine
-from fly_trt.engines.rollouts import ROLLOUT_OUTPUTS
+from fly_trt.engines.rollouts import LONGEST_ROLLOUT, ROLLOUT_OUTPUTS
 from fly_trt.errors import EngineError
 from key_block_engine import VOCAB, key_block_engine
 
@@ -91,3 +91,18 @@ def test_buffers_are_made_once_for_a_shape_and_bound_once_for_a_cache(engines: l
     assert engine.num_preparations == before
     with pytest.raises(EngineError, match="slots 2 to 3: the engine has 3"):
         engine.rollout(2, 2, 4)
+    for num_steps in (0, LONGEST_ROLLOUT + 1):
+        with pytest.raises(EngineError, match=f"a rollout of {num_steps} steps: expected 1 to {LONGEST_ROLLOUT}"):
+            engine.rollout(0, 2, num_steps)
+
+
+def test_of_too_many_shapes_the_one_that_was_used_longest_ago_is_bound_again(
+    engines: list[OnnxRuntimeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fly_trt.engines.onnxruntime.MAX_BOUND_SHAPES", 2)
+    engine = engines[0]
+    first, second = engine.rollout(0, 1, 4), engine.rollout(0, 2, 4)
+    assert engine.rollout(0, 1, 4) is first
+    engine.rollout(0, 3, 4)
+    assert engine.rollout(0, 1, 4) is first
+    assert engine.rollout(0, 2, 4) is not second

@@ -214,3 +214,22 @@ def test_a_draft_model_that_overflows_drafts_nothing_more_and_harms_no_other_req
     assert alone.metrics.num_loosened_tokens > 0
     assert after.output_token_ids == alone.output_token_ids
     assert after.metrics.num_draft_tokens == alone.metrics.num_draft_tokens
+
+
+@pytest.mark.parametrize(("place", "is_lost"), [(3, False), (40, False), (48, True), (53, True)])
+@pytest.mark.parametrize("has_windows", [True, False])
+def test_where_a_prompt_is_cut_does_not_say_whether_its_request_ends(
+    place: int, *, is_lost: bool, has_windows: bool
+) -> None:
+    """What is no number is seen by the next six tokens, or by all, and the prompt's end is one of them or not."""
+    prompt = random_prompt(5, 54)
+    is_seen = lambda count: place < count <= (place + 7 if has_windows else 60)  # noqa: E731
+    entropy = lambda tokens: np.nan if tokens[0] == prompt[0] and is_seen(len(tokens)) else 0.0  # noqa: E731
+    for budget in range(4, 60):
+        stack = make_stack(LANGUAGE, entropy=entropy, has_windows=has_windows, max_num_tokens=budget)
+        request, after = make_request(prompt, max_tokens=5), make_request([7, 8, 9], max_tokens=5)
+        stack.run(request, after)
+        is_over = request.error is not None
+        assert is_over == (is_lost or not has_windows), budget
+        assert request.output_token_ids == ([] if is_over else greedy(LANGUAGE, prompt, 5))
+        assert after.output_token_ids == greedy(LANGUAGE, [7, 8, 9], 5), budget

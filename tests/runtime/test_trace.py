@@ -306,8 +306,9 @@ def test_a_request_that_does_not_ask_never_makes_one(monkeypatch: pytest.MonkeyP
     def never(*_: object, **__: object) -> list[TokenTrace]:
         raise AssertionError("nobody asked")
 
-    for name in ("Round.traces", "Round.trace", "explain", "RoundCosts.add_draft", "RoundCosts.add_step"):
-        monkeypatch.setattr(f"fly_trt.runtime.rounds.{name}", never)
+    told = ("request.token_traces", "request.round_trace", "round_records.explain")
+    for name in (*told, "rounds.RoundCosts.add_draft", "rounds.RoundCosts.add_step"):
+        monkeypatch.setattr(f"fly_trt.runtime.{name}", never)
     monkeypatch.setattr("fly_trt.verification.sampling.gate_entropy", never)
     for way in ({}, {"temperature": 0.9}):
         stack = build(1, "multi_level")
