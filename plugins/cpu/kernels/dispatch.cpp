@@ -1,4 +1,4 @@
-// Which kernels run here: the best kind that the processor and the system offer and whose sums are right.
+// Which kernels run here: the best kind that the processor and the system offer and whose results are right.
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -61,8 +61,8 @@ const Kernels& named(const std::string& name) {
     const std::string asked = std::string(kVariable) + " '" + name + "': ";
     for (const Kind& kind : kKinds) {
         if (name != kind.name || !kind.is_offered()) continue;
-        if (multiplies_rightly(*kind.kernels())) return *kind.kernels();
-        throw std::runtime_error(asked + "gives wrong sums on this machine: unset it");
+        if (computes_rightly(*kind.kernels())) return *kind.kernels();
+        throw std::runtime_error(asked + "gives wrong results on this machine: unset it");
     }
     throw std::runtime_error(asked + "expected one of this machine's kinds: " + offered_names());
 }
@@ -70,8 +70,8 @@ const Kernels& named(const std::string& name) {
 const Kernels& best() {
     for (const Kind& kind : kKinds) {
         if (!kind.is_offered()) continue;
-        if (multiplies_rightly(*kind.kernels())) return *kind.kernels();
-        std::fprintf(stderr, "fly-trt: the CPU kernels %s give wrong sums on this machine and are not used\n", kind.name);
+        if (computes_rightly(*kind.kernels())) return *kind.kernels();
+        std::fprintf(stderr, "fly-trt: the CPU kernels %s give wrong results on this machine and are not used\n", kind.name);
     }
     fail_without_kernels();
 }
