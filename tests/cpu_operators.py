@@ -68,7 +68,21 @@ class CpuOperators:
 
     def run(self, kind: str, nodes: list[Node]) -> list[list[np.ndarray]]:
         """The outputs of each node. Raises RuntimeError with what the process said where it fails."""
-        return self._call(kind, [(node.model(), node.values()) for node in nodes])[1]
+        outputs: list[list[np.ndarray] | str] = self._call(kind, [(node.model(), node.values()) for node in nodes])[1]
+        for refusal in outputs:
+            if isinstance(refusal, str):
+                raise RuntimeError(refusal)
+        return outputs  # type: ignore[return-value]
+
+    def refusals(self, nodes: list[Node]) -> list[str]:
+        """What ONNX Runtime says of each node, none of which runs."""
+        outputs = self._call("", [(node.model(), node.values()) for node in nodes])[1]
+        assert [number for number, refusal in enumerate(outputs) if not isinstance(refusal, str)] == []
+        return list(outputs)
+
+    def peak_memory(self, nodes: list[Node]) -> int:
+        """Bytes of a process that runs them one after the other."""
+        return int(self._call("", [(node.model(), node.values()) for node in nodes])[2])
 
     def name(self, kind: str) -> str:
         """The kind that runs where `kind` is asked for; "" asks for none."""
@@ -95,14 +109,18 @@ def main(library: str, file: str) -> None:
     options.intra_op_num_threads = num_threads
     options.register_custom_ops_library(library)
     sessions: dict[bytes, ort.InferenceSession] = {}
-    outputs = []
+    outputs: list[Any] = []
     for model, inputs in runs:
-        if model not in sessions:
-            sessions[model] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        outputs.append(sessions[model].run(None, inputs))
+        try:
+            if model not in sessions:
+                sessions[model] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            outputs.append(sessions[model].run(None, inputs))
+        except Exception as error:  # ONNX Runtime's own
+            outputs.append(str(error))
+    peak_memory = 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
     name = ctypes.CDLL(library).fly_cpu_kernels_name
     name.restype = ctypes.c_char_p
-    Path(file).write_bytes(pickle.dumps((name().decode(), outputs)))
+    Path(file).write_bytes(pickle.dumps((name().decode(), outputs, peak_memory)))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The forms of ONNX Runtime on the CPU whose activations are 8 bits per row (token), with weights of 7 bits: of its own
-operators, and of this project's (plugins/cpu), which gives the same bits.
+operators, and of this project's (plugins/cpu), which gives the same bits until fuse_linears gives it a norm or a gate
+to compute too, whose last bits are its own.
 """
 
 from dataclasses import dataclass
@@ -102,7 +103,8 @@ class RowwiseInt8(LinearForm):
 
 @dataclass(frozen=True)
 class PackedInt8(RowwiseInt8):
-    """The same numbers as RowwiseInt8, bit for bit, by one operator of plugins/cpu, with the weight as it reads it."""
+    """The same numbers as RowwiseInt8 by one operator of plugins/cpu, with the weight as it reads it. Bit for bit,
+    until fuse_linears gives it a norm or a gate to compute too."""
 
     joins_heads: bool = False
 

@@ -4,12 +4,15 @@ This module imports whichever is there, sends its log to Python's logging, and l
 nothing of models; fly_build compiles with it and the runtime runs with it.
 """
 
+import contextlib
 import ctypes
 import importlib
 import logging
 import os
+import stat
 import tempfile
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -157,7 +160,23 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "fly-trt"
     except RuntimeError:  # a user without a home, as in some containers
-        return Path(tempfile.gettempdir()) / "fly-trt"
+        return _folder_without_home()
+
+
+def _folder_without_home() -> Path:
+    """In the folder for temporary files, where any user may make a folder first: code is loaded from here, so that one
+    of another's, or that others may write to, is not used. This process has one of its own then, until it ends."""
+    folder = Path(tempfile.gettempdir()) / f"fly-trt-{os.geteuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+    return folder if is_own else Path(_folder_of_process().name)
+
+
+@cache
+def _folder_of_process() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="fly-trt-", ignore_cleanup_errors=True)
 
 
 def keep(path: Path, content: Any, what: str) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fly_trt.engines.tensorrt_library import NO_DRIVER, Library, cache_folder, import_library
+from fly_trt.engines.tensorrt_library import NO_DRIVER, Library, _folder_of_process, cache_folder, import_library
 from fly_trt.errors import EngineError
 
 pytest.importorskip("tensorrt_rtx")
@@ -102,6 +102,39 @@ def test_files_are_kept_in_the_users_cache_or_where_there_is_no_home_in_the_temp
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "fly-trt"
-    monkeypatch.delenv("HOME")
+    live_without_home(monkeypatch, tmp_path)
+    folder = cache_folder()
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert cache_folder() == folder
+
+
+def live_without_home(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.getuid", lambda: 2**31)
-    assert cache_folder().is_relative_to(tempfile.gettempdir())
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+
+
+@pytest.mark.parametrize("made", ["by another", "for others to write to", "as a link", "as a file"])
+def test_a_temporary_folder_that_another_user_could_have_filled_is_not_used(
+    made: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    _folder_of_process.cache_clear()
+    request.addfinalizer(_folder_of_process.cache_clear)
+    live_without_home(monkeypatch, tmp_path)
+    guessed = cache_folder()
+    if made == "by another":
+        monkeypatch.setattr("os.geteuid", lambda: 2**31 - 7)
+        (tmp_path / guessed.name).rename(guessed := tmp_path / f"fly-trt-{2**31 - 7}")
+    elif made == "for others to write to":
+        guessed.chmod(0o770)
+    else:
+        guessed.rmdir()
+        guessed.touch() if made == "as a file" else guessed.symlink_to(tmp_path)
+    folder = cache_folder()
+    assert folder != guessed
+    assert folder.is_dir()
+    assert not folder.is_symlink()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert cache_folder() == folder  # of this process

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
 import kernels as check
+from cpu_operators import CpuOperators, Node
 from examples import examples
 from fly_build.head import GATE_OUTPUTS
 from fly_trt.verification import FlyPolicy, accept
@@ -139,6 +141,35 @@ def test_what_is_not_a_token_has_no_log_probability() -> None:
 def test_more_tokens_than_there_are_cannot_be_the_most_probable() -> None:
     with pytest.raises(Exception, match="top_k is not within the vocabulary"):
         gate(np.zeros((1, 1, 4)), top_k=5)
+
+
+def test_logits_and_tokens_that_do_not_fit_are_refused(cpu_operators: CpuOperators) -> None:
+    def node(*shape: int, num_tokens: int) -> Node:
+        inputs = {"logits": np.zeros(shape, np.float32), "next_tokens": np.zeros((1, num_tokens), np.int64)}
+        types = tuple(helper.np_dtype_to_tensor_dtype(dtype.numpy()) for dtype, _ in GATE_OUTPUTS.values())
+        return Node("EntropyGate", inputs, {"top_k": 1}, tuple(GATE_OUTPUTS), types)
+
+    no_axes, rows = cpu_operators.refusals([node(num_tokens=1), node(1, 2, 4, num_tokens=3)])
+    assert "EntropyGate: rows of a tensor that has no axes" in no_axes
+    assert "EntropyGate: logits and next_tokens differ in their rows" in rows
+
+
+def test_rows_whose_numbers_do_not_fit_are_refused(cpu_operators: CpuOperators) -> None:
+    whole = check.random_accept_inputs(np.random.default_rng(0), strange=False)
+    whole["use_full_entropy"] = whole["use_full_entropy"].astype(np.bool_)
+    short = [name for name in whole if name not in ("argmax", "stop_token_ids")]
+    nodes = [
+        Node(
+            "LooseWindowAccept",
+            whole | {name: whole[name][:-1]},
+            outputs=("num_accepted", "next_token"),
+            output_types=(TensorProto.INT64,) * 2,
+        )
+        for name in short
+    ]
+    for name, said in zip(short, cpu_operators.refusals(nodes), strict=True):
+        assert "LooseWindowAccept: " in said
+        assert ("[B, T]" if whole[name].ndim == 2 else "a row's numbers are [B]") in said
 
 
 @pytest.mark.parametrize("strange", [False, True])

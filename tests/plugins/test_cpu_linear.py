@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,6 +174,17 @@ def test_the_kind_that_runs_is_the_best_unless_one_is_asked_for(
     assert cpu_operators.name("avx2") == "avx2"
 
 
+def test_the_kinds_are_those_whose_units_the_system_names(offered_kinds: list[str]) -> None:
+    text = Path("/proc/cpuinfo").read_text()
+    flags = set(next(line for line in text.splitlines() if line.startswith("flags")).partition(":")[2].split())
+    avx2 = {"avx2", "fma", "f16c"}
+    avx512 = avx2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    needed = {"amx": avx512 | {"avx512_vnni", "amx_tile", "amx_int8"}, "avx512_vnni": avx512 | {"avx512_vnni"}}
+    needed |= {"avx_vnni": avx2 | {"avx_vnni"}, "avx512": avx512, "avx2": avx2, "amx_emulated": avx2}
+    named = [kind for kind, units in needed.items() if units <= flags]
+    assert offered_kinds in (named, [kind for kind in named if kind != "amx"])  # which a process may be refused
+
+
 def test_a_kind_that_is_not_there_is_refused_with_those_that_are(
     cpu_operators: CpuOperators, offered_kinds: list[str]
 ) -> None:
@@ -180,3 +192,38 @@ def test_a_kind_that_is_not_there_is_refused_with_those_that_are(
         cpu_operators.name("avx1024")
     expected = f"FLY_TRT_CPU_ISA 'avx1024': expected one of this machine's kinds: {', '.join(offered_kinds)}"
     assert expected in refusal.value.args[0]
+
+
+def test_operands_that_do_not_fit_are_refused_before_they_are_read(cpu_operators: CpuOperators) -> None:
+    x = np.ones((1, 2, 64), np.float32)
+    whole = Layer(np.ones((20, 64), np.int64), np.ones(20, np.float32)).node(x)
+    packed = whole.inputs["weight"]
+    assert packed is not None
+
+    def node(prologue: int = NONE, **inputs: np.ndarray) -> Node:
+        return Node("Int8Linear", whole.inputs | inputs, {"prologue": prologue, "epsilon": EPSILON})
+
+    def ones(*shape: int) -> np.ndarray:
+        return np.ones(shape, np.float32)
+
+    cases = [
+        ("prologue is 0, 1, 2 or 3", node(7)),
+        ("prologue is 0, 1, 2 or 3", node(-1)),
+        ("weight is", node(x=ones(1, 2, 65))),
+        ("weight is", node(scales=ones(33))),
+        ("weight is", node(scales=ones(16))),
+        ("weight is", node(weight=packed.reshape(2, 16, 4, 16))),
+        ("weight is", node(weight=packed.reshape(2, 16, 64))),
+        ("weight is", node(x=ones(1, 2, 20), weight=packed[:, :5].copy())),
+        ("x is", node(x=ones(1, 2, 0))),
+        ("x is", node(SILU, x=ones(1, 2, 129))),
+        ("an RMS norm has a weight", node(RMS_NORM)),
+        ("norm is [K]", node(RMS_NORM, norm=ones(63))),
+        ("bias [N]", node(bias=ones(19))),
+        ("residual has the shape of y", node(residual=ones(1, 1, 20))),
+        ("residual has the shape of y", node(residual=ones(2, 1, 20))),
+        ("a tensor that has no axes", node(x=ones())),
+    ]
+    for (right, _), said in zip(cases, cpu_operators.refusals([node for _, node in cases]), strict=True):
+        assert "Int8Linear: " in said
+        assert right in said

@@ -1,4 +1,4 @@
-// Which kernels run here: the best kind that the processor and the system offer and whose sums are right.
+// Which kernels run here: the best kind that the processor and the system offer and whose results are right.
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -8,6 +8,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "processor.h"
 #include "self_test.h"
 
 namespace fly {
@@ -19,19 +20,14 @@ struct Kind {
     const Kernels* (*kernels)();
 };
 
-bool offers_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
-bool offers_avx_vnni() { return offers_avx2() && __builtin_cpu_supports("avxvnni"); }
-bool offers_avx512() {
-    return offers_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-bool offers_avx512_vnni() { return offers_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool offers_avx2() { return processor().has_avx2; }
+bool offers_avx_vnni() { return processor().has_avx_vnni; }
+bool offers_avx512() { return processor().has_avx512; }
+bool offers_avx512_vnni() { return processor().has_avx512_vnni; }
 
 // A process has to ask for the tiles' registers; the system keeps them for all of its threads from then on.
 bool offers_amx() {
-    if (!offers_avx512_vnni() || !__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-int8")) return false;
+    if (!processor().has_amx) return false;
     constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
@@ -65,8 +61,8 @@ const Kernels& named(const std::string& name) {
     const std::string asked = std::string(kVariable) + " '" + name + "': ";
     for (const Kind& kind : kKinds) {
         if (name != kind.name || !kind.is_offered()) continue;
-        if (multiplies_rightly(*kind.kernels())) return *kind.kernels();
-        throw std::runtime_error(asked + "gives wrong sums on this machine: unset it");
+        if (computes_rightly(*kind.kernels())) return *kind.kernels();
+        throw std::runtime_error(asked + "gives wrong results on this machine: unset it");
     }
     throw std::runtime_error(asked + "expected one of this machine's kinds: " + offered_names());
 }
@@ -74,8 +70,8 @@ const Kernels& named(const std::string& name) {
 const Kernels& best() {
     for (const Kind& kind : kKinds) {
         if (!kind.is_offered()) continue;
-        if (multiplies_rightly(*kind.kernels())) return *kind.kernels();
-        std::fprintf(stderr, "fly-trt: the CPU kernels %s give wrong sums on this machine and are not used\n", kind.name);
+        if (computes_rightly(*kind.kernels())) return *kind.kernels();
+        std::fprintf(stderr, "fly-trt: the CPU kernels %s give wrong results on this machine and are not used\n", kind.name);
     }
     fail_without_kernels();
 }

@@ -35,7 +35,7 @@ inline int32_t largest(Integers a) {
     return first > second ? first : second;
 }
 
-// exp(x) within 2 units in the last place; 0 from kNoPower down, and what exp(88.3) is above.
+// exp(x) within 2 units in the last place; 0 from kNoPower down, and above 88.376 what it is there.
 constexpr float kNoPower = -88.0F;  // n is -127, whose power of two has no bits
 inline Lanes exponential(Lanes x) {
     const Lanes bounded = max(min(x, Lanes::all(88.3762626647949F)), Lanes::all(kNoPower));

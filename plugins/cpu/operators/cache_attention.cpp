@@ -1,9 +1,7 @@
 #include "cache_attention.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
-#include <vector>
 
 namespace fly {
 namespace {
@@ -11,16 +9,11 @@ namespace {
 constexpr size_t kEnoughTasks = 8;  // below, tasks get fewer rows, which costs a little
 constexpr size_t kSplitBelow = 16;  // tasks below which chunks are shared out too
 constexpr size_t kSplitTasks = 32;  // about so many then
+constexpr size_t kMostStates = 8 << 20;  // floats that a thread keeps of chunks which were shared out
 // What one thread does before others are worth waking: numbers of new keys to store, products, states to merge.
 constexpr size_t kValuesAtOnce = 16 << 10;
 constexpr size_t kProductsAtOnce = 128 << 10;
 constexpr size_t kStatesAtOnce = 128;
-
-size_t parts(size_t count, size_t size) { return (count + size - 1) / size; }
-
-void require(bool is_right, const char* what) {
-    if (!is_right) throw Failure(std::string("CacheAttention: ") + what);
-}
 
 // Where an output is not bound to its input's memory, the input is copied; without one the input is written to.
 void* present(const Context& context, size_t index, const Tensor& past, size_t item_bytes) {
@@ -28,28 +21,6 @@ void* present(const Context& context, size_t index, const Tensor& past, size_t i
     if (data == nullptr) return past.data;
     if (data != past.data) std::memcpy(data, past.data, past.shape.count() * item_bytes);
     return data;
-}
-
-// Calls work(i, scratch) for each i, in this thread alone where there is little to do. Throws std::bad_alloc at the end
-// where a thread had no memory.
-template <typename Work>
-void share(const Context& context, size_t count, bool is_little, size_t scratch_size, const Work& work) {
-    std::atomic<bool> has_memory = true;
-    const auto one = [&](size_t index) {
-        Scratch& scratch = Scratch::of_task();
-        try {
-            scratch.reserve({scratch_size * sizeof(float)});
-        } catch (const std::bad_alloc&) {
-            has_memory = false;
-            return;
-        }
-        work(index, scratch.take<float>(scratch_size));
-    };
-    if (is_little)
-        for (size_t index = 0; index < count; ++index) one(index);
-    else
-        context.parallel(count, one);
-    if (!has_memory) throw std::bad_alloc();
 }
 
 // Tokens of a sequence whose keys lie in the same block are one task: threads do not write to the same lines.
@@ -64,28 +35,31 @@ void store(const Context& context, const AttentionKernels& kernels, const Attent
     });
 }
 
+bool is_absent_or(const Tensor& tensor, std::initializer_list<size_t> sizes) { return !tensor || tensor.shape.is(sizes); }
+
+// As many of the heads' rows in a task as give `enough` tasks, but not so few that each reads the keys for little.
+size_t tile_rows(size_t rows, size_t num_heads, size_t enough) {
+    size_t tile = kTaskRows;
+    while (tile > 2 * kQueryGroup && num_heads * parts(rows, tile) < enough) tile /= 2;
+    return std::min(tile, rows);
+}
+
 // The sizes and positions that the kernels rely on.
 void check_fit(const Attention& a, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& past_key, const Tensor& past_value) {
-    require(query.shape.rank == 3 && past_key.shape.rank == 5 && past_value.shape.rank == 4,
-            "query has 3 axes, past_key 5 and past_value 4");
-    require(a.kv_heads > 0 && a.heads % a.kv_heads == 0, "num_heads is a multiple of num_kv_heads");
+    require(a.heads > 0 && a.kv_heads > 0 && a.heads % a.kv_heads == 0, "num_heads is a multiple of num_kv_heads");
     require(a.head_dim > 0 && a.head_dim % 16 == 0, "the size of a head is a multiple of 16");
-    const auto has = [](const Tensor& tensor, std::initializer_list<size_t> sizes) {
-        size_t axis = 0;
-        return std::all_of(sizes.begin(), sizes.end(), [&](size_t size) { return static_cast<size_t>(tensor.shape[axis++]) == size; });
-    };
-    require(has(past_key, {a.batch, a.kv_heads, a.capacity / kKeyBlock, a.head_dim, kKeyBlock}) && a.capacity % kKeyBlock == 0 &&
-                has(past_value, {a.batch, a.kv_heads, a.capacity, a.head_dim}),
+    require(past_key.shape.is({a.batch, a.kv_heads, a.capacity / kKeyBlock, a.head_dim, kKeyBlock}) && a.capacity % kKeyBlock == 0 &&
+                past_value.shape.is({a.batch, a.kv_heads, a.capacity, a.head_dim}),
             "past_key is [B, Hkv, S / 16, D, 16] and past_value [B, Hkv, S, D]");
     const size_t width = key ? a.heads : a.heads + 2 * a.kv_heads;
-    require(has(query, {a.batch, a.tokens, width * a.head_dim}) && static_cast<bool>(key) == static_cast<bool>(value) &&
-                (!key || (has(key, {a.batch, a.tokens, a.kv_heads * a.head_dim}) && has(value, {a.batch, a.tokens, a.kv_heads * a.head_dim}))),
+    require(query.shape.is({a.batch, a.tokens, width * a.head_dim}) && key.present == value.present &&
+                is_absent_or(key, {a.batch, a.tokens, a.kv_heads * a.head_dim}) && is_absent_or(value, {a.batch, a.tokens, a.kv_heads * a.head_dim}),
             "query is [B, T, (Hq + 2 Hkv) D], or [B, T, Hq D] with key and value [B, T, Hkv D]");
     for (size_t sequence = 0; sequence < a.batch; ++sequence) {
         const int64_t at = a.write_indices[sequence];
         if (at < 0 || static_cast<size_t>(at) + a.tokens > a.capacity)
-            throw Failure("CacheAttention: " + std::to_string(a.tokens) + " tokens from position " + std::to_string(at) +
-                          " on, in a cache with room for " + std::to_string(a.capacity));
+            throw Failure(std::to_string(a.tokens) + " tokens from position " + std::to_string(at) + " on, in a cache with room for " +
+                          std::to_string(a.capacity));
     }
 }
 
@@ -110,7 +84,7 @@ void CacheAttentionBase::compute(const Context& context, bool is_half) const {
     a.head_dim = past_value.shape[3], a.capacity = past_value.shape[2];
     a.scale = scale_, a.softcap = softcap_, a.epsilon = epsilon_, a.is_half = is_half;
     a.write_indices = write_indices.as<int64_t>();
-    require(static_cast<size_t>(write_indices.shape.count()) == a.batch, "write_indices has one position for each sequence");
+    require(write_indices.count() == a.batch, "write_indices has one position for each sequence");
     check_fit(a, query, key, value, past_key, past_value);
     a.query = query.as<float>(), a.query_stride = query.shape.last();
     a.key = key ? key.as<float>() : a.query + heads_ * a.head_dim;
@@ -118,7 +92,10 @@ void CacheAttentionBase::compute(const Context& context, bool is_half) const {
     a.key_stride = key ? kv_heads_ * a.head_dim : a.query_stride;
     a.cosines = cosines.as<float>(), a.sines = sines.as<float>();
     a.half_rotated = cosines ? cosines.shape.last() : 0;
-    require(2 * a.half_rotated <= a.head_dim && cosines.shape.count() == sines.shape.count(), "cos and sin are [B, T, R / 2], R at most D");
+    require(cosines.present == sines.present && 2 * a.half_rotated <= a.head_dim &&
+                is_absent_or(cosines, {a.batch, a.tokens, a.half_rotated}) && is_absent_or(sines, {a.batch, a.tokens, a.half_rotated}),
+            "cos and sin are [B, T, R / 2], R at most D");
+    require(is_absent_or(query_norm, {a.head_dim}) && is_absent_or(key_norm, {a.head_dim}), "query_norm and key_norm are [D]");
     a.query_norm = query_norm.as<float>(), a.key_norm = key_norm.as<float>();
     Shape shape = query.shape;
     a.output = context.output<float>(0, shape.with_last(heads_ * a.head_dim));
@@ -133,22 +110,22 @@ void CacheAttentionBase::compute(const Context& context, bool is_half) const {
 }
 
 // All rows of a key-value head and all chunks are one piece of work that may be cut anywhere. Rows are cut first; where
-// that gives too few tasks for many threads, chunks are too, and what each found is merged behind.
+// that gives too few tasks for many threads, chunks are too, and what each found is merged behind. Where that would be
+// much to keep, rows are cut once more instead.
 void CacheAttentionBase::attend(const Context& context, const Attention& a) const {
     const size_t rows = a.rows(), num_heads = a.batch * a.kv_heads;
-    size_t tile = kTaskRows;
-    while (tile > 2 * kQueryGroup && num_heads * parts(rows, tile) < kEnoughTasks) tile /= 2;
-    tile = std::min(tile, rows);
+    const size_t num_states = num_heads * rows * a.num_chunks * a.state_size();
+    const bool may_split = num_states <= kMostStates && a.num_chunks > 1;
+    const size_t tile = tile_rows(rows, num_heads, num_states <= kMostStates ? kEnoughTasks : kSplitBelow);
     const size_t num_tiles = parts(rows, tile), num_tasks = num_heads * num_tiles;
-    const bool is_split = num_tasks < kSplitBelow && a.num_chunks > 1;
+    const bool is_split = may_split && num_tasks < kSplitBelow;
     const size_t num_runs = is_split ? std::min(a.num_chunks, parts(kSplitTasks, num_tasks)) : 1;
     const size_t run = parts(a.num_chunks, num_runs);
     float* states = nullptr;
     if (is_split) {
         Scratch& scratch = Scratch::of_thread();
-        const size_t size = num_heads * rows * a.num_chunks * a.state_size();
-        scratch.reserve({size * sizeof(float)});
-        states = scratch.take<float>(size);
+        scratch.reserve({num_states * sizeof(float)});
+        states = scratch.take<float>(num_states);
     }
     size_t num_keys = 0;
     for (size_t sequence = 0; sequence < a.batch; ++sequence) num_keys += a.write_indices[sequence] + a.tokens;

@@ -16,9 +16,9 @@ EntropyGate::EntropyGate(const Attributes& attributes)
 void EntropyGate::compute(const Context& context) const {
     const Tensor logits = context.input(0), next_tokens = context.input(1);
     const size_t count = logits.shape.rows(), vocab_size = logits.shape.last();
-    if (top_k_ < 1 || top_k_ > vocab_size) throw Failure("EntropyGate: top_k is not within the vocabulary");
     const Shape& places = next_tokens.shape;
-    if (static_cast<size_t>(places.count()) != count) throw Failure("EntropyGate: logits and next_tokens differ in their rows");
+    require(1 <= top_k_ && top_k_ <= vocab_size, "top_k is not within the vocabulary");
+    require(next_tokens.count() == count, "logits and next_tokens differ in their rows");
     auto* argmax = context.output<int64_t>(0, places);
     auto* entropy = context.output<float>(1, places);
     auto* entropy_topk = context.output<float>(2, places);
@@ -40,7 +40,7 @@ void EntropyGate::compute(const Context& context) const {
                                                 : std::numeric_limits<float>::quiet_NaN();
     };
     const size_t step = std::max<size_t>(1, kTaskLogits / vocab_size);
-    context.parallel((count + step - 1) / step, [&](size_t task) {
+    context.parallel(parts(count, step), [&](size_t task) {
         for (size_t row = task * step; row < std::min(count, (task + 1) * step); ++row) read(row);
     });
 }

@@ -27,7 +27,11 @@ void LooseWindowAccept::compute(const Context& context) const {
     const Tensor use_full_entropy = context.input(7), window = context.input(8), lookahead = context.input(9);
     const Tensor stops = context.input(10);
     const int64_t length = argmax.shape.last(), count = argmax.shape.rows();
-    if (length < 1) throw Failure("LooseWindowAccept: rows of no tokens");
+    require(length > 0, "rows of no tokens");
+    for (const Tensor* of_tokens : {&next_tokens, &entropy, &entropy_topk})
+        require(of_tokens->count() == argmax.count(), "next_tokens, argmax, entropy and entropy_topk are [B, T]");
+    for (const Tensor* of_rows : {&num_context, &num_draft, &threshold, &use_full_entropy, &window, &lookahead})
+        require(of_rows->count() == static_cast<size_t>(count), "a row's numbers are [B]");
     auto* num_accepted = context.output<int64_t>(0, num_context.shape);
     auto* next_token = context.output<int64_t>(1, num_context.shape);
     for (int64_t b = 0; b < count; ++b) {

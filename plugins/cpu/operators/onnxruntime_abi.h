@@ -11,6 +11,7 @@
 namespace fly::abi {
 
 constexpr uint32_t API_VERSION = 28;
+constexpr uint32_t FIRST_API_VERSION = 1;  // which every ONNX Runtime has
 
 struct Status;
 struct SessionOptions;
@@ -21,13 +22,14 @@ struct Value;
 struct TensorShape;  // OrtTensorTypeAndShapeInfo
 struct ShapeInferContext;
 
-enum class ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
-enum class ElementType : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kInt64 = 7, kBool = 9, kFloat16 = 10 };
+enum class ErrorCode : int { kFail = 1 };
+enum class ElementType : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt64 = 7, kBool = 9, kFloat16 = 10 };
 enum class Presence : int { kRequired = 0, kOptional = 1 };
 enum class Memory : int { kDefault = 0 };
 
 enum Entry : size_t {
     kCreateStatus = 0,
+    kGetErrorMessage = 2,
     kCreateCustomOpDomain = 26,
     kCustomOpDomainAdd = 27,
     kAddCustomOpDomain = 28,
@@ -37,12 +39,11 @@ enum Entry : size_t {
     kGetTensorTypeAndShape = 65,
     kKernelInfoGetAttributeFloat = 85,
     kKernelInfoGetAttributeInt64 = 86,
-    kKernelContextGetInputCount = 88,
-    kKernelContextGetOutputCount = 89,
     kKernelContextGetInput = 90,
     kKernelContextGetOutput = 91,
     kReleaseStatus = 93,
     kReleaseTensorTypeAndShapeInfo = 99,
+    kReleaseCustomOpDomain = 101,
     kKernelContextParallelFor = 274,
 };
 

@@ -6,16 +6,18 @@
 //   void compute(Context&) const;
 //
 // that `operator_of<Operator>()` turns into what ONNX Runtime registers. `compute` may run in several threads at once:
-// what it needs besides its tensors comes from `Scratch`. Exceptions become errors of the step.
+// what it needs besides its tensors comes from `Scratch`. Exceptions become errors of the step, with the operator's name.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
 #include <iterator>
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
 #include "onnxruntime_abi.h"
 
@@ -29,6 +31,19 @@ struct Slot {
     Presence presence = Presence::kRequired;
 };
 
+class Failure : public std::runtime_error {
+   public:
+    using std::runtime_error::runtime_error;
+};
+
+// Of what a graph gives an operator: nothing is read before its size is known to be right.
+inline void require(bool is_right, const char* what) {
+    if (!is_right) throw Failure(what);
+}
+
+// Pieces of at most `size`.
+inline size_t parts(size_t count, size_t size) { return (count + size - 1) / size; }
+
 constexpr size_t kMaxRank = 5;
 
 struct Shape {
@@ -36,7 +51,10 @@ struct Shape {
     size_t rank = 0;
 
     int64_t operator[](size_t axis) const { return sizes[axis]; }
-    int64_t last() const { return sizes[rank - 1]; }
+    bool is(std::initializer_list<size_t> wanted) const {
+        return rank == wanted.size() && std::equal(wanted.begin(), wanted.end(), sizes, [](size_t size, int64_t own) { return static_cast<int64_t>(size) == own; });
+    }
+    bool operator==(const Shape& other) const { return rank == other.rank && std::equal(sizes, sizes + rank, other.sizes); }
     int64_t count(size_t first, size_t end) const {
         int64_t product = 1;
         for (size_t axis = first; axis < end; ++axis) product *= sizes[axis];
@@ -44,39 +62,49 @@ struct Shape {
     }
     int64_t count() const { return count(0, rank); }
     // All axes but the last: what operators on rows work on.
-    int64_t rows() const { return count(0, rank - 1); }
+    int64_t rows() const { return count(0, last_axis()); }
+    int64_t last() const { return sizes[last_axis()]; }
     Shape with_last(int64_t size) const {
         Shape shape = *this;
-        shape.sizes[rank - 1] = size;
+        shape.sizes[last_axis()] = size;
         return shape;
+    }
+
+   private:
+    size_t last_axis() const {
+        require(rank > 0, "rows of a tensor that has no axes");
+        return rank - 1;
     }
 };
 
 struct Tensor {
-    void* data = nullptr;
+    void* data = nullptr;  // may be null where there is nothing to read
     Shape shape;
-    ElementType type = ElementType::kUndefined;
+    bool present = false;
 
-    explicit operator bool() const { return data != nullptr; }
+    explicit operator bool() const { return present; }
+    size_t count() const { return shape.count(); }
     template <typename T>
     T* as() const {
         return static_cast<T*>(data);
     }
 };
 
-class Failure : public std::runtime_error {
-   public:
-    using std::runtime_error::runtime_error;
-};
-
 inline void check(const abi::Api* api, abi::Status* status) {
     if (status == nullptr) return;
+    const Failure failure(api->get<const char*(const abi::Status*)>(abi::kGetErrorMessage)(status));
     api->get<void(abi::Status*)>(abi::kReleaseStatus)(status);
-    throw Failure("ONNX Runtime refused what a fly.cpu operator asked for");
+    throw failure;
 }
 
 inline abi::Status* failed(const abi::Api* api, const char* message) {
     return api->get<abi::Status*(abi::ErrorCode, const char*)>(abi::kCreateStatus)(abi::ErrorCode::kFail, message);
+}
+
+inline abi::Status* failed(const abi::Api* api, const char* where, const char* message) {
+    char text[512];  // no memory may be what failed
+    std::snprintf(text, sizeof(text), "%s: %s", where, message);
+    return failed(api, text);
 }
 
 class Attributes {
@@ -104,13 +132,14 @@ class Context {
    public:
     Context(const abi::Api* api, abi::KernelContext* context) : api_(api), context_(context) {}
 
-    // An optional input that the node does not have has no data.
+    // An optional input that the node does not have is not present.
     Tensor input(size_t index) const {
         const abi::Value* value = nullptr;
         check(api_, api_->get<abi::Status*(const abi::KernelContext*, size_t, const abi::Value**)>(
                         abi::kKernelContextGetInput)(context_, index, &value));
         if (value == nullptr) return {};
         Tensor tensor;
+        tensor.present = true;
         tensor.data = data(const_cast<abi::Value*>(value));
         abi::TensorShape* info = nullptr;
         check(api_, api_->get<abi::Status*(const abi::Value*, abi::TensorShape**)>(abi::kGetTensorTypeAndShape)(value, &info));
@@ -118,7 +147,7 @@ class Context {
         const bool fits = tensor.shape.rank <= kMaxRank;
         if (fits) api_->get<abi::Status*(const abi::TensorShape*, int64_t*, size_t)>(abi::kGetDimensions)(info, tensor.shape.sizes, tensor.shape.rank);
         api_->get<void(abi::TensorShape*)>(abi::kReleaseTensorTypeAndShapeInfo)(info);
-        if (!fits) throw Failure("a fly.cpu operator got a tensor of more than 5 axes");
+        require(fits, "a tensor of more than 5 axes");
         return tensor;
     }
 
@@ -199,6 +228,28 @@ class Scratch {
     size_t capacity_ = 0;
 };
 
+// Calls work(i, scratch) for each i below `count`, with so many floats of scratch, in this thread alone where there is
+// little to do. Throws std::bad_alloc at the end where a thread had no memory.
+template <typename Work>
+void share(const Context& context, size_t count, bool is_little, size_t scratch_size, const Work& work) {
+    std::atomic<bool> has_memory = true;
+    const auto one = [&](size_t index) {
+        Scratch& scratch = Scratch::of_task();
+        try {
+            scratch.reserve({scratch_size * sizeof(float)});
+        } catch (const std::bad_alloc&) {
+            has_memory = false;
+            return;
+        }
+        work(index, scratch.take<float>(scratch_size));
+    };
+    if (is_little)
+        for (size_t index = 0; index < count; ++index) one(index);
+    else
+        context.parallel(count, one);
+    if (!has_memory) throw std::bad_alloc();
+}
+
 template <typename Operator>
 const abi::CustomOp* operator_of() {
     struct Kernel {
@@ -228,7 +279,7 @@ const abi::CustomOp* operator_of() {
                 *kernel = new Kernel{api, Operator(Attributes(api, info))};
                 return nullptr;
             } catch (const std::exception& error) {
-                return failed(api, error.what());
+                return failed(api, Operator::name, error.what());
             }
         };
         op.KernelComputeV2 = [](void* kernel, abi::KernelContext* context) -> abi::Status* {
@@ -238,7 +289,7 @@ const abi::CustomOp* operator_of() {
                 made->op.compute(own);
                 return nullptr;
             } catch (const std::exception& error) {
-                return failed(made->api, error.what());
+                return failed(made->api, Operator::name, error.what());
             }
         };
         op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };

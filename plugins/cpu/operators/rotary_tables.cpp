@@ -30,7 +30,8 @@ Turn turn_of(double angle) {
 void RotaryTables::compute(const Context& context) const {
     const Tensor write_indices = context.input(0), input_ids = context.input(1), frequencies = context.input(2);
     Shape shape = input_ids.shape;
-    const size_t length = shape.last(), count = shape.count(), channels = frequencies.shape.count();
+    require(shape.rank == 2 && write_indices.shape.is({static_cast<size_t>(shape[0])}), "input_ids is [B, T] and write_indices [B]");
+    const size_t length = shape.last(), count = shape.count(), channels = frequencies.count();
     shape.sizes[shape.rank++] = static_cast<int64_t>(channels);
     auto* cos = context.output<float>(0, shape);
     auto* sin = context.output<float>(1, shape);
