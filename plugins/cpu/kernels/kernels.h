@@ -77,6 +77,9 @@ struct RowEntropies {
 struct Kernels {
     const char* name;
 
+    // Blocks that a task of `multiply` should have, or a multiple.
+    size_t task_blocks;
+
     // How this many rows have to lie for `multiply`.
     RowLayout (*row_layout)(size_t count);
 

@@ -22,6 +22,7 @@ struct Product {
     static constexpr size_t kLanes = sizeof(Register) / sizeof(int32_t);
     static constexpr size_t kParts = kBlock / kLanes;  // registers of a block
     static constexpr size_t kRows = Unit::kRows;
+    static constexpr size_t kTaskBlocks = 3;  // whole tiles of every unit
 
     static RowLayout layout(size_t) { return {kRows, kQuad}; }
 

@@ -6,12 +6,11 @@ namespace fly {
 namespace {
 
 constexpr size_t kRoundedAtOnce = 8192;    // values that one thread rounds before others are worth waking
-constexpr size_t kTaskBytes = 48 << 10;    // of weights, for one task
+constexpr size_t kTaskBytes = 16 << 10;    // of weights, for each block that a task should have
 constexpr size_t kSliceBytes = 512 << 10;  // of rounded rows, which stay in a core's second cache for all weights
 
-size_t task_blocks(size_t padded_depth) {
-    const size_t blocks = kTaskBytes / (padded_depth * kBlock);
-    return std::max<size_t>(3, blocks / 3 * 3);
+size_t task_blocks(size_t padded_depth, size_t at_least) {
+    return std::max<size_t>(1, kTaskBytes / (padded_depth * kBlock)) * at_least;
 }
 
 // Rows of a task: all, or about equal shares of many. Whole pairs of groups, as some kinds take them.
@@ -62,7 +61,7 @@ void Int8Linear::compute(const Context& context) const {
         }
     });
 
-    const size_t step = task_blocks(padded_depth), tasks = parts(num_blocks, step);
+    const size_t step = task_blocks(padded_depth, kernels_.task_blocks), tasks = parts(num_blocks, step);
     const size_t slice = slice_rows(count, padded_depth, layout), slices = parts(count, slice);
     context.parallel(slices * tasks, [&](size_t task) {
         const size_t row = task / tasks * slice, first = task % tasks * step;
