@@ -6,15 +6,17 @@ enough. By exact match the text is the draft model's greedy text whatever guesse
 differs.
 """
 
+import time
 from collections.abc import Sequence
 
 from fly_trt.drafting.base import Draft, DraftParts, DraftRow, DraftSettings, exchange
 from fly_trt.drafting.draft_slot import DraftSlot
+from fly_trt.drafting.guess_trials import GuessTrials
 from fly_trt.drafting.levels import INNER_ACCEPTANCE, Level, Lookup
 from fly_trt.drafting.model_steps import ModelSteps
 from fly_trt.engines.base import Engine
 from fly_trt.tokens import NO_TOKENS, IntArray
-from fly_trt.verification import NO_DRAFT_SCORES, DraftScores, DraftSource
+from fly_trt.verification import EXACT, NO_DRAFT_SCORES, DraftScores, DraftSource
 
 # A row with more context than this gets a step of its own: in a common one every other row would be padded to it.
 MAX_SHARED_CONTEXT = 8
@@ -45,7 +47,11 @@ class ModelDrafter:
         longest_guess = min(self._level.num_tokens, engine.info.max_draft_len) if self._level is not None else 0
         self._max_context = engine.info.max_num_tokens - longest_guess
         self._slots: dict[int, DraftSlot] = {}
-        self._steps = ModelSteps(engine, self._slots, target_vocab_size, self._level)
+        policy = EXACT if self._level is None else self._level.policy
+        self._steps = ModelSteps(engine, self._slots, target_vocab_size, policy)
+        has_choice = self._steps.rolls_out and self._level is not None and self._level.guesser.is_free
+        self._trials = GuessTrials() if has_choice else None
+        self._is_guessing = self._level is not None
 
     @property
     def num_preparations(self) -> int:
@@ -73,9 +79,11 @@ class ModelDrafter:
 
     def propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
         self.prepare(rows)
-        pending = [row.slot for row in rows]
-        while pending := [slot for slot in pending if self._slots[slot].is_pending]:
-            self._steps.extend(pending, self._guess(pending))
+        pending = [row.slot for row in rows if self._slots[row.slot].is_pending]
+        if pending and self._trials is not None:
+            self._try(self._trials, pending)
+        else:
+            self._extend_all(pending)
         return [self._drafted(row) for row in rows]
 
     def release(self, slot: int) -> None:
@@ -130,6 +138,26 @@ class ModelDrafter:
             scores = DraftScores._make(array[first : first + len(tokens)] for array in state.scores)
         return Draft.of(tokens, DraftSource.MODEL, scores, is_whole=False)
 
+    def _try(self, trials: GuessTrials, pending: list[int]) -> None:
+        """With guesses or without: by exact match, the drafts are the same."""
+        self._is_guessing = trials.choose(len(pending))
+        if self._is_guessing:  # what was drafted without them is read once, and is no part of the trial
+            assert self._level is not None
+            self._level.guesser.prepare([DraftRow(slot, self._slots[slot].held.tokens, 0) for slot in pending])
+        states = [self._slots[slot] for slot in pending]
+        num_held = sum(len(state.held) for state in states)
+        prepared, started = self._engine.num_preparations, time.perf_counter()
+        self._extend_all(pending)
+        seconds = time.perf_counter() - started
+        num_tokens = sum(len(state.held) for state in states) - num_held
+        if num_tokens and self._engine.num_preparations == prepared:
+            trials.observe(len(pending), num_tokens, seconds, has_guesses=self._is_guessing)
+
+    def _extend_all(self, pending: list[int]) -> None:
+        while pending:
+            self._steps.extend(pending, self._guess(pending))
+            pending = [slot for slot in pending if self._slots[slot].is_pending]
+
     def _prefill(self, slot: int, state: DraftSlot) -> None:
         """Runs a long context in steps of its own; the last one brings the first draft tokens."""
         while len(state.context) > self._max_context and state.is_pending:
@@ -137,11 +165,11 @@ class ModelDrafter:
         if len(state.context) > MAX_SHARED_CONTEXT and state.is_pending:
             self._steps.extend([slot], self._guess([slot]))
 
-    def _guess(self, slots: list[int]) -> list[IntArray]:
-        """What the level below expects each slot's next tokens to be."""
+    def _guess(self, slots: list[int]) -> list[IntArray] | None:
+        """What the level below expects each slot's next tokens to be; None where it is not asked."""
+        if self._level is None or not self._is_guessing:
+            return None
         guesses = [NO_TOKENS] * len(slots)
-        if self._level is None:
-            return guesses
         longest = min(self._level.num_tokens, MAX_GUESSED_POSITIONS // (max(slots) - min(slots) + 1) - 1)
         asked: dict[int, DraftRow] = {}
         for at, slot in enumerate(slots):

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from fly_trt.drafting.draft_slot import DraftSlot
-from fly_trt.drafting.levels import Level
 from fly_trt.engines.base import Engine, Step
 from fly_trt.engines.rollouts import LONGEST_ROLLOUT, Rollout, RollsOut
 from fly_trt.tokens import NO_TOKENS, IntArray
-from fly_trt.verification import EXACT, EXACT_WITH_ENTROPY, DraftScores, Evidence, Positions
+from fly_trt.verification import EXACT, EXACT_WITH_ENTROPY, AcceptancePolicy, DraftScores, Evidence, Positions
 
 # Steps of one call where a draft may stop at any of them, and where the level below may know more after some: those
 # behind are wasted then, or worth a guess.
@@ -20,27 +19,31 @@ MAX_CAREFUL_STEPS = 4
 
 class ModelSteps:
     """Steps of `engine` over `slots`, whose tokens may be larger than its vocabulary: it reads those as its last one.
-    level: where guesses come from, if anything guesses, and which of them stand."""
+    policy: which guesses stand."""
 
-    def __init__(self, engine: Engine, slots: Mapping[int, DraftSlot], target_vocab_size: int, level: Level | None):
+    def __init__(
+        self, engine: Engine, slots: Mapping[int, DraftSlot], target_vocab_size: int, policy: AcceptancePolicy
+    ) -> None:
         self._engine = engine
         self._slots = slots
-        self._level = level
+        self._policy = policy
         self._last_token = engine.info.vocab_size - 1
         self._reads_all_tokens = engine.info.vocab_size >= target_vocab_size
         self._rolls = engine if isinstance(engine, RollsOut) and engine.has_rollouts else None
+        self.rolls_out = self._rolls is not None and not policy.is_loose
         self.top_k = engine.info.entropy_top_k if engine.info.has_top_tokens else 0
 
     def read(self, slot: int, num_tokens: int) -> None:
         """So many tokens of a slot that are not cached yet, for nothing but the cache."""
         self._run([slot], [self._slots[slot].context[:num_tokens]], [NO_TOKENS])
 
-    def extend(self, slots: list[int], guesses: list[IntArray]) -> None:
+    def extend(self, slots: list[int], guesses: list[IntArray] | None) -> None:
         """Each slot gets at least one token more, at most what it still wants; but none where what it read came to
-        something that is not a number. `guesses` are what its next tokens may be."""
+        something that is not a number. `guesses` are what its next tokens may be, None where nobody guesses."""
         if (num_steps := self._num_rolled(slots, guesses)) > 1:
             self._roll_out(slots, num_steps)
             return
+        guesses = guesses or [NO_TOKENS] * len(slots)
         contexts = [self._slots[slot].context for slot in slots]
         for slot, (new, scores) in zip(slots, self._run(slots, contexts, guesses), strict=True):
             state = self._slots[slot]
@@ -49,16 +52,15 @@ class ModelSteps:
             state.held.append(new)
             state.num_cached = min(state.num_cached, len(state.held))
 
-    def _num_rolled(self, slots: list[int], guesses: list[IntArray]) -> int:
+    def _num_rolled(self, slots: list[int], guesses: list[IntArray] | None) -> int:
         """Steps of one token a row that one call may make: as many as all slots want, where nothing is guessed. A
         loose level is asked before each step, as what it lets pass is part of the draft."""
-        states = [self._slots[slot] for slot in slots]
-        is_loose = self._level is not None and self._level.policy.is_loose
-        if self._rolls is None or is_loose or any(map(len, guesses)):
+        if not self.rolls_out or (guesses is not None and any(map(len, guesses))):
             return 1
+        states = [self._slots[slot] for slot in slots]
         if any(state.num_cached < len(state.held) - 1 or (state.wants_scores and self.top_k) for state in states):
             return 1
-        is_careful = self._level is not None or any(state.stop is not None for state in states)
+        is_careful = guesses is not None or any(state.stop is not None for state in states)
         most = MAX_CAREFUL_STEPS if is_careful else LONGEST_ROLLOUT
         return min(most, *(state.wanted - len(state.held) for state in states))
 
@@ -132,7 +134,7 @@ class ModelSteps:
         """The guesses that stand and the token after them; the model speaks of them from position `start` on. A loose
         level is decided here, so that the head's entropies are those that the draft's stop asks for."""
         row, state = slot - step.first_slot, self._slots[slot]
-        if self._level is None or state.is_private or not len(guess) or not self._level.policy.is_loose:
+        if state.is_private or not len(guess) or not self._policy.is_loose:
             return [*guess[: int(step.num_accepted[row])].tolist(), int(step.next_token[row])]
         at = step.at(row, start, start + len(guess) + 1)
         said = Positions(
@@ -143,7 +145,7 @@ class ModelSteps:
             step.token_logprob[row, at],
         )
         evidence = Evidence(len(guess), has_ended=True, draft=guess, target=said)
-        verdict = self._level.policy.verdict(evidence, self._engine.info.stop_token_ids)
+        verdict = self._policy.verdict(evidence, self._engine.info.stop_token_ids)
         assert verdict.next_token is not None, "the whole guess was verified"
         state.has_loosened |= evidence.num_loosened(verdict.num_accepted) > 0
         return [*guess[: verdict.num_accepted].tolist(), verdict.next_token]
