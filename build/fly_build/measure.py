@@ -15,7 +15,6 @@ import numpy as np
 
 from fly_build.latency import StepTime
 from fly_trt.engines import Engine, load_engine
-from fly_trt.engines.onnxruntime import held_cores
 from fly_trt.engines.rollouts import RollsOut
 from fly_trt.manifest import Manifest, ModelEngine
 
@@ -98,6 +97,8 @@ def _draft(manifest: Manifest) -> ModelEngine:
 
 def _fastest(kinds: list[Kind]) -> list[float]:
     """Seconds of a step of each kind."""
+    from fly_trt.engines.onnxruntime import held_cores  # here, since plans are made where there is no ONNX Runtime
+
     fastest = [math.inf] * len(kinds)
     began, num_rounds = time.perf_counter(), 0
     while num_rounds < MIN_ROUNDS or (num_rounds < MAX_ROUNDS and time.perf_counter() - began < SECONDS):

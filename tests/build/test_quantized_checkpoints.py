@@ -251,9 +251,9 @@ def test_a_quantised_checkpoint_says_its_own_quantization(made: Made, tmp_path: 
 def test_a_plan_says_what_each_model_has(made: Made, original: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
     flags = ["--target", str(made("awq")[0]), "-o", str(tmp_path / "engine"), "--dry-run"]
     alone = CliRunner().invoke(main, flags)
-    assert ", quantization int4, max_batch_size" in alone.stdout, alone.output
+    assert ", quantization int4, KV cache float32, max_batch_size" in alone.stdout, alone.output
     pair = CliRunner().invoke(main, [*flags, "--draft", str(original[0])])
-    assert ", quantization target int4, draft none, max_batch_size" in pair.stdout, pair.output
+    assert ", quantization target int4, draft none, KV cache float32, max_batch_size" in pair.stdout, pair.output
 
 
 @pytest.mark.parametrize("field", ["checkpoint_format", "format"])
