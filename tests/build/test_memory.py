@@ -19,7 +19,6 @@ from tiny_models import TinyPair, add_demo_tokenizer, tiny_llama
 
 STATUS = Path("/proc/self/status")
 LARGEST_RATIO = 2.0
-MOST_TENSORS = 3  # one as it is written, and as it lies in the file, and what else a process takes meanwhile
 BUILD_AND_PRINT_GROWTH = """
 import re, sys
 from pathlib import Path
@@ -117,7 +116,9 @@ def test_a_rank_is_written_with_one_tensor_at_a_time_in_memory(big_checkpoint: P
     assert finished.returncode == 0, finished.stderr
     growth = json.loads(finished.stdout.splitlines()[-1])
     size = (big_checkpoint / "model.safetensors").stat().st_size
-    largest = 12288 * 1024 * 2 // 2  # a rank's part of a projection of the MLP, in bfloat16
+    # Of a rank's part, half of all. Its largest tensor is an eighth, there once as it is written and once as it lies in
+    # the file, and a process takes some memory besides.
+    half_a_part = size / 2 / 2
     for step in ("load weights", "rank 0 of 2: write weights", "rank 1 of 2: write weights"):
         (seen,) = (value for name, value in growth.items() if name.endswith(step))
-        assert seen < MOST_TENSORS * largest < size / 2 / 2, growth
+        assert seen < half_a_part, growth
