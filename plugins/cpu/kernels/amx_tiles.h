@@ -1,6 +1,6 @@
 // Tiles of AMX-INT8, 16 rows of 64 bytes, under one interface: those of the processor, and plain C++ that does the same
-// on any machine, for the sake of the product's logic (product_amx.h). The instructions are written out, since compilers
-// differ in whether the number of a tile may be a template's argument.
+// on any machine, for the sake of the product's logic (product_amx.h). The instructions are written out, since
+// compilers differ in whether the number of a tile may be a template's argument.
 #pragma once
 
 #include <cstddef>
@@ -27,7 +27,9 @@ struct alignas(64) TileConfiguration {
 };
 
 struct ProcessorTiles {
-    static void configure(const TileConfiguration& configuration) { __asm__ volatile("ldtilecfg %0" : : "m"(configuration)); }
+    static void configure(const TileConfiguration& configuration) {
+        __asm__ volatile("ldtilecfg %0" : : "m"(configuration));
+    }
     // Leaves the thread as it was: others who use it need not save tiles.
     static void release() { __asm__ volatile("tilerelease"); }
 
@@ -83,7 +85,7 @@ struct EmulatedTiles {
             for (size_t k = 0; k < rows[Weights]; ++k)
                 for (size_t i = 0; i < 64; ++i)
                     sums[i / 4] += static_cast<int8_t>(tile(Values)[m * kTileBytes + k * 4 + i % 4]) *
-                                   tile(Weights)[k * kTileBytes + i];
+                        tile(Weights)[k * kTileBytes + i];
             std::memcpy(tile(Sums) + m * kTileBytes, sums, sizeof(sums));
         }
     }

@@ -1,8 +1,8 @@
 // What the loops of attention over a cache work on (attention_loops.h has the loops).
 //
-// A query's result depends on itself and the keys that it sees, and on nothing else: keys are taken in chunks that begin
-// at fixed positions, each chunk's weights and sums are formed by themselves, and chunks are merged in their order. So
-// it does not matter which queries are computed together, nor which thread has which chunks.
+// A query's result depends on itself and the keys that it sees, and on nothing else: keys are taken in chunks that
+// begin at fixed positions, each chunk's weights and sums are formed by themselves, and chunks are merged in their
+// order. So it does not matter which queries are computed together, nor which thread has which chunks.
 #pragma once
 
 #include <cstddef>
@@ -15,16 +15,16 @@ struct Half {
     uint16_t bits;
 };
 
-constexpr size_t kKeyBlock = 16;    // keys that lie transposed together: [channels][16]
-constexpr size_t kKeyChunk = 256;   // keys whose weights are formed together: part of the numerics
-constexpr size_t kQueryGroup = 6;   // queries that share what is loaded of keys and values
-constexpr size_t kTaskRows = 192;   // queries of a task, at most
+constexpr size_t kKeyBlock = 16;     // keys that lie transposed together: [channels][16]
+constexpr size_t kKeyChunk = 256;    // keys whose weights are formed together: part of the numerics
+constexpr size_t kQueryGroup = 6;    // queries that share what is loaded of keys and values
+constexpr size_t kTaskRows = 192;    // queries of a task, at most
 constexpr size_t kNarrowGroups = 2;  // up to so many groups read 16-bit floats as they are, more a copy of 32 bits
-constexpr size_t kSpanSize = 4;     // floats that the first and last key of a row's take up
-constexpr size_t kStateExtra = 16;  // behind a query's sums: the largest score, the sum of the weights
+constexpr size_t kSpanSize = 4;      // floats that the first and last key of a row's take up
+constexpr size_t kStateExtra = 16;   // behind a query's sums: the largest score, the sum of the weights
 
-// One layer of one step. A "row" is a query head at a token: the query heads that share a key-value head are rows of the
-// same product, row = token * group_size + head within the group.
+// One layer of one step. A "row" is a query head at a token: the query heads that share a key-value head are rows of
+// the same product, row = token * group_size + head within the group.
 struct Attention {
     const float* query;  // of a token: at token * query_stride
     const float* key;    // of a token: at token * key_stride, of all key-value heads; values alike

@@ -45,14 +45,16 @@ inline void prepare(const Attention& a, const float* x, const float* norm, size_
         for (size_t i = 0; i < a.head_dim; i += 16) squares = fma(Lanes::load(x + i), Lanes::load(x + i), squares);
         const float mean = sum(squares) / static_cast<float>(a.head_dim);
         const Lanes factor = Lanes::all(1.0F / std::sqrt(mean + a.epsilon));
-        for (size_t i = 0; i < a.head_dim; i += 16) (Lanes::load(x + i) * factor * Lanes::load(norm + i)).store(result + i);
+        for (size_t i = 0; i < a.head_dim; i += 16)
+            (Lanes::load(x + i) * factor * Lanes::load(norm + i)).store(result + i);
     } else {
         std::memcpy(result, x, a.head_dim * sizeof(float));
     }
     const size_t half = a.half_rotated;
     for (size_t i = 0; i < half; i += 16) {
         const size_t n = half - i;
-        const Lanes cosine = Lanes::load(a.cosines + token * half + i, n), sine = Lanes::load(a.sines + token * half + i, n);
+        const Lanes cosine = Lanes::load(a.cosines + token * half + i, n),
+                    sine = Lanes::load(a.sines + token * half + i, n);
         const Lanes left = Lanes::load(result + i, n), right = Lanes::load(result + half + i, n);
         (left * cosine - right * sine).store(result + i, n);
         (right * cosine + left * sine).store(result + half + i, n);
@@ -98,7 +100,8 @@ void store(const Attention& a, size_t sequence, size_t first, size_t end, float*
 // channels, so that its row is, whatever a soft cap makes of infinity.
 inline void prepare_queries(const Attention& a, const AttentionTask& task, float* queries) {
     const size_t group_size = a.group_size();
-    const Lanes scale = Lanes::all(a.scale * kLog2E), not_a_number = Lanes::all(std::numeric_limits<float>::quiet_NaN());
+    const Lanes scale = Lanes::all(a.scale * kLog2E),
+                not_a_number = Lanes::all(std::numeric_limits<float>::quiet_NaN());
     size_t token = task.sequence * a.tokens + task.first_row / group_size, within = task.first_row % group_size;
     for (size_t row = task.first_row; row < task.end_row; ++row, queries += a.head_dim) {
         const size_t head = task.kv_head * group_size + within;
@@ -180,10 +183,11 @@ inline void write_output(const Attention& a, size_t sequence, size_t kv_head, si
     for (size_t i = 0; i < a.head_dim; i += 16) (Lanes::load(state + i) / total).store(output + i);
 }
 
-// The weighted values of each row of a group. What a row does not see is left out, not multiplied by 0: it need not be a
-// number. So keys that all rows see are taken together, and those at the ends by each row alone.
+// The weighted values of each row of a group. What a row does not see is left out, not multiplied by 0: it need not be
+// a number. So keys that all rows see are taken together, and those at the ends by each row alone.
 template <typename Element>
-void weigh_values(const Span* seen, size_t count, const float* weights, const Element* values, size_t dim, float* sums) {
+void weigh_values(
+    const Span* seen, size_t count, const float* weights, const Element* values, size_t dim, float* sums) {
     const size_t end = seen[0].end;
     const size_t first = least(seen[count - 1].first, end);
     std::memset(sums, 0, count * dim * sizeof(float));
@@ -210,36 +214,41 @@ struct Workspace {
         values = keys + kKeyChunk * a.head_dim;
         seen = reinterpret_cast<Span*>(values + kKeyChunk * a.head_dim);
         static_assert(sizeof(Span) <= kSpanSize * sizeof(float));
-        for (size_t row = 0; row < num_rows; ++row) seen[row] = seen_from(a, position_of(a, task.sequence, task.first_row + row));
+        for (size_t row = 0; row < num_rows; ++row)
+            seen[row] = seen_from(a, position_of(a, task.sequence, task.first_row + row));
     }
 };
 
 // Up to kQueryGroup rows of the task from its `row` on, at one chunk.
 template <typename Element>
-void attend_group(const Attention& a, const AttentionTask& task, size_t row, size_t count, size_t chunk, const Element* keys,
-                  const Element* values, const Workspace& work, float* states) {
+void attend_group(
+    const Attention& a, const AttentionTask& task, size_t row, size_t count, size_t chunk, const Element* keys,
+    const Element* values, const Workspace& work, float* states) {
     const size_t dim = a.head_dim;
     Span seen[kQueryGroup];
     for (size_t r = 0; r < count; ++r) seen[r] = of_chunk(work.seen[row + r], chunk);
     const Span all = {seen[0].first, seen[count - 1].end};
     if (all.is_empty()) return;
     const size_t block = all.first_block();
-    score_rows(count, work.queries + row * dim, keys + block * kKeyBlock * dim, all.end_block() - block, dim,
-               work.scores + block * kKeyBlock);
+    score_rows(
+        count, work.queries + row * dim, keys + block * kKeyBlock * dim, all.end_block() - block, dim,
+        work.scores + block * kKeyBlock);
     Peak peaks[kQueryGroup] = {};
     for (size_t r = 0; r < count; ++r) {
         if (seen[r].is_empty()) continue;
         if (a.softcap > 0) cap_scores(work.scores + r * kKeyChunk, seen[r], a.softcap);
         peaks[r].most = largest_score(work.scores + r * kKeyChunk, seen[r]);
     }
-    for (size_t r = 0; r < count; ++r) peaks[r].total = weigh_scores(work.scores + r * kKeyChunk, seen[r], peaks[r].most);
+    for (size_t r = 0; r < count; ++r)
+        peaks[r].total = weigh_scores(work.scores + r * kKeyChunk, seen[r], peaks[r].most);
     weigh_values(seen, count, work.scores, values, dim, work.sums);
     for (size_t r = 0; r < count; ++r) {
         if (seen[r].is_empty()) continue;
         const float* sums = work.sums + r * dim;
         float* state = work.states + (row + r) * a.state_size();
         if (states != nullptr)
-            set_state(state_of(a, states, task.sequence, task.kv_head, task.first_row + row + r, chunk), sums, peaks[r], dim);
+            set_state(
+                state_of(a, states, task.sequence, task.kv_head, task.first_row + row + r, chunk), sums, peaks[r], dim);
         else if (work.seen[row + r].first / kKeyChunk == chunk)
             set_state(state, sums, peaks[r], dim);
         else
@@ -248,16 +257,18 @@ void attend_group(const Attention& a, const AttentionTask& task, size_t row, siz
 }
 
 template <typename Element>
-void attend_groups(const Attention& a, const AttentionTask& task, size_t chunk, const Element* keys, const Element* values,
-                   const Workspace& work, float* states) {
+void attend_groups(
+    const Attention& a, const AttentionTask& task, size_t chunk, const Element* keys, const Element* values,
+    const Workspace& work, float* states) {
     const size_t num_rows = task.end_row - task.first_row;
     for (size_t row = 0; row < num_rows; row += kQueryGroup)
         attend_group(a, task, row, least(kQueryGroup, num_rows - row), chunk, keys, values, work, states);
 }
 
 // One chunk as 32 bits, of the keys that a row of the task sees.
-inline void attend_copy(const Attention& a, const AttentionTask& task, size_t chunk, Span seen, const Half* keys,
-                        const Half* values, const Workspace& work, float* states) {
+inline void attend_copy(
+    const Attention& a, const AttentionTask& task, size_t chunk, Span seen, const Half* keys, const Half* values,
+    const Workspace& work, float* states) {
     const size_t first = seen.first_block() * kKeyBlock * a.head_dim, end = seen.end_block() * kKeyBlock * a.head_dim;
     widen(keys + first, end - first, work.keys + first);
     widen(values + first, end - first, work.values + first);
@@ -275,7 +286,8 @@ void attend_cache(const Attention& a, const AttentionTask& task, float* scratch,
         const Span seen = of_chunk(all, chunk);
         if (seen.is_empty()) continue;
         const size_t start = (base + chunk * kKeyChunk) * a.head_dim;
-        const Element *keys = static_cast<const Element*>(a.keys) + start, *values = static_cast<const Element*>(a.values) + start;
+        const Element *keys = static_cast<const Element*>(a.keys) + start,
+                      *values = static_cast<const Element*>(a.values) + start;
         if constexpr (sizeof(Element) == sizeof(Half)) {
             if (num_rows > kNarrowGroups * kQueryGroup) {
                 attend_copy(a, task, chunk, seen, keys, values, work, states);

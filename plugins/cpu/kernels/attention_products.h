@@ -1,5 +1,5 @@
-// The two products of attention, for up to kQueryGroup queries that share what is loaded of keys and values. Included by
-// attention_loops.h.
+// The two products of attention, for up to kQueryGroup queries that share what is loaded of keys and values. Included
+// by attention_loops.h.
 #pragma once
 
 #include "attention.h"
@@ -11,7 +11,9 @@ inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
 // Lanes side by side that R rows sum up: all sums stay in registers.
 template <size_t R>
-constexpr size_t product_width = kProductLanes / R >= 4 ? 4 : kProductLanes / R >= 2 ? 2 : 1;
+constexpr size_t product_width = kProductLanes / R >= 4 ? 4
+    : kProductLanes / R >= 2                            ? 2
+                                                        : 1;
 
 // Few queries wait for memory: they ask for what comes next. More find it in a cache.
 template <size_t R, typename Element>
@@ -51,7 +53,8 @@ template <size_t R, size_t V, typename Element>
 
 // Adds the values of `count` keys at 16 V channels, each times its weight, to the sums of R queries: key after key.
 template <size_t R, size_t V, typename Element>
-[[gnu::noinline]] void weigh_tile(const float* weights, const Element* values, size_t count, size_t dim, float* result) {
+[[gnu::noinline]] void weigh_tile(
+    const float* weights, const Element* values, size_t count, size_t dim, float* result) {
     Lanes sums[R][V];
 #pragma GCC unroll 6
     for (size_t r = 0; r < R; ++r)
@@ -79,7 +82,8 @@ template <size_t R, size_t V, typename Element>
 
 template <size_t R, size_t V, typename Element>
 void score_blocks(const float* query, const Element* keys, size_t blocks, size_t dim, float* scores) {
-    for (; blocks >= V; blocks -= V, keys += V * dim * kKeyBlock, scores += V * kKeyBlock) score_tile<R, V>(query, keys, dim, scores);
+    for (; blocks >= V; blocks -= V, keys += V * dim * kKeyBlock, scores += V * kKeyBlock)
+        score_tile<R, V>(query, keys, dim, scores);
     if constexpr (V > 1)
         if (blocks > 0) score_blocks<R, V / 2>(query, keys, blocks, dim, scores);
 }
@@ -103,15 +107,17 @@ void weigh(const float* weights, const Element* values, size_t count, size_t dim
 
 template <typename Element>
 void score_rows(size_t rows, const float* query, const Element* keys, size_t blocks, size_t dim, float* scores) {
-    static constexpr decltype(&score<1, Element>) of_rows[kQueryGroup] = {
-        score<1, Element>, score<2, Element>, score<3, Element>, score<4, Element>, score<5, Element>, score<6, Element>};
+    static constexpr decltype(&score<1, Element>) of_rows[kQueryGroup] = {score<1, Element>, score<2, Element>,
+                                                                          score<3, Element>, score<4, Element>,
+                                                                          score<5, Element>, score<6, Element>};
     of_rows[rows - 1](query, keys, blocks, dim, scores);
 }
 
 template <typename Element>
 void weigh_rows(size_t rows, const float* weights, const Element* values, size_t count, size_t dim, float* sums) {
-    static constexpr decltype(&weigh<1, Element>) of_rows[kQueryGroup] = {
-        weigh<1, Element>, weigh<2, Element>, weigh<3, Element>, weigh<4, Element>, weigh<5, Element>, weigh<6, Element>};
+    static constexpr decltype(&weigh<1, Element>) of_rows[kQueryGroup] = {weigh<1, Element>, weigh<2, Element>,
+                                                                          weigh<3, Element>, weigh<4, Element>,
+                                                                          weigh<5, Element>, weigh<6, Element>};
     of_rows[rows - 1](weights, values, count, dim, sums);
 }
 

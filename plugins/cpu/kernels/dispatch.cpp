@@ -71,7 +71,8 @@ const Kernels& best() {
     for (const Kind& kind : kKinds) {
         if (!kind.is_offered()) continue;
         if (computes_rightly(*kind.kernels())) return *kind.kernels();
-        std::fprintf(stderr, "fly-trt: the CPU kernels %s give wrong results on this machine and are not used\n", kind.name);
+        std::fprintf(
+            stderr, "fly-trt: the CPU kernels %s give wrong results on this machine and are not used\n", kind.name);
     }
     fail_without_kernels();
 }

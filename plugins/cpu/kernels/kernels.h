@@ -1,5 +1,5 @@
-// The loops that touch every number, once for each kind of vector unit. All kinds give the same bits: integers are added
-// exactly, and floats in the order that 16 lanes have everywhere (lanes_*.h).
+// The loops that touch every number, once for each kind of vector unit. All kinds give the same bits: integers are
+// added exactly, and floats in the order that 16 lanes have everywhere (lanes_*.h).
 //
 // The file of a kind is compiled with that kind's instructions. What it includes has internal linkage or is always
 // inlined: of an inline function that two files have the linker keeps one, and it may be the one that this machine
@@ -61,8 +61,8 @@ struct PackedWeight {
 };
 
 constexpr int32_t kWeightOffset = 64;
-constexpr size_t kBlock = 16;       // outputs of a block of a packed weight
-constexpr size_t kDepthStep = 64;   // depth is padded to a multiple
+constexpr size_t kBlock = 16;      // outputs of a block of a packed weight
+constexpr size_t kDepthStep = 64;  // depth is padded to a multiple
 constexpr float kActivationLimit = 127.0F;
 constexpr float kSmallestRowMaximum = 1e-12F;
 
@@ -87,13 +87,15 @@ struct Kernels {
     // not finite has the scale NaN. `values`: where the row begins. `scratch` [depth].
     float (*quantize_row)(const RowInput& input, float* scratch, RowLayout layout, int8_t* values, int32_t* sum);
 
-    // output [count, outputs] at the columns of blocks first to end. `rows` may be some of those whose layout it is, from
-    // the beginning of a group on.
+    // output [count, outputs] at the columns of blocks first to end. `rows` may be some of those whose layout it is,
+    // from the beginning of a group on.
     void (*multiply)(const Rows& rows, const PackedWeight& weight, size_t first, size_t end, float* output);
 
-    // Of `vocab_size` logits the `top_k` most probable tokens, the lowest id first among equals, their log probabilities
-    // and the entropies. A logit of -inf has no share. With a NaN, +inf, or nothing but -inf all floats are NaN.
-    RowEntropies (*read_logits)(const float* logits, size_t vocab_size, size_t top_k, int64_t* top_ids, float* top_logprobs);
+    // Of `vocab_size` logits the `top_k` most probable tokens, the lowest id first among equals, their log
+    // probabilities and the entropies. A logit of -inf has no share. With a NaN, +inf, or nothing but -inf all floats
+    // are NaN.
+    RowEntropies (*read_logits)(
+        const float* logits, size_t vocab_size, size_t top_k, int64_t* top_ids, float* top_logprobs);
 
     const AttentionKernels* attention;
 };
@@ -106,8 +108,8 @@ const Kernels* avx512_vnni_kernels();
 const Kernels* amx_kernels();
 const Kernels* amx_emulated_kernels();
 
-// Those of this machine, or of the environment variable FLY_TRT_CPU_ISA. Throws std::runtime_error where there are none,
-// or not the asked-for ones.
+// Those of this machine, or of the environment variable FLY_TRT_CPU_ISA. Throws std::runtime_error where there are
+// none, or not the asked-for ones.
 const Kernels& kernels();
 
 }  // namespace fly

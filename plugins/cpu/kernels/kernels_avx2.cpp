@@ -21,8 +21,9 @@ struct Avx2 : Registers256 {
 }  // namespace
 
 const Kernels* avx2_kernels() {
-    static const Kernels table = {
-        "avx2", Product<Avx2>::kTaskBlocks, Product<Avx2>::layout, quantize_row, Product<Avx2>::multiply, read_logits, avx2_attention()};
+    static const Kernels table = {"avx2",          Product<Avx2>::kTaskBlocks, Product<Avx2>::layout,
+                                  quantize_row,    Product<Avx2>::multiply,    read_logits,
+                                  avx2_attention()};
     return &table;
 }
 

@@ -19,8 +19,9 @@ struct Avx512 : Registers512 {
 }  // namespace
 
 const Kernels* avx512_kernels() {
-    static const Kernels table = {
-        "avx512", Product<Avx512>::kTaskBlocks, Product<Avx512>::layout, quantize_row, Product<Avx512>::multiply, read_logits, avx512_attention()};
+    static const Kernels table = {"avx512",          Product<Avx512>::kTaskBlocks, Product<Avx512>::layout,
+                                  quantize_row,      Product<Avx512>::multiply,    read_logits,
+                                  avx512_attention()};
     return &table;
 }
 

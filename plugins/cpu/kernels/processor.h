@@ -35,9 +35,11 @@ inline Processor processor() {
     found.has_avx2 = has_bits(ebx, bit(5));
     found.has_avx_vnni = found.has_avx2 && has_bits(eax_1, bit(4));
     // F, DQ, BW, VL
-    found.has_avx512 = found.has_avx2 && has_bits(ebx, bit(16) | bit(17) | bit(30) | bit(31)) && has_bits(saved, avx512_state);
+    found.has_avx512 =
+        found.has_avx2 && has_bits(ebx, bit(16) | bit(17) | bit(30) | bit(31)) && has_bits(saved, avx512_state);
     found.has_avx512_vnni = found.has_avx512 && has_bits(ecx, bit(11));
-    found.has_amx = found.has_avx512_vnni && has_bits(edx, bit(24) | bit(25)) && has_bits(saved, tile_state);  // TILE, INT8
+    found.has_amx =
+        found.has_avx512_vnni && has_bits(edx, bit(24) | bit(25)) && has_bits(saved, tile_state);  // TILE, INT8
     return found;
 }
 

@@ -1,6 +1,6 @@
 // Rows times a packed weight by tiles: 64 inputs of a block of 16 outputs are one tile of weights as they lie, and 16
-// rows of 64 bytes one of values. `Tiles` are the processor's or emulated ones (amx_tiles.h). The file of a kind includes
-// its lanes, then this.
+// rows of 64 bytes one of values. `Tiles` are the processor's or emulated ones (amx_tiles.h). The file of a kind
+// includes its lanes, then this.
 #pragma once
 
 #include <immintrin.h>
@@ -60,16 +60,19 @@ class AmxProduct {
         return tiles;
     }
 
-    // More than one group of rows at B blocks, two groups in a pass. One pass reads the weights from memory as it goes. Of
-    // several each fetches one of the next blocks into the second cache, so that memory never waits for the arithmetic.
+    // More than one group of rows at B blocks, two groups in a pass. One pass reads the weights from memory as it goes.
+    // Of several each fetches one of the next blocks into the second cache, so that memory never waits for the
+    // arithmetic.
     template <size_t B>
     static void blocks(const Rows& rows, const PackedWeight& weight, size_t block, float* output) {
         constexpr size_t kPassRows = 2 * kTileRows;
         const size_t stride = rows.padded_depth * kBlock;
         for (size_t row = 0, next = B; row < rows.count; row += kPassRows, ++next) {
             const Fetch fetch = rows.count <= kPassRows ? kOwn : next < 2 * B ? Fetch{1, next * stride} : Fetch{0, 0};
-            if (row + kTileRows < rows.count) tile<2, B>(rows, row, weight, block, fetch, output);
-            else tile<1, B>(rows, row, weight, block, fetch, output);
+            if (row + kTileRows < rows.count)
+                tile<2, B>(rows, row, weight, block, fetch, output);
+            else
+                tile<1, B>(rows, row, weight, block, fetch, output);
         }
     }
 
@@ -114,8 +117,10 @@ class AmxProduct {
         if (B < fetch.blocks)
             for (size_t i = 0; i < kTileSize; i += 64) {
                 const auto* line = reinterpret_cast<const char*>(w + fetch.ahead + i);
-                if (fetch.blocks == 1) _mm_prefetch(line, _MM_HINT_T1);
-                else _mm_prefetch(line, _MM_HINT_T0);
+                if (fetch.blocks == 1)
+                    _mm_prefetch(line, _MM_HINT_T1);
+                else
+                    _mm_prefetch(line, _MM_HINT_T0);
             }
         Tiles::template add_products<B, 4, tile>();
         if constexpr (G == 2) Tiles::template add_products<2 + B, 5, tile>();

@@ -118,8 +118,8 @@ template <size_t Chunk>
     }
 }
 
-// Rounds x / scale [depth], and returns the sum of what comes out. `values` is the row's beginning in a layout of chunks
-// that are `step` apart.
+// Rounds x / scale [depth], and returns the sum of what comes out. `values` is the row's beginning in a layout of
+// chunks that are `step` apart.
 template <size_t Chunk>
 int32_t round_row(const float* x, float scale, size_t depth, size_t padded_depth, size_t step, int8_t* values) {
     const Divisor divisor(scale);

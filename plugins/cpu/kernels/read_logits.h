@@ -11,8 +11,8 @@ namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr size_t kLanes = 16;
-constexpr size_t kScanned = 4 * kLanes;    // logits that one comparison is for
-constexpr size_t kSummed = 64 * kLanes;    // and that are added up before they are added to the others
+constexpr size_t kScanned = 4 * kLanes;  // logits that one comparison is for
+constexpr size_t kSummed = 64 * kLanes;  // and that are added up before they are added to the others
 
 // The natural logarithm of a positive number, in operations that give the same bits wherever they are compiled.
 inline double natural_log(double x) {
@@ -49,7 +49,8 @@ inline void find_largest(const float* logits, size_t vocab_size, size_t top_k, f
     for (; i < top_k; ++i) insert(logits[i], static_cast<int64_t>(i), i, top_k, top_logits, top_ids);
     const auto consider = [&](size_t end) {
         for (; i < end; ++i)
-            if (logits[i] > top_logits[top_k - 1]) insert(logits[i], static_cast<int64_t>(i), top_k, top_k, top_logits, top_ids);
+            if (logits[i] > top_logits[top_k - 1])
+                insert(logits[i], static_cast<int64_t>(i), top_k, top_k, top_logits, top_ids);
     };
     while (i + kScanned <= vocab_size) {
         const float* p = logits + i;
@@ -108,7 +109,8 @@ RowEntropies read_logits(const float* logits, size_t vocab_size, size_t top_k, i
     row.log_sum = weighted == weighted ? natural_log(all) : std::numeric_limits<double>::quiet_NaN();
     row.entropy = static_cast<float>(row.log_sum - weighted / all);
     Sums top = {Lanes::zero(), Lanes::zero()};
-    for (size_t i = 0; i < top_k; ++i) top_logprobs[i] = static_cast<float>(top_logprobs[i] - row.largest - row.log_sum);
+    for (size_t i = 0; i < top_k; ++i)
+        top_logprobs[i] = static_cast<float>(top_logprobs[i] - row.largest - row.log_sum);
     for (size_t i = 0; i < top_k; i += kLanes) top.add(padded(top_logprobs + i, top_k - i));
     row.entropy_topk = -sum(top.weighted);
     return row;

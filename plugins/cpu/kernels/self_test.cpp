@@ -16,10 +16,10 @@ int8_t value(size_t row, size_t k) {
 uint8_t weight(size_t output, size_t k) { return static_cast<uint8_t>((output * 53 + k * 29 + output * k) % 129); }
 
 struct Case {
-    std::vector<int8_t> values;    // [kRows, kDepth]
-    std::vector<int32_t> sums;     // [kRows]
-    std::vector<uint8_t> packed;   // of the weight
-    std::vector<float> expected;   // [kRows, kOutputs], with scales of 1: whole numbers below 2^24, without rounding
+    std::vector<int8_t> values;   // [kRows, kDepth]
+    std::vector<int32_t> sums;    // [kRows]
+    std::vector<uint8_t> packed;  // of the weight
+    std::vector<float> expected;  // [kRows, kOutputs], with scales of 1: whole numbers below 2^24, without rounding
 };
 
 Case make_case() {
@@ -53,7 +53,8 @@ bool multiplies_rightly(const Kernels& kernels, const Case& right, size_t count)
     std::vector<int8_t> values(layout.size(count, kDepth));
     for (size_t row = 0; row < count; ++row)
         for (size_t k = 0; k < kDepth; ++k)
-            values[layout.start(row, kDepth) + k / layout.chunk * step + k % layout.chunk] = right.values[row * kDepth + k];
+            values[layout.start(row, kDepth) + k / layout.chunk * step + k % layout.chunk] =
+                right.values[row * kDepth + k];
     const std::vector<float> ones(kRows + kOutputs, 1.0F);
     std::vector<float> outputs(count * kOutputs);
     const Rows rows = {values.data(), right.sums.data(), ones.data(), count, kDepth, layout};
@@ -90,7 +91,8 @@ bool quantizes_rightly(const Kernels& kernels, Prologue prologue, size_t count) 
     std::vector<int8_t> values(layout.size(count, kDepth), 1);
     int32_t sum = 0, total = 0;
     const RowInput input = {x.data(), weight.data(), prologue, 1e-5F, depth, kDepth};
-    const float scale = kernels.quantize_row(input, scratch.data(), layout, values.data() + layout.start(row, kDepth), &sum);
+    const float scale =
+        kernels.quantize_row(input, scratch.data(), layout, values.data() + layout.start(row, kDepth), &sum);
     int largest = 0;
     for (size_t k = 0; k < kDepth; ++k) {
         const int code = values[layout.start(row, kDepth) + k / layout.chunk * step + k % layout.chunk];

@@ -6,12 +6,12 @@
 // blocks of 16 tokens that are transposed inside; past_value [B, Hkv, S, D]; both float32, or float16, where values
 // beyond +-65504 become these; cos, sin float32 [B, T, R / 2] rotate the two halves of the first R channels of queries
 // and keys; query_norm, key_norm float32 [D] are weights of an RMS norm of each head before the rotation.
-// -> y float32 [B, T, Hq D], present_key, present_value: the memory of past_* where the caller bound it so, else a copy.
-// A node without these two writes to past_* itself: in the body of a Loop, whose outputs nobody can bind.
+// -> y float32 [B, T, Hq D], present_key, present_value: the memory of past_* where the caller bound it so, else a
+// copy. A node without these two writes to past_* itself: in the body of a Loop, whose outputs nobody can bind.
 //
-// Attributes: num_heads (Hq), num_kv_heads (Hkv), scale, softcap (0: none), window (0: none; the query at p sees the keys
-// p - window + 1 .. p), epsilon (of the norms). D and S are multiples of 16. A query that is not finite gives NaN, and
-// what is not finite in the cache reaches only the queries that see it.
+// Attributes: num_heads (Hq), num_kv_heads (Hkv), scale, softcap (0: none), window (0: none; the query at p sees the
+// keys p - window + 1 .. p), epsilon (of the norms). D and S are multiples of 16. A query that is not finite gives NaN,
+// and what is not finite in the cache reaches only the queries that see it.
 #pragma once
 
 #include "../kernels/kernels.h"
@@ -50,10 +50,13 @@ class CacheAttention : public CacheAttentionBase {
         {ElementType::kFloat, Presence::kOptional},
         {ElementType::kFloat, Presence::kOptional},
     };
-    static constexpr Slot outputs[] = {{ElementType::kFloat}, {kCache, Presence::kOptional}, {kCache, Presence::kOptional}};
+    static constexpr Slot outputs[] = {
+        {ElementType::kFloat}, {kCache, Presence::kOptional}, {kCache, Presence::kOptional}};
 
     using CacheAttentionBase::CacheAttentionBase;
-    void compute(const Context& context) const { CacheAttentionBase::compute(context, kCache == ElementType::kFloat16); }
+    void compute(const Context& context) const {
+        CacheAttentionBase::compute(context, kCache == ElementType::kFloat16);
+    }
 };
 
 }  // namespace fly

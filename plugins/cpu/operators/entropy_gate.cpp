@@ -11,7 +11,8 @@ constexpr size_t kTaskLogits = 16384;  // that one thread reads before others ar
 }  // namespace
 
 EntropyGate::EntropyGate(const Attributes& attributes)
-    : kernels_(kernels()), top_k_(static_cast<size_t>(attributes.integer("top_k", 1))) {}
+    : kernels_(kernels()),
+      top_k_(static_cast<size_t>(attributes.integer("top_k", 1))) {}
 
 void EntropyGate::compute(const Context& context) const {
     const Tensor logits = context.input(0), next_tokens = context.input(1);

@@ -16,13 +16,8 @@ class EntropyGate {
     static constexpr const char* name = "EntropyGate";
     static constexpr Slot inputs[] = {{ElementType::kFloat}, {ElementType::kInt64}};
     static constexpr Slot outputs[] = {
-        {ElementType::kInt64},
-        {ElementType::kFloat},
-        {ElementType::kFloat},
-        {ElementType::kFloat},
-        {ElementType::kFloat},
-        {ElementType::kInt64},
-        {ElementType::kFloat},
+        {ElementType::kInt64}, {ElementType::kFloat}, {ElementType::kFloat}, {ElementType::kFloat},
+        {ElementType::kFloat}, {ElementType::kInt64}, {ElementType::kFloat},
     };
 
     explicit EntropyGate(const Attributes& attributes);

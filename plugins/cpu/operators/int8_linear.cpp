@@ -35,9 +35,12 @@ void Int8Linear::compute(const Context& context) const {
     const bool is_gated = prologue_ == Prologue::kSilu || prologue_ == Prologue::kGeluTanh;
     const size_t count = x.shape.rows(), width = x.shape.last();
     const size_t depth = is_gated ? width / 2 : width;
-    const size_t outputs = scales.count(), num_blocks = parts(outputs, kBlock), padded_depth = parts(depth, kDepthStep) * kDepthStep;
+    const size_t outputs = scales.count(), num_blocks = parts(outputs, kBlock),
+                 padded_depth = parts(depth, kDepthStep) * kDepthStep;
     require(depth > 0 && (!is_gated || width % 2 == 0), "x is [..., K], or [..., 2 K] for a gated activation");
-    require(packed.shape.is({num_blocks, padded_depth / 4, kBlock, 4}), "weight is [N / 16, K / 4, 16, 4], padded up to 16 outputs and 64 inputs, for scales [N]");
+    require(
+        packed.shape.is({num_blocks, padded_depth / 4, kBlock, 4}),
+        "weight is [N / 16, K / 4, 16, 4], padded up to 16 outputs and 64 inputs, for scales [N]");
     require(prologue_ != Prologue::kRmsNorm || norm.present, "an RMS norm has a weight");
     require((!norm || norm.count() == depth) && (!bias || bias.count() == outputs), "norm is [K] and bias [N]");
     require(!residual || residual.shape == x.shape.with_last(outputs), "residual has the shape of y");
@@ -55,7 +58,8 @@ void Int8Linear::compute(const Context& context) const {
     const size_t prepared_size = prologue_ == Prologue::kNone ? 0 : depth;
     share(context, groups, count * depth <= kRoundedAtOnce, prepared_size, [&](size_t group, float* prepared) {
         for (size_t row = group * layout.group; row < std::min(count, (group + 1) * layout.group); ++row) {
-            const RowInput input = {x.as<float>() + row * width, norm.as<float>(), prologue_, epsilon_, depth, padded_depth};
+            const RowInput input = {
+                x.as<float>() + row * width, norm.as<float>(), prologue_, epsilon_, depth, padded_depth};
             int8_t* rounded = values + layout.start(row, padded_depth);
             row_scales[row] = kernels_.quantize_row(input, prepared, layout, rounded, sums + row);
         }

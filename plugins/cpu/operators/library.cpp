@@ -17,15 +17,14 @@ constexpr const char* kDomain = "fly.cpu";
 
 abi::Status* add_operators(const abi::Api* api, abi::CustomOpDomain* domain) {
     const abi::CustomOp* const operators[] = {
-        operator_of<CacheAttention<float>>(),
-        operator_of<CacheAttention<Half>>(),
-        operator_of<EntropyGate>(),
-        operator_of<Int8Linear>(),
-        operator_of<LooseWindowAccept>(),
-        operator_of<RotaryTables>(),
+        operator_of<CacheAttention<float>>(), operator_of<CacheAttention<Half>>(),
+        operator_of<EntropyGate>(),           operator_of<Int8Linear>(),
+        operator_of<LooseWindowAccept>(),     operator_of<RotaryTables>(),
     };
     for (const abi::CustomOp* op : operators)
-        if (auto* status = api->get<abi::Status*(abi::CustomOpDomain*, const abi::CustomOp*)>(abi::kCustomOpDomainAdd)(domain, op)) return status;
+        if (auto* status =
+                api->get<abi::Status*(abi::CustomOpDomain*, const abi::CustomOp*)>(abi::kCustomOpDomainAdd)(domain, op))
+            return status;
     return nullptr;
 }
 
@@ -36,7 +35,9 @@ abi::Status* shared_domain(const abi::Api* api, abi::CustomOpDomain** found) {
     const std::lock_guard lock(mutex);
     if (domain == nullptr) {
         abi::CustomOpDomain* made = nullptr;
-        if (auto* status = api->get<abi::Status*(const char*, abi::CustomOpDomain**)>(abi::kCreateCustomOpDomain)(kDomain, &made)) return status;
+        if (auto* status =
+                api->get<abi::Status*(const char*, abi::CustomOpDomain**)>(abi::kCreateCustomOpDomain)(kDomain, &made))
+            return status;
         if (auto* status = add_operators(api, made)) {
             api->get<void(abi::CustomOpDomain*)>(abi::kReleaseCustomOpDomain)(made);
             return status;
@@ -62,7 +63,8 @@ extern "C" __attribute__((visibility("default"))) abi::Status* RegisterCustomOps
     abi::SessionOptions* options, const abi::ApiBase* base) {
     const abi::Api* api = base->GetApi(abi::API_VERSION);
     if (api == nullptr) {
-        const std::string own = "fly-trt's CPU kernels need ONNX Runtime 1." + std::to_string(abi::API_VERSION) + " or later, this is ";
+        const std::string own =
+            "fly-trt's CPU kernels need ONNX Runtime 1." + std::to_string(abi::API_VERSION) + " or later, this is ";
         return failed(base->GetApi(abi::FIRST_API_VERSION), (own + base->GetVersionString()).c_str());
     }
     try {

@@ -37,10 +37,12 @@ void LooseWindowAccept::compute(const Context& context) const {
     for (int64_t b = 0; b < count; ++b) {
         const int64_t at = b * length;
         const float* gate = (use_full_entropy.as<bool>()[b] ? entropy : entropy_topk).as<float>() + at;
-        const window_rule::RowPolicy policy = {num_context.as<int64_t>()[b], num_draft.as<int64_t>()[b],
-            threshold.as<float>()[b], window.as<int64_t>()[b], lookahead.as<int64_t>()[b]};
-        const window_rule::Row row(next_tokens.as<int64_t>() + at, argmax.as<int64_t>() + at, gate, length,
-            stops.as<int64_t>(), stops.shape.count(), policy);
+        const window_rule::RowPolicy policy = {
+            num_context.as<int64_t>()[b], num_draft.as<int64_t>()[b], threshold.as<float>()[b], window.as<int64_t>()[b],
+            lookahead.as<int64_t>()[b]};
+        const window_rule::Row row(
+            next_tokens.as<int64_t>() + at, argmax.as<int64_t>() + at, gate, length, stops.as<int64_t>(),
+            stops.shape.count(), policy);
         num_accepted[b] = row.first() < row.limit() ? first_rejected(row) - row.first() : 0;
         next_token[b] = row.tokenAfter(num_accepted[b]);
     }

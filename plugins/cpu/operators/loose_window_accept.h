@@ -13,17 +13,9 @@ class LooseWindowAccept {
    public:
     static constexpr const char* name = "LooseWindowAccept";
     static constexpr Slot inputs[] = {
-        {ElementType::kInt64},
-        {ElementType::kInt64},
-        {ElementType::kFloat},
-        {ElementType::kFloat},
-        {ElementType::kInt64},
-        {ElementType::kInt64},
-        {ElementType::kFloat},
-        {ElementType::kBool},
-        {ElementType::kInt64},
-        {ElementType::kInt64},
-        {ElementType::kInt64},
+        {ElementType::kInt64}, {ElementType::kInt64}, {ElementType::kFloat}, {ElementType::kFloat},
+        {ElementType::kInt64}, {ElementType::kInt64}, {ElementType::kFloat}, {ElementType::kBool},
+        {ElementType::kInt64}, {ElementType::kInt64}, {ElementType::kInt64},
     };
     static constexpr Slot outputs[] = {{ElementType::kInt64}, {ElementType::kInt64}};
 

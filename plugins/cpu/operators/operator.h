@@ -6,7 +6,8 @@
 //   void compute(Context&) const;
 //
 // that `operator_of<Operator>()` turns into what ONNX Runtime registers. `compute` may run in several threads at once:
-// what it needs besides its tensors comes from `Scratch`. Exceptions become errors of the step, with the operator's name.
+// what it needs besides its tensors comes from `Scratch`. Exceptions become errors of the step, with the operator's
+// name.
 #pragma once
 
 #include <algorithm>
@@ -52,9 +53,13 @@ struct Shape {
 
     int64_t operator[](size_t axis) const { return sizes[axis]; }
     bool is(std::initializer_list<size_t> wanted) const {
-        return rank == wanted.size() && std::equal(wanted.begin(), wanted.end(), sizes, [](size_t size, int64_t own) { return static_cast<int64_t>(size) == own; });
+        return rank == wanted.size() && std::equal(wanted.begin(), wanted.end(), sizes, [](size_t size, int64_t own) {
+                   return static_cast<int64_t>(size) == own;
+               });
     }
-    bool operator==(const Shape& other) const { return rank == other.rank && std::equal(sizes, sizes + rank, other.sizes); }
+    bool operator==(const Shape& other) const {
+        return rank == other.rank && std::equal(sizes, sizes + rank, other.sizes);
+    }
     int64_t count(size_t first, size_t end) const {
         int64_t product = 1;
         for (size_t axis = first; axis < end; ++axis) product *= sizes[axis];
@@ -111,8 +116,12 @@ class Attributes {
    public:
     Attributes(const abi::Api* api, const abi::KernelInfo* info) : api_(api), info_(info) {}
 
-    int64_t integer(const char* name, int64_t otherwise) const { return get(abi::kKernelInfoGetAttributeInt64, name, otherwise); }
-    float number(const char* name, float otherwise) const { return get(abi::kKernelInfoGetAttributeFloat, name, otherwise); }
+    int64_t integer(const char* name, int64_t otherwise) const {
+        return get(abi::kKernelInfoGetAttributeInt64, name, otherwise);
+    }
+    float number(const char* name, float otherwise) const {
+        return get(abi::kKernelInfoGetAttributeFloat, name, otherwise);
+    }
 
    private:
     template <typename T>
@@ -135,17 +144,23 @@ class Context {
     // An optional input that the node does not have is not present.
     Tensor input(size_t index) const {
         const abi::Value* value = nullptr;
-        check(api_, api_->get<abi::Status*(const abi::KernelContext*, size_t, const abi::Value**)>(
-                        abi::kKernelContextGetInput)(context_, index, &value));
+        check(
+            api_,
+            api_->get<abi::Status*(const abi::KernelContext*, size_t, const abi::Value**)>(abi::kKernelContextGetInput)(
+                context_, index, &value));
         if (value == nullptr) return {};
         Tensor tensor;
         tensor.present = true;
         tensor.data = data(const_cast<abi::Value*>(value));
         abi::TensorShape* info = nullptr;
-        check(api_, api_->get<abi::Status*(const abi::Value*, abi::TensorShape**)>(abi::kGetTensorTypeAndShape)(value, &info));
+        check(
+            api_,
+            api_->get<abi::Status*(const abi::Value*, abi::TensorShape**)>(abi::kGetTensorTypeAndShape)(value, &info));
         api_->get<abi::Status*(const abi::TensorShape*, size_t*)>(abi::kGetDimensionsCount)(info, &tensor.shape.rank);
         const bool fits = tensor.shape.rank <= kMaxRank;
-        if (fits) api_->get<abi::Status*(const abi::TensorShape*, int64_t*, size_t)>(abi::kGetDimensions)(info, tensor.shape.sizes, tensor.shape.rank);
+        if (fits)
+            api_->get<abi::Status*(const abi::TensorShape*, int64_t*, size_t)>(abi::kGetDimensions)(
+                info, tensor.shape.sizes, tensor.shape.rank);
         api_->get<void(abi::TensorShape*)>(abi::kReleaseTensorTypeAndShapeInfo)(info);
         require(fits, "a tensor of more than 5 axes");
         return tensor;
@@ -154,8 +169,10 @@ class Context {
     template <typename T>
     T* output(size_t index, const Shape& shape) const {
         abi::Value* value = nullptr;
-        check(api_, api_->get<abi::Status*(abi::KernelContext*, size_t, const int64_t*, size_t, abi::Value**)>(
-                        abi::kKernelContextGetOutput)(context_, index, shape.sizes, shape.rank, &value));
+        check(
+            api_,
+            api_->get<abi::Status*(abi::KernelContext*, size_t, const int64_t*, size_t, abi::Value**)>(
+                abi::kKernelContextGetOutput)(context_, index, shape.sizes, shape.rank, &value));
         return value == nullptr ? nullptr : static_cast<T*>(data(value));
     }
 
@@ -167,8 +184,10 @@ class Context {
         if (count == 1) return work(size_t{0});
         auto call = [](void* data, size_t index) { (*static_cast<const Work*>(data))(index); };
         void (*function)(void*, size_t) = call;
-        check(api_, api_->get<abi::Status*(const abi::KernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>(
-                        abi::kKernelContextParallelFor)(context_, function, count, 0, const_cast<Work*>(&work)));
+        check(
+            api_,
+            api_->get<abi::Status*(const abi::KernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>(
+                abi::kKernelContextParallelFor)(context_, function, count, 0, const_cast<Work*>(&work)));
     }
 
    private:
@@ -182,7 +201,8 @@ class Context {
     abi::KernelContext* context_;
 };
 
-// Memory of the calling thread, kept for the next call: a step allocates nothing. `reserve` forgets what was taken before.
+// Memory of the calling thread, kept for the next call: a step allocates nothing. `reserve` forgets what was taken
+// before.
 class Scratch {
    public:
     static Scratch& of_thread() {
@@ -274,7 +294,8 @@ const abi::CustomOp* operator_of() {
         op.GetVariadicOutputHomogeneity = [](const abi::CustomOp*) { return 0; };
         op.GetStartVersion = [](const abi::CustomOp*) { return 1; };
         op.GetEndVersion = [](const abi::CustomOp*) { return 1; };
-        op.CreateKernelV2 = [](const abi::CustomOp*, const abi::Api* api, const abi::KernelInfo* info, void** kernel) -> abi::Status* {
+        op.CreateKernelV2 = [](const abi::CustomOp*, const abi::Api* api, const abi::KernelInfo* info,
+                               void** kernel) -> abi::Status* {
             try {
                 *kernel = new Kernel{api, Operator(Attributes(api, info))};
                 return nullptr;

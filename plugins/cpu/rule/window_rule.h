@@ -1,7 +1,7 @@
 // FLy's rule for one mismatch of one sequence, as plain C++ that the CPU's operator and the CUDA kernel share.
 //
-// It knows a row's tokens and policy; in which order positions are looked at is the caller's. Whatever the row's numbers
-// are, nothing outside it is read.
+// It knows a row's tokens and policy; in which order positions are looked at is the caller's. Whatever the row's
+// numbers are, nothing outside it is read.
 #pragma once
 
 #include <cstdint>
@@ -49,8 +49,9 @@ struct Row {
     int64_t begin;
     int64_t end;
 
-    FLY_HOST_DEVICE Row(int64_t const* rowDrafts, int64_t const* rowChoices, float const* rowGate, int64_t length,
-        int64_t const* stops, int64_t numStops, RowPolicy const& policy)
+    FLY_HOST_DEVICE Row(
+        int64_t const* rowDrafts, int64_t const* rowChoices, float const* rowGate, int64_t length, int64_t const* stops,
+        int64_t numStops, RowPolicy const& policy)
         : drafts(rowDrafts),
           choices(rowChoices),
           gate(rowGate),
