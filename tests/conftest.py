@@ -83,7 +83,7 @@ def cpu_library() -> Path:
     from fly_build.cpu_library import find_library
 
     if (library := find_library("auto")) is None:
-        pytest.skip("no compiler, or not an x86-64 CPU")
+        pytest.skip("no compiler, or not Linux on an x86-64 CPU with AVX2")
     return library
 
 

@@ -134,6 +134,6 @@ def _drafting(engine: Engine, cached: int) -> Kind:
     if not isinstance(engine, RollsOut) or not engine.has_rollouts:
         return _steps(engine, 1, cached, DRAFT_TOKENS)
     rollout = engine.rollout(0, 1, DRAFT_TOKENS)
-    rollout.write_indices[0] = max(0, cached)
+    rollout.set_row(0, max(0, cached), 0)
     engine.run_rollout(rollout)
     return partial(engine.run_rollout, rollout), DRAFT_TOKENS

@@ -10,7 +10,7 @@ from fly_trt.drafting.draft_slot import DraftSlot
 from fly_trt.engines.base import Engine, Step
 from fly_trt.engines.rollouts import LONGEST_ROLLOUT, Rollout, RollsOut
 from fly_trt.tokens import NO_TOKENS, IntArray
-from fly_trt.verification import EXACT, EXACT_WITH_ENTROPY, AcceptancePolicy, DraftScores, Evidence, Positions
+from fly_trt.verification import EXACT, EXACT_WITH_ENTROPY, AcceptancePolicy, DraftScores, Evidence
 
 # Steps of one call where a draft may stop at any of them, and where the level below may know more after some: those
 # behind are wasted then, or worth a guess.
@@ -136,14 +136,7 @@ class ModelSteps:
         row, state = slot - step.first_slot, self._slots[slot]
         if state.is_private or not len(guess) or not self._policy.is_loose:
             return [*guess[: int(step.num_accepted[row])].tolist(), int(step.next_token[row])]
-        at = step.at(row, start, start + len(guess) + 1)
-        said = Positions(
-            step.argmax[row, at],
-            step.entropy[row, at],
-            step.entropy_topk[row, at],
-            step.argmax_logprob[row, at],
-            step.token_logprob[row, at],
-        )
+        said = step.said(row, step.at(row, start, start + len(guess) + 1))
         evidence = Evidence(len(guess), has_ended=True, draft=guess, target=said)
         verdict = self._policy.verdict(evidence, self._engine.info.stop_token_ids)
         assert verdict.next_token is not None, "the whole guess was verified"

@@ -19,7 +19,7 @@ from fly_trt.errors import EngineError
 from fly_trt.manifest import Manifest, ModelEngine
 from fly_trt.tokens import NO_TOKENS, FloatArray, IntArray
 from fly_trt.verification.exact import EXACT
-from fly_trt.verification.policy import AcceptancePolicy
+from fly_trt.verification.policy import AcceptancePolicy, Positions
 
 # The tensors of a step and their types: per row [B], per position that the step speaks of [B, L], and of the
 # verification head also per position and rank [B, L, k].
@@ -194,6 +194,16 @@ class Step:
         assert first <= begin, "what was asked for begins later"
         assert end - first <= self.num_positions, "fewer positions were asked for"
         return slice(begin - first, end - first)
+
+    def said(self, row: int, at: slice) -> Positions:
+        """Of a row's positions, as `at` found them, what every rule is told; views of the outputs."""
+        return Positions(
+            self.argmax[row, at],
+            self.entropy[row, at],
+            self.entropy_topk[row, at],
+            self.argmax_logprob[row, at],
+            self.token_logprob[row, at],
+        )
 
     def _write_positions(self, positions: IntArray, row: int, first: int) -> None:
         """Those behind the row's last one are the last one."""

@@ -185,13 +185,7 @@ class Round:
         """
         positions = step.at(row, feed.first, feed.num_tokens)
         logits = None if step.logits is None else step.logits[row, positions]
-        said = Positions(
-            step.argmax[row, positions],
-            step.entropy[row, positions],
-            step.entropy_topk[row, positions],
-            step.argmax_logprob[row, positions],
-            step.token_logprob[row, positions],
-        )
+        said = step.said(row, positions)
         if (self.policy.needs_top or self.needs_top) and step.top_ids is not None and step.top_logprobs is not None:
             said = said._replace(top_ids=step.top_ids[row, positions], top_logprobs=step.top_logprobs[row, positions])
         is_whole = not self.has_begun and len(said.choices) == self.num_draft + 1
